@@ -1,0 +1,38 @@
+"""Optimizers for PyTorch as chains of composable gradient transforms."""
+
+from heavyball import chainable, utils
+from heavyball.presets import (
+    ADOPT,
+    PRESETS,
+    SGD,
+    AdamW,
+    AdEMAMix,
+    FactoredAdamW,
+    Focus,
+    LaProp,
+    Lion,
+    NAdam,
+    PaLMSFAdamW,
+    RMSprop,
+    SFAdamW,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ADOPT",
+    "PRESETS",
+    "SGD",
+    "AdEMAMix",
+    "AdamW",
+    "FactoredAdamW",
+    "Focus",
+    "LaProp",
+    "Lion",
+    "NAdam",
+    "PaLMSFAdamW",
+    "RMSprop",
+    "SFAdamW",
+    "chainable",
+    "utils",
+]

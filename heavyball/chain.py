@@ -1,0 +1,334 @@
+"""A chain that has been checked: its elements have keys, its hyper-parameters names in the group."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from heavyball.combine import Element, Parallel, When, as_chain, chain_repr
+from heavyball.transform import CONTEXT, Interval, Shared, Transform
+from heavyball.transforms.decay import decoupled
+from heavyball.transforms.descend import descend
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """A transform at its place: where its state and its hyper-parameters are found."""
+
+    transform: Transform
+    key: str
+    hyper: dict[str, tuple[str, int | None]]
+
+    def state_key(self, state: str) -> str:
+        return self.key if state == self.transform.name else f"{self.key}.{state}"
+
+
+@dataclass(frozen=True, eq=False)
+class Fork:
+    """Branches that see the same update, and the node that makes one update of theirs."""
+
+    branches: "tuple[tuple[Node | Fork, ...], ...]"
+    merge: Node
+
+
+@dataclass(frozen=True, eq=False)
+class Switch:
+    """Rules that pick a branch for each parameter."""
+
+    rules: "tuple[tuple[When, tuple[Node | Fork | Switch, ...]], ...]"
+    otherwise: "tuple[Node | Fork | Switch, ...] | None"
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """One entry of the parameter group: its default and where it may lie."""
+
+    default: Any
+    domain: Interval
+    owner: str
+
+
+class Program:
+    """What runs for one parameter: nodes and forks, no switches left, ending in the write."""
+
+    def __init__(self, nodes: tuple[Node | Fork, ...]):
+        self.nodes = nodes
+        self.flat = tuple(flatten(nodes))
+        self.total_keys = tuple(n.key for n in self.flat if n.transform.over_all is not None)
+        self.evaluators = tuple(n for n in self.flat if n.transform.evaluate is not None)
+        # state that comes only when an option or a hyper-parameter asks for it
+        self.lazy_keys = {
+            n.state_key(name)
+            for n in self.flat
+            for name, declared in n.transform.states.items()
+            if declared.needed_by is not None
+        }
+
+    def __repr__(self) -> str:
+        return " | ".join(map(_shown, self.nodes))
+
+
+def _shown(node: Node | Fork) -> str:
+    if isinstance(node, Node):
+        return repr(node.transform)
+    branches = tuple(tuple(_Shown(_shown(n)) for n in b) for b in node.branches)
+    return repr(Parallel(node.merge.transform.name, branches, node.merge.transform))
+
+
+class _Shown(str):
+    __repr__ = str.__str__
+
+
+def flatten(nodes: tuple[Node | Fork, ...]) -> Iterator[Node]:
+    """Every node of a program, in the order in which they run."""
+    for node in nodes:
+        if isinstance(node, Node):
+            yield node
+        else:
+            for branch in node.branches:
+                yield from flatten(branch)
+            yield node.merge
+
+
+class Chain:
+    """The elements as given, completed with the default decay and write, checked and named."""
+
+    def __init__(self, elements: tuple[Any, ...], owner: str = "ChainOpt"):
+        self.elements = as_chain(elements, owner)
+        self.hyper: dict[str, Hyper] = {}
+        self._counts: Counter[str] = Counter()
+        self._programs: dict[tuple[int, ...], Program] = {}
+        self._nodes = self._bind(self.elements)
+        self._tail = {
+            "decay": self._bind_leaf(decoupled),
+            "writer": self._bind_leaf(descend),
+        }
+        for picks in self._all_picks(self._nodes):
+            self._program(picks)
+        # bound in any case, so drop what no program uses
+        used = {key for p in self._programs.values() for n in p.flat for key, _ in n.hyper.values()}
+        self.hyper = {key: value for key, value in self.hyper.items() if key in used}
+
+    def __repr__(self) -> str:
+        if len(self._programs) == 1:
+            return repr(next(iter(self._programs.values())))
+        return chain_repr(self.elements)
+
+    def __reduce__(self) -> tuple:
+        return Chain, (self.elements,)
+
+    def __deepcopy__(self, memo: dict) -> "Chain":
+        return self
+
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        return tuple(self._programs.values())
+
+    @property
+    def total_keys(self) -> list[str]:
+        """Keys of the elements that sum over all parameters, in the order of the chain."""
+        return list(dict.fromkeys(key for p in self.programs for key in p.total_keys))
+
+    def program_for(self, name: str | None, param: Tensor) -> Program:
+        """The program of one parameter; raises where no rule of a router matches it."""
+        return self._program(tuple(_picks(self._nodes, name, param)))
+
+    def _bind(self, elements: tuple[Element, ...]) -> tuple[Any, ...]:
+        return tuple(self._bind_one(element) for element in elements)
+
+    def _bind_one(self, element: Element) -> Node | Fork | Switch:
+        if isinstance(element, Transform):
+            return self._bind_leaf(element)
+        if isinstance(element, Parallel):
+            branches = tuple(self._bind(branch) for branch in element.branches)
+            return Fork(branches, self._bind_leaf(element.merge))
+        rules = tuple((rule, self._bind(rule.chain)) for rule in element.rules)
+        rest = None if element.otherwise is None else self._bind(element.otherwise)
+        return Switch(rules, rest)
+
+    def _bind_leaf(self, transform: Transform) -> Node:
+        count = self._counts[transform.name]
+        self._counts[transform.name] += 1
+        key = f"{transform.name}.{count}" if count else transform.name
+        where = {name: self._name(transform, key, name) for name in transform.hyper}
+        return Node(transform, key, where)
+
+    def _name(self, transform: Transform, key: str, name: str) -> tuple[str, int | None]:
+        """Where the group keeps a hyper-parameter: `name`, or `key.name` where that is taken."""
+        value, domain = transform.hyper[name], transform.domain(name)
+        if isinstance(value, Shared):
+            known = self.hyper.setdefault(value.name, Hyper(value.value, domain, "shared"))
+            if known.owner != "shared" or known.default != value.value:
+                raise ValueError(
+                    f"{key}: shared {value.name!r} is {value.value}, but the chain already has "
+                    f"{value.name!r} = {known.default} ({known.owner})"
+                )
+            return value.name, value.index
+        place = f"{key}.{name}" if name in self.hyper or name in RESERVED else name
+        self.hyper[place] = Hyper(value, domain, key)
+        return place, None
+
+    def _all_picks(self, nodes: tuple[Any, ...]) -> Iterator[tuple[int, ...]]:
+        """Every combination of choices that the switches of the chain can make."""
+        if not nodes:
+            yield ()
+            return
+        for first in self._node_picks(nodes[0]):
+            for rest in self._all_picks(nodes[1:]):
+                yield first + rest
+
+    def _node_picks(self, node: Any) -> Iterator[tuple[int, ...]]:
+        if isinstance(node, Node):
+            yield ()
+        elif isinstance(node, Fork):
+            yield from self._all_picks(tuple(n for branch in node.branches for n in branch))
+        else:
+            for index, branch in enumerate(_branches(node)):
+                for rest in self._all_picks(branch):
+                    yield (index, *rest)
+
+    def _program(self, picks: tuple[int, ...]) -> Program:
+        if picks not in self._programs:
+            choices = iter(picks)
+            nodes = self._complete(tuple(_resolve(self._nodes, choices)))
+            check(nodes)
+            self._programs[picks] = Program(nodes)
+        return self._programs[picks]
+
+    def _complete(self, nodes: tuple[Node | Fork, ...]) -> tuple[Node | Fork, ...]:
+        """Add the default decay and write, and move observers behind the write."""
+        kinds = [_kind(node) for node in nodes]
+        body = [n for n, kind in zip(nodes, kinds, strict=True) if kind != "observer"]
+        observers = [n for n, kind in zip(nodes, kinds, strict=True) if kind == "observer"]
+        if "writer" not in kinds:
+            body.append(self._tail["writer"])
+        # a chain that decays in another way has that way's `weight_decay`
+        if not any("weight_decay" in n.hyper for n in flatten(nodes)):
+            first = next(i for i, n in enumerate(body) if _kind(n) == "writer")
+            body.insert(first, self._tail["decay"])
+        return (*body, *observers)
+
+
+# Names of the group that are the optimizer's own.
+RESERVED = ("params", "param_names", "lr", "warmup_steps", "train_mode")
+
+
+def _kind(node: Node | Fork) -> str:
+    return node.transform.kind if isinstance(node, Node) else "transform"
+
+
+def _branches(switch: Switch) -> list[tuple[Any, ...]]:
+    rest = [] if switch.otherwise is None else [switch.otherwise]
+    return [branch for _, branch in switch.rules] + rest
+
+
+def _picks(nodes: tuple[Any, ...], name: str | None, param: Tensor) -> Iterator[int]:
+    """The choices that the switches make for one parameter, in the order of the chain."""
+    for node in nodes:
+        if isinstance(node, Fork):
+            for branch in node.branches:
+                yield from _picks(branch, name, param)
+        elif isinstance(node, Switch):
+            matching = (i for i, (rule, _) in enumerate(node.rules) if rule.matches(name, param))
+            pick = next(matching, len(node.rules))
+            if pick == len(node.rules) and node.otherwise is None:
+                label = "a parameter" if name is None else repr(name)
+                rules = ", ".join(repr(rule) for rule, _ in node.rules)
+                raise ValueError(
+                    f"route: no rule matches {label} of shape {tuple(param.shape)} (rules: {rules}); "
+                    "add a rule, or otherwise=..."
+                )
+            yield pick
+            yield from _picks(_branches(node)[pick], name, param)
+
+
+def _resolve(nodes: tuple[Any, ...], picks: Iterator[int]) -> Iterator[Node | Fork]:
+    """The nodes with every switch replaced by the branch that was picked."""
+    for node in nodes:
+        if isinstance(node, Switch):
+            yield from _resolve(_branches(node)[next(picks)], picks)
+        elif isinstance(node, Fork):
+            yield Fork(tuple(tuple(_resolve(b, picks)) for b in node.branches), node.merge)
+        else:
+            yield node
+
+
+def check(nodes: tuple[Node | Fork, ...]) -> None:
+    """Refuse a program that cannot be right, with the reason."""
+    _check_order(nodes)
+    _check_path((), nodes, set(CONTEXT))
+
+
+def _check_order(nodes: tuple[Node | Fork, ...]) -> None:
+    writer = decay = None
+    stateful: str | None = None
+    for node in nodes:
+        for inner in [] if isinstance(node, Node) else flatten((node,)):
+            if inner.transform.kind != "transform":
+                raise ValueError(
+                    f"{inner.key} is a {inner.transform.kind}: it cannot stand inside "
+                    f"{node.merge.key}, only in the chain itself"  # type: ignore[union-attr]
+                )
+        leaf = node if isinstance(node, Node) else node.merge
+        kind = _kind(node)
+        if kind == "writer" and writer:
+            raise ValueError(f"two writers: {writer} and {leaf.key}; a chain writes once")
+        if writer and kind != "observer":
+            raise ValueError(f"{leaf.key} stands after the writer {writer}, which must be last")
+        has_state = any(n.transform.states for n in flatten((node,)))
+        if decay and kind == "transform" and has_state:
+            raise ValueError(
+                f"{leaf.key} stands after the decay {decay} and would average it; put {decay} right "
+                "before the write, or use `coupled` for decay as part of the gradient"
+            )
+        if leaf.transform.before_state and stateful:
+            raise ValueError(f"{leaf.key} stands after {stateful}: {leaf.transform.before_state}")
+        writer = leaf.key if kind == "writer" else writer
+        decay = leaf.key if kind == "decay" else decay
+        stateful = leaf.key if has_state else stateful
+
+
+def _check_path(
+    before: tuple[Node, ...], nodes: tuple[Node | Fork, ...], context: set[str]
+) -> tuple[Node, ...]:
+    """Check what each node asks for and excludes, given the nodes that ran before it."""
+    path = before
+    for node in nodes:
+        if isinstance(node, Fork):
+            ends = [_check_path(path, branch, set(context)) for branch in node.branches]
+            inner = [n for end in ends for n in end[len(path) :]]
+            path = (*path, *inner, node.merge)
+            continue
+        t = node.transform
+        known = context | ({"total"} if t.over_all else set())
+        for name in t.context:
+            if name not in known:
+                raise ValueError(
+                    f"{node.key} asks for {name!r}, which nothing before it provides; "
+                    f"there is {', '.join(sorted(known))}"
+                )
+        for other in path:
+            reason = t.excludes.get(other.transform.name) or other.transform.excludes.get(t.name)
+            if reason:
+                raise ValueError(f"{other.key} and {node.key} exclude each other: {reason}")
+        context.update(t.provides)
+        path = (*path, node)
+    if not before:
+        _check_modifiers(path)
+    return path
+
+
+def _check_modifiers(path: tuple[Node, ...]) -> None:
+    for position, node in enumerate(path):
+        asked = {n for later in path[position + 1 :] for n in _asks(later.transform)}
+        if node.transform.modifier and not asked & set(node.transform.provides):
+            raise ValueError(
+                f"{node.key} has no effect: nothing behind it asks for "
+                f"{', '.join(node.transform.provides)}"
+            )
+
+
+def _asks(transform: Transform) -> tuple[str, ...]:
+    return transform.context + transform.optional

@@ -1,0 +1,129 @@
+"""The public namespace, used as `C = heavyball.chainable`: ChainOpt, combinators, transforms."""
+
+from heavyball.combine import graft, parallel, route, when
+from heavyball.optimizer import ChainOpt
+from heavyball.transform import (
+    Interval,
+    Live,
+    State,
+    Transform,
+    copy_of_param,
+    scalar,
+    shared,
+    transform,
+    zeros,
+)
+from heavyball.transforms import TRANSFORMS
+from heavyball.transforms.accumulate import accumulate
+from heavyball.transforms.adam import scale_by_adam
+from heavyball.transforms.ademamix import scale_by_ademamix
+from heavyball.transforms.adopt import scale_by_adopt
+from heavyball.transforms.apply import apply, maximize
+from heavyball.transforms.atan2 import scale_by_adam_atan2
+from heavyball.transforms.cautious import cautious, grams
+from heavyball.transforms.centralize import centralize
+from heavyball.transforms.clip import (
+    adaptive_gradient_clip,
+    clip_by_global_norm,
+    clip_by_norm,
+    clip_by_rms,
+    l2_normalize,
+    rms_normalize,
+)
+from heavyball.transforms.decay import (
+    adamc,
+    cautious_decay,
+    coupled,
+    decay_to_ema,
+    decoupled,
+    independent,
+    l1_decay,
+    palm_decay,
+)
+from heavyball.transforms.descend import descend
+from heavyball.transforms.exp_avg import exp_avg
+from heavyball.transforms.factored import factored_rms
+from heavyball.transforms.focus import focus
+from heavyball.transforms.laprop import scale_by_laprop
+from heavyball.transforms.laws import a_law, mu_law, softsign, trust_region
+from heavyball.transforms.lion import scale_by_lion
+from heavyball.transforms.mars import mars
+from heavyball.transforms.momentum import heavyball_momentum, nesterov_momentum
+from heavyball.transforms.nadam import scale_by_nadam
+from heavyball.transforms.orthograd import orthograd
+from heavyball.transforms.palm import palm_beta2
+from heavyball.transforms.parameter_ema import parameter_ema
+from heavyball.transforms.rms import scale_by_exp_avg_sq, scale_by_rms
+from heavyball.transforms.schedule_free import schedule_free
+from heavyball.transforms.sign import sign
+from heavyball.transforms.skip import skip_not_finite
+from heavyball.transforms.stable import clip_update_rms, stable_adamw
+
+COMBINATORS = {"parallel": parallel, "graft": graft, "route": route, "when": when}
+
+__all__ = [
+    "COMBINATORS",
+    "TRANSFORMS",
+    "ChainOpt",
+    "Interval",
+    "Live",
+    "State",
+    "Transform",
+    "a_law",
+    "accumulate",
+    "adamc",
+    "adaptive_gradient_clip",
+    "apply",
+    "cautious",
+    "cautious_decay",
+    "centralize",
+    "clip_by_global_norm",
+    "clip_by_norm",
+    "clip_by_rms",
+    "clip_update_rms",
+    "copy_of_param",
+    "coupled",
+    "decay_to_ema",
+    "decoupled",
+    "descend",
+    "exp_avg",
+    "factored_rms",
+    "focus",
+    "graft",
+    "grams",
+    "heavyball_momentum",
+    "independent",
+    "l1_decay",
+    "l2_normalize",
+    "mars",
+    "maximize",
+    "mu_law",
+    "nesterov_momentum",
+    "orthograd",
+    "palm_beta2",
+    "palm_decay",
+    "parallel",
+    "parameter_ema",
+    "rms_normalize",
+    "route",
+    "scalar",
+    "scale_by_adam",
+    "scale_by_adam_atan2",
+    "scale_by_ademamix",
+    "scale_by_adopt",
+    "scale_by_exp_avg_sq",
+    "scale_by_laprop",
+    "scale_by_lion",
+    "scale_by_nadam",
+    "scale_by_rms",
+    "schedule_free",
+    "shared",
+    "sign",
+    "skip_not_finite",
+    "softsign",
+    "stable_adamw",
+    "transform",
+    "trust_region",
+    "when",
+    "zeros",
+]

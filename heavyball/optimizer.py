@@ -1,0 +1,381 @@
+"""ChainOpt: a torch optimizer whose step is a chain of transforms."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from heavyball.chain import Chain, Program
+from heavyball.report import optimizer_repr, routing_table
+from heavyball.runner import Job, Scalars, average, run, state_init
+from heavyball.transform import check_live, nearest, nonnegative
+
+# Group entries that schedulers and trainers add; keys that begin with "_" are left alone too.
+BOOKKEEPING = (
+    "name",
+    "initial_lr",
+    "max_lr",
+    "min_lr",
+    "max_momentum",
+    "base_momentum",
+    "swa_lr",
+)
+SAVED_WEIGHTS = "train_param"
+
+
+class ChainOpt(Optimizer):
+    """An optimizer made of a chain of transforms.
+
+    params: tensors, parameter groups, or (name, tensor) pairs, as in torch.
+    lr: the step size; its unit is the parameter's over the update's.
+    transforms: what happens to the gradient, in order. A chain in which nothing has a
+        `weight_decay` gets `decoupled`, one without a writer `descend`, so the step ends in
+        `p <- p (1 - lr weight_decay) - lr u`.
+    weight_decay: the decay's coefficient, a live hyper-parameter like every float of the chain.
+    warmup_steps: lr grows linearly over this many steps of each parameter: lr min(1, t / warmup).
+    foreach: False steps one parameter at a time, for the smallest peak memory; else intermediate
+        tensors may be kept for all of them where that saves time. The results are the same.
+
+    Errors: TypeError or ValueError when the chain or a hyper-parameter cannot be right, naming it;
+        at a step, ValueError before anything has been changed.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor,
+        *transforms: Any,
+        weight_decay: float = 0.0,
+        warmup_steps: float = 0,
+        foreach: bool | None = None,
+    ):
+        if foreach is not None and not isinstance(foreach, bool):
+            raise TypeError(f"foreach={foreach!r}: expected True, False or None")
+        self._chain = Chain(transforms, type(self).__name__)
+        self._foreach = foreach
+        self._programs: dict[Tensor, Program] | None = {}
+        self._scalars: list[Scalars] = []
+        defaults: dict[str, Any] = {"lr": _checked_lr(lr)}
+        for key, hyper in self._chain.hyper.items():
+            defaults[key] = hyper.default
+        weight_decay = check_live("weight_decay", weight_decay, 0.0, nonnegative)
+        if weight_decay and "weight_decay" not in defaults:
+            raise ValueError(f"weight_decay={weight_decay}: no element of the chain decays")
+        if weight_decay and defaults["weight_decay"] not in (0.0, weight_decay):
+            raise ValueError(
+                f"weight_decay={weight_decay}, but the chain says "
+                f"{defaults['weight_decay']} ({self._chain.hyper['weight_decay'].owner})"
+            )
+        if weight_decay:
+            defaults["weight_decay"] = weight_decay
+        defaults["warmup_steps"] = check_live("warmup_steps", warmup_steps, 0.0, nonnegative)
+        if any(program.evaluators for program in self._chain.programs):
+            defaults["train_mode"] = True
+        super().__init__(params, defaults)
+
+    # ---- groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, in mid-training too, with hyper-parameters of their own.
+
+        Errors: ValueError naming an unknown key, a value outside its interval, or a parameter that
+            cannot be optimized; the optimizer is then as it was.
+        """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"a parameter group must be a dict, got {type(param_group).__name__}")
+        group = dict(param_group)
+        known = [key for key in self.defaults if key not in ("train_mode", "differentiable")]
+        for key in group:
+            if key in ("params", "train_mode", "differentiable", *self.defaults, *BOOKKEEPING):
+                continue
+            if not (isinstance(key, str) and key.startswith("_")):
+                raise ValueError(
+                    f"parameter group: unknown entry {key!r}; {nearest(str(key), known)}"
+                )
+        if "train_mode" in self.defaults and self.param_groups:
+            group.setdefault("train_mode", self.param_groups[0]["train_mode"])
+        for key in known:
+            if key in group:
+                group[key] = self._checked(key, group[key])
+        super().add_param_group(group)
+        group = self.param_groups[-1]
+        try:
+            found = dict(self._resolve(len(self.param_groups) - 1, group))
+        except Exception:
+            self.param_groups.pop()
+            raise
+        self._all_programs().update(found)
+
+    def _resolve(self, index: int, group: Mapping[str, Any]) -> Iterator[tuple[Tensor, Program]]:
+        names = group.get("param_names") or [None] * len(group["params"])
+        for position, (name, param) in enumerate(zip(names, group["params"], strict=True)):
+            label = _label(name, index, position, param)
+            if param.is_complex() or not param.is_floating_point():
+                raise ValueError(f"{label} is {param.dtype}, expected a real floating-point dtype")
+            if any(n > 1 and s == 0 for n, s in zip(param.shape, param.stride(), strict=True)):
+                raise ValueError(
+                    f"{label}: its elements overlap in memory; pass a contiguous tensor"
+                )
+            yield param, self._chain.program_for(name, param)
+
+    def _all_programs(self) -> dict[Tensor, Program]:
+        """Programs by parameter; found anew after unpickling, since parameters are new tensors then."""
+        if self._programs is None:
+            self._programs = {}
+            for index, group in enumerate(self.param_groups):
+                self._programs.update(self._resolve(index, group))
+        return self._programs
+
+    def _checked(self, key: str, value: Any) -> Any:
+        if key == "lr":
+            return _checked_lr(value)
+        if key == "warmup_steps":
+            return check_live(key, value, 0.0, nonnegative)
+        hyper = self._chain.hyper[key]
+        return check_live(key, value, hyper.default, hyper.domain)
+
+    # ---- the step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update every parameter that has a gradient; return the loss of the closure, if one is given.
+
+        Errors: RuntimeError in evaluation mode; ValueError naming a sparse or complex gradient, one
+            of the wrong shape, device or dtype, or a hyper-parameter out of its interval. Nothing
+            has been changed then.
+        """
+        if not self._training():
+            raise RuntimeError(
+                f"{type(self).__name__}.step() in evaluation mode, where the parameters hold the "
+                "average: call train() before the forward pass that the step is for"
+            )
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        jobs = self._jobs()
+        run(jobs, self._chain.total_keys, self._foreach)
+        return loss
+
+    def _jobs(self) -> list[Job]:
+        programs = self._all_programs()
+        while len(self._scalars) < len(self.param_groups):
+            self._scalars.append(Scalars())
+        found = []
+        for index, group in enumerate(self.param_groups):
+            self._check_group(index, group)
+            names = group.get("param_names") or [None] * len(group["params"])
+            for position, (name, param) in enumerate(zip(names, group["params"], strict=True)):
+                if param.grad is not None:
+                    label = _label(name, index, position, param)
+                    _check_gradient(label, param, param.grad)
+                    _check_state(label, param, self.state.get(param, {}))
+                    found.append((programs[param], param, group, self._scalars[index]))
+        return [
+            Job(
+                program,
+                param,
+                _gradient(param),
+                group,
+                self._state_of(program, param, group),
+                scalars,
+            )
+            for program, param, group, scalars in found
+        ]
+
+    def _check_group(self, index: int, group: Mapping[str, Any]) -> None:
+        for key in ("lr", "warmup_steps", *self._chain.hyper):
+            if key not in group:
+                raise ValueError(f"parameter group {index} has lost its entry {key!r}")
+            value = group[key]
+            try:
+                if key != "lr":
+                    self._checked(key, value)
+                # a schedule may end a rounding error below zero, so only the sign is not checked
+                elif not isinstance(value, Tensor) and not math.isfinite(value):
+                    raise ValueError(f"lr={value!r}: expected a finite number")
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"parameter group {index}: {error}") from None
+
+    def _state_of(self, program: Program, param: Tensor, group: Mapping) -> dict[str, Tensor]:
+        state = self.state[param]
+        if not state or any(key not in state for key in program.lazy_keys):
+            for key, tensor in state_init(program, param, group).items():
+                state.setdefault(key, tensor)
+        return state
+
+    # ---- evaluation weights
+
+    def _training(self) -> bool:
+        return all(group.get("train_mode", True) for group in self.param_groups)
+
+    @torch.no_grad()
+    def train(self, mode: bool = True) -> Self:
+        """Put the weights to train with into the parameters (`mode=False`: those to evaluate with).
+
+        A chain with `schedule_free` or `parameter_ema` evaluates at an average. In evaluation mode
+        a copy of the training weights is kept, so that training goes on bit for bit. Calling it
+        again changes nothing, and for other chains it does nothing at all.
+        """
+        if not isinstance(mode, bool):
+            raise TypeError(f"train(mode={mode!r}): expected True or False")
+        for group in self.param_groups:
+            if group.get("train_mode", True) == mode:
+                continue
+            for param in group["params"]:
+                if mode:
+                    self._restore_weights(param)
+                else:
+                    self._average_weights(param, group)
+            group["train_mode"] = mode
+        return self
+
+    def eval(self) -> Self:
+        """Put the average into the parameters: `train(False)`."""
+        return self.train(False)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[Self]:
+        """Evaluate inside a `with` block, and go back to the mode of before."""
+        before = self._training()
+        self.eval()
+        try:
+            yield self
+        finally:
+            self.train(before)
+
+    def _average_weights(self, param: Tensor, group: Mapping[str, Any]) -> None:
+        state = self.state.get(param, {})
+        for node in self._all_programs()[param].evaluators:
+            if state:
+                value = average(node, param, state, group, Scalars())
+                state[SAVED_WEIGHTS] = param.detach().clone()
+                param.copy_(value)
+
+    def _restore_weights(self, param: Tensor) -> None:
+        state = self.state.get(param, {})
+        if SAVED_WEIGHTS in state:
+            param.copy_(state.pop(SAVED_WEIGHTS))
+
+    # ---- saving and copying
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_chain": self._chain, "_foreach": self._foreach}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._programs = None
+        self._scalars = []
+        loaded = self.__dict__.pop("_loading", None)
+        if loaded is not None:
+            self._reinstate(loaded)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict()` gave. Every tensor keeps the dtype it was saved with.
+
+        Errors: ValueError if the saved state is not that of this chain; nothing has been changed.
+        """
+
+        def capture(_: Optimizer, loading: dict[str, Any]) -> None:
+            self._check_loading(loading)
+            self._loading = loading
+
+        # Registered last, so it sees what the user's own hooks made of the dict.
+        handle = self.register_load_state_dict_pre_hook(capture)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            self.__dict__.pop("_loading", None)
+
+    def _numbered(self, loading: Mapping[str, Any]) -> Iterator[tuple[Tensor, Mapping, Mapping]]:
+        """Each parameter with its saved state and group, by the numbers that state_dict() gives."""
+        for saved, group in zip(loading["param_groups"], self.param_groups, strict=True):
+            for number, param in zip(saved["params"], group["params"], strict=True):
+                if number in loading["state"]:
+                    yield param, loading["state"][number], saved
+
+    def _check_loading(self, loading: Mapping[str, Any]) -> None:
+        counts = [len(g["params"]) for g in loading["param_groups"]]
+        if counts != [len(g["params"]) for g in self.param_groups]:
+            return  # torch's own error says it
+        for index, saved in enumerate(loading["param_groups"]):
+            missing = [key for key in self.defaults if key not in saved and key != "differentiable"]
+            if missing:
+                raise ValueError(
+                    f"load_state_dict: saved group {index} has no {missing[0]!r}, which the chain "
+                    f"{self._chain!r} needs; it has {', '.join(k for k in saved if k != 'params')}"
+                )
+        for param, state, saved in self._numbered(loading):
+            program = self._all_programs()[param]
+            wanted = set(state_init(program, param.detach().to("meta"), saved))
+            found = set(state) - {SAVED_WEIGHTS}
+            if (found ^ wanted) - program.lazy_keys:
+                raise ValueError(
+                    f"load_state_dict: the state saved for a parameter of shape {tuple(param.shape)} "
+                    f"holds {sorted(found)}, the chain {self._chain!r} holds {sorted(wanted)}"
+                )
+
+    def _reinstate(self, loading: Mapping[str, Any]) -> None:
+        """Undo torch's cast of state to the parameter's dtype, and share no memory with the dict."""
+        for param, state, _ in self._numbered(loading):
+            for key, value in state.items():
+                if isinstance(value, Tensor):
+                    self.state[param][key] = value.detach().clone().to(param.device)
+
+    # ---- looking at it
+
+    def state_bytes(self) -> int:
+        """Bytes of all state tensors held at this moment."""
+        tensors = (t for state in self.state.values() for t in state.values())
+        return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+
+    def routing(self) -> str:
+        """A table of which parameter got which chain."""
+        return routing_table(self.param_groups, self._all_programs())
+
+    def __repr__(self) -> str:
+        return optimizer_repr(self, self._chain)
+
+
+def _checked_lr(lr: Any) -> float | Tensor:
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1 or not lr.is_floating_point():
+            raise ValueError(f"lr={lr!r}: expected one floating-point number")
+        if not (torch.isfinite(lr).item() and lr.item() >= 0):
+            raise ValueError(f"lr={lr!r}: expected in {nonnegative}")
+        return lr
+    return check_live("lr", lr, 0.0, nonnegative)
+
+
+def _label(name: str | None, group: int, position: int, param: Tensor) -> str:
+    shown = f"{name!r}" if name is not None else f"{position} of group {group}"
+    return f"parameter {shown} of shape {tuple(param.shape)}"
+
+
+def _gradient(param: Tensor) -> Tensor:
+    assert param.grad is not None
+    return param.grad
+
+
+def _check_gradient(label: str, param: Tensor, grad: Tensor) -> None:
+    if grad.layout != torch.strided:
+        raise ValueError(f"{label} has a sparse gradient ({grad.layout}), expected a dense one")
+    if not grad.is_floating_point():
+        raise ValueError(f"{label} has a gradient of {grad.dtype}, expected a real floating dtype")
+    if grad.shape != param.shape:
+        raise ValueError(f"{label} has a gradient of shape {tuple(grad.shape)}")
+    if grad.device != param.device:
+        raise ValueError(f"{label} is on {param.device}, its gradient on {grad.device}")
+
+
+def _check_state(label: str, param: Tensor, state: Mapping[str, Tensor]) -> None:
+    for key, tensor in state.items():
+        if tensor.device != param.device:
+            raise ValueError(
+                f"{label} is on {param.device}, but its state {key!r} on {tensor.device}"
+            )

@@ -1,0 +1,314 @@
+"""Runs a program over many parameters: promote, execute, write.
+
+A program runs as a generator. Where an element needs a sum over all parameters it yields its share
+and is sent the sum, so that the parameters meet there and nowhere else.
+"""
+
+from collections.abc import Generator, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heavyball.chain import Fork, Node, Program
+from heavyball.numerics import saturate
+from heavyball.transform import CONTEXT, keyword_names
+
+SCALAR = torch.float64
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the mathematics: float64 stays, everything lower is float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def working(tensor: Tensor) -> Tensor:
+    """A tensor as the mathematics sees it: promoted, and never without a dimension.
+
+    0-d tensors are scalars to torch's type promotion, so a 0-d parameter works as a vector of one.
+    """
+    tensor = tensor.detach().to(compute_dtype(tensor.dtype))
+    return tensor.reshape(1) if tensor.ndim == 0 else tensor
+
+
+class Scalars:
+    """The live hyper-parameters of one group as 0-d tensors, refilled where they changed."""
+
+    def __init__(self) -> None:
+        self._filled: dict[tuple[str, torch.device], tuple[Any, Any]] = {}
+
+    def get(self, group: Mapping[str, Any], key: str, device: torch.device) -> Any:
+        """The value as a tensor, a tuple as a tuple of tensors; None stays None."""
+        value = group[key]
+        if value is None:
+            return None
+        if isinstance(value, Tensor):
+            return value.detach().to(device, SCALAR).reshape(())
+        known, tensors = self._filled.get((key, device), (None, None))
+        if known != value:
+            parts = value if isinstance(value, tuple | list) else (value,)
+            made = tuple(torch.full((), v, dtype=SCALAR, device=device) for v in parts)
+            tensors = made if isinstance(value, tuple | list) else made[0]
+            self._filled[key, device] = value, tensors
+        return tensors
+
+
+@dataclass
+class Job:
+    """One parameter's part of a step."""
+
+    program: Program
+    param: Tensor
+    grad: Tensor
+    group: Mapping[str, Any]
+    state: dict[str, Tensor]
+    scalars: Scalars
+
+
+@dataclass
+class Frame:
+    """What one run of a program knows: context for its elements, and the new state so far."""
+
+    job: Job
+    env: dict[str, Any]
+    new: dict[str, Tensor] = field(default_factory=dict)
+
+    def hyper(self, node: Node, name: str) -> Any:
+        key, index = node.hyper[name]
+        value = self.job.scalars.get(self.job.group, key, self.job.param.device)
+        return value if index is None else value[index]
+
+    def context(self, name: str) -> Any:
+        if name == "lr" and "lr" not in self.env:
+            return self.env["base_lr"] * self._warmup()
+        return self.env[name]
+
+    def _warmup(self) -> Tensor | float:
+        if not self.job.group["warmup_steps"]:
+            return 1.0
+        steps = self.job.scalars.get(self.job.group, "warmup_steps", self.job.param.device)
+        return (self.env["step"] / steps).clamp(max=1)
+
+
+def state_init(program: Program, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The state that a parameter needs under the group's present values, as it is at first."""
+    state = {"step": torch.zeros((), dtype=SCALAR, device=param.device)}
+    for node in program.flat:
+        for name, declared in node.transform.states.items():
+            if declared.needed_by is not None and not _value(node, declared.needed_by, group):
+                continue
+            tensor = declared.init(working(param), node.transform.options)
+            if tensor is not None:
+                shape = tensor.shape if declared.is_number or param.ndim else param.shape
+                state[node.state_key(name)] = tensor.reshape(shape)
+    return state
+
+
+def _value(node: Node, name: str, group: Mapping[str, Any]) -> Any:
+    if name in node.transform.options:
+        return node.transform.options[name]
+    key, index = node.hyper[name]
+    return group[key] if index is None else group[key][index]
+
+
+Share = tuple[str, Tensor]
+
+
+def execute(
+    nodes: Iterable[Node | Fork], update: Any, frame: Frame
+) -> Generator[Share, Tensor, Any]:
+    """Run nodes in order; yields (key, share) wherever a sum over all parameters is needed."""
+    for node in nodes:
+        if isinstance(node, Fork):
+            update = yield from _fork(node, update, frame)
+        else:
+            update = yield from _apply(node, update, frame)
+    return update
+
+
+def _fork(fork: Fork, update: Tensor, frame: Frame) -> Generator[Share, Tensor, Tensor]:
+    results, gates, steps = [], [], []
+    for branch in fork.branches:
+        inner = Frame(frame.job, dict(frame.env), frame.new)
+        results.append((yield from execute(branch, update, inner)))
+        gates.append(inner.env["gate"])
+        steps.append(inner.env["step"])
+    # an update that is missing in one branch is missing as a whole
+    for gate, step in zip(gates, steps, strict=True):
+        if gate is not frame.env["gate"]:
+            frame.env["gate"] = _both(frame.env["gate"], gate)
+            frame.env["step"] = torch.minimum(frame.env["step"], step)
+    return (yield from _apply(fork.merge, tuple(results), frame))
+
+
+def _both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    if one is None or other is None:
+        return other if one is None else one
+    return one & other
+
+
+def _arguments(node: Node, frame: Frame) -> dict[str, Any]:
+    t = node.transform
+    arguments: dict[str, Any] = dict(t.options)
+    for name in t.hyper:
+        arguments[name] = frame.hyper(node, name)
+    for name in t.context:
+        if name != "total":
+            arguments[name] = frame.context(name)
+    for name in t.optional:
+        arguments[name] = frame.env.get(name)
+    return arguments
+
+
+def _apply(node: Node, update: Any, frame: Frame) -> Generator[Share, Tensor, Any]:
+    t, env = node.transform, frame.env
+    arguments = _arguments(node, frame)
+    gate = env["gate"]
+    if t.over_all is not None:
+        asked = {n: frame.context(n) if n in CONTEXT else arguments[n] for n in t.over_all_context}
+        share = t.over_all(update, **asked)
+        # nothing of a frozen parameter may reach the others
+        arguments["total"] = yield node.key, share if gate is None else torch.where(gate, share, 0)
+    old = [_working_state(node, name, frame) for name in t.states]
+    update, new, provided = _results(node, t.update(update, *old, **arguments))
+    for name, before, after in zip(t.states, old, new, strict=True):
+        if before is not None:
+            kept = after if gate is None else torch.where(gate, after, before)
+            frame.new[node.state_key(name)] = kept
+    for name, value in zip(t.provides, provided, strict=True):
+        env[name] = _both(gate, value) if name == "gate" else value
+    if t.kind == "writer":
+        update = env["param"] = update if gate is None else torch.where(gate, update, env["param"])
+    return update
+
+
+def _working_state(node: Node, name: str, frame: Frame) -> Tensor | None:
+    tensor = frame.job.state.get(node.state_key(name))
+    if tensor is None or node.transform.states[name].is_number:
+        return tensor
+    tensor = tensor.to(compute_dtype(frame.job.param.dtype))
+    return tensor.reshape(1) if tensor.ndim == 0 else tensor
+
+
+def _results(node: Node, result: Any) -> tuple[Any, tuple, tuple]:
+    """Split what a transform returned into the update, its new state and what it provides."""
+    t = node.transform
+    parts = result if isinstance(result, tuple) else (result,)
+    expected = 1 + len(t.states) + len(t.provides)
+    if len(parts) != expected or not isinstance(parts[0], Tensor):
+        names = ", ".join(["update", *t.states, *t.provides])
+        got = ", ".join(type(part).__name__ for part in parts)
+        raise TypeError(f"{node.key} returned ({got}), expected {expected} values: {names}")
+    cut = 1 + len(t.states)
+    return parts[0], parts[1:cut], parts[cut:]
+
+
+def run(jobs: list[Job], total_keys: list[str], foreach: bool | None = None) -> None:
+    """Step every job's parameter.
+
+    Where the chain needs sums over all parameters, `foreach=False` runs the part before a sum
+    again after it, so that at most one parameter's intermediate tensors exist at a time; otherwise
+    they are kept. Without such a sum parameters run one after the other. Same results either way.
+    """
+    if foreach is False or not total_keys:
+        totals: dict[str, Tensor] = {}
+        for key in total_keys:
+            totals.update(_sum(key, (_share(job, key, totals) for job in jobs)))
+        for job in jobs:
+            _drive(job, _start(job), totals)
+        return
+    runs = {id(job): _start(job) for job in jobs}
+    waiting = {id(job): next(runs[id(job)], None) for job in jobs}
+    for key in total_keys:
+        members = [job for job in jobs if (share := waiting[id(job)]) and share[0] == key]
+        totals = _sum(key, (waiting[id(job)][1] for job in members))  # type: ignore[index]
+        for job in members:
+            try:
+                waiting[id(job)] = runs[id(job)].send(totals[key].to(job.param.device))
+            except StopIteration:
+                waiting[id(job)] = None
+
+
+def _start(job: Job) -> Generator[Share, Tensor, None]:
+    """One parameter's step: yields its shares, and writes when everything is known."""
+    raw = working(job.grad)
+    if raw.dtype != compute_dtype(job.param.dtype):
+        raw = raw.to(compute_dtype(job.param.dtype))
+    grad = saturate(raw)
+    device = job.param.device
+    env = {
+        "step": job.state["step"] + 1,
+        "param": working(job.param),
+        "grad": grad,
+        "raw_grad": raw,
+        "base_lr": job.scalars.get(job.group, "lr", device),
+        "gate": None,
+    }
+    frame = Frame(job, env)
+    step = env["step"]
+    yield from execute(job.program.nodes, grad, frame)
+    _commit(job, frame, step)
+
+
+def _share(job: Job, key: str, totals: Mapping[str, Tensor]) -> Tensor | None:
+    """A job's share of one sum, given the sums before it; None where its program has no part in it."""
+    if key not in job.program.total_keys:
+        return None
+    run = _start(job)
+    found, share = next(run)
+    while found != key:
+        found, share = run.send(totals[found])
+    run.close()
+    return share
+
+
+def _drive(job: Job, run: Generator[Share, Tensor, None], totals: Mapping[str, Tensor]) -> None:
+    waiting = next(run, None)
+    while waiting is not None:
+        try:
+            waiting = run.send(totals[waiting[0]].to(job.param.device))
+        except StopIteration:
+            waiting = None
+
+
+def _sum(key: str, shares: Iterable[Tensor | None]) -> dict[str, Tensor]:
+    total = None
+    for share in shares:
+        if share is not None:
+            share = share.to(SCALAR)
+            total = share if total is None else total + share.to(total.device)
+    return {} if total is None else {key: total}
+
+
+def _commit(job: Job, frame: Frame, step: Tensor) -> None:
+    """Write the new parameter and state into the tensors that hold the old ones."""
+    targets = {key: job.state[key] for key in frame.new}
+    old = {t.untyped_storage().data_ptr() for t in (job.param, *targets.values())}
+    pairs = [(job.param, frame.env["param"]), *((targets[k], v) for k, v in frame.new.items())]
+    # a transform may hand on an old state as another state: save it before it is overwritten
+    safe = [
+        (
+            t,
+            v.clone()
+            if v.untyped_storage().data_ptr() in old and v.data_ptr() != t.data_ptr()
+            else v,
+        )
+        for t, v in pairs
+    ]
+    for target, value in safe:
+        target.copy_(value.reshape(target.shape))
+    job.state["step"].copy_(step)
+
+
+def average(
+    node: Node, param: Tensor, state: dict[str, Tensor], group: Mapping[str, Any], scalars: Scalars
+) -> Tensor:
+    """The weights to evaluate with, from the node of a chain that keeps an average."""
+    assert node.transform.evaluate is not None
+    job = Job(Program(()), param, param, group, state, scalars)
+    frame = Frame(job, {})
+    old = [_working_state(node, name, frame) for name in node.transform.states]
+    names = keyword_names(node.transform.evaluate)
+    hyper = {name: frame.hyper(node, name) for name in names}
+    return node.transform.evaluate(working(param), *old, **hyper).reshape(param.shape)

@@ -1,0 +1,393 @@
+"""A transform: a pure function of one tensor whose state and hyper-parameters are declared.
+
+`@transform` reads the function's signature once and yields a frozen `Transform`.
+"""
+
+import difflib
+import importlib
+import inspect
+import math
+import numbers
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+# A live hyper-parameter of a transform: a float (or a tuple of floats) where it is declared, a 0-d
+# tensor (or a tuple of them) when the function runs.
+Live: TypeAlias = Any
+
+Kind = Literal["transform", "decay", "writer", "observer"]
+
+# What the runner offers to any transform that names it as a keyword-only argument.
+CONTEXT = {
+    "step": "how many gradients this parameter has had, from 1",
+    "param": "the parameter (after the write, for an observer)",
+    "grad": "the gradient the chain started from",
+    "raw_grad": "the gradient as it came, before saturation",
+    "lr": "the learning rate of this step, warm-up included",
+    "base_lr": "the learning rate of the group, without warm-up",
+}
+
+
+@dataclass(frozen=True)
+class State:
+    """How one state tensor begins: `init(param, options)` gives it, or None where there is none."""
+
+    init: Callable[[Tensor, Mapping[str, Any]], Tensor | None]
+    rule: str
+    needed_by: str | None = None
+    is_number: bool = False
+
+    def needs(self, name: str) -> "State":
+        """The same state, held only while the option or hyper-parameter `name` is not zero."""
+        return replace(self, needed_by=name, rule=f"{self.rule}, if {name}")
+
+    def __str__(self) -> str:
+        return self.rule
+
+
+zeros = State(lambda param, options: torch.zeros_like(param), "zeros like the parameter")
+copy_of_param = State(lambda param, options: param.clone(), "a copy of the parameter")
+
+
+def scalar(value: float) -> State:
+    """A float64 number per parameter."""
+
+    def init(param: Tensor, options: Mapping[str, Any]) -> Tensor:
+        return torch.full((), value, dtype=torch.float64, device=param.device)
+
+    return State(init, f"a number, at first {value:g}", is_number=True)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The values that a live hyper-parameter may take."""
+
+    low: float
+    high: float
+    low_open: bool = False
+    high_open: bool = True
+
+    def __contains__(self, value: float) -> bool:
+        above = value > self.low if self.low_open else value >= self.low
+        below = value < self.high if self.high_open else value <= self.high
+        return math.isfinite(value) and above and below
+
+    def __str__(self) -> str:
+        left, right = "(["[not self.low_open], "])"[self.high_open]
+        return f"{left}{self.low:g}, {self.high:g}{right}"
+
+
+nonnegative = Interval(0, math.inf)
+positive = Interval(0, math.inf, low_open=True)
+fraction = Interval(0, 1)
+open_fraction = Interval(0, 1, low_open=True)
+closed_fraction = Interval(0, 1, high_open=False)
+finite = Interval(-math.inf, math.inf, low_open=True)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A hyper-parameter that several transforms of a chain use under one name in the group."""
+
+    name: str
+    value: float | tuple[float, ...]
+    index: int | None = None
+
+    def __getitem__(self, index: int) -> "Shared":
+        if self.index is not None or not isinstance(self.value, tuple):
+            raise TypeError(f"shared {self.name!r} is one number, it has no element {index}")
+        if not 0 <= index < len(self.value):
+            raise IndexError(f"shared {self.name!r} has {len(self.value)} numbers, none is {index}")
+        return replace(self, index=index)
+
+    @property
+    def item(self) -> float | tuple[float, ...]:
+        return self.value if self.index is None else self.value[self.index]  # type: ignore[index]
+
+    def __repr__(self) -> str:
+        return self.name if self.index is None else f"{self.name}[{self.index}]"
+
+
+def shared(name: str, value: float | Iterable[float]) -> Shared:
+    """Name a hyper-parameter once and give it, or one element of it, to several transforms.
+
+    `betas = shared("betas", (0.9, 0.999))`, then `scale_by_exp_avg_sq(beta2=betas[1])` and
+    `schedule_free(beta=betas[0])`: the group holds one `betas`, as in torch.
+    """
+    return Shared(name, _number(name, value) if _is_real(value) else _numbers(name, value))
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of an error message: what is known, and the nearest of it."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"known: {', '.join(known) if known else 'none'}{hint}"
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _number(name: str, value: Any) -> float:
+    if not _is_real(value):
+        raise TypeError(f"{name}={value!r}: expected a number, got {type(value).__name__}")
+    return float(value)
+
+
+def _numbers(name: str, value: Any) -> tuple[float, ...]:
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"{name}={value!r}: expected a tuple of numbers")
+    return tuple(_number(name, v) for v in value)
+
+
+def check_live(name: str, value: Any, like: Any, domain: Interval) -> Any:
+    """A live hyper-parameter's value as floats, or an error that names it and what was expected."""
+    if isinstance(like, tuple):
+        value = _numbers(name, value)
+        if len(value) != len(like):
+            raise ValueError(f"{name}={value!r}: expected {len(like)} numbers, got {len(value)}")
+        parts = value
+    else:
+        value = _number(name, value)
+        parts = (value,)
+    for part in parts:
+        if part not in domain:
+            raise ValueError(f"{name}={value!r}: expected {'each ' * (len(parts) > 1)}in {domain}")
+    return value
+
+
+def _allows_none(annotation: Any) -> bool:
+    return type(None) in typing.get_args(annotation)
+
+
+def _check_option(name: str, value: Any, default: Any, annotation: Any) -> Any:
+    """The value of a fixed option, checked against its annotation or the type of its default."""
+    if value is None and (default is None or _allows_none(annotation)):
+        return value
+    if typing.get_origin(annotation) is Literal:
+        choices = typing.get_args(annotation)
+        if value not in choices:
+            raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, choices))}")
+        return value
+    accepted: Any = type(default)
+    if annotation is not inspect.Parameter.empty:
+        parts = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
+        accepted = tuple(typing.get_origin(p) or p for p in parts)
+    if isinstance(value, bool) and accepted not in (bool, (bool,)):
+        raise TypeError(f"{name}={value!r}: expected {annotation}, got a bool")
+    if not isinstance(value, accepted):
+        names = accepted if isinstance(accepted, tuple) else (accepted,)
+        expected = " or ".join(getattr(t, "__name__", str(t)) for t in names)
+        raise TypeError(f"{name}={value!r}: expected {expected}, got {type(value).__name__}")
+    return value
+
+
+def _is_union(annotation: Any) -> bool:
+    return typing.get_origin(annotation) in (typing.Union, types.UnionType)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Transform:
+    """One element of a chain: a pure function and what it declares.
+
+    `update` is the function itself. `hyper` are the live hyper-parameters (floats and tuples of
+    floats: they go to the parameter group), `options` the fixed ones. Calling a transform with some
+    of either gives a configured copy.
+    """
+
+    name: str
+    update: Callable[..., Any]
+    states: dict[str, State]
+    hyper: dict[str, Any]
+    options: dict[str, Any]
+    defaults: dict[str, Any]
+    annotations: dict[str, Any]
+    context: tuple[str, ...]
+    optional: tuple[str, ...]
+    provides: tuple[str, ...]
+    kind: Kind
+    domains: dict[str, Interval]
+    excludes: dict[str, str]
+    before_state: str
+    modifier: bool
+    over_all: Callable[..., Tensor] | None
+    over_all_context: tuple[str, ...]
+    evaluate: Callable[..., Tensor] | None
+    given: frozenset[str] = field(default_factory=frozenset)
+
+    @property
+    def doc(self) -> str:
+        return inspect.getdoc(self.update) or ""
+
+    @property
+    def summary(self) -> str:
+        return self.doc.split("\n\n")[0].replace("\n", " ")
+
+    def domain(self, name: str) -> Interval:
+        """Where the live hyper-parameter `name` may lie: [0, 1) for betas, else not negative."""
+        default = fraction if name.startswith("beta") else nonnegative
+        return self.domains.get(name, default)
+
+    def __call__(self, *args: Any, **options: Any) -> "Transform":
+        names = [n for n in self.annotations if n in self.hyper or n in self.options]
+        if len(args) > len(names):
+            raise TypeError(
+                f"{self.name}: {len(args)} arguments given, it has {len(names)} options"
+            )
+        for name, value in zip(names, args, strict=False):
+            if name in options:
+                raise TypeError(f"{self.name}: {name!r} was given twice")
+            options[name] = value
+        hyper, fixed = dict(self.hyper), dict(self.options)
+        for name, value in options.items():
+            if name not in self.annotations:
+                raise TypeError(f"{self.name} has no option {name!r}; {nearest(name, names)}")
+            hyper.pop(name, None)
+            fixed.pop(name, None)
+            target, checked = self._checked(name, value)
+            (hyper if target else fixed)[name] = checked
+        return replace(self, hyper=hyper, options=fixed, given=self.given | options.keys())
+
+    def _checked(self, name: str, value: Any) -> tuple[bool, Any]:
+        """Whether `value` makes `name` a live hyper-parameter, and its checked value."""
+        default = self.defaults[name]
+        try:
+            if not _is_live(default):
+                value = _check_option(name, value, default, self.annotations[name])
+                if name in self.domains and value is not None and value not in self.domains[name]:
+                    raise ValueError(f"{name}={value!r}: expected in {self.domains[name]}")
+                return False, value
+            if value is None and _allows_none(self.annotations[name]):
+                return False, None
+            plain = value.item if isinstance(value, Shared) else value
+            plain = check_live(name, plain, default, self.domain(name))
+            return True, value if isinstance(value, Shared) else plain
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{self.name}: {error}") from None
+
+    def __repr__(self) -> str:
+        values = {**self.hyper, **self.options}
+        shown = [f"{n}={values[n]!r}" for n in self.annotations if n in self.given]
+        return f"{self.name}({', '.join(shown)})" if shown else self.name
+
+    def __deepcopy__(self, memo: dict) -> "Transform":
+        return self
+
+    def __reduce__(self) -> tuple:
+        # The module holds the Transform where pickle would look for the function.
+        given = {n: v for n, v in {**self.hyper, **self.options}.items() if n in self.given}
+        return _restore, (self.update.__module__, self.update.__qualname__, given)
+
+
+def _restore(module: str, qualname: str, given: dict[str, Any]) -> Transform:
+    found: Any = importlib.import_module(module)
+    for part in qualname.split("."):
+        if part == "<locals>":
+            raise AttributeError(
+                f"{qualname}: a transform must be defined in a module to be pickled"
+            )
+        found = getattr(found, part)
+    return found(**given) if given else found
+
+
+def _is_live(default: Any) -> bool:
+    return isinstance(default, float) or (
+        isinstance(default, tuple) and bool(default) and all(isinstance(v, float) for v in default)
+    )
+
+
+def transform(
+    *,
+    kind: Kind = "transform",
+    provides: tuple[str, ...] = (),
+    domains: Mapping[str, Interval] | None = None,
+    excludes: Mapping[str, str] | None = None,
+    before_state: str = "",
+    modifier: bool = False,
+    over_all: Callable[..., Tensor] | None = None,
+    evaluate: Callable[..., Tensor] | None = None,
+    **states: State,
+) -> Callable[[Callable[..., Any]], Transform]:
+    """Declare a transform: `@transform(mean=zeros)` above a function of one tensor.
+
+    The function is `fn(update, *states, *, context, hyper-parameters) -> (update, *states)`, or just
+    the update where there is no state. Keyword-only arguments without a default (or annotated
+    `Tensor | None`) are context that the runner gives; floats and tuples of floats are live
+    hyper-parameters and arrive as 0-d tensors; every other default is a fixed option.
+
+    kind: "decay" goes right before the write, "writer" returns the new parameter in place of an
+        update, "observer" runs after the write.
+    provides: names of further results, context for the elements behind it. `gate` (a 0-d bool that
+        freezes everything behind while it is false), `step`, `lr` and `grad` are replaced for them.
+    domains: the interval of a hyper-parameter; without one, a float lies in [0, inf), one whose name
+        begins with `beta` in [0, 1).
+    excludes: names of transforms that cannot stand in the same chain, with the reason.
+    before_state: why the transform must stand before every transform that holds state, if it must.
+    modifier: acts only through what it provides, so something behind it must ask for that.
+    over_all: `fn(update, ...)`, one tensor's share of a sum over all parameters; the sum arrives as
+        the context `total`.
+    evaluate: `fn(param, *states, hyper-parameters)`, the weights to evaluate with.
+    Errors: TypeError if the signature and the declared state differ.
+    """
+
+    def declare(fn: Callable[..., Any]) -> Transform:
+        signature = inspect.signature(fn, eval_str=True)
+        positional: list[inspect.Parameter] = []
+        keywords: list[inspect.Parameter] = []
+        for p in signature.parameters.values():
+            if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+                raise TypeError(f"{fn.__name__}: {p} cannot be declared, name every argument")
+            (keywords if p.kind is p.KEYWORD_ONLY else positional).append(p)
+        if [p.name for p in positional[1:]] != list(states) or not positional:
+            found = ", ".join(p.name for p in positional)
+            raise TypeError(
+                f"{fn.__name__}({found}): expected the update and then the declared state, "
+                f"{', '.join(['update', *states])}"
+            )
+        needed = [p.name for p in keywords if p.default is p.empty]
+        optional = [
+            p.name for p in keywords if p.default is None and _mentions_tensor(p.annotation)
+        ]
+        rest = {p.name: p for p in keywords if p.name not in needed and p.name not in optional}
+        defaults = {n: p.default for n, p in rest.items()}
+        result = Transform(
+            name=fn.__name__,
+            update=fn,
+            states=dict(states),
+            hyper={n: v for n, v in defaults.items() if _is_live(v)},
+            options={n: v for n, v in defaults.items() if not _is_live(v)},
+            defaults=defaults,
+            annotations={n: p.annotation for n, p in rest.items()},
+            context=tuple(needed),
+            optional=tuple(optional),
+            provides=provides,
+            kind=kind,
+            domains=dict(domains or {}),
+            excludes=dict(excludes or {}),
+            before_state=before_state,
+            modifier=modifier,
+            over_all=over_all,
+            over_all_context=keyword_names(over_all),
+            evaluate=evaluate,
+        )
+        for name, value in defaults.items():
+            result._checked(name, value)
+        object.__setattr__(result, "__doc__", fn.__doc__)
+        return result
+
+    return declare
+
+
+def keyword_names(fn: Callable[..., Any] | None) -> tuple[str, ...]:
+    return () if fn is None else tuple(inspect.getfullargspec(fn).kwonlyargs)
+
+
+def _mentions_tensor(annotation: Any) -> bool:
+    return annotation is Tensor or Tensor in typing.get_args(annotation)

@@ -1,0 +1,30 @@
+"""Gradient accumulation inside the optimizer."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from heavyball.transform import Interval, transform, zeros
+
+
+@transform(
+    accumulated=zeros,
+    provides=("grad", "gate", "step"),
+    domains={"k": Interval(1, math.inf)},
+)
+def accumulate(
+    update: Tensor, accumulated: Tensor, *, step: Tensor, k: int = 1
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Let one step in k through, with the mean of the k updates.
+
+    a <- a + (u - a) / n for the n-th of k calls; at n = k everything behind runs with u' = a, and
+    a <- 0. At the calls between nothing behind changes, its count of steps included.
+
+    Shapes: all (*).
+    Source: optax.MultiSteps.
+    """
+    position = torch.remainder(step - 1, k) + 1
+    mean = accumulated + (update - accumulated) / position
+    full = position == k
+    return mean, torch.where(full, 0.0, mean), mean, full, (step / k).ceil()

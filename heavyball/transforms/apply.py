@@ -1,0 +1,39 @@
+"""A plain function, and the sign for maximizing, as elements of a chain."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from heavyball.transform import transform
+
+
+def identity(update: Tensor) -> Tensor:
+    """The update itself."""
+    return update
+
+
+@transform()
+def apply(update: Tensor, *, fn: Callable = identity) -> Tensor:
+    """Put a function of the update into a chain.
+
+    u' = fn(u); it must be pure and keep the shape.
+
+    Shapes: all (*).
+    """
+    result = fn(update)
+    if not isinstance(result, torch.Tensor) or result.shape != update.shape:
+        shape = tuple(result.shape) if isinstance(result, torch.Tensor) else type(result).__name__
+        raise TypeError(
+            f"apply: {fn!r} returned {shape}, expected a tensor of shape {tuple(update.shape)}"
+        )
+    return result
+
+
+@transform(provides=("grad",))
+def maximize(update: Tensor, *, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Go up instead of down: everything behind sees the negative gradient.
+
+    u' = -u, and g' = -g for those that compare with the gradient
+    """
+    return -update, -grad

@@ -1,0 +1,95 @@
+"""Bounds on the size of a gradient or an update."""
+
+from torch import Tensor
+
+from heavyball.numerics import norm, rms
+from heavyball.transform import Live, positive, transform
+
+
+@transform(domains={"max_norm": positive})
+def clip_by_norm(update: Tensor, *, max_norm: Live = 1.0) -> Tensor:
+    """Shorten a tensor that is longer than `max_norm`.
+
+    u' = u min(1, max_norm / ||u||)
+
+    Shapes: all (*), the norm over the whole tensor.
+    """
+    return update * (max_norm / norm(update)).clamp(max=1)
+
+
+@transform(domains={"max_rms": positive})
+def clip_by_rms(update: Tensor, *, max_rms: Live = 1.0) -> Tensor:
+    """Scale down a tensor whose root mean square is above `max_rms`.
+
+    u' = u min(1, max_rms / RMS(u))
+
+    Shapes: all (*).
+    """
+    return update * (max_rms / rms(update)).clamp(max=1)
+
+
+@transform()
+def l2_normalize(update: Tensor) -> Tensor:
+    """Give a tensor the norm 1.
+
+    u' = u / max(||u||, 1e-8)
+
+    Shapes: all (*).
+    Source: what HeavyBall 1.0 calls l2_clip_.
+    """
+    return update / norm(update).clamp(min=1e-8)
+
+
+@transform()
+def rms_normalize(update: Tensor) -> Tensor:
+    """Give a tensor the root mean square 1.
+
+    u' = u / max(RMS(u), 1e-6)
+
+    Shapes: all (*).
+    Source: what HeavyBall 1.0 calls rmsnorm_clip_.
+    """
+    return update / rms(update).clamp(min=1e-6)
+
+
+def _squared_norm(update: Tensor) -> Tensor:
+    return norm(update).square()
+
+
+@transform(over_all=_squared_norm, domains={"max_norm": positive})
+def clip_by_global_norm(update: Tensor, *, total: Tensor, max_norm: Live = 1.0) -> Tensor:
+    """Shorten all parameters' updates by one factor if they are longer than `max_norm` together.
+
+    u' = u min(1, max_norm / (N + 1e-6)), N the norm of all updates as one vector
+
+    Only parameters with a gradient in this step count.
+
+    Shapes: all (*).
+    Source: Pascanu, Mikolov and Bengio 2013, https://arxiv.org/abs/1211.5063; 1e-6 as in
+        torch.nn.utils.clip_grad_norm_.
+    """
+    return update * (max_norm / (total.sqrt() + 1e-6)).clamp(max=1)
+
+
+@transform(domains={"clipping": positive, "min_norm": positive})
+def adaptive_gradient_clip(
+    update: Tensor,
+    *,
+    param: Tensor,
+    clipping: Live = 0.01,
+    min_norm: Live = 1e-3,
+    unit_wise: bool = True,
+) -> Tensor:
+    """Bound the gradient by a share of the weights that it belongs to.
+
+    u' = u M / max(N(u), 1e-6) where N(u) > M, M = clipping max(N(p), min_norm)
+
+    N is the norm of each output unit (over all axes but the first; the whole tensor for fewer than
+    two dimensions), or with `unit_wise=False` always that of the whole tensor.
+
+    Shapes: all (*), the output unit first, as in torch's layers.
+    Source: Brock et al. 2021, equation 3, https://arxiv.org/abs/2102.06171.
+    """
+    axes = tuple(range(1, param.ndim)) if unit_wise and param.ndim > 1 else None
+    bound = clipping * norm(param, axes).clamp(min=min_norm)
+    return update * (bound / norm(update, axes).clamp(min=1e-6)).clamp(max=1)

@@ -1,0 +1,146 @@
+"""Weight decay: terms that the write takes off the parameter together with the update.
+
+Each adds a term D to the update, so the step is p - lr (u + D) with the parameter of before the
+step, and a decay works with every writer. `weight_decay` is called wd below.
+"""
+
+import torch
+from torch import Tensor
+
+from heavyball.numerics import ema
+from heavyball.transform import Live, scalar, transform, zeros
+
+
+@transform(kind="decay")
+def decoupled(
+    update: Tensor, *, param: Tensor, decayed: Tensor | None = None, weight_decay: Live = 0.0
+) -> Tensor:
+    """Shrink the weights in proportion to the learning rate; the default decay.
+
+    D = wd p, so p <- p (1 - lr wd) - lr u. After `focus`, wd times the averaged weight.
+
+    Units: `weight_decay` is per unit of `lr` and step.
+    Source: Loshchilov and Hutter 2017, Algorithm 2, https://arxiv.org/abs/1711.05101.
+    """
+    return update + weight_decay * (param if decayed is None else decayed)
+
+
+@transform()
+def coupled(update: Tensor, *, param: Tensor, weight_decay: Live = 0.0) -> Tensor:
+    """L2 regularization: the decay is part of the gradient, and what follows scales it too.
+
+    u' = u + wd p
+
+    Source: `weight_decay` of torch.optim.SGD, RMSprop and NAdam.
+    """
+    return update + weight_decay * param
+
+
+@transform(kind="decay", lr_max=scalar(0.0))
+def independent(
+    update: Tensor,
+    lr_max: Tensor,
+    *,
+    param: Tensor,
+    base_lr: Tensor,
+    lr: Tensor,
+    weight_decay: Live = 0.0,
+    peak_lr: Live = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Decay that follows the schedule but not the size of the learning rate.
+
+    D = wd p / lr_peak, so p <- p (1 - wd lr / lr_peak) - lr u
+
+    `peak_lr` is lr_peak; 0 stands for the largest `lr` of the group so far, warm-up left out. A
+    schedule that rises by itself (OneCycleLR) needs `peak_lr`.
+
+    Units: `weight_decay` is the share that a step at the peak takes off.
+    Source: Schaipp 2024, https://fabian-sp.github.io/posts/2024/02/decoupling/.
+    """
+    lr_max, peak = _peak(lr_max, base_lr, peak_lr)
+    # nothing moves at lr = 0, and no peak is known then
+    share = torch.where(peak > 0, weight_decay / peak, 0.0)
+    return update + share * param, lr_max
+
+
+@transform(kind="decay", lr_max=scalar(0.0))
+def adamc(
+    update: Tensor,
+    lr_max: Tensor,
+    *,
+    param: Tensor,
+    base_lr: Tensor,
+    lr: Tensor,
+    weight_decay: Live = 0.0,
+    peak_lr: Live = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Decay for weights that a normalization layer follows, corrected for the schedule.
+
+    D = wd (lr / lr_peak) p, so p <- p (1 - wd lr^2 / lr_peak) - lr u; `peak_lr` as in `independent`.
+
+    Source: Defazio 2025, Algorithm 1, https://arxiv.org/abs/2506.02285.
+    """
+    lr_max, peak = _peak(lr_max, base_lr, peak_lr)
+    ratio = torch.where(peak > 0, lr / peak, 0.0)
+    return update + weight_decay * ratio * param, lr_max
+
+
+def _peak(lr_max: Tensor, base_lr: Tensor, peak_lr: Tensor) -> tuple[Tensor, Tensor]:
+    lr_max = torch.maximum(lr_max, base_lr)
+    return lr_max, torch.where(peak_lr > 0, peak_lr, lr_max)
+
+
+@transform(kind="decay")
+def cautious_decay(update: Tensor, *, param: Tensor, weight_decay: Live = 0.0) -> Tensor:
+    """Decay only the entries that the update also moves towards zero.
+
+    D = wd p where u p > 0, else 0
+
+    Source: Chen et al. 2025, https://arxiv.org/abs/2510.12402.
+    """
+    agree = update.sign() * param.sign() > 0
+    return update + weight_decay * torch.where(agree, param, 0.0)
+
+
+@transform(kind="decay")
+def l1_decay(update: Tensor, *, param: Tensor, weight_decay: Live = 0.0) -> Tensor:
+    """Decay by the same amount for every weight, which drives weights to zero.
+
+    D = wd sign(p)
+    """
+    return update + weight_decay * param.sign()
+
+
+@transform(kind="decay")
+def palm_decay(update: Tensor, *, param: Tensor, lr: Tensor, weight_decay: Live = 0.0) -> Tensor:
+    """Decay with the square of the learning rate.
+
+    D = wd lr p, so p <- p (1 - wd lr^2) - lr u
+
+    Source: Chowdhery et al. 2022, section 5, https://arxiv.org/abs/2204.02311.
+    """
+    return update + weight_decay * lr * param
+
+
+@transform(kind="decay", decay_target=zeros)
+def decay_to_ema(
+    update: Tensor,
+    decay_target: Tensor,
+    *,
+    param: Tensor,
+    step: Tensor,
+    lr: Tensor,
+    weight_decay: Live = 0.0,
+    beta: Live = 0.999,
+) -> tuple[Tensor, Tensor]:
+    """Pull the weights to their own running mean instead of to zero.
+
+    e <- unbiased mean of p_1..p_t with `beta`;  D = wd (p - e) / lr,
+    so p <- p + wd (e - p) - lr u; nothing moves at lr = 0.
+
+    Units: `weight_decay` is the share of the way to the mean taken per step.
+    Source: `weight_decay_to_ema` of HeavyBall 1.0.
+    """
+    decay_target = ema(decay_target, param, beta, step)
+    share = torch.where(lr > 0, weight_decay / lr, 0.0)
+    return update + share * (param - decay_target), decay_target

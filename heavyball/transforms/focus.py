@@ -1,0 +1,44 @@
+"""FOCUS: signs of the momentum, and of the way back to the averaged weights."""
+
+from torch import Tensor
+
+from heavyball.numerics import ema, lerp
+from heavyball.transform import Live, transform, zeros
+
+SIGNS = "focus replaces the preconditioner, and its update is made of signs"
+
+
+@transform(
+    exp_avg=zeros,
+    param_avg=zeros,
+    provides=("decayed",),
+    excludes={
+        "factored_rms": "focus has no second moment that could be factored",
+        "scale_by_adam_atan2": SIGNS,
+        "muon": SIGNS,
+    },
+)
+def focus(
+    update: Tensor,
+    exp_avg: Tensor,
+    param_avg: Tensor,
+    *,
+    step: Tensor,
+    param: Tensor,
+    betas: Live = (0.9, 0.999),
+    gamma: Live = 0.1,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Follow the sign of the momentum and be drawn to the averaged weights.
+
+    m <- beta1 m + (1 - beta1) g;  q = unbiased mean of p_1..p_t with weights beta2^(t-i)
+    u = sign(m) + gamma sign(p - q); `decoupled` decay behind it decays by q instead of p
+
+    Shapes: all (*).
+    Units: |u| <= 1 + gamma, so `lr` is the size of every entry's step.
+    Source: Liu et al. 2025, Algorithm 1, https://arxiv.org/abs/2501.12243. Departure: the mean is
+        unbiased by its weights, so that p - q is exactly 0 at t = 1; the authors divide by
+        1 - beta2^t, which leaves a rounding error there, and its sign moves the weights.
+    """
+    exp_avg = lerp(exp_avg, update, 1 - betas[0])
+    param_avg = ema(param_avg, param, betas[1], step)
+    return exp_avg.sign() + gamma * (param - param_avg).sign(), exp_avg, param_avg, param_avg

@@ -1,0 +1,32 @@
+"""MARS: correct the gradient by its change since the step before."""
+
+from torch import Tensor
+
+from heavyball.numerics import norm
+from heavyball.transform import Live, transform, zeros
+
+
+@transform(last_grad=zeros)
+def mars(
+    update: Tensor,
+    last_grad: Tensor,
+    *,
+    gamma: Live = 0.025,
+    beta1: Live = 0.95,
+    max_norm: Live | None = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Reduce the variance of the gradient that follows.
+
+    c = g_t + gamma beta1 / (1 - beta1) (g_t - g_(t-1)), g_0 = 0;  u = c min(1, max_norm / ||c||)
+
+    `beta1` is that of the first moment behind; `max_norm=None` does not clip.
+
+    Shapes: all (*); the norm is the tensor's.
+    Source: Yuan et al. 2024, Algorithm 1 (the approximate form), https://arxiv.org/abs/2411.10438,
+        defaults of the authors' code. HeavyBall's option `mars` has gamma 0.0025 and no clip.
+    """
+    corrected = update + gamma * beta1 / (1 - beta1) * (update - last_grad)
+    if max_norm is not None:
+        # a zero norm gives infinity here, and the bound 1
+        corrected = corrected * (max_norm / norm(corrected)).clamp(max=1)
+    return corrected, update

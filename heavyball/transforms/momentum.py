@@ -1,0 +1,49 @@
+"""Momentum as torch.optim.SGD has it: a sum of past gradients, not their mean."""
+
+import torch
+from torch import Tensor
+
+from heavyball.transform import Live, transform, zeros
+
+
+@transform(momentum_buffer=zeros.needs("momentum"))
+def heavyball_momentum(
+    update: Tensor,
+    momentum_buffer: Tensor | None,
+    *,
+    step: Tensor,
+    momentum: Live = 0.9,
+    dampening: Live = 0.0,
+) -> tuple[Tensor, Tensor | None]:
+    """Polyak's heavy ball.
+
+    b_1 = u_1;  b_t = momentum b_(t-1) + (1 - dampening) u_t;  u' = b
+
+    While `momentum` is 0 the update passes, and no buffer is held if it has been 0 all along.
+
+    Shapes: all (*).
+    Units: those of u, up to 1 / (1 - momentum) times larger.
+    Source: Polyak 1964; torch.optim.SGD.
+    """
+    if momentum_buffer is None:
+        return update, None
+    buffer = momentum * momentum_buffer + torch.where(step == 1, 1.0, 1 - dampening) * update
+    return torch.where(momentum == 0, update, buffer), buffer
+
+
+@transform(momentum_buffer=zeros.needs("momentum"))
+def nesterov_momentum(
+    update: Tensor, momentum_buffer: Tensor | None, *, momentum: Live = 0.9
+) -> tuple[Tensor, Tensor | None]:
+    """Momentum with the gradient taken one step ahead, in torch's form.
+
+    b <- momentum b + u;  u' = u + momentum b
+
+    Shapes: all (*).
+    Units: those of u, up to 1 / (1 - momentum) times larger.
+    Source: Sutskever et al. 2013, https://proceedings.mlr.press/v28/sutskever13.html; torch.optim.SGD.
+    """
+    if momentum_buffer is None:
+        return update, None
+    momentum_buffer = momentum * momentum_buffer + update
+    return update + momentum * momentum_buffer, momentum_buffer

@@ -1,0 +1,74 @@
+"""Schedule-free: an average of the iterates in place of a decreasing learning rate."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from heavyball.numerics import lerp
+from heavyball.transform import Live, copy_of_param, open_fraction, scalar, transform
+from heavyball.transforms.cautious import mask_disagreeing
+
+
+def averaged_iterate(
+    param: Tensor, z: Tensor, weight_sum: Tensor, lr_max: Tensor, *, beta: Tensor
+) -> Tensor:
+    """x = y + (1 - 1 / beta) (z - y), the point to evaluate at."""
+    return lerp(param, z, 1 - 1 / beta)
+
+
+@transform(
+    kind="writer",
+    z=copy_of_param,
+    weight_sum=scalar(0.0),
+    lr_max=scalar(0.0),
+    domains={"beta": open_fraction},
+    excludes={"parameter_ema": "both decide which weights are evaluated"},
+    evaluate=averaged_iterate,
+)
+def schedule_free(
+    update: Tensor,
+    z: Tensor,
+    weight_sum: Tensor,
+    lr_max: Tensor,
+    *,
+    step: Tensor,
+    param: Tensor,
+    lr: Tensor,
+    beta: Live = 0.9,
+    r: Live = 0.0,
+    weight_lr_power: Live = 2.0,
+    c: Live = 0.0,
+    caution: Literal["none", "cautious", "grams"] = "none",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Step from z, average the steps in x, and take gradients in between, at y.
+
+    w_t = t^r max(lr_1..lr_t)^weight_lr_power;  c_t = w_t / (w_1 + .. + w_t)
+    y <- y + c_t (z - y) - lr (1 - beta (1 - c_t)) u;  z <- z - lr u
+    which keeps y = (1 - beta) z + beta x with x <- (1 - c_t) x + c_t z.
+
+    The parameter holds y while training and x in evaluation mode, see `ChainOpt.eval`. A decay before
+    this element decays y and z by the same amount, as the authors do.
+
+    c: above 0, c_t is min(1, c (1 - beta) c_t), a longer average.
+    caution: masks (or gives signs to) the whole change of y by u, never z; `cautious` and `grams` as
+        elements before this one act on u instead.
+
+    Shapes: all (*).
+    Units: `lr` as in the chain before; there is no schedule but a warm-up.
+    Errors: beta must be above 0, x cannot be recovered from y otherwise.
+    Source: Defazio et al. 2024, Algorithm 1, https://arxiv.org/abs/2405.15682, weights as in the
+        authors' package; c from https://arxiv.org/abs/2507.09846. Departure: weights and lr_max are
+        kept per parameter, so one whose gradients begin late is averaged from its own first step.
+    """
+    lr_max = torch.maximum(lr_max, lr)
+    weight = step**r * lr_max**weight_lr_power
+    weight_sum = weight_sum + weight
+    share = torch.where(weight_sum > 0, weight / weight_sum, 0.0)
+    share = torch.where(c > 0, (c * (1 - beta) * share).clamp(max=1), share)
+    change = share * (param - z) + lr * (1 - beta * (1 - share)) * update
+    if caution == "cautious":
+        change = mask_disagreeing(change, update)
+    elif caution == "grams":
+        change = update.sign() * change.abs()
+    return param - change, z - lr * update, weight_sum, lr_max

@@ -1,0 +1,48 @@
+"""Update clipping by root mean square, in its two published forms."""
+
+import torch
+from torch import Tensor
+
+from heavyball.numerics import ema, rms, second_moment
+from heavyball.transform import Live, positive, transform, zeros
+
+
+@transform(exp_avg=zeros, exp_avg_sq=zeros, provides=("lr",))
+def stable_adamw(
+    update: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    step: Tensor,
+    lr: Tensor,
+    scheduled_beta2: Tensor | None = None,
+    betas: Live = (0.9, 0.99),
+    eps: Live = 1e-8,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Adam whose learning rate drops where the gradient is larger than its second moment expects.
+
+    m, v, u as in `scale_by_adam`;  r = sqrt(mean(g^2 / max(v, eps^2)))
+    the learning rate of everything behind, decay included, is lr / max(1, r)
+
+    Shapes: all (*); r is one number per tensor, of the gradient and the updated v.
+    Units: the result has none.
+    Source: Wortsman et al. 2023, Algorithm 2, https://arxiv.org/abs/2304.13013.
+    """
+    exp_avg = ema(exp_avg, update, betas[0], step)
+    exp_avg_sq = second_moment(exp_avg_sq, update, betas[1], step, scheduled_beta2)
+    deviation = exp_avg_sq.sqrt()
+    surprise = rms(update / torch.maximum(deviation, eps))
+    return exp_avg / (deviation + eps), exp_avg, exp_avg_sq, lr / surprise.clamp(min=1)
+
+
+@transform(domains={"threshold": positive})
+def clip_update_rms(update: Tensor, *, threshold: Live = 1.0) -> Tensor:
+    """Scale an update down to the root mean square `threshold`.
+
+    u' = u / max(1, RMS(u) / threshold)
+
+    Shapes: all (*).
+    Units: `threshold` has the unit of u; behind a preconditioner it is about 1.
+    Source: Shazeer and Stern 2018, section 6, https://arxiv.org/abs/1804.04235.
+    """
+    return update / (rms(update) / threshold).clamp(min=1)

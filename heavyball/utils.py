@@ -1,0 +1,34 @@
+"""Settings of the process that a user may want; nothing here changes what an optimizer computes."""
+
+from typing import Any
+
+import torch
+
+
+def set_torch() -> dict[str, tuple[Any, Any]]:
+    """Allow torch the fast ways of multiplying float32 matrices.
+
+    Sets torch.set_float32_matmul_precision("high") (TF32 or bf16 passes where the hardware has them),
+    torch.backends.opt_einsum.strategy = "auto-hq" (better contraction orders), and
+    torch.backends.cudnn.benchmark = True (measures convolution algorithms), the last not where
+    determinism was asked for by torch.use_deterministic_algorithms or cudnn.deterministic.
+
+    Returns the settings that changed, name: (before, after).
+    """
+    changed: dict[str, tuple[Any, Any]] = {}
+
+    def note(name: str, before: Any, after: Any) -> bool:
+        if before != after:
+            changed[name] = before, after
+        return before != after
+
+    if note("float32_matmul_precision", torch.get_float32_matmul_precision(), "high"):
+        torch.set_float32_matmul_precision("high")
+    einsum = torch.backends.opt_einsum
+    if einsum.is_available() and note("opt_einsum.strategy", einsum.strategy, "auto-hq"):
+        einsum.strategy = "auto-hq"
+    cudnn = torch.backends.cudnn
+    exact = torch.are_deterministic_algorithms_enabled() or cudnn.deterministic
+    if not exact and note("cudnn.benchmark", cudnn.benchmark, True):
+        cudnn.benchmark = True
+    return changed
