@@ -58,12 +58,15 @@ class Program:
         self.flat = tuple(flatten(nodes))
         self.total_keys = tuple(n.key for n in self.flat if n.transform.over_all is not None)
         self.evaluators = tuple(n for n in self.flat if n.transform.evaluate is not None)
-        # state that comes only when an option or a hyper-parameter asks for it
-        self.lazy_keys = {
-            n.state_key(name)
+        self.states = tuple(
+            (n, name, declared)
             for n in self.flat
             for name, declared in n.transform.states.items()
-            if declared.needed_by is not None
+            if n.transform.options.get(declared.needed_by or "", True)
+        )
+        # state that comes only when a hyper-parameter asks for it
+        self.lazy_keys = {
+            n.state_key(name) for n, name, s in self.states if s.needed_by in n.transform.hyper
         }
 
     def __repr__(self) -> str:

@@ -8,6 +8,7 @@ from heavyball.transform import (
     State,
     Transform,
     copy_of_param,
+    nearest,
     scalar,
     shared,
     transform,
@@ -58,6 +59,14 @@ from heavyball.transforms.schedule_free import schedule_free
 from heavyball.transforms.sign import sign
 from heavyball.transforms.skip import skip_not_finite
 from heavyball.transforms.stable import clip_update_rms, stable_adamw
+
+
+def __getattr__(name: str) -> Transform:
+    """A transform that is not in the list above: one that a new file or the user has added."""
+    if name in TRANSFORMS:
+        return TRANSFORMS[name]
+    raise AttributeError(f"heavyball.chainable has no {name!r}; {nearest(name, TRANSFORMS)}")
+
 
 COMBINATORS = {"parallel": parallel, "graft": graft, "route": route, "when": when}
 

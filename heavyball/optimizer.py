@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from heavyball.chain import Chain, Program
 from heavyball.report import optimizer_repr, routing_table
-from heavyball.runner import Job, Scalars, average, run, state_init
+from heavyball.runner import Job, Scalars, add_missing_state, average, run
 from heavyball.transform import check_live, nearest, nonnegative
 
 # Group entries that schedulers and trainers add; keys that begin with "_" are left alone too.
@@ -55,11 +55,12 @@ class ChainOpt(Optimizer):
     ):
         if foreach is not None and not isinstance(foreach, bool):
             raise TypeError(f"foreach={foreach!r}: expected True, False or None")
+        lr = _checked_lr(lr)
         self._chain = Chain(transforms, type(self).__name__)
         self._foreach = foreach
         self._programs: dict[Tensor, Program] | None = {}
         self._scalars: list[Scalars] = []
-        defaults: dict[str, Any] = {"lr": _checked_lr(lr)}
+        defaults: dict[str, Any] = {"lr": lr}
         for key, hyper in self._chain.hyper.items():
             defaults[key] = hyper.default
         weight_decay = check_live("weight_decay", weight_decay, 0.0, nonnegative)
@@ -203,9 +204,8 @@ class ChainOpt(Optimizer):
 
     def _state_of(self, program: Program, param: Tensor, group: Mapping) -> dict[str, Tensor]:
         state = self.state[param]
-        if not state or any(key not in state for key in program.lazy_keys):
-            for key, tensor in state_init(program, param, group).items():
-                state.setdefault(key, tensor)
+        if not state or not program.lazy_keys <= state.keys():
+            add_missing_state(program, param, group, state)
         return state
 
     # ---- evaluation weights
@@ -312,9 +312,10 @@ class ChainOpt(Optimizer):
                 )
         for param, state, saved in self._numbered(loading):
             program = self._all_programs()[param]
-            wanted = set(state_init(program, param.detach().to("meta"), saved))
+            wanted: dict[str, Tensor] = {}
+            add_missing_state(program, param.detach().to("meta"), saved, wanted)
             found = set(state) - {SAVED_WEIGHTS}
-            if (found ^ wanted) - program.lazy_keys:
+            if (found ^ wanted.keys()) - program.lazy_keys:
                 raise ValueError(
                     f"load_state_dict: the state saved for a parameter of shape {tuple(param.shape)} "
                     f"holds {sorted(found)}, the chain {self._chain!r} holds {sorted(wanted)}"
@@ -333,6 +334,11 @@ class ChainOpt(Optimizer):
         """Bytes of all state tensors held at this moment."""
         tensors = (t for state in self.state.values() for t in state.values())
         return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+
+    @property
+    def chain(self) -> Chain:
+        """The chain as it runs: checked, completed and named."""
+        return self._chain
 
     def routing(self) -> str:
         """A table of which parameter got which chain."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from heavyball.chain import Fork, Node, Program
 from heavyball.numerics import saturate
-from heavyball.transform import CONTEXT, keyword_names
+from heavyball.transform import CONTEXT, State, keyword_names
 
 SCALAR = torch.float64
 
@@ -91,25 +91,25 @@ class Frame:
         return (self.env["step"] / steps).clamp(max=1)
 
 
-def state_init(program: Program, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The state that a parameter needs under the group's present values, as it is at first."""
-    state = {"step": torch.zeros((), dtype=SCALAR, device=param.device)}
-    for node in program.flat:
-        for name, declared in node.transform.states.items():
-            if declared.needed_by is not None and not _value(node, declared.needed_by, group):
-                continue
-            tensor = declared.init(working(param), node.transform.options)
-            if tensor is not None:
-                shape = tensor.shape if declared.is_number or param.ndim else param.shape
-                state[node.state_key(name)] = tensor.reshape(shape)
-    return state
+def add_missing_state(
+    program: Program, param: Tensor, group: Mapping[str, Any], state: dict[str, Tensor]
+) -> None:
+    """Create the state that a parameter needs under the group's present values and does not have."""
+    if "step" not in state:
+        state["step"] = torch.zeros((), dtype=SCALAR, device=param.device)
+    for node, name, declared in program.states:
+        key = node.state_key(name)
+        if key in state or (key in program.lazy_keys and not _wanted(node, declared, group)):
+            continue
+        tensor = declared.init(working(param), node.transform.options)
+        if tensor is not None:
+            shape = tensor.shape if declared.is_number or param.ndim else param.shape
+            state[key] = tensor.reshape(shape)
 
 
-def _value(node: Node, name: str, group: Mapping[str, Any]) -> Any:
-    if name in node.transform.options:
-        return node.transform.options[name]
-    key, index = node.hyper[name]
-    return group[key] if index is None else group[key][index]
+def _wanted(node: Node, declared: State, group: Mapping[str, Any]) -> bool:
+    key, index = node.hyper[declared.needed_by or ""]
+    return bool(group[key] if index is None else group[key][index])
 
 
 Share = tuple[str, Tensor]

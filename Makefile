@@ -1,0 +1,36 @@
+# make demo    install into .venv and race four optimizers on handwritten digits
+# make test    install into .venv and run the tests
+# make lint    formatting, lint and types
+# make docs    write the generated parts of README.md and docs/ again
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint docs clean
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "heavyball needs Python 3.11, this is " + sys.version.split()[0] + "; try make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp per set of extras: neither command waits for what only the other needs.
+$(VENV)/installed-%: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) --editable '.[$*]'
+	@touch $@
+
+demo: $(VENV)/installed-race
+	$(BIN)/heavyball race --task digits
+
+test: $(VENV)/installed-test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed-lint
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+docs: $(VENV)/installed-race
+	$(BIN)/python docs/build.py
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info

@@ -1,0 +1,99 @@
+"""Writes the generated parts of the documentation; `--check` only says whether they are current."""
+
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+import heavyball
+
+ROOT = Path(__file__).parent.parent
+CHECKS = tomllib.loads((ROOT / "docs" / "checks.toml").read_text())
+
+COMMON = "by the properties that every transform is tested for."
+
+
+def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table."""
+    lines = [header, tuple("---" for _ in header), *rows]
+    return "\n".join(
+        f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |" for row in lines
+    )
+
+
+def presets() -> str:
+    """One row per preset: what it is, its chain, its defaults."""
+    rows = []
+    for name, cls in heavyball.PRESETS.items():
+        opt = cls([torch.zeros(2, 2)])
+        summary = (cls.__doc__ or "").split("\n\n")[0].split(";")[0].rstrip(".")
+        names = " → ".join(f"`{node.transform.name}`" for node in opt.chain.programs[0].flat)
+        rows.append((f"`{name}`", summary, names))
+    return table(("preset", "what it is", "chain"), rows)
+
+
+def transforms() -> str:
+    """One row per transform."""
+    rows = [
+        (f"[`{name}`](docs/transforms.md#{name})", t.summary.rstrip("."))
+        for name, t in heavyball.chainable.TRANSFORMS.items()
+    ]
+    return table(("transform", "what it does"), rows)
+
+
+def details() -> Iterator[str]:
+    """A section per transform: docstring, hyper-parameters, state, and what it was checked against."""
+    for name, t in heavyball.chainable.TRANSFORMS.items():
+        yield f"### {name}\n\n{t.summary}\n"
+        rest = t.doc.split("\n\n", 1)[1:]
+        if rest:
+            yield f"```text\n{rest[0].strip()}\n```\n"
+        if t.hyper:
+            yield f"Live hyper-parameters: {_values(t.hyper)}.\n"
+        if t.options:
+            yield f"Options: {_values(t.options)}.\n"
+        if t.states:
+            yield "State: " + ", ".join(f"`{n}` ({s})" for n, s in t.states.items()) + ".\n"
+        yield f"Checked: {CHECKS.get(name, COMMON)}\n"
+
+
+def _values(values: dict) -> str:
+    return ", ".join(f"`{n}={_plain(v)}`" for n, v in values.items())
+
+
+def _plain(value: object) -> str:
+    return getattr(value, "__name__", None) or repr(value)
+
+
+def fill(text: str, name: str, content: str) -> str:
+    """Replace what stands between the marks `<!-- name -->` and `<!-- /name -->`."""
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, rest = text.split(start)
+    return f"{before}{start}\n{content}\n{end}{rest.split(end)[1]}"
+
+
+def build() -> dict[Path, str]:
+    """Every generated file with its text."""
+    readme, page = ROOT / "README.md", ROOT / "docs" / "transforms.md"
+    text = fill(readme.read_text(), "presets", presets())
+    return {
+        readme: fill(text, "transforms", transforms()),
+        page: fill(page.read_text(), "details", "\n".join(details())),
+    }
+
+
+def main() -> int:
+    stale = [path for path, text in build().items() if path.read_text() != text]
+    if "--check" in sys.argv:
+        for path in stale:
+            print(f"{path.relative_to(ROOT)} is not current: run make docs")
+        return bool(stale)
+    for path, text in build().items():
+        path.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
