@@ -19,7 +19,8 @@ $(VENV)/installed-%: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 demo: $(VENV)/installed-race
-	$(BIN)/heavyball race --task digits
+	$(BIN)/heavyball race --task digits --optimizer AdamW --optimizer SFAdamW --optimizer ADOPT \
+		--chain "scale_by_adam | cautious" --lr 0.003,0.01,0.03 --seeds 3 --out demo --overwrite
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest

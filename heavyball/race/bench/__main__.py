@@ -1,0 +1,19 @@
+"""`python -m heavyball.race.bench`, where its libraries are installed."""
+
+import importlib.util
+
+from heavyball.race import EXTRAS
+
+
+def main() -> None:
+    """Run the command line, or say what is not installed."""
+    missing = [EXTRAS[name] for name in ("click", "rich") if not importlib.util.find_spec(name)]
+    if missing:
+        raise SystemExit(f'{", ".join(missing)} not installed; pip install "heavyball[race]"')
+    from heavyball.race.bench.cli import bench
+
+    bench(prog_name="python -m heavyball.race.bench")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""The command line of the measurements."""
+
+import datetime
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import torch
+from rich import box
+from rich.console import Console
+
+import heavyball
+from heavyball.compiler import toolchain
+from heavyball.race.bench import report
+from heavyball.race.bench.cases import CHAINS, PEERS
+from heavyball.race.bench.measure import Result, Settings, measure
+from heavyball.race.bench.shapes import SETS
+
+PEERS_PYTHON = Path(".venv-peers/bin/python")
+TERMINAL_WIDTH = 190
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option("--set", "sets", multiple=True, type=click.Choice(list(SETS)), help="[default: all]")
+@click.option(
+    "--chain", "chains", multiple=True, type=click.Choice(list(CHAINS)), help="[default: all]"
+)
+@click.option("--steps", type=click.IntRange(1), help="Timed steps of each; else by the shape set.")
+@click.option("--threads", type=click.IntRange(1), help="[default: torch's number]")
+@click.option(
+    "--starts",
+    type=click.IntRange(0),
+    default=1,
+    show_default=True,
+    help="Processes for each kind of first step; 0 leaves first steps and memory out.",
+)
+@click.option("--peers", is_flag=True, help="Measure other libraries too, without first steps.")
+@click.option(
+    "--peers-python",
+    type=click.Path(path_type=Path),
+    default=PEERS_PYTHON,
+    show_default=True,
+    help="The Python that has the libraries of heavyball/race/bench/peers.txt.",
+)
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Document to update.")
+@click.option("--quick", is_flag=True, help="Small tensors, few steps: tries the command only.")
+def bench(
+    sets: tuple[str, ...],
+    chains: tuple[str, ...],
+    steps: int | None,
+    threads: int | None,
+    starts: int,
+    peers: bool,
+    peers_python: Path,
+    out: Path | None,
+    quick: bool,
+) -> None:
+    """Measure optimizer steps, by turns with torch's fused AdamW on the same shapes."""
+    if peers and not peers_python.exists():
+        raise click.UsageError(f"there is no {peers_python}; make bench-peers installs it")
+    cases = [CHAINS[name] for name in chains or CHAINS] + (PEERS if peers else [])
+    settings = Settings(
+        threads=threads or torch.get_num_threads(),
+        steps=steps,
+        quick=quick,
+        starts=0 if peers else starts,
+        # not resolved: the link is what makes it the Python of its environment
+        peers_python=str(peers_python.absolute()),
+    )
+    chosen = sets or tuple(SETS)
+    results = measure(cases, chosen, settings, _say)
+    shapes = {name: settings.shapes(name) for name in chosen}
+    console = Console()
+    # a table that does not fit is cut, so a pipe gets what a terminal may be too narrow for
+    console.width = max(console.width, TERMINAL_WIDTH)
+    console.print(_heading(peers, quick), highlight=False)
+    for name in chosen:
+        found = [r for r in results if r.name == name]
+        console.print(report.title(name, shapes[name], found), highlight=False)
+        console.print(report.steps_table(found, box.SIMPLE))
+    started = [r for r in results if r.eager is not None]
+    if started:
+        console.print(report.starts_table(started, box.SIMPLE))
+    for line in report.missed(results):
+        console.print(f"not reached: {line}", markup=False, highlight=False)
+    if out is not None:
+        _write(out, peers, report.section(_heading(peers, quick), facts(settings), shapes, results))
+    if any(r.failure for r in results):
+        raise SystemExit(1)
+
+
+def _say(result: Result) -> None:
+    outcome = f"failed: {result.failure}" if result.failure else f"{result.ratio:.2f}"
+    click.echo(f"{result.name}: {report.label(result)}: {outcome}", err=True)
+
+
+def _heading(peers: bool, quick: bool) -> str:
+    text = "Steps of other libraries" if peers else "Steps"
+    return f"{text} (a quick run on small tensors: not a measurement)" if quick else text
+
+
+def _write(out: Path, peers: bool, text: str) -> None:
+    try:
+        report.write_section(out, "bench-peers" if peers else "bench", text)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from None
+
+
+def facts(settings: Settings) -> list[str]:
+    """What a run was: the command, the machine, the versions, the day."""
+    return [
+        f"command: `{shlex.join(['python', '-m', 'heavyball.race.bench', *sys.argv[1:]])}`",
+        f"machine: {_processor()}, {os.cpu_count()} cores, {settings.threads} threads used",
+        f"versions: heavyball {heavyball.__version__}, torch {torch.__version__}, "
+        f"Python {platform.python_version()}, {_compiler()}",
+        f"date: {datetime.date.today()}",
+    ]
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _compiler() -> str:
+    try:
+        command = [toolchain.compiler(), "--version"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()[0]
+    except (toolchain.ToolchainError, OSError, subprocess.CalledProcessError):
+        return "no compiler"

@@ -1,0 +1,235 @@
+"""Measures one optimizer in a process of its own: a request in JSON comes in, an answer goes out.
+
+It imports nothing of this package: where the other libraries are installed, `heavyball` is another.
+"""
+
+import contextlib
+import ctypes
+import gc
+import importlib
+import importlib.metadata
+import json
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# A tensor of at most so many elements stays in one core's cache between two passes.
+CACHED = 65_536
+FALLBACK = "without a compiled kernel"
+
+
+class Run:
+    """Parameters with gradients, and the optimizer that steps them."""
+
+    def __init__(self, build: Callable[..., Any], shapes: Sequence[Sequence[int]], dtype: str):
+        generator = torch.Generator().manual_seed(0)
+        kind = getattr(torch, dtype)
+        self.params, self.grads = [], []
+        for shape in shapes:
+            values = 0.02 * torch.randn(*shape, generator=generator)
+            self.params.append(torch.nn.Parameter(values.to(kind)))
+            self.grads.append(torch.randn(*shape, generator=generator).to(kind))
+        self.give_gradients()
+        self.optimizer = build(self.params)
+        # the schedule-free ones of other libraries may only step in training mode
+        if hasattr(self.optimizer, "train"):
+            self.optimizer.train()
+
+    def give_gradients(self) -> None:
+        """Set the gradients again, since some optimizers take them away in their step."""
+        for param, grad in zip(self.params, self.grads, strict=True):
+            param.grad = grad
+
+    def step(self) -> None:
+        self.optimizer.step()
+
+    def probe(self) -> list[Tensor]:
+        """A few elements of every parameter."""
+        return [p.detach().flatten()[:8].clone() for p in self.params]
+
+
+def builder(target: str, arguments: Mapping[str, Any]) -> Callable[..., Any]:
+    """What builds the optimizer from parameters."""
+    module, name = target.split(":")
+    function = getattr(importlib.import_module(module), name)
+    return lambda params: function(params, **arguments)
+
+
+def fused_adamw(params: Iterable[Tensor]) -> torch.optim.Optimizer:
+    """The reference."""
+    return torch.optim.AdamW(params, fused=True)
+
+
+def alternate(runs: Sequence[Run], steps: int, warmup: int) -> list[list[float]]:
+    """Seconds of each step of each run; they step by turns, without garbage collection."""
+    times: list[list[float]] = [[] for _ in runs]
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(warmup + steps):
+            for run, found in zip(runs, times, strict=True):
+                run.give_gradients()
+                start = time.perf_counter()
+                run.step()
+                found.append(time.perf_counter() - start)
+    finally:
+        gc.enable()
+    return [found[warmup:] for found in times]
+
+
+def stream(size: int, repeats: int) -> list[float]:
+    """Bytes per second of `a += s b` on two float32 vectors of `size` elements, for each repeat.
+
+    It reads two streams and writes one of them back, as an optimizer does with what it updates, so
+    no cache line is fetched only to be overwritten, which the bytes would not tell.
+    """
+    a, b = torch.zeros(size), torch.ones(size)
+    a.add_(b, alpha=0.5)
+    found = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        a.add_(b, alpha=0.5)
+        found.append(3 * 4 * size / (time.perf_counter() - start))
+    return found
+
+
+def traffic(
+    params: Iterable[Tensor],
+    states: Mapping[Tensor, Mapping[str, Any]],
+    again: Sequence[str] = (),
+    over_all: Sequence[str] = (),
+) -> dict[str, int]:
+    """Bytes that a step must move: `once`, and `passes` with what has to be read again.
+
+    once: the parameter read and written, the gradient read, every state tensor read and written.
+    again, over_all: names of tensors, see `heavyball.race.bench.cases.Case`.
+    """
+    once = extra = 0
+    for param in params:
+        held = {k.rsplit(".", 1)[-1]: t for k, t in states[param].items() if isinstance(t, Tensor)}
+        assert param.grad is not None
+        once += 2 * _bytes(param) + _bytes(param.grad) + 2 * sum(map(_bytes, held.values()))
+        held |= {"grad": param.grad, "param": param}
+        names = [*over_all, *(again if param.numel() > CACHED else ())]
+        extra += sum(_bytes(held[name]) for name in names if name in held)
+    return {"once": once, "passes": once + extra}
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def pace(
+    build: Callable[..., Any],
+    shapes: Sequence[Sequence[int]],
+    dtype: str,
+    *,
+    steps: int,
+    warmup: int,
+    stream_size: int,
+    again: Sequence[str] | None = None,
+    over_all: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Times of the reference and of the optimizer, by turns, with the bandwidth before and after."""
+    repeats = max(3, min(steps, 20))
+    speeds = stream(stream_size, repeats)
+    reference, run = Run(fused_adamw, shapes, dtype), Run(build, shapes, dtype)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        times = alternate([reference, run], steps, warmup)
+    answer = {
+        "reference": times[0],
+        "times": times[1],
+        "notes": [str(w.message) for w in caught if FALLBACK in str(w.message)],
+    }
+    if again is not None:
+        answer["traffic"] = traffic(run.params, run.optimizer.state, again, over_all)
+    _check(run)
+    return {**answer, "stream": speeds + stream(stream_size, repeats)}
+
+
+def _check(run: Run) -> None:
+    """Refuse a time in which nothing was done."""
+    before = run.probe()
+    run.give_gradients()
+    run.step()
+    if not all(bool(t.isfinite().all()) for t in run.probe()):
+        raise RuntimeError("the parameters are not finite after the measured steps")
+    if all(torch.equal(a, b) for a, b in zip(before, run.probe(), strict=True)):
+        raise RuntimeError("a step changes nothing")
+
+
+def first(build: Callable[..., Any], shapes: Sequence[Sequence[int]], dtype: str) -> dict[str, Any]:
+    """Seconds of the first step."""
+    run = Run(build, shapes, dtype)
+    start = time.perf_counter()
+    run.step()
+    return {"seconds": time.perf_counter() - start}
+
+
+def memory(
+    build: Callable[..., Any], shapes: Sequence[Sequence[int]], dtype: str
+) -> dict[str, Any]:
+    """The most bytes that a later step has resident beyond those held before it; None if not known.
+
+    The kernel's high-water mark counts all memory, whoever allocates it. It is reset before the
+    step; the process must have been started with malloc returning freed memory at once.
+    """
+    run = Run(build, shapes, dtype)
+    for _ in range(3):
+        run.step()
+    try:
+        return {"bytes": max(_growth(run) for _ in range(5))}
+    except OSError:
+        return {"bytes": None}
+
+
+def _growth(run: Run) -> int:
+    run.give_gradients()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    run.step()
+    return max(0, _status("VmHWM") - before)
+
+
+def _status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {name}")
+
+
+TASKS: dict[str, Callable[..., dict[str, Any]]] = {"pace": pace, "first": first, "memory": memory}
+
+
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """Do what a request says, see `heavyball.race.bench.measure`."""
+    torch.set_num_threads(request.pop("threads"))
+    task, target = TASKS[request.pop("task")], request.pop("target")
+    build = builder(target, request.pop("arguments"))
+    library = request.pop("library")
+    if request.pop("eager", False):
+        importlib.import_module("heavyball.utils").compile_mode = None  # type: ignore[attr-defined]
+    found = task(build, **request)
+    versions = {name: importlib.metadata.version(name) for name in (library.lower(), "torch")}
+    return {**found, "library": versions[library.lower()], "torch": versions["torch"]}
+
+
+def main() -> None:
+    request = json.load(sys.stdin)
+    # other libraries print; the answer is the last line
+    with contextlib.redirect_stdout(sys.stderr):
+        found = answer(request)
+    print("\n" + json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()

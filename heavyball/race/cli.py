@@ -1,0 +1,257 @@
+"""The command line: options are read here, everything else is elsewhere."""
+
+import datetime
+import functools
+import shlex
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from heavyball.race.errors import RaceError, one_line
+from heavyball.race.tasks import TASKS
+
+INTERRUPTED = 130
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+def cli() -> None:
+    """Race optimizers that are chains of gradient transforms, and take chains apart."""
+
+
+class Numbers(click.ParamType):
+    """Numbers separated by commas."""
+
+    def __init__(self, kind: type, name: str) -> None:
+        self.kind, self.name = kind, name
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[Any, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            found = tuple(self.kind(part) for part in value.split(",") if part.strip())
+        except ValueError:
+            found = ()
+        if not found:
+            self.fail(f"{value!r}: expected numbers separated by commas", param, ctx)
+        return found
+
+
+class Seeds(Numbers):
+    """A number of seeds, or seeds separated by commas."""
+
+    def __init__(self) -> None:
+        super().__init__(int, "seeds")
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
+        found = super().convert(value, param, ctx)
+        if isinstance(value, str) and "," not in value:
+            if not 1 <= found[0] <= 1000:
+                self.fail(f"{value}: expected 1 to 1000 seeds", param, ctx)
+            return tuple(range(found[0]))
+        return found
+
+
+OPTIONS = (
+    click.option("--task", help=f"What is trained: {', '.join(TASKS)}. [default: digits]"),
+    click.option(
+        "--lr",
+        "lrs",
+        type=Numbers(float, "lr,..."),
+        multiple=True,
+        help="Learning rates to try for every contender that has none of its own; the best counts. "
+        "[default: the optimizer's own, 0.001 for a chain]",
+    ),
+    click.option(
+        "--seeds",
+        type=Seeds(),
+        help="A number N for the seeds 0 to N-1, or seeds as 0,1,5. [default: 3]",
+    ),
+    click.option("--steps", type=int, help="Steps of a run. [default: the task's]"),
+    click.option("--epochs", type=int, help="The same, in passes over the training data."),
+    click.option("--batch-size", type=int, help="Examples in a batch. [default: the task's]"),
+    click.option(
+        "--eval-every", type=int, help="Steps between evaluations. [default: about 30 a run]"
+    ),
+    click.option(
+        "--target",
+        type=float,
+        help="Test accuracy (digits, mnist) or test loss (the others) that counts as there.",
+    ),
+    click.option(
+        "--weight-decay",
+        type=float,
+        help="For every contender that has a decay and does not set its own.",
+    ),
+    click.option("--data", help="Folder of the data files, or a .txt file for the task chars."),
+    click.option("--threads", type=int, help="Threads of torch. [default: the task's]"),
+    click.option(
+        "--out",
+        type=click.Path(path_type=Path, file_okay=False),
+        help="Folder for race.json, race.png and the runs. [default: races/TASK-DATE-TIME]",
+    ),
+    click.option(
+        "--resume",
+        type=click.Path(path_type=Path, file_okay=False),
+        help="Finish the race in this folder, with the arguments it was begun with.",
+    ),
+    click.option("--overwrite", is_flag=True, help="Replace the race that --out holds."),
+)
+
+
+def race_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that `race` and `ablate` have in common."""
+    return functools.reduce(lambda made, option: option(made), reversed(OPTIONS), command)
+
+
+@cli.command()
+@click.option(
+    "--optimizer",
+    "-o",
+    "optimizers",
+    multiple=True,
+    metavar="NAME[:ARG=VALUE,...]",
+    help="A preset or torch.NAME, as AdamW:betas=(0.9,0.95); lr=(0.001,0.01) is its own grid. "
+    "Repeatable.",
+)
+@click.option(
+    "--chain",
+    "-c",
+    "chains",
+    multiple=True,
+    metavar="CHAIN",
+    help="Transforms joined by |, as 'exp_avg | scale_by_adam(betas=(0.9, 0.95))'. Repeatable.",
+)
+@race_options
+@click.pass_context
+def race(context: click.Context, **options: Any) -> None:
+    """Train the same model from the same seeds with several optimizers and compare them."""
+    _race(context, "race", options)
+
+
+@cli.command()
+@click.argument("chain", required=False)
+@race_options
+@click.pass_context
+def ablate(context: click.Context, chain: str | None, **options: Any) -> None:
+    """Race CHAIN against itself with each of its elements removed."""
+    _race(context, "ablate", {**options, "chains": () if chain is None else (chain,)})
+
+
+@cli.command("list")
+def list_names() -> None:
+    """Show the presets, transforms, combinators and tasks, one line each."""
+    from heavyball.race.catalog import listing
+    from heavyball.race.report import console
+
+    with clean_errors():
+        for table in listing():
+            console().print(table)
+
+
+@cli.command()
+@click.argument("chain")
+@click.option("--source", is_flag=True, help="Print the kernel that it is compiled to instead.")
+def show(chain: str, source: bool) -> None:
+    """Show what CHAIN, or the preset of that name, does: its state and its hyper-parameters."""
+    from heavyball.race.catalog import explanation, kernels
+    from heavyball.race.report import console
+
+    with clean_errors():
+        if source:
+            for text in kernels(chain):
+                click.echo(text)
+        else:
+            console().print(explanation(chain))
+
+
+class Refusal(click.ClickException):
+    """An error that the user can mend."""
+
+    exit_code = 2
+
+
+@contextmanager
+def clean_errors() -> Iterator[None]:
+    """Show what the user can mend as one paragraph and exit with code 2; warnings as notes."""
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _note
+            yield
+    except RaceError as error:
+        raise Refusal(one_line(error)) from None
+
+
+def _note(message: Warning | str, *place: Any, **more: Any) -> None:
+    click.echo(f"note: {one_line(str(message))}", err=True)
+
+
+def _race(context: click.Context, kind: str, options: dict[str, Any]) -> None:
+    from heavyball.race.contest import hold
+    from heavyball.race.report import Bar, console, notes, result_table
+    from heavyball.race.store import Store
+
+    with clean_errors():
+        out, resume, overwrite = (options.pop(n) for n in ("out", "resume", "overwrite"))
+        options["lrs"] = tuple(lr for part in options["lrs"] for lr in part)
+        given = {name: value for name, value in options.items() if value not in (None, ())}
+        if resume is not None:
+            if overwrite or out not in (None, resume):
+                raise RaceError("--resume says where the race is, without --out or --overwrite")
+            store = Store(resume)
+            plan = store.plan()
+            refuse_conflicts(plan, given)
+        else:
+            plan = make_plan(kind, given)
+            store = Store(out or default_folder(plan.task))
+        try:
+            with Bar(console(stderr=True)) as bar:
+                content = hold(plan, store, bar, resume is not None, overwrite)
+        except KeyboardInterrupt:
+            again = shlex.join(["heavyball", "race", "--resume", str(store.folder)])
+            hint = f"; finish the race with: {again}" if store.holds_race() else ""
+            click.echo(f"interrupted{hint}", err=True)
+            context.exit(INTERRUPTED)
+    screen = console()
+    screen.print(result_table(content))
+    for note in notes(content):
+        screen.print(f"- {note}", markup=False)
+    screen.print(
+        f"\nresults: {store.summary}\npicture: {store.picture}", markup=False, soft_wrap=True
+    )
+
+
+def make_plan(kind: Any, given: dict[str, Any]) -> Any:
+    """The plan of a new race."""
+    from heavyball.race.plan import Plan
+
+    return Plan(kind=kind, **_settled(given))
+
+
+def refuse_conflicts(plan: Any, given: dict[str, Any]) -> None:
+    """Refuse an option that differs from what a race was begun with.
+
+    Errors: RaceError naming the option and both values.
+    """
+    for name, value in _settled(given).items():
+        saved = getattr(plan, name)
+        if saved != value:
+            shown = FLAGS.get(name, "--" + name.replace("_", "-"))
+            raise RaceError(f"{shown} {value!r} conflicts with the saved {saved!r}")
+
+
+# Options that are called otherwise than the plan's entries.
+FLAGS = {"optimizers": "--optimizer", "chains": "--chain", "lrs": "--lr"}
+
+
+def default_folder(task: str) -> Path:
+    """A folder that is named for the task and the moment."""
+    return Path("races") / f"{task}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+
+
+def _settled(given: dict[str, Any]) -> dict[str, Any]:
+    data = given.get("data")
+    return given if data is None else {**given, "data": str(Path(data).expanduser().resolve())}

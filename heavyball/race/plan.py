@@ -1,0 +1,156 @@
+"""The arguments of a race, and the race that they describe, checked before it begins."""
+
+import math
+import shlex
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from heavyball.race.contenders import Contender, ablations, distinct, from_chain, from_optimizer
+from heavyball.race.errors import RaceError, one_line
+from heavyball.race.tasks import Task, open_task
+from heavyball.race.training import Settings, rehearse
+
+LARGEST_SEED = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the user asked for; all that is needed to do it again. None stands for the default."""
+
+    kind: Literal["race", "ablate"] = "race"
+    task: str = "digits"
+    data: str | None = None
+    optimizers: tuple[str, ...] = ()
+    chains: tuple[str, ...] = ()
+    lrs: tuple[float, ...] = ()
+    seeds: tuple[int, ...] = (0, 1, 2)
+    steps: int | None = None
+    epochs: int | None = None
+    batch_size: int | None = None
+    eval_every: int | None = None
+    target: float | None = None
+    weight_decay: float | None = None
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind == "ablate" and (self.optimizers or len(self.chains) != 1):
+            raise RaceError("an ablation needs a chain: heavyball ablate 'exp_avg | sign'")
+        if not self.optimizers and not self.chains:
+            raise RaceError("nothing to race: give --optimizer or --chain, once or more")
+        if self.steps is not None and self.epochs is not None:
+            raise RaceError("--steps and --epochs exclude each other")
+        for name in ("steps", "epochs", "batch_size", "eval_every", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RaceError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+        decay = self.weight_decay
+        if decay is not None and not (math.isfinite(decay) and decay >= 0):
+            raise RaceError(f"--weight-decay {decay}: expected a finite number, 0 or more")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise RaceError(f"--seeds {self.seeds}: expected one or more, each once")
+        for seed in self.seeds:
+            if not 0 <= seed <= LARGEST_SEED:
+                raise RaceError(f"--seeds {seed}: expected 0 to {LARGEST_SEED}")
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> "Plan":
+        """The plan that `to_json` wrote.
+
+        Errors: RaceError if an entry is missing or unknown.
+        """
+        known = {f.name for f in fields(cls)}
+        if set(saved) != known:
+            raise RaceError(f"the saved arguments differ from what is known: {set(saved) ^ known}")
+        values: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+        return cls(**values)
+
+    def to_json(self) -> dict[str, Any]:
+        """The arguments as plain values."""
+        return asdict(self)
+
+    def command(self) -> str:
+        """The command line that asks for this race."""
+        words = ["heavyball", self.kind, *(self.chains if self.kind == "ablate" else ())]
+        words += ["--task", self.task]
+        for text in self.optimizers:
+            words += ["--optimizer", text]
+        for text in () if self.kind == "ablate" else self.chains:
+            words += ["--chain", text]
+        if self.lrs:
+            words += ["--lr", ",".join(map(repr, self.lrs))]
+        words += ["--seeds", ",".join(map(str, self.seeds)) + "," * (len(self.seeds) == 1)]
+        for name in ("data", "steps", "epochs", "batch_size", "eval_every", "target"):
+            words += self._option(name)
+        words += self._option("weight_decay") + self._option("threads")
+        return shlex.join(words)
+
+    def _option(self, name: str) -> list[str]:
+        value = getattr(self, name)
+        return [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
+
+
+@dataclass(frozen=True)
+class Race:
+    """A plan with its task opened, its contenders found and its defaults filled in."""
+
+    plan: Plan
+    task: Task
+    contenders: tuple[Contender, ...]
+    left_out: tuple[tuple[str, str], ...]
+    settings: Settings
+    target: float
+
+    def runs(self) -> list[tuple[Contender, float, int]]:
+        """Every run; seed by seed, so that a race cut short has compared everyone once."""
+        return [
+            (contender, lr, seed)
+            for seed in self.plan.seeds
+            for contender in self.contenders
+            for lr in contender.lrs
+        ]
+
+
+def open_race(plan: Plan) -> Race:
+    """Read the data and try one step of every contender.
+
+    Errors: RaceError for what cannot be raced. A shortened chain of an ablation that is refused is
+        left out of the race, with the reason.
+    """
+    contenders = _contenders(plan)
+    task = open_task(plan.task, None if plan.data is None else Path(plan.data))
+    settings = _settings(plan, task)
+    target = task.target if plan.target is None else plan.target
+    if task.target_on == "accuracy" and not 0 < target <= 1:
+        raise RaceError(f"--target {target}: an accuracy, expected above 0 and at most 1")
+    if not math.isfinite(target):
+        raise RaceError(f"--target {target}: expected a finite loss")
+    taking_part, left_out = [], []
+    for contender in contenders:
+        try:
+            rehearse(task, contender, plan.seeds[0], settings)
+            taking_part.append(contender)
+        except RaceError as error:
+            if plan.kind != "ablate" or contender is contenders[0]:
+                raise
+            reason = one_line(error).removeprefix(contender.label).lstrip(": ")
+            left_out.append((contender.label, reason))
+    return Race(plan, task, tuple(taking_part), tuple(left_out), settings, target)
+
+
+def _contenders(plan: Plan) -> list[Contender]:
+    if plan.kind == "ablate":
+        return distinct(ablations(plan.chains[0], plan.lrs))
+    named = [from_optimizer(text, plan.lrs) for text in plan.optimizers]
+    return distinct(named + [from_chain(text, plan.lrs) for text in plan.chains])
+
+
+def _settings(plan: Plan, task: Task) -> Settings:
+    batch_size = plan.batch_size or task.batch_size
+    epoch = task.steps_per_epoch(batch_size)
+    if plan.epochs is None and task.steps is not None:
+        steps = plan.steps or task.steps
+    else:
+        steps = plan.steps or (plan.epochs or task.epochs) * epoch
+    eval_every = plan.eval_every or max(1, steps // task.evaluations)
+    return Settings(steps, batch_size, eval_every, plan.weight_decay)

@@ -1,0 +1,107 @@
+"""The directory of a race: what was asked, a record of every finished run, and the results."""
+
+import hashlib
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from heavyball.race.errors import RaceError, one_line
+from heavyball.race.plan import Plan, Race
+from heavyball.race.tasks.files import write_atomically
+
+FORMAT = 1
+SUMMARY, CURVES, RUNS = "race.json", "race.png", "runs"
+
+Key = tuple[str, float, int]
+
+
+class Store:
+    """Reads and writes one directory. Every file is either whole or as it was before."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def summary(self) -> Path:
+        return self.folder / SUMMARY
+
+    @property
+    def picture(self) -> Path:
+        return self.folder / CURVES
+
+    def holds_race(self) -> bool:
+        """Whether a race was begun here."""
+        return self.summary.exists()
+
+    def saved(self) -> dict[str, Any]:
+        """What `race.json` holds.
+
+        Errors: RaceError if there is none, or it is not one of a race.
+        """
+        try:
+            saved = json.loads(self.summary.read_text("utf-8"))
+        except FileNotFoundError:
+            raise RaceError(f"{self.folder} holds no race to resume, it has no {SUMMARY}") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise RaceError(f"{self.summary} cannot be read: {one_line(error)}") from None
+        if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+            raise RaceError(f"{self.summary} is not the record of a race in format {FORMAT}")
+        return saved
+
+    def plan(self) -> Plan:
+        """The arguments that the race here was begun with."""
+        return Plan.from_json(self.saved().get("arguments") or {})
+
+    def clear(self) -> None:
+        """Remove what a race wrote, and nothing else."""
+        for path in [self.summary, self.picture, *(self.folder / RUNS).glob("*.json")]:
+            path.unlink(missing_ok=True)
+
+    def write(self, content: dict[str, Any]) -> None:
+        """Write `race.json`."""
+        self._dump(self.summary, {"format": FORMAT, **content})
+
+    def finished(self, race: Race) -> dict[Key, dict[str, Any]]:
+        """The records of the runs of this race that are done; a damaged one counts as not done."""
+        wanted = {(c.label, lr, seed) for c, lr, seed in race.runs()}
+        found, expected = {}, fingerprint(race)
+        for path in sorted((self.folder / RUNS).glob("*.json")):
+            try:
+                record = json.loads(path.read_text("utf-8"))
+                key = (record["contender"], record["lr"], record["seed"])
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+            if record.pop("race", None) == expected and key in wanted:
+                found[key] = record
+        return found
+
+    def save(self, race: Race, record: dict[str, Any]) -> None:
+        """Keep the record of a run that has ended."""
+        place = [c.label for c in race.contenders].index(record["contender"])
+        slug = re.sub(r"[^A-Za-z0-9]+", "-", record["contender"]).strip("-")[:40]
+        name = f"{place:02d}-{slug}-lr{record['lr']!r}-seed{record['seed']}.json"
+        self._dump(self.folder / RUNS / name, {**record, "race": fingerprint(race)})
+
+    def _dump(self, path: Path, content: dict[str, Any]) -> None:
+        text = json.dumps(finite(content), indent=1, allow_nan=False, ensure_ascii=False)
+        try:
+            write_atomically(path, (text + "\n").encode("utf-8"))
+        except OSError as error:
+            raise RaceError(f"{path} cannot be written: {one_line(error)}") from None
+
+
+def fingerprint(race: Race) -> str:
+    """What makes two runs parts of one race: its arguments, its data and its settings."""
+    parts = [race.plan.to_json(), race.task.facts(), vars(race.settings)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def finite(value: Any) -> Any:
+    """The value with null for every number that JSON does not know."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    return [finite(v) for v in value] if isinstance(value, list | tuple) else value
