@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from heavyball.combine import Element, Parallel, When, as_chain, chain_repr
-from heavyball.transform import CONTEXT, Interval, Shared, Transform
+from heavyball.transform import CONTEXT, Interval, Shared, Transform, check_live
 from heavyball.transforms.decay import decoupled
 from heavyball.transforms.descend import descend
 
@@ -46,8 +46,14 @@ class Hyper:
     """One entry of the parameter group: its default and where it may lie."""
 
     default: Any
-    domain: Interval
+    domains: tuple[tuple[int | None, Interval], ...]
     owner: str
+
+    def check(self, key: str, value: Any) -> Any:
+        """The value as floats; raises where one of the transforms that use it would not take it."""
+        for index, domain in self.domains:
+            checked = check_live(key, value, self.default, domain, index)
+        return checked
 
 
 class Program:
@@ -132,7 +138,7 @@ class Chain:
     @property
     def total_keys(self) -> list[str]:
         """Keys of the elements that sum over all parameters, in the order of the chain."""
-        return list(dict.fromkeys(key for p in self.programs for key in p.total_keys))
+        return [n.key for n in _every(self._nodes) if n.transform.over_all is not None]
 
     def program_for(self, name: str | None, param: Tensor) -> Program:
         """The program of one parameter; raises where no rule of a router matches it."""
@@ -162,15 +168,17 @@ class Chain:
         """Where the group keeps a hyper-parameter: `name`, or `key.name` where that is taken."""
         value, domain = transform.hyper[name], transform.domain(name)
         if isinstance(value, Shared):
-            known = self.hyper.setdefault(value.name, Hyper(value.value, domain, "shared"))
+            known = self.hyper.setdefault(value.name, Hyper(value.value, (), "shared"))
             if known.owner != "shared" or known.default != value.value:
                 raise ValueError(
                     f"{key}: shared {value.name!r} is {value.value}, but the chain already has "
                     f"{value.name!r} = {known.default} ({known.owner})"
                 )
+            domains = (*known.domains, (value.index, domain))
+            self.hyper[value.name] = Hyper(value.value, domains, "shared")
             return value.name, value.index
         place = f"{key}.{name}" if name in self.hyper or name in RESERVED else name
-        self.hyper[place] = Hyper(value, domain, key)
+        self.hyper[place] = Hyper(value, ((None, domain),), key)
         return place, None
 
     def _all_picks(self, nodes: tuple[Any, ...]) -> Iterator[tuple[int, ...]]:
@@ -215,11 +223,25 @@ class Chain:
 
 
 # Names of the group that are the optimizer's own.
-RESERVED = ("params", "param_names", "lr", "warmup_steps", "train_mode")
+RESERVED = ("params", "param_names", "lr", "warmup_steps", "seed", "train_mode")
 
 
 def _kind(node: Node | Fork) -> str:
     return node.transform.kind if isinstance(node, Node) else "transform"
+
+
+def _every(nodes: tuple[Any, ...]) -> Iterator[Node]:
+    """The nodes of all branches, in the order in which a program that had them would run them."""
+    for node in nodes:
+        if isinstance(node, Node):
+            yield node
+        elif isinstance(node, Fork):
+            for branch in node.branches:
+                yield from _every(branch)
+            yield node.merge
+        else:
+            for branch in _branches(node):
+                yield from _every(branch)
 
 
 def _branches(switch: Switch) -> list[tuple[Any, ...]]:
@@ -261,6 +283,11 @@ def _resolve(nodes: tuple[Any, ...], picks: Iterator[int]) -> Iterator[Node | Fo
 def check(nodes: tuple[Node | Fork, ...]) -> None:
     """Refuse a program that cannot be right, with the reason."""
     _check_order(nodes)
+    averages = [n.key for n in flatten(nodes) if n.transform.evaluate is not None]
+    if len(averages) > 1:
+        raise ValueError(
+            f"{' and '.join(averages)}: only one can decide which weights are evaluated"
+        )
     _check_path((), nodes, set(CONTEXT))
 
 
@@ -302,6 +329,12 @@ def _check_path(
         if isinstance(node, Fork):
             ends = [_check_path(path, branch, set(context)) for branch in node.branches]
             inner = [n for end in ends for n in end[len(path) :]]
+            for n in inner:
+                for name in {"lr", "decayed"} & set(n.transform.provides):
+                    raise ValueError(
+                        f"{n.key} decides on {name!r} for all that follows, so it cannot stand in one "
+                        f"branch of {node.merge.key}"
+                    )
             path = (*path, *inner, node.merge)
             continue
         t = node.transform

@@ -36,6 +36,11 @@ class Parallel:
     branches: tuple[tuple[Any, ...], ...]
     merge: Transform
 
+    def __reduce__(self) -> tuple:
+        if self.name == "graft":
+            return graft, self.branches
+        return _weighted, (self.branches, self.merge.hyper["weights"])
+
     def __repr__(self) -> str:
         weights = "" if self.name == "graft" else f", weights={self.merge.hyper['weights']}"
         return f"{self.name}({', '.join(map(chain_repr, self.branches))}{weights})"
@@ -133,6 +138,10 @@ def parallel(*chains: Any, weights: tuple[float, ...] | None = None) -> Parallel
         raise type(error)(f"parallel: {error}") from None
     merge = replace(weighted_sum, name="parallel", hyper={"weights": weights})
     return Parallel("parallel", tuple(as_chain(c, "parallel") for c in chains), merge)
+
+
+def _weighted(branches: tuple[Any, ...], weights: tuple[float, ...]) -> Parallel:
+    return parallel(*branches, weights=weights)
 
 
 def graft(direction: Any, magnitude: Any) -> Parallel:

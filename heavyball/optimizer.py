@@ -1,7 +1,6 @@
 """ChainOpt: a torch optimizer whose step is a chain of transforms."""
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
@@ -10,9 +9,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from heavyball.chain import Chain, Program
+from heavyball.compiler.engine import Engine, sources
+from heavyball.numerics import stream
 from heavyball.report import optimizer_repr, routing_table
-from heavyball.runner import Job, Scalars, add_missing_state, average, run
-from heavyball.transform import check_live, nearest, nonnegative
+from heavyball.runner import Job, Scalars, add_missing_state, average
+from heavyball.transform import check_live, finite, nearest, nonnegative
 
 # Group entries that schedulers and trainers add; keys that begin with "_" are left alone too.
 BOOKKEEPING = (
@@ -39,6 +40,11 @@ class ChainOpt(Optimizer):
     warmup_steps: lr grows linearly over this many steps of each parameter: lr min(1, t / warmup).
     foreach: False steps one parameter at a time, for the smallest peak memory; else intermediate
         tensors may be kept for all of them where that saves time. The results are the same.
+    compile: "auto" runs the chain as one compiled kernel where that is possible and warns once where it
+        is not; True raises there; False runs it as plain torch operations.
+    stochastic_rounding: how bfloat16 parameters are written: without bias, or to nearest.
+    seed: what the bits for the rounding are hashed from, together with the parameter's place, its step
+        and the element. They do not touch torch's generators.
 
     Errors: TypeError or ValueError when the chain or a hyper-parameter cannot be right, naming it;
         at a step, ValueError before anything has been changed.
@@ -52,12 +58,23 @@ class ChainOpt(Optimizer):
         weight_decay: float = 0.0,
         warmup_steps: float = 0,
         foreach: bool | None = None,
+        compile: bool | str = "auto",
+        stochastic_rounding: bool = True,
+        seed: int = 0,
     ):
+        if not isinstance(stochastic_rounding, bool):
+            raise TypeError(f"stochastic_rounding={stochastic_rounding!r}: expected True or False")
+        if compile not in (True, False, "auto"):
+            raise ValueError(f"compile={compile!r}: expected 'auto', True or False")
         if foreach is not None and not isinstance(foreach, bool):
             raise TypeError(f"foreach={foreach!r}: expected True, False or None")
         lr = _checked_lr(lr)
         self._chain = Chain(transforms, type(self).__name__)
         self._foreach = foreach
+        self._compile = compile
+        self._stochastic_rounding = stochastic_rounding
+        self._engine = Engine(compile)
+        self._checked_values: list[list[Any]] = []
         self._programs: dict[Tensor, Program] | None = {}
         self._scalars: list[Scalars] = []
         defaults: dict[str, Any] = {"lr": lr}
@@ -74,6 +91,7 @@ class ChainOpt(Optimizer):
         if weight_decay:
             defaults["weight_decay"] = weight_decay
         defaults["warmup_steps"] = check_live("warmup_steps", warmup_steps, 0.0, nonnegative)
+        defaults["seed"] = _checked_seed(seed)
         if any(program.evaluators for program in self._chain.programs):
             defaults["train_mode"] = True
         super().__init__(params, defaults)
@@ -110,6 +128,7 @@ class ChainOpt(Optimizer):
             self.param_groups.pop()
             raise
         self._all_programs().update(found)
+        self._engine.forget()
 
     def _resolve(self, index: int, group: Mapping[str, Any]) -> Iterator[tuple[Tensor, Program]]:
         names = group.get("param_names") or [None] * len(group["params"])
@@ -117,7 +136,7 @@ class ChainOpt(Optimizer):
             label = _label(name, index, position, param)
             if param.is_complex() or not param.is_floating_point():
                 raise ValueError(f"{label} is {param.dtype}, expected a real floating-point dtype")
-            if any(n > 1 and s == 0 for n, s in zip(param.shape, param.stride(), strict=True)):
+            if _overlaps(param):
                 raise ValueError(
                     f"{label}: its elements overlap in memory; pass a contiguous tensor"
                 )
@@ -134,10 +153,11 @@ class ChainOpt(Optimizer):
     def _checked(self, key: str, value: Any) -> Any:
         if key == "lr":
             return _checked_lr(value)
+        if key == "seed":
+            return _checked_seed(value)
         if key == "warmup_steps":
             return check_live(key, value, 0.0, nonnegative)
-        hyper = self._chain.hyper[key]
-        return check_live(key, value, hyper.default, hyper.domain)
+        return self._chain.hyper[key].check(key, value)
 
     # ---- the step
 
@@ -158,38 +178,58 @@ class ChainOpt(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        jobs = self._jobs()
-        run(jobs, self._chain.total_keys, self._foreach)
+        self._check_groups()
+        if not self._engine.step_again(self.param_groups, self.state):
+            self._engine.step(self._jobs(), self._chain.total_keys, self._foreach)
         return loss
 
+    def _check_groups(self) -> None:
+        """Check the live hyper-parameters of every group, if any has changed."""
+        keys = ("lr", "warmup_steps", "seed", *self._chain.hyper)
+        found = [[group.get(key) for key in keys] for group in self.param_groups]
+        if found != self._checked_values:
+            for index, group in enumerate(self.param_groups):
+                self._check_group(index, group)
+            self._checked_values = found
+
     def _jobs(self) -> list[Job]:
+        """Every parameter that has a gradient, checked, with its state."""
         programs = self._all_programs()
         while len(self._scalars) < len(self.param_groups):
             self._scalars.append(Scalars())
-        found = []
+        found, first = [], 0
         for index, group in enumerate(self.param_groups):
-            self._check_group(index, group)
             names = group.get("param_names") or [None] * len(group["params"])
             for position, (name, param) in enumerate(zip(names, group["params"], strict=True)):
                 if param.grad is not None:
                     label = _label(name, index, position, param)
                     _check_gradient(label, param, param.grad)
                     _check_state(label, param, self.state.get(param, {}))
-                    found.append((programs[param], param, group, self._scalars[index]))
+                    if param.numel() == 0:
+                        continue  # nothing to step, and no mean of it to keep
+                    stream = self._stream(param, group, first + position)
+                    found.append((programs[param], param, group, self._scalars[index], stream))
+            first += len(group["params"])
         return [
             Job(
                 program,
                 param,
-                _gradient(param),
+                param.grad,  # type: ignore[arg-type]
                 group,
                 self._state_of(program, param, group),
                 scalars,
+                stream,
             )
-            for program, param, group, scalars in found
+            for program, param, group, scalars, stream in found
         ]
 
+    def _stream(self, param: Tensor, group: Mapping[str, Any], number: int) -> int | None:
+        if param.dtype != torch.bfloat16 or not self._stochastic_rounding:
+            return None
+        return stream(group["seed"], number)
+
     def _check_group(self, index: int, group: Mapping[str, Any]) -> None:
-        for key in ("lr", "warmup_steps", *self._chain.hyper):
+        for key in ("lr", "warmup_steps", "seed", *self._chain.hyper):
             if key not in group:
                 raise ValueError(f"parameter group {index} has lost its entry {key!r}")
             value = group[key]
@@ -197,8 +237,8 @@ class ChainOpt(Optimizer):
                 if key != "lr":
                     self._checked(key, value)
                 # a schedule may end a rounding error below zero, so only the sign is not checked
-                elif not isinstance(value, Tensor) and not math.isfinite(value):
-                    raise ValueError(f"lr={value!r}: expected a finite number")
+                elif not isinstance(value, Tensor):
+                    check_live(key, value, 0.0, finite)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"parameter group {index}: {error}") from None
 
@@ -224,7 +264,7 @@ class ChainOpt(Optimizer):
         if not isinstance(mode, bool):
             raise TypeError(f"train(mode={mode!r}): expected True or False")
         for group in self.param_groups:
-            if group.get("train_mode", True) == mode:
+            if group.get("train_mode", mode) == mode:
                 continue
             for param in group["params"]:
                 if mode:
@@ -264,14 +304,19 @@ class ChainOpt(Optimizer):
     # ---- saving and copying
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_chain": self._chain, "_foreach": self._foreach}
+        kept = ("_chain", "_foreach", "_compile", "_stochastic_rounding")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._programs = None
         self._scalars = []
+        self._checked_values = []
+        self._engine = Engine(self._compile)
         loaded = self.__dict__.pop("_loading", None)
-        if loaded is not None:
+        if loaded is None:
+            self._programs = None
+        else:
+            # the parameters are the same, and a checkpoint's names must not route them anew
             self._reinstate(loaded)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -344,6 +389,13 @@ class ChainOpt(Optimizer):
         """A table of which parameter got which chain."""
         return routing_table(self.param_groups, self._all_programs())
 
+    def kernel_sources(self) -> list[str]:
+        """The source of each kernel that steps the parameters which have a gradient now.
+
+        Errors: NotPrintableError if one of them has no kernel, naming what stands in the way.
+        """
+        return sources(self._jobs(), self._chain.total_keys)
+
     def __repr__(self) -> str:
         return optimizer_repr(self, self._chain)
 
@@ -358,14 +410,26 @@ def _checked_lr(lr: Any) -> float | Tensor:
     return check_live("lr", lr, 0.0, nonnegative)
 
 
+def _checked_seed(seed: Any) -> int:
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"seed={seed!r}: expected a whole number")
+    return seed
+
+
+def _overlaps(param: Tensor) -> bool:
+    """Whether two elements may share memory: an axis that steps into the extent of a finer one."""
+    extent = 1
+    for stride, size in sorted(zip(param.stride(), param.shape, strict=True)):
+        if size > 1:
+            if stride < extent:
+                return True
+            extent += stride * (size - 1)
+    return False
+
+
 def _label(name: str | None, group: int, position: int, param: Tensor) -> str:
     shown = f"{name!r}" if name is not None else f"{position} of group {group}"
     return f"parameter {shown} of shape {tuple(param.shape)}"
-
-
-def _gradient(param: Tensor) -> Tensor:
-    assert param.grad is not None
-    return param.grad
 
 
 def _check_gradient(label: str, param: Tensor, grad: Tensor) -> None:
@@ -373,6 +437,10 @@ def _check_gradient(label: str, param: Tensor, grad: Tensor) -> None:
         raise ValueError(f"{label} has a sparse gradient ({grad.layout}), expected a dense one")
     if not grad.is_floating_point():
         raise ValueError(f"{label} has a gradient of {grad.dtype}, expected a real floating dtype")
+    if grad.dtype == torch.float64 != param.dtype:
+        raise ValueError(
+            f"{label} is {param.dtype}, its gradient {grad.dtype} is finer than the step"
+        )
     if grad.shape != param.shape:
         raise ValueError(f"{label} has a gradient of shape {tuple(grad.shape)}")
     if grad.device != param.device:

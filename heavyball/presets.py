@@ -38,6 +38,7 @@ class PresetOptions(TypedDict, total=False):
         function of a tensor, applied to the gradient or to the finished update.
     palm, beta2_scale: PaLM's schedule for beta2, 1 - t^(-beta2_scale).
     foreach: False steps one parameter at a time, for the smallest peak memory.
+    compile, stochastic_rounding, seed: as in `ChainOpt`.
     """
 
     warmup_steps: float
@@ -49,6 +50,9 @@ class PresetOptions(TypedDict, total=False):
     palm: bool
     beta2_scale: float
     foreach: bool | None
+    compile: bool | str
+    stochastic_rounding: bool
+    seed: int
 
 
 DEFAULTS: dict[str, Any] = {
@@ -61,7 +65,14 @@ DEFAULTS: dict[str, Any] = {
     "palm": False,
     "beta2_scale": 0.8,
     "foreach": None,
+    "compile": "auto",
+    "stochastic_rounding": True,
+    "seed": 0,
 }
+
+
+# What ChainOpt takes under the same name.
+PASSED_ON = ("warmup_steps", "foreach", "compile", "stochastic_rounding", "seed")
 
 
 class Preset(ChainOpt):
@@ -105,8 +116,7 @@ class Preset(ChainOpt):
             lr,
             *elements,
             weight_decay=weight_decay,
-            warmup_steps=chosen["warmup_steps"],
-            foreach=chosen["foreach"],
+            **{name: chosen[name] for name in PASSED_ON},
         )
 
 

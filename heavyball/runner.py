@@ -4,7 +4,8 @@ A program runs as a generator. Where an element needs a sum over all parameters 
 and is sent the sum, so that the parameters meet there and nowhere else.
 """
 
-from collections.abc import Generator, Iterable, Mapping
+import functools
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from heavyball.chain import Fork, Node, Program
-from heavyball.numerics import saturate
+from heavyball.numerics import random_bits, round_stochastically, saturate
 from heavyball.transform import CONTEXT, State, keyword_names
 
 SCALAR = torch.float64
@@ -64,6 +65,9 @@ class Job:
     group: Mapping[str, Any]
     state: dict[str, Tensor]
     scalars: Scalars
+    stream: int | None = (
+        None  # of the bits to round a bfloat16 parameter with; None rounds to nearest
+    )
 
 
 @dataclass
@@ -99,7 +103,7 @@ def add_missing_state(
         state["step"] = torch.zeros((), dtype=SCALAR, device=param.device)
     for node, name, declared in program.states:
         key = node.state_key(name)
-        if key in state or (key in program.lazy_keys and not _wanted(node, declared, group)):
+        if key in state or (key in program.lazy_keys and not lazy_wanted(node, declared, group)):
             continue
         tensor = declared.init(working(param), node.transform.options)
         if tensor is not None:
@@ -107,7 +111,7 @@ def add_missing_state(
             state[key] = tensor.reshape(shape)
 
 
-def _wanted(node: Node, declared: State, group: Mapping[str, Any]) -> bool:
+def lazy_wanted(node: Node, declared: State, group: Mapping[str, Any]) -> bool:
     key, index = node.hyper[declared.needed_by or ""]
     return bool(group[key] if index is None else group[key][index])
 
@@ -214,9 +218,9 @@ def run(jobs: list[Job], total_keys: list[str], foreach: bool | None = None) -> 
     if foreach is False or not total_keys:
         totals: dict[str, Tensor] = {}
         for key in total_keys:
-            totals.update(_sum(key, (_share(job, key, totals) for job in jobs)))
+            totals.update(_sum(key, (share_of(job, key, totals) for job in jobs)))
         for job in jobs:
-            _drive(job, _start(job), totals)
+            drive(job, totals)
         return
     runs = {id(job): _start(job) for job in jobs}
     waiting = {id(job): next(runs[id(job)], None) for job in jobs}
@@ -230,8 +234,11 @@ def run(jobs: list[Job], total_keys: list[str], foreach: bool | None = None) -> 
                 waiting[id(job)] = None
 
 
-def _start(job: Job) -> Generator[Share, Tensor, None]:
-    """One parameter's step: yields its shares, and writes when everything is known."""
+Finish = Callable[[dict[str, Tensor]], object]
+
+
+def start(job: Job, finish: Finish) -> Generator[Share, Tensor, None]:
+    """One parameter's step: yields its shares, and hands the new values to `finish` at the end."""
     raw = working(job.grad)
     if raw.dtype != compute_dtype(job.param.dtype):
         raw = raw.to(compute_dtype(job.param.dtype))
@@ -248,10 +255,14 @@ def _start(job: Job) -> Generator[Share, Tensor, None]:
     frame = Frame(job, env)
     step = env["step"]
     yield from execute(job.program.nodes, grad, frame)
-    _commit(job, frame, step)
+    finish({**frame.new, "param": frame.env["param"], "step": step})
 
 
-def _share(job: Job, key: str, totals: Mapping[str, Tensor]) -> Tensor | None:
+def _start(job: Job) -> Generator[Share, Tensor, None]:
+    return start(job, functools.partial(_commit, job))
+
+
+def share_of(job: Job, key: str, totals: Mapping[str, Tensor]) -> Tensor | None:
     """A job's share of one sum, given the sums before it; None where its program has no part in it."""
     if key not in job.program.total_keys:
         return None
@@ -263,11 +274,13 @@ def _share(job: Job, key: str, totals: Mapping[str, Tensor]) -> Tensor | None:
     return share
 
 
-def _drive(job: Job, run: Generator[Share, Tensor, None], totals: Mapping[str, Tensor]) -> None:
-    waiting = next(run, None)
+def drive(job: Job, totals: Mapping[str, Tensor]) -> None:
+    """Step one parameter, given every sum that it needs."""
+    generator = _start(job)
+    waiting = next(generator, None)
     while waiting is not None:
         try:
-            waiting = run.send(totals[waiting[0]].to(job.param.device))
+            waiting = generator.send(totals[waiting[0]].to(job.param.device))
         except StopIteration:
             waiting = None
 
@@ -281,24 +294,29 @@ def _sum(key: str, shares: Iterable[Tensor | None]) -> dict[str, Tensor]:
     return {} if total is None else {key: total}
 
 
-def _commit(job: Job, frame: Frame, step: Tensor) -> None:
+def _commit(job: Job, values: dict[str, Tensor]) -> None:
     """Write the new parameter and state into the tensors that hold the old ones."""
-    targets = {key: job.state[key] for key in frame.new}
-    old = {t.untyped_storage().data_ptr() for t in (job.param, *targets.values())}
-    pairs = [(job.param, frame.env["param"]), *((targets[k], v) for k, v in frame.new.items())]
+    pairs = [(job.param if key == "param" else job.state[key], v) for key, v in values.items()]
+    old = {target.untyped_storage().data_ptr() for target, _ in pairs}
     # a transform may hand on an old state as another state: save it before it is overwritten
     safe = [
-        (
-            t,
-            v.clone()
-            if v.untyped_storage().data_ptr() in old and v.data_ptr() != t.data_ptr()
-            else v,
-        )
+        (t, v.clone() if v.untyped_storage().data_ptr() in old and not _same(t, v) else v)
         for t, v in pairs
     ]
     for target, value in safe:
-        target.copy_(value.reshape(target.shape))
-    job.state["step"].copy_(step)
+        value = value.reshape(target.shape)
+        if target is job.param and job.stream is not None:
+            bits = random_bits(target, job.stream, values["step"])
+            value = round_stochastically(value, bits)
+        target.copy_(value)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same elements of memory in the same order."""
+    place = one.data_ptr(), one.numel(), one.dtype
+    return place == (other.data_ptr(), other.numel(), other.dtype) and (
+        one.stride() == other.stride() or one.ndim == 0
+    )
 
 
 def average(

@@ -147,8 +147,11 @@ def _numbers(name: str, value: Any) -> tuple[float, ...]:
     return tuple(_number(name, v) for v in value)
 
 
-def check_live(name: str, value: Any, like: Any, domain: Interval) -> Any:
-    """A live hyper-parameter's value as floats, or an error that names it and what was expected."""
+def check_live(name: str, value: Any, like: Any, domain: Interval, index: int | None = None) -> Any:
+    """A live hyper-parameter's value as floats, or an error that names it and what was expected.
+
+    `like` gives the kind: one number, or so many. `index`: only this one must lie in `domain`.
+    """
     if isinstance(like, tuple):
         value = _numbers(name, value)
         if len(value) != len(like):
@@ -157,9 +160,10 @@ def check_live(name: str, value: Any, like: Any, domain: Interval) -> Any:
     else:
         value = _number(name, value)
         parts = (value,)
-    for part in parts:
-        if part not in domain:
-            raise ValueError(f"{name}={value!r}: expected {'each ' * (len(parts) > 1)}in {domain}")
+    for position, part in enumerate(parts):
+        if index in (None, position) and part not in domain:
+            which = "" if len(parts) == 1 else "each " if index is None else f"number {index} "
+            raise ValueError(f"{name}={value!r}: expected {which}in {domain}")
     return value
 
 

@@ -4,6 +4,9 @@ from typing import Any
 
 import torch
 
+# None runs every optimizer of the process without compiled kernels, whatever its `compile` says.
+compile_mode: str | None = "auto"
+
 
 def set_torch() -> dict[str, tuple[Any, Any]]:
     """Allow torch the fast ways of multiplying float32 matrices.

@@ -9,18 +9,24 @@ from heavyball.numerics.averages import (
     second_moment,
     second_weight,
 )
-from heavyball.numerics.measures import dot, norm, rms, saturate
+from heavyball.numerics.measures import count, dot, is_single, norm, rms, saturate
+from heavyball.numerics.rounding import random_bits, round_stochastically, stream
 
 __all__ = [
     "EpsPlacement",
+    "count",
     "debiased_weight",
     "dot",
     "ema",
+    "is_single",
     "lerp",
     "norm",
+    "random_bits",
     "rms",
     "root",
+    "round_stochastically",
     "saturate",
     "second_moment",
     "second_weight",
+    "stream",
 ]

@@ -1,9 +1,48 @@
 """Sizes of a tensor, summed in float64 so that no sum of float32 squares overflows."""
 
-import math
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Answers for `count` and `is_single`, so that one recorded graph serves every size."""
+
+    count: Callable[[Tensor], int | Tensor]
+    is_single: Callable[[Tensor], bool]
+
+
+_sizes: contextvars.ContextVar[Sizes | None] = contextvars.ContextVar("sizes", default=None)
+
+
+def count(x: Tensor) -> int | Tensor:
+    """The number of elements, at least 1.
+
+    Use it in place of `x.numel()` in arithmetic: a compiled kernel then serves tensors of all sizes.
+    """
+    sizes = _sizes.get()
+    return max(x.numel(), 1) if sizes is None else sizes.count(x)
+
+
+def is_single(x: Tensor) -> bool:
+    """Whether a tensor has one element; in place of `x.numel() == 1`, for the same reason."""
+    sizes = _sizes.get()
+    return x.numel() == 1 if sizes is None else sizes.is_single(x)
+
+
+@contextlib.contextmanager
+def answering(sizes: Sizes) -> Iterator[None]:
+    """Let `sizes` answer while a program is recorded."""
+    token = _sizes.set(sizes)
+    try:
+        yield
+    finally:
+        _sizes.reset(token)
 
 
 def norm(x: Tensor, dim: tuple[int, ...] | None = None) -> Tensor:
@@ -15,7 +54,7 @@ def norm(x: Tensor, dim: tuple[int, ...] | None = None) -> Tensor:
 
 def rms(x: Tensor) -> Tensor:
     """Root mean square of the whole tensor; 0 for an empty one."""
-    return norm(x) / math.sqrt(max(x.numel(), 1))
+    return norm(x) / count(x) ** 0.5
 
 
 def dot(x: Tensor, y: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ def apply(update: Tensor, *, fn: Callable = identity) -> Tensor:
 
     Shapes: all (*).
     """
-    result = fn(update)
+    # the update may be a state of the element before, and `fn` may work in place all the same
+    result = fn(update.clone())
     if not isinstance(result, torch.Tensor) or result.shape != update.shape:
         shape = tuple(result.shape) if isinstance(result, torch.Tensor) else type(result).__name__
         raise TypeError(

@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from heavyball.numerics import count
 from heavyball.transform import transform
 
 CautiousScale = Literal["mean", "sum_plus_one", "none"]
@@ -20,8 +21,8 @@ def mask_disagreeing(
     mask = (signs > 0 if strict else signs >= 0).to(update.dtype)
     if scale == "none":
         return update * mask
-    count, kept = max(update.numel(), 1), mask.sum(dtype=torch.float64)
-    factor = count / (kept + 1) if scale == "sum_plus_one" else 1 / (kept / count).clamp(min=1e-3)
+    size, kept = count(update), mask.sum(dtype=torch.float64)
+    factor = size / (kept + 1) if scale == "sum_plus_one" else 1 / (kept / size).clamp(min=1e-3)
     return update * mask * factor
 
 

@@ -1,5 +1,6 @@
 """Bounds on the size of a gradient or an update."""
 
+import torch
 from torch import Tensor
 
 from heavyball.numerics import norm, rms
@@ -91,5 +92,5 @@ def adaptive_gradient_clip(
     Source: Brock et al. 2021, equation 3, https://arxiv.org/abs/2102.06171.
     """
     axes = tuple(range(1, param.ndim)) if unit_wise and param.ndim > 1 else None
-    bound = clipping * norm(param, axes).clamp(min=min_norm)
-    return update * (bound / norm(update, axes).clamp(min=1e-6)).clamp(max=1)
+    bound, size = clipping * norm(param, axes).clamp(min=min_norm), norm(update, axes)
+    return update * torch.where(size > bound, bound / size.clamp(min=1e-6), 1.0)

@@ -35,18 +35,20 @@ def scale_by_laprop(
 
     lr_in_momentum: the mean of n weights each step by its learning rate as well, as the authors'
         code does; the same thing while `lr` is constant.
-    centered: after ten steps v is replaced by v - a^2, with a <- beta2 a + (1 - beta2) g.
+    centered: after ten steps v is replaced by v - a^2 / (1 - beta2^t), with
+        a <- beta2 a + (1 - beta2) g.
 
     Shapes: all (*).
     Units: the result has none.
     Source: Ziyin, Wang and Ueda 2020, Algorithm 1, https://arxiv.org/abs/2002.04839.
-        Departure: v - a^2 is kept at zero or above.
+        Departure: this v is kept at zero or above.
     """
     exp_avg_sq = second_moment(exp_avg_sq, update, betas[1], step, scheduled_beta2)
     square = exp_avg_sq
     if grad_avg is not None:
         grad_avg = lerp(grad_avg, update, 1 - betas[1])
-        centred = torch.clamp(square - grad_avg.square(), min=0)
+        bias = 1 - betas[1] ** step
+        centred = torch.clamp(square * bias - grad_avg.square(), min=0) / bias
         square = torch.where(step > 10, centred, square)
     normalized = update / root(square, eps, eps_placement, 1 - betas[1] ** step)
     if lr_avg is None:

@@ -1,9 +1,11 @@
 """Functions that compress large entries of an update, element by element."""
 
+import math
+
 import torch
 from torch import Tensor
 
-from heavyball.transform import Live, closed_fraction, positive, transform
+from heavyball.transform import Interval, Live, closed_fraction, positive, transform
 
 
 @transform(domains={"lerp": closed_fraction, "scale": positive})
@@ -33,7 +35,7 @@ def mu_law(update: Tensor, *, mu: Live = 127.0) -> Tensor:
     return update.sign() * torch.log1p(mu * update.abs()) / torch.log1p(mu)
 
 
-@transform(domains={"a": positive})
+@transform(domains={"a": Interval(1, math.inf)})
 def a_law(update: Tensor, *, a: Live = 87.6) -> Tensor:
     """The logarithmic companding of European telephony.
 

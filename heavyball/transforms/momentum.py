@@ -3,32 +3,39 @@
 import torch
 from torch import Tensor
 
-from heavyball.transform import Live, transform, zeros
+from heavyball.transform import Live, scalar, transform, zeros
 
 
-@transform(momentum_buffer=zeros.needs("momentum"))
+@transform(momentum_buffer=zeros.needs("momentum"), buffer_steps=scalar(0.0).needs("momentum"))
 def heavyball_momentum(
     update: Tensor,
     momentum_buffer: Tensor | None,
+    buffer_steps: Tensor | None,
     *,
-    step: Tensor,
     momentum: Live = 0.9,
     dampening: Live = 0.0,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Polyak's heavy ball.
 
     b_1 = u_1;  b_t = momentum b_(t-1) + (1 - dampening) u_t;  u' = b
 
-    While `momentum` is 0 the update passes, and no buffer is held if it has been 0 all along.
+    While `momentum` is 0 the update passes and b stays; no b is held if it has been 0 all along, and
+    b_1 belongs to the first step at which it is not.
 
     Shapes: all (*).
     Units: those of u, up to 1 / (1 - momentum) times larger.
     Source: Polyak 1964; torch.optim.SGD.
     """
-    if momentum_buffer is None:
-        return update, None
-    buffer = momentum * momentum_buffer + torch.where(step == 1, 1.0, 1 - dampening) * update
-    return torch.where(momentum == 0, update, buffer), buffer
+    if momentum_buffer is None or buffer_steps is None:
+        return update, momentum_buffer, buffer_steps
+    off = momentum == 0
+    weight = torch.where(buffer_steps == 0, 1.0, 1 - dampening)
+    buffer = torch.where(off, momentum_buffer, momentum * momentum_buffer + weight * update)
+    return (
+        torch.where(off, update, buffer),
+        buffer,
+        torch.where(off, buffer_steps, buffer_steps + 1),
+    )
 
 
 @transform(momentum_buffer=zeros.needs("momentum"))
@@ -45,5 +52,5 @@ def nesterov_momentum(
     """
     if momentum_buffer is None:
         return update, None
-    momentum_buffer = momentum * momentum_buffer + update
-    return update + momentum * momentum_buffer, momentum_buffer
+    buffer = torch.where(momentum == 0, momentum_buffer, momentum * momentum_buffer + update)
+    return update + momentum * buffer, buffer

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from heavyball.numerics import dot, norm
+from heavyball.numerics import dot, is_single, norm
 from heavyball.transform import transform
 
 
@@ -26,12 +26,12 @@ def orthograd(
     Source: Prieto et al. 2025, section 4.2, https://arxiv.org/abs/2501.04697; w is the point at
         which the gradient was taken, y under `schedule_free`.
     """
-    if param.numel() == 1 and single_element == "passthrough":
+    if is_single(param) and single_element == "passthrough":
         return update
     size = norm(update)
     rest = update - dot(param, update) / (dot(param, param) + 1e-30) * param
     left = norm(rest)
     noise = left <= 4 * torch.finfo(update.dtype).eps * size
-    if param.numel() == 1:
+    if is_single(param):
         noise = torch.ones_like(noise)
     return torch.where(noise, 0.0, rest * (size / (left + 1e-30)))

@@ -1,0 +1,413 @@
+"""Prints a graph as C++: one function that steps every tensor of a table, with OpenMP."""
+
+import torch
+
+from heavyball.compiler.graph import Graph, Ref, Value
+from heavyball.compiler.stages import Pass, Schedule, schedule
+
+CTYPES = {
+    torch.float32: "float",
+    torch.float64: "double",
+    torch.bfloat16: "bf16",
+    torch.float16: "f16",
+}
+# A tensor up to this size goes whole to one thread; a larger one is cut into chunks.
+SMALL, CHUNK = 65536, 16384
+
+INFIX = {
+    "add": "+",
+    "sub": "-",
+    "mul": "*",
+    "div": "/",
+    "gt": ">",
+    "ge": ">=",
+    "lt": "<",
+    "le": "<=",
+    "eq": "==",
+    "ne": "!=",
+    "and": "&",
+    "or": "|",
+}
+# Operations as C++ expressions; {0}, {1}, {2} are the arguments, {T} is the type.
+FORMS = {
+    "neg": "-{0}",
+    "abs": "std::fabs({0})",
+    "sqrt": "std::sqrt({0})",
+    "rsqrt": "{T}(1) / std::sqrt({0})",
+    "reciprocal": "{T}(1) / {0}",
+    "square": "{0} * {0}",
+    "exp": "std::exp({0})",
+    "log": "std::log({0})",
+    "log1p": "std::log1p({0})",
+    "expm1": "std::expm1({0})",
+    "tanh": "std::tanh({0})",
+    "sigmoid": "{T}(1) / ({T}(1) + std::exp(-{0}))",
+    "sign": "({0} > 0 ? {T}(1) : {T}(0)) - ({0} < 0 ? {T}(1) : {T}(0))",
+    "ceil": "std::ceil({0})",
+    "floor": "std::floor({0})",
+    # written as comparisons that are false for a NaN, which so passes through
+    "isfinite": "std::fabs({0}) <= std::numeric_limits<{T}>::max()",
+    "isnan": "{0} != {0}",
+    "clamp_min": "{0} < {1} ? {1} : {0}",
+    "clamp_max": "{1} < {0} ? {1} : {0}",
+    "maximum": "({0} < {1} || {1} != {1}) ? {1} : {0}",
+    "minimum": "({1} < {0} || {1} != {1}) ? {1} : {0}",
+    "atan2": "std::atan2({0}, {1})",
+    "remainder": "{0} - std::floor({0} / {1}) * {1}",
+    "pow": "std::pow({0}, {1})",
+    # as torch: exact at both ends
+    "lerp": "std::fabs({2}) < {T}(0.5) ? {0} + {2} * ({1} - {0})"
+    " : {1} - ({1} - {0}) * ({T}(1) - {2})",
+    "where": "{0} ? {1} : {2}",
+    "not": "!{0}",
+    "to_float": "{0} ? {T}(1) : {T}(0)",
+    "to_bool": "{0} != 0",
+}
+LOGIC = ("and", "or", "not")
+
+PRELUDE = """\
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+typedef _Float16 f16;
+struct bf16 { uint16_t bits; };
+
+static inline float load(const float* p) { return *p; }
+static inline double load(const double* p) { return *p; }
+static inline float load(const f16* p) { return (float)*p; }
+static inline float load(const bf16* p) {
+    uint32_t word = (uint32_t)p->bits << 16;
+    float value;
+    std::memcpy(&value, &word, 4);
+    return value;
+}
+static inline void store(float* p, double v) { *p = (float)v; }
+static inline void store(float* p, float v) { *p = v; }
+static inline void store(double* p, double v) { *p = v; }
+static inline void store(f16* p, float v) { *p = (f16)v; }
+static inline void store(f16* p, double v) { *p = (f16)v; }
+static inline void store(bf16* p, float v) {
+    uint32_t word;
+    std::memcpy(&word, &v, 4);
+    uint32_t rounded = (word + 0x7fffu + ((word >> 16) & 1u)) >> 16;
+    p->bits = (uint16_t)(v != v ? 0x7fc0u : rounded);
+}
+static inline void store(bf16* p, double v) { store(p, (float)v); }
+
+// The same bits as heavyball/numerics/rounding.py.
+static inline uint32_t mix(uint32_t x) {
+    x = (x ^ (x >> 16)) * 0x85ebca6bu;
+    x = (x ^ (x >> 13)) * 0xc2b2ae35u;
+    return x ^ (x >> 16);
+}
+static inline uint32_t step_key(int64_t stream, double step) {
+    return mix((uint32_t)stream + (uint32_t)(int64_t)step * 0x9e3779b1u);
+}
+static inline void store_random(bf16* p, float v, uint32_t key, int64_t index) {
+    uint32_t word;
+    std::memcpy(&word, &v, 4);
+    uint32_t bits = mix(((uint32_t)index * 0x9e3779b1u) ^ key) & 0xffffu;
+    bool finite = (word & 0x7f800000u) != 0x7f800000u;
+    uint32_t kept = v != v ? 0x7fc00000u : word;
+    p->bits = (uint16_t)((finite ? word + bits : kept) >> 16);
+}
+"""
+
+
+class Printer:
+    """Prints one graph for tensors of given dtypes, as walks over flat memory."""
+
+    leading: tuple[str, ...] = ("numel", "group", "stream")
+
+    def __init__(
+        self,
+        graph: Graph,
+        dtypes: dict[str, torch.dtype],
+        compute: torch.dtype,
+        random: bool = False,
+    ):
+        self.graph, self.dtypes, self.random = graph, dtypes, random
+        self.type = CTYPES[compute]
+        self.plan: Schedule = schedule(graph, dtypes, compute)
+        ops = {"load": [], "number": [], "hyper": [], "total": []}  # type: dict[str, list]
+        for value in graph.values:
+            if value.op in ops and value.args not in ops[value.op]:
+                ops[value.op].append(value.args)
+        self.hypers: list[tuple[str, int]] = ops["hyper"]
+        self.totals: list[str] = [args[0] for args in ops["total"]]
+        tensors = {args[0] for args in ops["load"]} | {
+            n for n in graph.outputs if n not in self.plan.numbers
+        }
+        self.tensors = sorted(tensors)
+        numbers = {args[0] for args in ops["number"]} | set(self.plan.numbers)
+        self.numbers = sorted(numbers)
+
+    def source(self) -> str:
+        """The whole file."""
+        parts = [PRELUDE, f"typedef {self.type} T;", self._row()]
+        for k, planned in enumerate(self.plan.passes):
+            parts += [self._scalars(f"scalars_{k}", planned.scalars), self._pass(k, planned)]
+        parts += [self._scalars("scalars_end", self.plan.final), self._numbers(), self._driver()]
+        return "\n".join(parts)
+
+    # ---- layout
+
+    @property
+    def columns(self) -> list[str]:
+        """What a row of the table holds: the size, the group, a pointer for each tensor and number."""
+        return [*self.leading, *self.tensors, *self.numbers]
+
+    def _row(self) -> str:
+        width = len(self.columns)
+        lines = [f"enum {{ COLUMNS = {width}, VALUES = {len(self.graph.values)} }};"]
+        for name in self.tensors:
+            column = self.columns.index(name)
+            kind = CTYPES[self.dtypes[name]]
+            lines.append(f"#define {self._tensor(name)} (({kind}*)row[{column}])  // {name}")
+        for name in self.numbers:
+            lines.append(
+                f"#define {self._number(name)} ((double*)row[{self.columns.index(name)}])  // {name}"
+            )
+        return "\n".join(lines)
+
+    def _tensor(self, name: str) -> str:
+        return f"TENSOR_{self.tensors.index(name)}"
+
+    def _number(self, name: str) -> str:
+        return f"NUMBER_{self.numbers.index(name)}"
+
+    # ---- expressions
+
+    def _argument(self, value: Value, argument: object, names: dict[int, str], type_: str) -> str:
+        if not isinstance(argument, Ref):
+            return f"{type_}({_literal(float(argument))})"  # type: ignore[arg-type]
+        name = names[argument.index]
+        if self.graph.values[argument.index].kind == "bool" and value.op not in LOGIC:
+            if value.op in ("where", "to_float") and argument == value.args[0]:
+                return name
+            return f"({name} ? {type_}(1) : {type_}(0))"
+        return name
+
+    def _expression(self, value: Value, names: dict[int, str], type_: str) -> str:
+        if value.op == "pow" and value.args[1] in (2.0, 0.5):
+            name = self._argument(value, value.args[0], names, type_)
+            return f"{name} * {name}" if value.args[1] == 2.0 else f"std::sqrt({name})"
+        arguments = [self._argument(value, a, names, type_) for a in value.args]
+        if value.op in INFIX:
+            return f"{arguments[0]} {INFIX[value.op]} {arguments[1]}"
+        return FORMS[value.op].format(*arguments, T=type_)
+
+    # ---- functions
+
+    def _scalars(self, name: str, nodes: list[int]) -> str:
+        lines = [
+            f"static inline void {name}(const int64_t* row, const double* hyper, double* s) {{"
+        ]
+        names = {i: f"s[{i}]" for i in range(len(self.graph.values))}
+        width = len(self.hypers) + len(self.totals)
+        for i in nodes:
+            v = self.graph.values[i]
+            if v.op == "number":
+                text = f"*{self._number(v.args[0])}"
+            elif v.op == "hyper":
+                text = f"hyper[row[1] * {width} + {self.hypers.index(v.args)}]"
+            elif v.op == "total":
+                text = (
+                    f"hyper[row[1] * {width} + {len(self.hypers) + self.totals.index(v.args[0])}]"
+                )
+            elif v.op in ("numel", "rows", "columns"):
+                text = {"numel": "(double)row[0]", "rows": "(double)(row[0] / row[3])"}.get(
+                    v.op, "(double)row[3]"
+                )
+            elif v.op == "const":
+                text = _literal(v.args[0])
+            else:
+                text = self._expression(v, _booleans(self.graph, names), "double")
+            lines.append(f"    s[{i}] = {text};")
+        return "\n".join([*lines, "}\n"])
+
+    def _pass(self, k: int, planned: Pass) -> str:
+        lines = [
+            f"static inline void pass_{k}(const int64_t* row, const double* s,"
+            " int64_t low, int64_t high, double* part) {"
+        ]
+        body, used = self._body(planned)
+        lines += self._pointers(planned) + self._key(planned)
+        lines += [self._constant(i) for i in sorted(used)]
+        lines += [f"    double r{i} = {self._neutral(i)};" for i in planned.reductions]
+        lines += [f"    #pragma omp simd{self._clauses(planned.reductions)}"]
+        lines += ["    for (int64_t i = low; i < high; ++i) {"]
+        lines += [f"        {line}" for line in body]
+        lines += ["    }"]
+        lines += [f"    part[{n}] = r{i};" for n, i in enumerate(planned.reductions)]
+        return "\n".join([*lines, "}\n"])
+
+    def _pointers(self, planned: Pass) -> list[str]:
+        lines = []
+        for name in sorted({*planned.loads, *planned.reloads.values(), *planned.stores}):
+            kind, index = CTYPES[self.dtypes[name]], self.tensors.index(name)
+            lines.append(f"    {kind}* __restrict t{index} = {self._tensor(name)};")
+        return lines
+
+    def _constant(self, index: int) -> str:
+        return f"    const {_kind(self.graph, index)} c{index} = {_read(self.graph, index)};"
+
+    def _neutral(self, reduction: int) -> str:
+        is_max = self.graph.values[reduction].op == "amax"
+        return "-std::numeric_limits<double>::infinity()" if is_max else "0"
+
+    def _clauses(self, reductions: list[int]) -> str:
+        signs = {i: "max" if self.graph.values[i].op == "amax" else "+" for i in reductions}
+        return "".join(f" reduction({sign}:r{i})" for i, sign in signs.items())
+
+    def _names(self) -> dict[int, str]:
+        """How a loop body calls each value, by where the value lives."""
+        prefix = {"scalar": "c", "element": "v", "row": "k", "col": "w"}
+        return {i: f"{prefix[v.level]}{i}" for i, v in enumerate(self.graph.values)}
+
+    def _body(self, planned: Pass) -> tuple[list[str], set[int]]:
+        """The statements for one element, and the numbers that they read."""
+        names, used = self._names(), set[int]()
+        lines = []
+        for i, name in planned.reloads.items():
+            lines.append(f"const T v{i} = load(t{self.tensors.index(name)} + i);")
+        for i in planned.elements:
+            v = self.graph.values[i]
+            if v.op == "load":
+                text = f"load(t{self.tensors.index(v.args[0])} + i)"
+            else:
+                used |= {a.index for a in v.args if isinstance(a, Ref)}
+                text = self._expression(v, names, "T")
+            lines.append(f"const {_kind(self.graph, i)} v{i} = {text};")
+        for i in planned.reductions:
+            lines.append(self._accumulate(i, names))
+        for name, i in planned.stores.items():
+            used.add(i)
+            lines.append(self._store(name, names[i]))
+        return lines, {i for i in used if self.graph.values[i].level == "scalar"}
+
+    def _store(self, name: str, value: str) -> str:
+        target = f"t{self.tensors.index(name)} + i"
+        if name == "param" and self.random:
+            return f"store_random({target}, {value}, key, i);"
+        return f"store({target}, {value});"
+
+    def _key(self, planned: Pass) -> list[str]:
+        """The word from which a pass that rounds takes its bits."""
+        if not self.random or "param" not in planned.stores:
+            return []
+        step = self.graph.outputs["step"]
+        return [f"    const uint32_t key = step_key(row[2], s[{step}]);"]
+
+    def _accumulate(self, i: int, names: dict[int, str]) -> str:
+        source = self.graph.values[i].args[0].index
+        name = names[source]
+        if self.graph.values[i].op == "amax":
+            return f"r{i} = r{i} < {name} ? {name} : r{i};"
+        if self.graph.values[source].op == "square":
+            # squared in double, or the sum could overflow where the elements do not
+            base = names[self.graph.values[source].args[0].index]
+            return f"r{i} += (double){base} * (double){base};"
+        return f"r{i} += {name};"
+
+    def _numbers(self) -> str:
+        lines = ["static inline void write_numbers(const int64_t* row, const double* s) {"]
+        lines += [f"    *{self._number(n)} = s[{i}];" for n, i in self.plan.numbers.items()]
+        return "\n".join([*lines, "}\n"])
+
+    def _driver(self) -> str:
+        count = max([len(p.reductions) for p in self.plan.passes])
+        last = len(self.plan.passes) - 1
+        whole, chunked = [], []
+        for k, planned in enumerate(self.plan.passes):
+            whole += [f"scalars_{k}(row, hyper, s);", f"pass_{k}(row, s, 0, row[0], part);"]
+            whole += [f"s[{i}] = part[{n}];" for n, i in enumerate(planned.reductions)]
+            after = f"scalars_{k + 1}" if k < last else "scalars_end"
+            chunked.append(_CHUNKED.format(k=k, join=self._join(planned), after=after))
+        whole += ["scalars_end(row, hyper, s);", "write_numbers(row, s);"]
+        return _DRIVER.format(
+            parts=max(count, 1),
+            whole="\n    ".join(whole),
+            chunked="".join(chunked),
+        )
+
+    def _join(self, planned: Pass) -> str:
+        lines = []
+        for n, i in enumerate(planned.reductions):
+            if self.graph.values[i].op == "amax":
+                lines.append(f"s[{i}] = -std::numeric_limits<double>::infinity();")
+                step = f"if (s[{i}] < p[{n}]) s[{i}] = p[{n}];"
+            else:
+                lines.append(f"s[{i}] = 0;")
+                step = f"s[{i}] += p[{n}];"
+            lines.append(f"for (const double* p = first; p < last; p += PARTS) {step}")
+        return "\n                ".join(lines)
+
+
+_DRIVER = """\
+enum {{ PARTS = {parts} }};
+
+static void whole(const int64_t* row, const double* hyper) {{
+    double s[VALUES], part[PARTS];
+    {whole}
+}}
+
+// table: COLUMNS numbers per tensor, the small ones first. chunks: (row, low, high) for the large ones;
+// large: (row, first chunk, end) for each of them.
+extern "C" void run(const int64_t* table, int64_t small, const int64_t* large, int64_t count,
+                    const int64_t* chunks, int64_t pieces, const double* hyper, double* scratch,
+                    double* parts, int threads) {{
+    #pragma omp parallel num_threads(threads) if (threads > 1)
+    {{
+        if (count) {{
+            #pragma omp for schedule(static)
+            for (int64_t i = 0; i < count; ++i)
+                scalars_0(table + large[3 * i] * COLUMNS, hyper, scratch + i * VALUES);
+        }}
+        #pragma omp for schedule(dynamic, 1) nowait
+        for (int64_t i = 0; i < small; ++i) whole(table + i * COLUMNS, hyper);
+        if (count) {{{chunked}
+            #pragma omp for schedule(static)
+            for (int64_t i = 0; i < count; ++i)
+                write_numbers(table + large[3 * i] * COLUMNS, scratch + i * VALUES);
+        }}
+    }}
+}}
+"""
+_CHUNKED = """
+            #pragma omp for schedule(dynamic, 1)
+            for (int64_t i = 0; i < pieces; ++i) {{
+                const int64_t* c = chunks + 4 * i;
+                pass_{k}(table + c[0] * COLUMNS, scratch + c[3] * VALUES, c[1], c[2], parts + i * PARTS);
+            }}
+            #pragma omp for schedule(static)
+            for (int64_t i = 0; i < count; ++i) {{
+                double* s = scratch + i * VALUES;
+                const double* first = parts + large[3 * i + 1] * PARTS;
+                const double* last = parts + large[3 * i + 2] * PARTS;
+                (void)first; (void)last;
+                {join}
+                {after}(table + large[3 * i] * COLUMNS, hyper, s);
+            }}"""
+
+
+def _literal(value: float) -> str:
+    if value != value:
+        return "NAN"
+    if value in (float("inf"), float("-inf")):
+        return "INFINITY" if value > 0 else "-INFINITY"
+    return repr(value)
+
+
+def _kind(graph: Graph, index: int) -> str:
+    return "bool" if graph.values[index].kind == "bool" else "T"
+
+
+def _read(graph: Graph, index: int) -> str:
+    return f"s[{index}] != 0" if graph.values[index].kind == "bool" else f"(T)s[{index}]"
+
+
+def _booleans(graph: Graph, names: dict[int, str]) -> dict[int, str]:
+    return {i: f"({n} != 0)" if graph.values[i].kind == "bool" else n for i, n in names.items()}

@@ -1,0 +1,253 @@
+"""Runs printed Triton kernels over tensors on CUDA devices, without ever waiting for the device."""
+
+import contextlib
+import hashlib
+import linecache
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from heavyball.compiler.launch import Kernel, Table, hyper_values
+from heavyball.compiler.toolchain import ToolchainError
+from heavyball.compiler.triton_printer import CHUNK, DEVICES, WARPS, TritonPrinter
+from heavyball.runner import SCALAR, drive, share_of
+
+if TYPE_CHECKING:
+    from heavyball.compiler.engine import Plan
+
+ALIGNMENT = 16
+# Without fusion every operation is rounded as in torch, and as written in the graph.
+OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False}
+
+_kernels: dict[str, Kernel] = {}
+
+
+def serves(device: torch.device) -> bool:
+    """Whether kernels for this device are printed as Triton."""
+    return device.type in DEVICES
+
+
+def table(kernel: Kernel, device: torch.device) -> Table:
+    """An empty table for a kernel's tensors on one device."""
+    return DeviceTable(kernel, device=device) if serves(device) else Table(kernel)
+
+
+def libdevice() -> Any:
+    """The module of the functions that Triton does not have itself."""
+    from triton.language.extra import libdevice as module
+
+    return module
+
+
+def load(source: str) -> dict[str, Any]:
+    """The names that a printed module defines.
+
+    Triton reads a kernel's source again, so it is kept where `inspect` finds it without a file.
+    """
+    import triton
+    import triton.language as tl
+
+    name = f"<heavyball {hashlib.sha256(source.encode()).hexdigest()[:16]}>"
+    linecache.cache[name] = len(source), None, source.splitlines(keepends=True), name
+    module = {"__name__": name, "triton": triton, "tl": tl, "libdevice": libdevice()}
+    exec(compile(source, name, "exec"), module)
+    return module
+
+
+def build(printer: TritonPrinter) -> Kernel:
+    """Load what a printer prints, and compile it for the present device.
+
+    Errors: ToolchainError if Triton is not there, or with its complaint.
+    """
+    source = printer.source()
+    if source not in _kernels:
+        count = len(printer.plan.passes)
+        try:
+            module = load(source)
+            passes = [module[f"pass_{k}"] for k in range(count)]
+            for run in passes:
+                kinds = [torch.int64, torch.int64, *[SCALAR] * 3, torch.int32]
+                run.warmup(*kinds, ALIGNED=True, grid=(1,), **OPTIONS)
+        except Exception as error:  # whatever Triton's stages raise
+            lines = str(error).strip().splitlines() or [""]
+            raise ToolchainError(f"Triton: {type(error).__name__}: {lines[-1]}") from error
+        _kernels[source] = Kernel(
+            tensors=printer.tensors,
+            numbers=printer.numbers,
+            hypers=printer.hypers,
+            totals=printer.totals,
+            values=len(printer.graph.values),
+            leading=len(printer.leading),
+            split=printer.graph.split,
+            parts=printer.parts,
+            run=passes,
+        )
+    return _kernels[source]
+
+
+class Mirror:
+    """A small tensor on the device that is filled from the host, when the host's has changed."""
+
+    def __init__(self, host: Tensor, device: torch.device):
+        self.tensor = torch.empty_like(host, device=device)
+        self._sent: Tensor | None = None
+        # A graph that is being captured copies from this memory whenever it is replayed, and none
+        # can be pinned during a capture.
+        self._spare = _pinned_like(host, device)
+        self._captured: list[Tensor] = []
+
+    def send(self, host: Tensor) -> bool:
+        """Make the device's tensor equal to the host's; says whether anything had to be done."""
+        capturing = _capturing(self.tensor.device)
+        # A replayed graph fills the tensor behind our back: from then on it is filled every time.
+        known = self._sent is not None and not capturing and not self._captured
+        if known and torch.equal(host, self._sent):  # type: ignore[arg-type]
+            return False
+        if capturing:
+            staging = self._spare
+            self._spare = None
+            if staging is None:
+                staging = _pinned_like(host, self.tensor.device)
+            self._captured.append(staging)  # type: ignore[arg-type]
+        else:
+            self._spare = self._spare if self._spare is not None else self._pin(host)
+            # not the spare: torch gives this memory to others only when the copy has been made
+            staging = self._pin(host)
+        staging.copy_(host)  # type: ignore[union-attr]
+        self.tensor.copy_(staging, non_blocking=True)  # type: ignore[arg-type]
+        self._sent = host.clone()
+        return True
+
+    def _pin(self, host: Tensor) -> Tensor:
+        return _pinned_like(host, self.tensor.device)
+
+
+def _pinned_like(host: Tensor, device: torch.device) -> Tensor:
+    return torch.empty(host.shape, dtype=host.dtype, pin_memory=device.type == "cuda")
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+@dataclass(eq=False)
+class DeviceTable(Table):
+    """A table in the memory of a device. Its buffers stay where they are as long as it is used."""
+
+    device: torch.device = field(default_factory=lambda: torch.device("cuda"))
+    aligned: bool = False
+    arrived: Tensor | None = None
+    positions: Tensor | None = None
+    mirror: Mirror | None = None
+    hyper: Mirror | None = None
+
+    def finish(self) -> None:
+        """Cut the tensors into chunks and make the buffers."""
+        kernel, count = self.kernel, len(self.rows)
+        if "share" in kernel.numbers:
+            self.shares = torch.zeros(count, dtype=SCALAR, device=self.device)
+            self.positions = torch.tensor(self.members, device=self.device)
+            column = kernel.leading + len(kernel.tensors) + kernel.numbers.index("share")
+            for index, row in enumerate(self.rows):
+                row[column] = self.shares[index].data_ptr()
+        chunks = [
+            (index, part)
+            for index, row in enumerate(self.rows)
+            for part in range(-(-row[0] // CHUNK))
+        ]
+        self.fixed = torch.tensor(self.rows, dtype=torch.int64)
+        self.mirror = Mirror(self.fixed, self.device)
+        self.chunks = torch.tensor(chunks, dtype=torch.int64, device=self.device)
+        self.scratch = torch.empty(count * kernel.values, dtype=SCALAR, device=self.device)
+        self.parts = torch.empty(len(chunks) * kernel.parts, dtype=SCALAR, device=self.device)
+        self.arrived = torch.zeros(count, dtype=torch.int32, device=self.device)
+
+    def step(self, groups: list[Mapping[str, Any]], totals: Mapping[str, Tensor]) -> None:
+        """Send what has changed and run every pass."""
+        assert self.mirror is not None
+        on_cuda = self.device.type == "cuda"
+        with torch.cuda.device(self.device) if on_cuda else contextlib.nullcontext():
+            if self.mirror.send(self.fixed):  # type: ignore[arg-type]
+                low = self.kernel.leading
+                high = low + len(self.kernel.tensors)
+                self.aligned = not (self.fixed[:, low:high] % ALIGNMENT).any()  # type: ignore[index]
+            self._fill(groups, totals)
+            for run in self.kernel.run:
+                self._start(run)
+
+    def _start(self, run: Any) -> None:
+        run[(len(self.chunks),)](  # type: ignore[arg-type]
+            self.mirror.tensor,  # type: ignore[union-attr]
+            self.chunks,
+            self.hyper.tensor,  # type: ignore[union-attr]
+            self.scratch,
+            self.parts,
+            self.arrived,
+            ALIGNED=self.aligned,
+            **OPTIONS,
+        )
+
+    def _fill(self, groups: list[Mapping[str, Any]], totals: Mapping[str, Tensor]) -> None:
+        """Bring hyper-parameters and sums over all parameters to where the kernel reads them."""
+        hypers, there = self.kernel.hypers, list[tuple[int, int, Tensor]]()
+        rows = []
+        for number, group in enumerate(groups):
+            row = [0.0] * (len(hypers) + len(self.kernel.totals))
+            for place, (key, index) in enumerate(hypers):
+                value = group[key]
+                if isinstance(value, Tensor) and serves(value.device):
+                    there.append((number, place, value))
+                elif isinstance(value, tuple | list):
+                    row[place] = float(value[index])
+                else:
+                    row[place] = float(value)
+            rows.append(row)
+        values = torch.tensor(rows, dtype=SCALAR)
+        if self.hyper is None:
+            self.hyper = Mirror(values, self.device)
+        self.hyper.send(values)
+        for number, place, value in there:
+            self.hyper.tensor[number, place].copy_(value.detach().reshape(()), non_blocking=True)
+        for place, key in enumerate(self.kernel.totals, start=len(hypers)):
+            self.hyper.tensor[:, place].copy_(totals[key], non_blocking=True)
+
+
+def run_plan(plan: "Plan") -> None:
+    """Step every parameter of a plan that has tables on a device; sums stay on the device too."""
+    totals: dict[str, Tensor] = {}
+    for key in plan.total_keys:
+        totals[key] = _total(plan, key, totals)
+    for table in plan.tables:
+        _step(table, plan.groups, totals)
+    torch.autograd.graph.increment_version(plan.params + plan.states)
+    for index in plan.eager:
+        drive(plan.jobs[index], totals)
+
+
+def _step(table: Table, groups: list[Mapping[str, Any]], totals: Mapping[str, Tensor]) -> None:
+    if isinstance(table, DeviceTable):
+        table.step(groups, totals)
+    else:
+        sums = {key: total.item() for key, total in totals.items()}
+        table.launch(hyper_values(table.kernel, groups, sums))
+
+
+def _total(plan: "Plan", key: str, totals: Mapping[str, Tensor]) -> Tensor:
+    """The sum of every job's share, added in the order of the parameters."""
+    device = next(t.device for t in plan.tables if isinstance(t, DeviceTable))
+    shares = torch.zeros(len(plan.jobs), dtype=SCALAR, device=device)
+    for table in plan.shares[key]:
+        _step(table, plan.groups, totals)
+        if isinstance(table, DeviceTable):
+            places, found = table.positions, table.shares
+        else:
+            places, found = torch.tensor(table.members), table.shares
+        shares.index_copy_(0, places.to(device), found.to(device))  # type: ignore[union-attr]
+    for index in plan.eager:
+        share = share_of(plan.jobs[index], key, totals)
+        if share is not None:
+            shares[index].copy_(share)
+    return shares.sum()

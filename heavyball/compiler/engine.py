@@ -1,0 +1,268 @@
+"""Steps an optimizer's parameters through kernels, and says what is left for the eager runner."""
+
+import math
+import operator
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heavyball import utils
+from heavyball.compiler import cuda
+from heavyball.compiler.graph import NotPrintableError
+from heavyball.compiler.launch import Kernel, Table, build, check_layout, hyper_values, printer_for
+from heavyball.compiler.toolchain import ToolchainError
+from heavyball.runner import SCALAR, Job, drive, lazy_wanted, run, share_of
+
+Signature = tuple[Any, ...]
+
+
+def signature(job: Job) -> Signature:
+    """What a kernel depends on, apart from the shape where the program looks at it."""
+    param, grad = job.param, job.grad
+    states = tuple((k, t.dtype, t.ndim, t.is_contiguous()) for k, t in job.state.items())
+    # whether a kernel fits is a matter of which axes have one element and how memory is laid out
+    ones = tuple(n == 1 for n in param.shape)
+    aligned = param.is_contiguous() and grad.is_contiguous()
+    kind = (ones, aligned or (param.stride(), grad.stride()), param.dtype, grad.dtype)
+    return (job.program, *kind, param.device.type, job.stream is not None, states)
+
+
+@dataclass(eq=False)
+class Plan:
+    """Tables for a set of jobs, and what must still hold for them to be used again."""
+
+    jobs: list[Job]
+    total_keys: list[str]
+    groups: list[Mapping[str, Any]]
+    tables: list[Table]
+    shares: dict[str, list[Table]]
+    eager: list[int]
+    lazy: list[bool] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
+    params: list[Tensor] = field(default_factory=list)
+    held: list[dict[str, Tensor]] = field(default_factory=list)
+    layouts: tuple[list, ...] = ()
+    slots: list[tuple[dict[str, Tensor], str]] = field(default_factory=list)
+    states: list[Tensor] = field(default_factory=list)
+    pointers: list[int] = field(default_factory=list)
+
+    def remember(self) -> None:
+        """Note the tensors whose pointers are in the tables."""
+        self.params = [j.param for j in self.jobs]
+        self.held = [j.state for j in self.jobs]
+        self.layouts = _layouts(self.params, [j.grad for j in self.jobs])
+        self.slots = [(j.state, key) for j in self.jobs for key in j.state]
+        self.states = [state[key] for state, key in self.slots]
+        self.pointers = [t.data_ptr() for t in self.params + self.states]
+        self.lazy = self._lazy()
+        self.seeds = [group["seed"] for group in self.groups]
+
+    def _lazy(self) -> list[bool]:
+        """Which of the states that a hyper-parameter asks for are wanted."""
+        return [
+            lazy_wanted(node, declared, job.group)
+            for job in self.jobs
+            if job.program.lazy_keys
+            for node, _, declared in job.program.states
+            if declared.needed_by in node.transform.hyper
+        ]
+
+    def still_holds(self, groups: list[dict[str, Any]], state: Mapping[Tensor, Any]) -> bool:
+        """Whether the same tensors are there, laid out as before; gradients may have moved."""
+        params = [p for group in groups for p in group["params"] if p.grad is not None]
+        if len(params) != len(self.params) or not all(map(operator.is_, params, self.params)):
+            return False
+        grads = [p.grad for p in params]
+        try:
+            same = _layouts(params, grads) == self.layouts
+        except RuntimeError:  # a sparse gradient has no strides
+            return False
+        if not same or self._lazy() != self.lazy or self.seeds != [g["seed"] for g in self.groups]:
+            return False
+        if not all(map(operator.is_, map(state.get, params), self.held)):
+            return False
+        now = [held.get(key) for held, key in self.slots]
+        if not all(map(operator.is_, now, self.states)):
+            return False
+        self._take(grads)
+        return [t.data_ptr() for t in params + self.states] == self.pointers
+
+    def _take(self, grads: list[Tensor]) -> None:
+        """Put the gradients' pointers into the tables."""
+        pointers = [g.data_ptr() for g in grads]
+        for table in [*self.tables, *(t for ts in self.shares.values() for t in ts)]:
+            if table.grad_column is not None:
+                column = torch.tensor([pointers[i] for i in table.members], dtype=torch.int64)
+                table.fixed[:, table.grad_column] = column  # type: ignore[index]
+
+    def run(self) -> None:
+        """Step every parameter."""
+        if any(isinstance(table, cuda.DeviceTable) for table in self.tables):
+            cuda.run_plan(self)
+            return
+        totals: dict[str, Tensor] = {}
+        for key in self.total_keys:
+            found = self._shares(key, totals)
+            for index in self.eager:
+                share = share_of(self.jobs[index], key, totals)
+                if share is not None:
+                    found[index] = share.item()
+            # in the order of the parameters, whoever computed them
+            totals[key] = torch.tensor(sum(found[i] for i in sorted(found)), dtype=SCALAR)
+        sums = {key: total.item() for key, total in totals.items()}
+        for table in self.tables:
+            table.launch(hyper_values(table.kernel, self.groups, sums))
+        torch.autograd.graph.increment_version(self.params + self.states)
+        for index in self.eager:
+            drive(self.jobs[index], totals)
+
+    def _shares(self, key: str, totals: Mapping[str, Tensor]) -> dict[int, float]:
+        sums = {k: t.item() for k, t in totals.items()}
+        found: dict[int, float] = {}
+        for table in self.shares[key]:
+            table.launch(hyper_values(table.kernel, self.groups, sums))
+            found.update(zip(table.members, table.shares.tolist(), strict=True))  # type: ignore[union-attr]
+        return found
+
+
+def _layouts(params: list[Tensor], grads: list[Tensor]) -> tuple[list, ...]:
+    # whole lists at a time, since this is what a step of many small tensors costs most in Python
+    return (
+        [p.shape for p in params],
+        [g.shape for g in grads],
+        [g.dtype for g in grads],
+        [g.stride() for g in grads],
+    )
+
+
+class Engine:
+    """Steps one optimizer, through kernels where it can. It holds nothing a checkpoint would need."""
+
+    def __init__(self, mode: str | bool):
+        self.mode = mode
+        self._kernels: dict[Signature, Kernel | None] = {}
+        self._plan: Plan | None = None
+
+    def forget(self) -> None:
+        """Look at every tensor anew in the next step."""
+        self._plan = None
+
+    def step_again(self, groups: list[dict[str, Any]], state: Mapping[Tensor, Any]) -> bool:
+        """Step as the last time, if everything is where it was then; else do nothing."""
+        if self._plan is None or not self._plan.still_holds(groups, state):
+            return False
+        self._plan.run()
+        return True
+
+    def step(self, jobs: list[Job], total_keys: list[str], foreach: bool | None) -> None:
+        """Step these parameters."""
+        self._plan = None
+        # the same parameter twice is stepped twice, one after the other
+        twice = len({id(job.param) for job in jobs}) < len(jobs)
+        if self.mode is False or utils.compile_mode is None or twice:
+            run(jobs, total_keys, foreach)
+            return
+        plan = self._make(jobs, total_keys)
+        if len(plan.eager) == len(jobs):
+            run(jobs, total_keys, foreach)
+            return
+        plan.run()
+        if not plan.eager:
+            self._plan = plan
+
+    def _make(self, jobs: list[Job], total_keys: list[str]) -> Plan:
+        """Sort jobs into tables; jobs without a kernel are the plan's `eager` ones."""
+        groups: list[Mapping[str, Any]] = []
+        tables: dict[tuple[str | None, int, torch.device], Table] = {}
+        eager = []
+        for index, job in enumerate(jobs):
+            if not any(job.group is g for g in groups):
+                groups.append(job.group)
+            number = next(i for i, g in enumerate(groups) if g is job.group)
+            wanted = [None, *(k for k in total_keys if k in job.program.total_keys)]
+            kernels = {key: self._kernel(job, key) for key in wanted}
+            if any(kernel is None for kernel in kernels.values()):
+                eager.append(index)
+                continue
+            for key, kernel in kernels.items():
+                device = job.param.device
+                place = (key, id(kernel), device)
+                if place not in tables:
+                    tables[place] = cuda.table(kernel, device)  # type: ignore[arg-type]
+                table = tables[place]
+                _add_row(table, index, job, number)
+        for table in tables.values():
+            table.finish()
+        shares = {key: [t for (k, *_), t in tables.items() if k == key] for key in total_keys}
+        steps = [t for (k, *_), t in tables.items() if k is None]
+        plan = Plan(jobs, total_keys, groups, steps, shares, eager)
+        plan.remember()
+        return plan
+
+    def _kernel(self, job: Job, share: str | None) -> Kernel | None:
+        """The kernel of a job's program for tensors like its own; None where there is none."""
+        if job.param.numel() == 0:
+            return None
+        kind = (*signature(job), share)
+        exact = (*kind, job.param.shape)
+        for key in (kind, exact):
+            if key in self._kernels:
+                return self._kernels[key]
+        try:
+            check_layout(job)
+            printer, sized = printer_for(job, share)
+            key = exact if sized else kind
+            self._kernels[key] = (
+                cuda.build(printer) if cuda.serves(job.param.device) else build(printer)
+            )
+            return self._kernels[key]
+        except (NotPrintableError, ToolchainError) as error:
+            self._refuse(job, error)
+            self._kernels[exact] = None
+            return None
+
+    def _refuse(self, job: Job, error: Exception) -> None:
+        message = f"the chain {job.program!r} runs without a compiled kernel: {error}"
+        if self.mode is True:
+            raise RuntimeError(f"compile=True, but {message}") from None
+        warn_once(message)
+
+
+def sources(jobs: list[Job], total_keys: list[str]) -> list[str]:
+    """The distinct kernels of some jobs as text, those for sums over all parameters first."""
+    found: dict[str, None] = {}
+    for key in (*total_keys, None):
+        for job in jobs:
+            if key is None or key in job.program.total_keys:
+                check_layout(job)
+                found[printer_for(job, key)[0].source()] = None
+    return list(found)
+
+
+def _add_row(table: Table, index: int, job: Job, group: int) -> None:
+    kernel = table.kernel
+    row = [job.param.numel(), group, job.stream or 0]
+    if kernel.split is not None:
+        row.append(math.prod(job.param.shape[kernel.split :]))
+    for name in kernel.tensors:
+        if name == "grad":
+            table.grad_column = len(row)
+        tensor = {"param": job.param, "grad": job.grad}.get(name)
+        row.append((job.state[name] if tensor is None else tensor).data_ptr())
+    row += [0 if name == "share" else job.state[name].data_ptr() for name in kernel.numbers]
+    table.members.append(index)
+    table.rows.append(row)
+
+
+_warned: set[str] = set()
+
+
+def warn_once(message: str) -> None:
+    """Warn, but say the same thing only once in a process."""
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=6)

@@ -1,0 +1,472 @@
+"""A chain's program for one tensor as a small graph, recorded by running it once on meta tensors."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from heavyball.chain import Program
+from heavyball.numerics import measures
+from heavyball.runner import SCALAR, Job, compute_dtype, start, working
+
+
+class NotPrintableError(Exception):
+    """The graph cannot become a kernel; the message says what stands in the way."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """One node: an operation on earlier nodes (their numbers) and constants.
+
+    level: "scalar" for a number per tensor (float64), "element" for one per element, "row" and "col"
+        for one per row and per column, where the tensor is seen as a matrix.
+    kind: "float" or "bool".
+    """
+
+    op: str
+    args: tuple[Any, ...]
+    level: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class Ref:
+    """An argument that is another node."""
+
+    index: int
+
+
+@dataclass
+class Graph:
+    """Nodes in the order in which they can be computed, and what is written where."""
+
+    values: list[Value] = field(default_factory=list)
+    outputs: dict[str, int] = field(default_factory=dict)
+    split: int | None = None  # for rows and columns: the dimensions before it are the rows
+    tensors: dict[str, str] = field(default_factory=dict)  # the level of what is no number, by name
+
+    def add(self, op: str, args: tuple[Any, ...], level: str, kind: str) -> int:
+        value = Value(op, args, level, kind)
+        if value in self._known:
+            return self._known[value]
+        self.values.append(value)
+        self._known[value] = len(self.values) - 1
+        return len(self.values) - 1
+
+    def __post_init__(self) -> None:
+        self._known: dict[Value, int] = {}
+
+    def live(self) -> "Graph":
+        """The same graph without what no output needs."""
+        needed: set[int] = set()
+        todo = list(self.outputs.values())
+        while todo:
+            index = todo.pop()
+            if index not in needed:
+                needed.add(index)
+                todo += [a.index for a in self.values[index].args if isinstance(a, Ref)]
+        moved: dict[int, int] = {}
+        kept = Graph(split=self.split, tensors=self.tensors)
+        for index in sorted(needed):
+            v = self.values[index]
+            args = tuple(Ref(moved[a.index]) if isinstance(a, Ref) else a for a in v.args)
+            moved[index] = kept.add(v.op, args, v.level, v.kind)
+        kept.outputs = {name: moved[index] for name, index in self.outputs.items()}
+        return kept
+
+    def key(self) -> str:
+        """A text that two graphs share exactly if they are the same."""
+        return repr((self.values, sorted(self.outputs.items())))
+
+
+# aten name -> our operation; arguments pass through in order.
+SAME = {
+    "add.Tensor": "add",
+    "sub.Tensor": "sub",
+    "mul.Tensor": "mul",
+    "div.Tensor": "div",
+    "neg.default": "neg",
+    "abs.default": "abs",
+    "sqrt.default": "sqrt",
+    "rsqrt.default": "rsqrt",
+    "reciprocal.default": "reciprocal",
+    "exp.default": "exp",
+    "log.default": "log",
+    "log1p.default": "log1p",
+    "expm1.default": "expm1",
+    "tanh.default": "tanh",
+    "sigmoid.default": "sigmoid",
+    "sign.default": "sign",
+    "ceil.default": "ceil",
+    "floor.default": "floor",
+    "isfinite.default": "isfinite",
+    "isnan.default": "isnan",
+    "atan2.default": "atan2",
+    "maximum.default": "maximum",
+    "minimum.default": "minimum",
+    "remainder.Scalar": "remainder",
+    "remainder.Tensor": "remainder",
+    "pow.Tensor_Tensor": "pow",
+    "pow.Tensor_Scalar": "pow",
+    "pow.Scalar": "pow",
+    "lerp.Tensor": "lerp",
+    "lerp.Scalar": "lerp",
+    "where.self": "where",
+    "bitwise_and.Tensor": "and",
+    "logical_and.default": "and",
+    "bitwise_or.Tensor": "or",
+    "logical_or.default": "or",
+    "bitwise_not.default": "not",
+    "logical_not.default": "not",
+    **{
+        f"{op}.{form}": op
+        for op in ("gt", "ge", "lt", "le", "eq", "ne")
+        for form in ("Tensor", "Scalar")
+    },
+}
+VIEWS = {
+    "detach.default",
+    "alias.default",
+    "view.default",
+    "_unsafe_view.default",
+    "clone.default",
+    "expand.default",
+    "squeeze.dim",
+    "squeeze.default",
+    "unsqueeze.default",
+    "lift_fresh.default",
+    "contiguous.default",
+}
+FILLS = {"zeros_like.default": 0.0, "ones_like.default": 1.0}
+REDUCING = {"sum", "mean", "linalg_vector_norm", "amax", "any", "all"}
+BOOLEAN = {"gt", "ge", "lt", "le", "eq", "ne", "and", "or", "not", "isfinite", "isnan"}
+
+
+class SizeWatch(TorchFunctionMode):
+    """Notes whether a function looks at the size of a tensor, which then becomes part of the graph."""
+
+    LOOKS = frozenset({"shape", "size", "numel", "nelement", "__len__", "stride", "nbytes"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.looked = False
+        self._ignored = False
+
+    @contextlib.contextmanager
+    def ignored(self) -> Iterator[None]:
+        """Look at sizes without being noted."""
+        before, self._ignored = self._ignored, True
+        try:
+            yield
+        finally:
+            self._ignored = before
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name == "__get__":
+            name = getattr(func.__self__, "__name__", "")
+        if name in self.LOOKS and not self._ignored:
+            self.looked = True
+        return func(*args, **(kwargs or {}))
+
+
+class Recorder(TorchDispatchMode):
+    """Runs a function on meta tensors and writes down what it does."""
+
+    def __init__(self, shape: torch.Size, dtype: torch.dtype):
+        super().__init__()
+        self.graph = Graph()
+        self.shape, self.numel, self.dtype = tuple(shape), shape.numel(), dtype
+        self.split: int | None = (
+            None  # dimensions before it are the rows, once rows or columns appear
+        )
+        self.watch = SizeWatch()
+        self._index: dict[int, int] = {}
+        self._alive: list[Tensor] = []
+
+    def bind(self, tensor: Tensor, op: str, *args: Any) -> Tensor:
+        """Declare a tensor as an input of the graph."""
+        self._name(tensor, self.graph.add(op, args, self._level(tensor), self._kind(tensor)))
+        return tensor
+
+    def tensor(self, tensor: Tensor, name: str) -> Tensor:
+        """Declare a tensor as an input that is kept in memory under this name."""
+        level = self._level(tensor)
+        if level == "scalar":
+            raise NotPrintableError(
+                f"{name} of shape {tuple(tensor.shape)}, one element of several"
+            )
+        self.graph.tensors[name] = level
+        return self.bind(tensor, "load", name)
+
+    def number(self, op: str, *args: Any) -> Tensor:
+        """A new scalar input."""
+        return self.bind(torch.empty((), dtype=SCALAR, device="meta"), op, *args)
+
+    def find(self, tensor: Tensor) -> int:
+        """The node of a tensor that the function returned."""
+        if id(tensor) not in self._index:
+            raise NotPrintableError("a tensor that is neither an input nor computed from inputs")
+        return self._index[id(tensor)]
+
+    def count(self, tensor: Tensor) -> Tensor | int:
+        """What `numerics.count` gives while recording: one node for every size of parameter."""
+        with self.watch.ignored():
+            if tensor.numel() == self.numel and tensor.ndim > 0:
+                return self.number("numel")
+        return tensor.numel()
+
+    def single(self, tensor: Tensor) -> bool:
+        """What `numerics.is_single` gives: whether there is one element is part of a graph's key."""
+        with self.watch.ignored():
+            return tensor.numel() == 1
+
+    def _name(self, tensor: Tensor, index: int) -> None:
+        self._index[id(tensor)] = index
+        self._alive.append(tensor)  # or another tensor could get the same id
+
+    def _level(self, tensor: Tensor, reduced: bool = False) -> str:
+        """Where a tensor's values belong; what a reduction leaves may be float64, as its sums are."""
+        if tensor.ndim == 0:
+            return "scalar"
+        if tensor.numel() == self.numel:
+            if not reduced and tensor.dtype not in (self.dtype, torch.bool):
+                raise NotPrintableError(f"elements of {tensor.dtype} beside {self.dtype}")
+            return "element"
+        if tensor.numel() == 1:
+            return "scalar"
+        return self._axis_level(tensor.shape)
+
+    def _axis_level(self, shape: torch.Size) -> str:
+        """ "row" where only leading dimensions are left, "col" where only trailing ones are."""
+        wide = [axis for axis, n in enumerate(self.shape) if n > 1]
+        if len(shape) == len(self.shape):
+            kept = [axis for axis in wide if shape[axis] == self.shape[axis]]
+            same = all(shape[axis] == 1 for axis in wide if axis not in kept)
+            for level, part in (("row", wide[: len(kept)]), ("col", wide[-len(kept) :])):
+                split = wide[len(kept)] if level == "row" else part[0]
+                if same and kept == part and self.split in (None, split):
+                    self.split = split
+                    return level
+        raise NotPrintableError(
+            f"a tensor of shape {tuple(shape)} beside {self.shape}: neither all elements, nor rows or "
+            "columns of a matrix"
+        )
+
+    @staticmethod
+    def _kind(tensor: Tensor) -> str:
+        if tensor.dtype == torch.bool:
+            return "bool"
+        if not tensor.is_floating_point():
+            raise NotPrintableError(f"a tensor of {tensor.dtype}")
+        return "float"
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = str(func).removeprefix("aten.")
+        result = func(*args, **kwargs)
+        if name == "empty.memory_format":
+            return result
+        if not isinstance(result, Tensor):
+            raise NotPrintableError(f"the operation {name}")
+        with self.watch.ignored():
+            self._name(result, self._record(name, args, kwargs, result))
+        return result
+
+    def _record(self, name: str, args: Any, kwargs: Any, result: Tensor) -> int:
+        reduced = name.split(".")[0] in REDUCING
+        level, kind = self._level(result, reduced), self._kind(result)
+        if name in VIEWS:
+            return self.find(args[0])
+        if name in FILLS:
+            return self._constant(FILLS[name], level, kind)
+        if name in ("full.default", "full_like.default"):
+            return self._constant(float(args[1]), level, kind)
+        if name == "scalar_tensor.default":
+            return self._constant(float(args[0]), level, kind)
+        if name in ("_to_copy.default", "copy_.default"):
+            return self._cast(self._argument(args[0]), level, kind)
+        if reduced:
+            return self._reduction(name, args, kwargs, level)
+        if name.startswith("clamp"):
+            return self._clamp(args, kwargs, level)
+        if name == "rsub.Scalar":
+            return self._emit("sub", (args[1], args[0]), level, kind)
+        if name in SAME:
+            if kwargs.get("alpha", 1) != 1 or len(args) > len(_plain(args)):
+                raise NotPrintableError(f"the operation {name} with {kwargs or args}")
+            return self._emit(SAME[name], args, level, kind)
+        raise NotPrintableError(f"the operation {name}")
+
+    def _argument(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return Ref(self.find(value))
+        if isinstance(value, bool | int | float):
+            return float(value)
+        raise NotPrintableError(f"an argument {value!r}")
+
+    def _emit(self, op: str, args: Any, level: str, kind: str) -> int:
+        return self.graph.add(op, tuple(self._argument(a) for a in args), level, kind)
+
+    def _constant(self, value: float, level: str, kind: str) -> int:
+        return self.graph.add("const", (value,), "scalar", kind)
+
+    def _cast(self, value: Ref, level: str, kind: str) -> int:
+        source = self.graph.values[value.index]
+        if source.kind == kind:
+            return value.index
+        op = "to_float" if kind == "float" else "to_bool"
+        return self.graph.add(op, (value,), source.level, kind)
+
+    def _clamp(self, args: Any, kwargs: Any, level: str) -> int:
+        bounds = dict(zip(("min", "max"), args[1:], strict=False)) | kwargs
+        value: Ref = self._argument(args[0])
+        for side, op in (("min", "clamp_min"), ("max", "clamp_max")):
+            if bounds.get(side) is not None:
+                arguments = (value, self._argument(bounds[side]))
+                value = Ref(self.graph.add(op, arguments, level, "float"))
+        return value.index
+
+    def _reduction(self, name: str, args: Any, kwargs: Any, level: str) -> int:
+        source: Ref = self._argument(args[0])
+        before = self.graph.values[source.index].level
+        op = name.split(".")[0]
+        order = args[1] if len(args) > 1 and op == "linalg_vector_norm" else kwargs.get("ord", 2)
+        if op == "linalg_vector_norm" and order != 2:
+            raise NotPrintableError(f"a norm of order {order}")
+        if before == level and op in ("sum", "mean", "linalg_vector_norm"):
+            # over axes of size 1
+            plain = op != "linalg_vector_norm"
+            return source.index if plain else self.graph.add("abs", (source,), level, "float")
+        if (before, level) not in DIRECTIONS:
+            raise NotPrintableError(f"the operation {name} from {before} to {level}")
+        if op == "linalg_vector_norm":
+            square = Ref(self.graph.add("square", (source,), before, "float"))
+            total = self.graph.add("sum", (square,), level, "float")
+            return self.graph.add("sqrt", (Ref(total),), level, "float")
+        if self.graph.values[source.index].kind == "bool":
+            source = Ref(self.graph.add("to_float", (source,), before, "float"))
+        if op in ("amax", "any", "all") and (before, level) != ("element", "scalar"):
+            raise NotPrintableError(f"the operation {name} over some of the axes")
+        if op == "amax":
+            return self.graph.add("amax", (source,), level, "float")
+        total = self.graph.add("sum", (source,), level, "float")
+        if op == "sum":
+            return total
+        if op == "any":
+            return self.graph.add("gt", (Ref(total), 0.0), level, "bool")
+        size = self.graph.add(DIRECTIONS[before, level], (), "scalar", "float")
+        divided = "eq" if op == "all" else "div"
+        return self.graph.add(divided, (Ref(total), Ref(size)), level, self._kind_of(divided))
+
+    @staticmethod
+    def _kind_of(op: str) -> str:
+        return "bool" if op in BOOLEAN else "float"
+
+
+# How many values a sum from one level to another adds up.
+DIRECTIONS = {
+    ("element", "scalar"): "numel",
+    ("element", "row"): "columns",
+    ("element", "col"): "rows",
+    ("row", "scalar"): "rows",
+    ("col", "scalar"): "columns",
+}
+
+
+def _plain(args: Any) -> list:
+    return [a for a in args if isinstance(a, Tensor | bool | int | float)]
+
+
+class _Hypers:
+    """Stands in for the scalars of a group: every hyper-parameter is an input of the graph."""
+
+    def __init__(self, recorder: Recorder):
+        self._recorder = recorder
+
+    def get(self, group: Mapping[str, Any], key: str, device: torch.device) -> Any:
+        value = group[key]
+        if value is None:
+            return None
+        if isinstance(value, tuple | list):
+            return tuple(self._recorder.number("hyper", key, i) for i in range(len(value)))
+        return self._recorder.number("hyper", key, 0)
+
+
+def record(
+    program: Program,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    state: Mapping[str, Tensor],
+    group: Mapping[str, Any],
+    share: str | None = None,
+) -> tuple[Graph, bool]:
+    """Run a program once on meta tensors; also says whether the graph is for this shape alone.
+
+    shape, dtype: the parameter's. state: tensors of which shape and dtype matter.
+    share: the element whose share of a sum over all parameters is wanted instead of a step.
+    Inputs of the graph are `load` nodes (tensors by name), `number` (scalar state), `hyper`,
+    `total` and `numel`; outputs are named as the tensors that they are written to.
+
+    Errors: NotPrintableError, naming the first operation that the printers do not know.
+    """
+    compute = compute_dtype(dtype)
+    recorder = Recorder(shape if len(shape) else torch.Size([1]), compute)
+    meta = {
+        name: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+        for name, t in state.items()
+    }
+    # "fp32 copies" of what is loaded: promotion is the load's, so the graph sees one dtype
+    param = torch.empty(shape, dtype=compute, device="meta")
+    grad = torch.empty(shape, dtype=compute, device="meta")
+    live = {**group, "warmup_steps": 1.0}
+    job = Job(program, param, grad, live, {}, _Hypers(recorder))  # type: ignore[arg-type]
+    for name, tensor in meta.items():
+        if tensor.ndim == 0 and _is_number(program, name):
+            job.state[name] = recorder.bind(tensor, "number", name)
+        else:
+            promoted = torch.empty(tensor.shape, dtype=compute, device="meta")
+            job.state[name] = recorder.tensor(working(promoted), name)
+    job.param, job.grad = working(param), working(grad)
+    recorder.tensor(job.param, "param")
+    recorder.tensor(job.grad, "grad")
+    sizes = measures.Sizes(recorder.count, recorder.single)
+    with torch.no_grad(), measures.answering(sizes), recorder.watch, recorder:
+        try:
+            outputs = _run(job, recorder, share)
+        except NotPrintableError:
+            raise
+        except (
+            Exception
+        ) as error:  # a transform that needs values; if it is wrong, it says so eagerly
+            raise NotPrintableError(f"{type(error).__name__}: {error}") from error
+    recorder.graph.split = recorder.split
+    recorder.graph.outputs = {name: recorder.find(t) for name, t in outputs.items()}
+    return recorder.graph.live(), recorder.watch.looked
+
+
+def _is_number(program: Program, key: str) -> bool:
+    numbers = {n.state_key(name) for n, name, declared in program.states if declared.is_number}
+    return key in numbers or key == "step"
+
+
+def _run(job: Job, recorder: Recorder, share: str | None) -> dict[str, Tensor]:
+    outputs: dict[str, Tensor] = {}
+    generator = start(job, outputs.update)
+    waiting = next(generator, None)
+    while waiting is not None:
+        key, tensor = waiting
+        if key == share:
+            generator.close()
+            return {"share": tensor}
+        total = recorder.number("total", key)
+        try:
+            waiting = generator.send(total)
+        except StopIteration:
+            waiting = None
+    return outputs

@@ -1,0 +1,190 @@
+"""Runs compiled kernels over the parameters of an optimizer."""
+
+import ctypes
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heavyball.compiler import toolchain
+from heavyball.compiler.cpp import CHUNK, SMALL, Printer
+from heavyball.compiler.cpp_matrix import MatrixPrinter
+from heavyball.compiler.graph import NotPrintableError, record
+from heavyball.compiler.triton_printer import DEVICES as TRITON_DEVICES
+from heavyball.compiler.triton_printer import TritonPrinter
+from heavyball.runner import Job, compute_dtype
+
+_forked = False
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = True
+
+
+# OpenMP's threads do not survive a fork, and a parallel region would wait for them forever.
+os.register_at_fork(after_in_child=_note_fork)
+
+
+def threads() -> int:
+    """How many threads a kernel may use."""
+    return 1 if _forked else torch.get_num_threads()
+
+
+@dataclass(eq=False)
+class Kernel:
+    """A compiled graph: what its table and its numbers consist of, and the function itself."""
+
+    tensors: list[str]
+    numbers: list[str]
+    hypers: list[tuple[str, int]]
+    totals: list[str]
+    values: int
+    parts: int
+    leading: int
+    split: int | None
+    run: Any
+
+
+_kernels: dict[str, Kernel] = {}
+
+
+def build(printer: Printer) -> Kernel:
+    """Compile what a printer prints, or take it from the process's or the disk's cache."""
+    source = printer.source()
+    if source not in _kernels:
+        run = toolchain.load(source).run
+        pointer, size = ctypes.c_void_p, ctypes.c_int64
+        run.argtypes = [pointer, size, pointer, size, pointer, size, *[pointer] * 3, ctypes.c_int]
+        run.restype = None
+        _kernels[source] = Kernel(
+            tensors=printer.tensors,
+            numbers=printer.numbers,
+            hypers=printer.hypers,
+            totals=printer.totals,
+            values=len(printer.graph.values),
+            leading=len(printer.leading),
+            split=printer.graph.split,
+            parts=max([len(p.reductions) for p in printer.plan.passes] + [1]),
+            run=run,
+        )
+    return _kernels[source]
+
+
+def dense(tensor: Tensor) -> bool:
+    """Whether the elements fill a block of memory, in whatever order of the dimensions."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def check_layout(job: Job) -> None:
+    """Refuse tensors that a kernel cannot walk through as flat memory."""
+    param = job.param
+    if param.device.type not in ("cpu", "cuda"):
+        raise NotPrintableError(f"parameters on {param.device.type}")
+    if not dense(param):
+        raise NotPrintableError("a parameter whose elements do not fill a block of memory")
+    shaped = [t for t in job.state.values() if t.shape == param.shape]
+    if any(t.stride() != param.stride() for t in (job.grad, *shaped)):
+        raise NotPrintableError("a gradient or state whose layout is not the parameter's")
+
+
+def printer_for(job: Job, share: str | None = None) -> tuple[Printer, bool]:
+    """The printer of a job's program, and whether it is for tensors of this very shape.
+
+    Errors: NotPrintableError with the reason.
+    """
+    param, state = job.param, job.state
+    graph, sized = record(job.program, param.shape, param.dtype, state, job.group, share)
+    dtypes = {"param": param.dtype, "grad": job.grad.dtype, "share": torch.float64}
+    dtypes |= {k: t.dtype for k, t in state.items()}
+    if graph.split is not None and not param.is_contiguous():
+        raise NotPrintableError("rows or columns of a parameter that is not contiguous")
+    printer = Printer if graph.split is None else MatrixPrinter
+    if param.device.type in TRITON_DEVICES:
+        printer = TritonPrinter
+    random = job.stream is not None
+    return printer(graph, dtypes, compute_dtype(param.dtype), random), sized
+
+
+@dataclass(eq=False)
+class Table:
+    """The tensors that one kernel steps, as pointers."""
+
+    kernel: Kernel
+    members: list[int] = field(default_factory=list)
+    rows: list[list[int]] = field(default_factory=list)
+    grad_column: int | None = None
+    fixed: Tensor | None = None
+    small: int = 0
+    large: Tensor | None = None
+    chunks: Tensor | None = None
+    scratch: Tensor | None = None
+    parts: Tensor | None = None
+    shares: Tensor | None = None
+
+    def finish(self) -> None:
+        """Order the rows, small tensors first, and cut the large ones into chunks."""
+        order = sorted(range(len(self.rows)), key=lambda i: self.rows[i][0] > SMALL)
+        self.members = [self.members[i] for i in order]
+        self.rows = [self.rows[i] for i in order]
+        self.small = sum(row[0] <= SMALL for row in self.rows)
+        large: list[tuple[int, ...]] = []
+        chunks: list[tuple[int, ...]] = []
+        flat = self.kernel.split is None
+        for index in range(self.small, len(self.rows) if flat else self.small):
+            size, first = self.rows[index][0], len(chunks)
+            for low in range(0, size, CHUNK):
+                chunks.append((index, low, min(low + CHUNK, size), len(large)))
+            large.append((index, first, len(chunks)))
+        if "share" in self.kernel.numbers:
+            self.shares = torch.empty(len(self.rows), dtype=torch.float64)
+            column = (
+                self.kernel.leading + len(self.kernel.tensors) + self.kernel.numbers.index("share")
+            )
+            for index, row in enumerate(self.rows):
+                row[column] = self.shares[index].data_ptr()
+        self.fixed = torch.tensor(self.rows, dtype=torch.int64)
+        self.large = torch.tensor(large, dtype=torch.int64)
+        self.chunks = torch.tensor(chunks, dtype=torch.int64)
+        self.scratch = torch.empty(len(large) * self.kernel.values, dtype=torch.float64)
+        self.parts = torch.empty(len(chunks) * self.kernel.parts, dtype=torch.float64)
+
+    def launch(self, hyper: Tensor) -> None:
+        """Run the kernel over the table."""
+        self.kernel.run(
+            self.fixed.data_ptr(),  # type: ignore[union-attr]
+            self.small,
+            self.large.data_ptr(),  # type: ignore[union-attr]
+            len(self.rows) - self.small,
+            self.chunks.data_ptr(),  # type: ignore[union-attr]
+            len(self.chunks),  # type: ignore[arg-type]
+            hyper.data_ptr(),
+            self.scratch.data_ptr(),  # type: ignore[union-attr]
+            self.parts.data_ptr(),  # type: ignore[union-attr]
+            threads(),
+        )
+
+
+def hyper_values(
+    kernel: Kernel, groups: list[Mapping[str, Any]], totals: Mapping[str, float]
+) -> Tensor:
+    """Each group's live hyper-parameters, and the sums over all parameters, as the kernel reads them."""
+    sums = [totals[key] for key in kernel.totals]
+    rows = [[_entry(group[key], i) for key, i in kernel.hypers] + sums for group in groups]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def _entry(value: Any, index: int) -> float:
+    if isinstance(value, Tensor):
+        return value.item()
+    return float(value[index] if isinstance(value, tuple | list) else value)

@@ -1,0 +1,470 @@
+"""Prints a graph as Triton: one kernel per pass over a table of tensors, one program per chunk."""
+
+from collections.abc import Iterable
+
+import torch
+
+from heavyball.compiler.cpp import INFIX as CPP_INFIX
+from heavyball.compiler.cpp import LOGIC, Printer
+from heavyball.compiler.graph import BOOLEAN, Graph, NotPrintableError, Ref, Value
+from heavyball.compiler.stages import Pass
+
+TYPES = {
+    torch.float32: "tl.float32",
+    torch.float64: "tl.float64",
+    torch.bfloat16: "tl.bfloat16",
+    torch.float16: "tl.float16",
+}
+# The types of device whose tensors go to Triton; its interpreter works on tensors of the CPU.
+DEVICES = {"cuda"}
+# A program walks through a chunk a block at a time.
+CHUNK, BLOCK, WARPS = 8192, 1024, 4
+
+INFIX = {op: sign for op, sign in CPP_INFIX.items() if op != "div"}
+# Operations as Triton expressions; {0}, {1}, {2} are the arguments, the others constants of the type.
+FORMS = {
+    "div": "divide({0}, {1})",
+    "neg": "{0} * {minus}",  # Triton's own minus loses the sign of zero
+    "abs": "tl.abs({0})",
+    "sqrt": "root({0})",
+    "rsqrt": "divide({one}, root({0}))",
+    "reciprocal": "divide({one}, {0})",
+    "square": "{0} * {0}",
+    "exp": "libdevice.exp({0})",
+    "log": "libdevice.log({0})",
+    "log1p": "libdevice.log1p({0})",
+    "expm1": "libdevice.expm1({0})",
+    "tanh": "libdevice.tanh({0})",
+    "sigmoid": "divide({one}, {one} + libdevice.exp({0} * {minus}))",
+    "sign": "tl.where({0} > {zero}, {one}, {zero}) - tl.where({0} < {zero}, {one}, {zero})",
+    "ceil": "tl.ceil({0})",
+    "floor": "tl.floor({0})",
+    # written as comparisons that are false for a NaN, which so passes through
+    "isfinite": "tl.abs({0}) <= {largest}",
+    "isnan": "{0} != {0}",
+    "clamp_min": "tl.where({0} < {1}, {1}, {0})",
+    "clamp_max": "tl.where({1} < {0}, {1}, {0})",
+    "maximum": "tl.where({0} < {1}, {1}, tl.where({1} != {1}, {1}, {0}))",
+    "minimum": "tl.where({1} < {0}, {1}, tl.where({1} != {1}, {1}, {0}))",
+    "atan2": "libdevice.atan2({0}, {1})",
+    "remainder": "{0} - tl.floor(divide({0}, {1})) * {1}",
+    "pow": "libdevice.pow({0}, {1})",
+    # as torch: exact at both ends
+    "lerp": "tl.where(tl.abs({2}) < {half}, {0} + {2} * ({1} - {0}),"
+    " {1} - ({1} - {0}) * ({one} - {2}))",
+    "where": "tl.where({0}, {1}, {2})",
+    "not": "~{0}",
+    "to_float": "tl.where({0}, {one}, {zero})",
+    "to_bool": "{0} != {zero}",
+}
+
+PRELUDE = '''\
+@triton.jit
+def divide(x, y):
+    """The quotient, correctly rounded: `/` of float32 is not."""
+    if x.dtype == tl.float64:
+        return x / y
+    else:
+        return tl.div_rn(x, y)
+
+
+@triton.jit
+def root(x):
+    if x.dtype == tl.float64:
+        return tl.sqrt(x)
+    else:
+        return tl.sqrt_rn(x)
+
+
+@triton.jit
+def pointer(cell, KIND: tl.constexpr, ALIGNED: tl.constexpr):
+    """The tensor whose address is in a cell of the table."""
+    found = tl.load(cell).to(tl.pointer_type(KIND))
+    if ALIGNED:
+        found = tl.multiple_of(found, 16)
+    return found
+
+
+@triton.jit
+def mix(x):
+    """The same bits as heavyball/numerics/rounding.py."""
+    x = (x ^ (x >> 16)) * tl.full([], 0x85EBCA6B, tl.uint32)
+    x = (x ^ (x >> 13)) * tl.full([], 0xC2B2AE35, tl.uint32)
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def step_key(stream, step):
+    word = step.to(tl.int64).to(tl.uint32) * tl.full([], 0x9E3779B1, tl.uint32)
+    return mix(stream.to(tl.uint32) + word)
+
+
+@triton.jit
+def round_at_random(x, key, index):
+    word = x.to(tl.uint32, bitcast=True)
+    bits = mix((index.to(tl.uint32) * tl.full([], 0x9E3779B1, tl.uint32)) ^ key) & 0xFFFF
+    finite = (word & 0x7F800000) != 0x7F800000
+    kept = tl.where(x != x, tl.full([], 0x7FC00000, tl.uint32), word)
+    top = tl.where(finite, word + bits, kept) >> 16
+    return top.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def larger(x, y):
+    return tl.where(x < y, y, x)
+
+
+@triton.jit
+def add_up(parts, count, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum what the chunks left behind, in an order that depends on their number alone."""
+    lane = tl.arange(0, BLOCK)
+    total = tl.full([BLOCK], 0.0, tl.float64)
+    for start in range(0, count, BLOCK):
+        here = lane < count - start
+        total += tl.load(parts + (start + lane) * STRIDE, here, other=0.0, cache_modifier=".cg")
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def find_largest(parts, count, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
+    lane = tl.arange(0, BLOCK)
+    found = tl.full([BLOCK], float("-inf"), tl.float64)
+    for start in range(0, count, BLOCK):
+        here = lane < count - start
+        low = float("-inf")
+        part = tl.load(parts + (start + lane) * STRIDE, here, other=low, cache_modifier=".cg")
+        found = larger(found, part)
+    return tl.max(found, 0)
+'''
+
+# What programs share: a chunk is (row of the table, number within the tensor). A pass ends with the
+# last program of each tensor: it alone knows all partial sums, and that every other program has read
+# the numbers which it may now overwrite.
+KERNEL = """\
+@triton.jit
+def pass_{k}(table, chunks, hyper, scratch, parts, arrived, ALIGNED: tl.constexpr):
+    piece = tl.program_id(0).to(tl.int64)
+    index = tl.load(chunks + 2 * piece)
+    part = tl.load(chunks + 2 * piece + 1)
+    row = table + index * {columns}
+    size = tl.load(row)
+    kept = scratch + index * {slots}
+    group = hyper + tl.load(row + 1) * {width}
+{numbers}
+{pointers}
+{totals}
+    low = part * {chunk}
+    high = tl.minimum(low + {chunk}, size)
+    even = low + (high - low) // {block} * {block}
+    lane = tl.arange(0, {block})
+    for start in range(low, even, {block}):
+        {call}
+    if even < high:
+        {masked_call}
+{leave}
+    tl.debug_barrier()
+    pieces = (size + {chunk} - 1) // {chunk}
+    if tl.atomic_add(arrived + index, 1) == pieces - 1:
+        tl.store(arrived + index, 0)
+        first = parts + (piece - part) * {parts}
+{finish}
+"""
+
+
+class TritonPrinter(Printer):
+    """Prints one graph for tensors of given dtypes, as walks over flat memory.
+
+    Errors: NotPrintableError for sums over rows or columns, and for other dtypes.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        dtypes: dict[str, torch.dtype],
+        compute: torch.dtype,
+        random: bool = False,
+    ):
+        if graph.split is not None:
+            raise NotPrintableError("sums over rows or columns on CUDA")
+        super().__init__(graph, dtypes, compute, random)
+        self.type = TYPES[compute]
+        for name in self.tensors:
+            if dtypes[name] not in TYPES:
+                raise NotPrintableError(f"a tensor of {dtypes[name]}")
+        self.parts = max([len(p.reductions) for p in self.plan.passes] + [1])
+        self.bound = self._bound()
+
+    def source(self) -> str:
+        """The whole module; its names `triton`, `tl` and `libdevice` come from whoever loads it."""
+        passes = [self._block(k, p) + self._kernel(k, p) for k, p in enumerate(self.plan.passes)]
+        return "\n\n".join([PRELUDE, *passes])
+
+    # ---- numbers per tensor
+
+    def _bound(self) -> list[set[int]]:
+        """For each pass, the numbers per tensor that its programs know without reading scratch."""
+        passes = self.plan.passes
+        ends = [*(p.scalars for p in passes[1:]), self.plan.final]
+        known = [
+            {*planned.reductions, *end, *(planned.scalars if k == 0 else ())}
+            for k, (planned, end) in enumerate(zip(passes, ends, strict=True))
+        ]
+        return known
+
+    def _end(self, k: int) -> list[int]:
+        """The numbers that can be computed once pass k is over."""
+        later = self.plan.passes[k + 1 :]
+        return later[0].scalars if later else self.plan.final
+
+    def _needs(self, nodes: Iterable[int]) -> set[int]:
+        """The numbers that these nodes are computed from."""
+        values = self.graph.values
+        read = {a.index for i in nodes for a in values[i].args if isinstance(a, Ref)}
+        return {i for i in read if values[i].level == "scalar"}
+
+    def _walk_needs(self, planned: Pass) -> set[int]:
+        """The numbers that the elements of a pass need."""
+        read = self._body(planned)[1]
+        if self._rounds(planned):
+            read.add(self.graph.outputs["step"])
+        return {i for i in read if self.graph.values[i].level == "scalar"}
+
+    def _rounds(self, planned: Pass) -> bool:
+        """Whether a pass rounds the parameter stochastically."""
+        return self.random and "param" in planned.stores
+
+    def _end_needs(self, k: int) -> set[int]:
+        last = k == len(self.plan.passes) - 1
+        written = set(self.plan.numbers.values()) if last else set[int]()
+        return self._needs(self._end(k)) | written
+
+    def _wanted_after(self, k: int) -> set[int]:
+        """The numbers that programs of later passes have to read."""
+        wanted: set[int] = set()
+        for later in range(k + 1, len(self.plan.passes)):
+            needs = self._walk_needs(self.plan.passes[later]) | self._end_needs(later)
+            wanted |= needs - self.bound[later]
+        return wanted
+
+    def _number_text(self, i: int) -> str:
+        """One number per tensor as an expression, in float64."""
+        v = self.graph.values[i]
+        if v.op == "number":
+            column = self.columns.index(v.args[0])
+            return f"tl.load(pointer(row + {column}, tl.float64, False))"
+        if v.op == "hyper":
+            return f"tl.load(group + {self.hypers.index(v.args)})"
+        if v.op == "total":
+            return f"tl.load(group + {len(self.hypers) + self.totals.index(v.args[0])})"
+        if v.op == "numel":
+            return "size.to(tl.float64)"
+        if v.op == "const":
+            text = _literal(v.args[0], "tl.float64")
+            return f"{text} != 0" if v.kind == "bool" else text
+        names = {j: f"x{j}" for j in range(len(self.graph.values))}
+        return self._expression(v, names, "tl.float64")
+
+    def _fetch(self, indices: Iterable[int]) -> list[str]:
+        """Read numbers that the last program of an earlier pass kept."""
+        lines = []
+        for i in sorted(indices):
+            test = " != 0" if self.graph.values[i].kind == "bool" else ""
+            lines.append(f"x{i} = tl.load(kept + {i}){test}")
+        return lines
+
+    # ---- expressions
+
+    def _argument(self, value: Value, argument: object, names: dict[int, str], type_: str) -> str:
+        if not isinstance(argument, Ref):
+            return _literal(float(argument), type_)  # type: ignore[arg-type]
+        name = names[argument.index]
+        if self.graph.values[argument.index].kind == "bool" and value.op not in LOGIC:
+            if value.op in ("where", "to_float") and argument == value.args[0]:
+                return name
+            return _as_number(name, type_)
+        return name
+
+    def _expression(self, value: Value, names: dict[int, str], type_: str) -> str:
+        text = self._form(value, names, type_)
+        if value.kind == "bool" and value.op not in BOOLEAN | {"to_bool"}:
+            # torch multiplies truth values, for one
+            return f"({text}) != {_literal(0.0, type_)}"
+        return text
+
+    def _form(self, value: Value, names: dict[int, str], type_: str) -> str:
+        if value.op == "pow" and value.args[1] in (2.0, 0.5):
+            name = self._argument(value, value.args[0], names, type_)
+            return f"{name} * {name}" if value.args[1] == 2.0 else f"root({name})"
+        arguments = [self._argument(value, a, names, type_) for a in value.args]
+        if value.op in INFIX:
+            return f"{arguments[0]} {INFIX[value.op]} {arguments[1]}"
+        if value.op not in FORMS:
+            raise NotPrintableError(f"the operation {value.op} on CUDA")
+        return FORMS[value.op].format(*arguments, **_constants(type_))
+
+    # ---- elements
+
+    def _body(self, planned: Pass) -> tuple[list[str], set[int]]:
+        """The statements for one block, and the values that they read."""
+        names, used = self._names(), set[int]()
+        lines = [self._read_block(i, name) for i, name in planned.reloads.items()]
+        for i in planned.elements:
+            v = self.graph.values[i]
+            if v.op == "load":
+                lines.append(self._read_block(i, v.args[0]))
+            else:
+                used |= {a.index for a in v.args if isinstance(a, Ref)}
+                lines.append(f"v{i} = {self._expression(v, names, self.type)}")
+        for i in planned.reductions:
+            used.add(self.graph.values[i].args[0].index)
+            lines += self._accumulation(i, names)
+        for name, i in planned.stores.items():
+            used.add(i)
+            lines.append(self._write_block(name, i, names))
+        return lines, used
+
+    def _read_block(self, i: int, name: str) -> str:
+        return f"v{i} = tl.load(t{self.tensors.index(name)} + lane, mask).to({self.type})"
+
+    def _write_block(self, name: str, i: int, names: dict[int, str]) -> str:
+        kind, value = TYPES[self.dtypes[name]], names[i]
+        target = f"t{self.tensors.index(name)} + lane"
+        if name == "param" and self.random:
+            return f"tl.store({target}, round_at_random({value}, key, begin + lane), mask)"
+        if self.graph.values[i].kind == "bool":
+            value = f"({_as_number(value, self.type)})"
+        if self.type == "tl.float64" and kind in ("tl.bfloat16", "tl.float16"):
+            value += ".to(tl.float32)"
+        return f"tl.store({target}, {value}.to({kind}), mask)"
+
+    def _accumulation(self, i: int, names: dict[int, str]) -> list[str]:
+        source = self.graph.values[i].args[0].index
+        is_max, value = self.graph.values[i].op == "amax", self.graph.values[source]
+        term = f"{names[source]}.to(tl.float64)"
+        lines = []
+        if value.op == "square" and not is_max:
+            # squared in float64, or the sum could overflow where the elements do not
+            base = names[value.args[0].index]
+            lines.append(f"a{i} = {base}.to(tl.float64)")
+            term = f"a{i} * a{i}"
+        lines.append(f"a{i} = {term}")
+        rest = 'float("-inf")' if is_max else "0.0"
+        lines += ["if mask is not None:", f"    a{i} = tl.where(mask, a{i}, {rest})"]
+        return [*lines, f"r{i} = larger(r{i}, a{i})" if is_max else f"r{i} += a{i}"]
+
+    def _touched(self, planned: Pass) -> list[int]:
+        names = {*planned.loads, *planned.reloads.values(), *planned.stores}
+        return sorted(self.tensors.index(name) for name in names)
+
+    def _signature(self, planned: Pass) -> list[str]:
+        """What a block is given besides its lanes: numbers, sums so far."""
+        numbers = [f"c{i}" for i in sorted(self._walk_needs(planned))]
+        return [*numbers, *(f"r{i}" for i in planned.reductions)]
+
+    def _block(self, k: int, planned: Pass) -> str:
+        tensors = [f"t{n}" for n in self._touched(planned)]
+        rounding = ["begin", "key"] if self._rounds(planned) else []
+        arguments = ", ".join(["lane", "mask", *rounding, *tensors, *self._signature(planned)])
+        lines = self._body(planned)[0]
+        if planned.reductions:
+            lines.append("return " + ", ".join(f"r{i}" for i in planned.reductions))
+        body = _indented(lines or ["pass"], 1)
+        return f"@triton.jit\ndef block_{k}({arguments}):\n{body}\n\n\n"
+
+    def _call(self, k: int, planned: Pass, start: str, mask: str) -> str:
+        tensors = [f"t{n} + {start}" for n in self._touched(planned)]
+        rounding = [start, "key"] if self._rounds(planned) else []
+        arguments = ["lane", mask, *rounding, *tensors, *self._signature(planned)]
+        call = f"block_{k}({', '.join(arguments)})"
+        results = ", ".join(f"r{i}" for i in planned.reductions)
+        return f"{results} = {call}" if results else call
+
+    # ---- kernels
+
+    def _kernel(self, k: int, planned: Pass) -> str:
+        return KERNEL.format(
+            k=k,
+            columns=len(self.columns),
+            slots=len(self.graph.values),
+            width=len(self.hypers) + len(self.totals),
+            parts=self.parts,
+            chunk=CHUNK,
+            block=BLOCK,
+            numbers=_indented(self._begin(k, planned), 1),
+            pointers=_indented([self._pointer(n) for n in self._touched(planned)], 1),
+            totals=_indented([self._zero(i) for i in planned.reductions], 1),
+            call=self._call(k, planned, "start", "None"),
+            masked_call=self._call(k, planned, "even", "lane < high - even"),
+            leave=_indented([self._leave(n, i) for n, i in enumerate(planned.reductions)], 1),
+            finish=_indented(self._finish(k, planned), 2),
+        )
+
+    def _begin(self, k: int, planned: Pass) -> list[str]:
+        """Numbers per tensor that every program of a pass needs, computed or read."""
+        needs = self._walk_needs(planned)
+        if k == 0:
+            lines = [f"x{i} = {self._number_text(i)}" for i in planned.scalars]
+        else:
+            lines = self._fetch(needs)
+        for i in sorted(needs):
+            is_bool = self.graph.values[i].kind == "bool"
+            lines.append(f"c{i} = x{i}" + ("" if is_bool else f".to({self.type})"))
+        if self._rounds(planned):
+            stream = f"tl.load(row + {self.columns.index('stream')})"
+            lines.append(f"key = step_key({stream}, x{self.graph.outputs['step']})")
+        return lines
+
+    def _pointer(self, n: int) -> str:
+        name = self.tensors[n]
+        cell = f"row + {self.columns.index(name)}"
+        return f"t{n} = pointer({cell}, {TYPES[self.dtypes[name]]}, ALIGNED)  # {name}"
+
+    def _zero(self, i: int) -> str:
+        start = 'float("-inf")' if self.graph.values[i].op == "amax" else "0.0"
+        return f"r{i} = tl.full([{BLOCK}], {start}, tl.float64)"
+
+    def _leave(self, n: int, i: int) -> str:
+        over = "max" if self.graph.values[i].op == "amax" else "sum"
+        return f"tl.store(parts + piece * {self.parts} + {n}, tl.{over}(r{i}, 0))"
+
+    def _finish(self, k: int, planned: Pass) -> list[str]:
+        """What the last program of a tensor does: sums, what follows from them, what is kept."""
+        lines = []
+        for n, i in enumerate(planned.reductions):
+            over = "find_largest" if self.graph.values[i].op == "amax" else "add_up"
+            lines.append(f"x{i} = {over}(first + {n}, pieces, {self.parts}, 128)")
+        here = self.bound[k] | (self._walk_needs(planned) if k else set())
+        lines += self._fetch(self._end_needs(k) - here)
+        lines += [f"x{i} = {self._number_text(i)}" for i in self._end(k)]
+        for i in sorted(self._wanted_after(k) & self.bound[k]):
+            value = f"x{i}"
+            if self.graph.values[i].kind == "bool":
+                value = _as_number(value, "tl.float64")
+            lines.append(f"tl.store(kept + {i}, {value})")
+        if k == len(self.plan.passes) - 1:
+            for name, i in self.plan.numbers.items():
+                cell = f"pointer(row + {self.columns.index(name)}, tl.float64, False)"
+                lines.append(f"tl.store({cell}, x{i})  # {name}")
+        return lines
+
+
+def _indented(lines: list[str], depth: int) -> str:
+    return "\n".join("    " * depth + line for line in lines)
+
+
+def _literal(value: float, type_: str) -> str:
+    """A constant of exactly this type, and not of the type that Triton would take it for."""
+    finite = value - value == 0
+    return (
+        f"tl.full([], {value!r}, {type_})" if finite else f'tl.full([], float("{value}"), {type_})'
+    )
+
+
+def _as_number(name: str, type_: str) -> str:
+    return f"tl.where({name}, {_literal(1.0, type_)}, {_literal(0.0, type_)})"
+
+
+def _constants(type_: str) -> dict[str, str]:
+    largest = torch.finfo(torch.float64 if type_ == "tl.float64" else torch.float32).max
+    values = {"zero": 0.0, "one": 1.0, "minus": -1.0, "half": 0.5, "largest": largest}
+    return {name: _literal(value, type_) for name, value in values.items()}

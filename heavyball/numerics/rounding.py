@@ -1,0 +1,47 @@
+"""Stochastic rounding to bfloat16, with bits hashed from (seed, parameter, step, element).
+
+The bits are the optimizer's own: they leave torch's generators alone, are the same on every replica
+and in compiled kernels, and need no state besides the step.
+"""
+
+import torch
+from torch import Tensor
+
+WORD = 0xFFFFFFFF
+ODD = 0x9E3779B1  # 2^32 over the golden ratio, which spreads consecutive numbers
+
+
+def mix(x: Tensor) -> Tensor:
+    """Scramble 32-bit words held in int64 (the finalizer of MurmurHash3)."""
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & WORD
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & WORD
+    return x ^ (x >> 16)
+
+
+def stream(seed: int, number: int) -> int:
+    """The word from which the bits of one parameter come: `number` is its place in the optimizer."""
+    return int(mix((mix(torch.tensor(seed & WORD)) + number * ODD) & WORD))
+
+
+def random_bits(like: Tensor, stream: int, step: Tensor) -> Tensor:
+    """Sixteen random bits for every element of `like`, as int32, counted in the order of memory."""
+    key = mix((stream + step.to(torch.int64) * ODD) & WORD)
+    index = torch.arange(like.numel(), dtype=torch.int64, device=like.device)
+    bits = (mix(((index * ODD) & WORD) ^ key) & 0xFFFF).to(torch.int32)
+    order = sorted(range(like.ndim), key=lambda axis: -like.stride()[axis])
+    back = sorted(range(like.ndim), key=lambda axis: order[axis])
+    return bits.reshape([like.shape[axis] for axis in order]).permute(back)
+
+
+def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
+    """Round float32 to bfloat16 so that the mean over the bits is x.
+
+    The upper neighbour in magnitude is taken with the probability (low 16 bits of x) / 2^16. Values
+    that bfloat16 holds exactly do not change; NaN and infinity are kept; beyond the largest finite
+    value the upper neighbour is infinity.
+
+    Source: section 3 of Zamirai et al. 2020, https://arxiv.org/abs/2010.06192.
+    """
+    word = x.contiguous().view(torch.int32)
+    rounded = ((word + bits) & -0x10000).view(torch.float32)
+    return torch.where(torch.isfinite(x), rounded, x).to(torch.bfloat16)
