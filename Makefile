@@ -1,5 +1,7 @@
 # make demo    install into .venv and race four optimizers on handwritten digits
 # make test    install into .venv and run the tests
+# make bench   measure optimizer steps, write docs/measurements.md (on a quiet machine)
+# make bench-peers   the same for other libraries, installed into .venv-peers
 # make lint    formatting, lint and types
 # make docs    write the generated parts of README.md and docs/ again
 PYTHON ?= python3
@@ -7,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test bench bench-peers lint docs clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "heavyball needs Python 3.11, this is " + sys.version.split()[0] + "; try make PYTHON=python3.11")'
@@ -25,6 +27,19 @@ demo: $(VENV)/installed-race
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest
 
+bench: $(VENV)/installed-race
+	$(BIN)/python -m heavyball.race.bench --threads 2 --out docs/measurements.md
+
+PEERS := .venv-peers
+$(PEERS)/installed: heavyball/race/bench/peers.txt constraints.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --requirement heavyball/race/bench/peers.txt
+	@touch $@
+
+bench-peers: $(VENV)/installed-race $(PEERS)/installed
+	$(BIN)/python -m heavyball.race.bench --peers --threads 2 --out docs/measurements.md
+
 lint: $(VENV)/installed-lint
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -34,4 +49,4 @@ docs: $(VENV)/installed-race
 	$(BIN)/python docs/build.py
 
 clean:
-	rm -rf $(VENV) demo build *.egg-info
+	rm -rf $(VENV) $(PEERS) demo build *.egg-info

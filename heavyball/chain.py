@@ -1,5 +1,6 @@
 """A chain that has been checked: its elements have keys, its hyper-parameters names in the group."""
 
+import functools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -75,8 +76,27 @@ class Program:
             n.state_key(name) for n, name, s in self.states if s.needed_by in n.transform.hyper
         }
 
+    @functools.cached_property
+    def identity(self) -> Any:
+        """Equal for programs that compute the same: their functions, options and names."""
+        return tuple(map(_identity, self.nodes))
+
     def __repr__(self) -> str:
         return " | ".join(map(_shown, self.nodes))
+
+
+def _identity(node: Node | Fork) -> Any:
+    if isinstance(node, Fork):
+        branches = tuple(tuple(map(_identity, branch)) for branch in node.branches)
+        return (branches, _identity(node.merge))
+    t = node.transform
+    try:
+        options = tuple(sorted(t.options.items()))
+        hash(options)
+    except TypeError:
+        options = (("unhashable", t),)
+    declared = (t.kind, tuple(t.states), t.provides, tuple(t.hyper))
+    return (t.update, t.over_all, options, declared, node.key, tuple(node.hyper.items()))
 
 
 def _shown(node: Node | Fork) -> str:
@@ -161,6 +181,10 @@ class Chain:
         count = self._counts[transform.name]
         self._counts[transform.name] += 1
         key = f"{transform.name}.{count}" if count else transform.name
+        if {key, *(f"{key}.{name}" for name in transform.states)} & {"step", "train_param"}:
+            raise ValueError(
+                f"a transform cannot be called {transform.name!r}: its state would be the optimizer's"
+            )
         where = {name: self._name(transform, key, name) for name in transform.hyper}
         return Node(transform, key, where)
 
@@ -177,7 +201,8 @@ class Chain:
             domains = (*known.domains, (value.index, domain))
             self.hyper[value.name] = Hyper(value.value, domains, "shared")
             return value.name, value.index
-        place = f"{key}.{name}" if name in self.hyper or name in RESERVED else name
+        taken = name in self.hyper or name in RESERVED or name in BOOKKEEPING
+        place = f"{key}.{name}" if taken else name
         self.hyper[place] = Hyper(value, ((None, domain),), key)
         return place, None
 
@@ -223,7 +248,17 @@ class Chain:
 
 
 # Names of the group that are the optimizer's own.
-RESERVED = ("params", "param_names", "lr", "warmup_steps", "seed", "train_mode")
+RESERVED = ("params", "param_names", "lr", "warmup_steps", "seed", "train_mode", "differentiable")
+# Group entries that schedulers and trainers add; keys that begin with "_" are left alone too.
+BOOKKEEPING = (
+    "name",
+    "initial_lr",
+    "max_lr",
+    "min_lr",
+    "max_momentum",
+    "base_momentum",
+    "swa_lr",
+)
 
 
 def _kind(node: Node | Fork) -> str:

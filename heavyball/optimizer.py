@@ -8,23 +8,22 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from heavyball.chain import Chain, Program
+from heavyball.chain import BOOKKEEPING, Chain, Program
+from heavyball.checks import (
+    check_gradient,
+    check_state,
+    checked_lr,
+    checked_seed,
+    describe,
+    frozen,
+    overlaps,
+)
 from heavyball.compiler.engine import Engine, sources
 from heavyball.numerics import stream
 from heavyball.report import optimizer_repr, routing_table
 from heavyball.runner import Job, Scalars, add_missing_state, average
 from heavyball.transform import check_live, finite, nearest, nonnegative
 
-# Group entries that schedulers and trainers add; keys that begin with "_" are left alone too.
-BOOKKEEPING = (
-    "name",
-    "initial_lr",
-    "max_lr",
-    "min_lr",
-    "max_momentum",
-    "base_momentum",
-    "swa_lr",
-)
 SAVED_WEIGHTS = "train_param"
 
 
@@ -64,11 +63,11 @@ class ChainOpt(Optimizer):
     ):
         if not isinstance(stochastic_rounding, bool):
             raise TypeError(f"stochastic_rounding={stochastic_rounding!r}: expected True or False")
-        if compile not in (True, False, "auto"):
+        if not isinstance(compile, bool) and compile != "auto":
             raise ValueError(f"compile={compile!r}: expected 'auto', True or False")
         if foreach is not None and not isinstance(foreach, bool):
             raise TypeError(f"foreach={foreach!r}: expected True, False or None")
-        lr = _checked_lr(lr)
+        lr = checked_lr(lr)
         self._chain = Chain(transforms, type(self).__name__)
         self._foreach = foreach
         self._compile = compile
@@ -83,6 +82,12 @@ class ChainOpt(Optimizer):
         weight_decay = check_live("weight_decay", weight_decay, 0.0, nonnegative)
         if weight_decay and "weight_decay" not in defaults:
             raise ValueError(f"weight_decay={weight_decay}: no element of the chain decays")
+        for program in self._chain.programs if weight_decay else ():
+            if not any(key == "weight_decay" for n in program.flat for key, _ in n.hyper.values()):
+                raise ValueError(
+                    f"weight_decay={weight_decay} would not reach the branch {program!r}: give it to "
+                    "each decay in the chain"
+                )
         if weight_decay and defaults["weight_decay"] not in (0.0, weight_decay):
             raise ValueError(
                 f"weight_decay={weight_decay}, but the chain says "
@@ -91,7 +96,7 @@ class ChainOpt(Optimizer):
         if weight_decay:
             defaults["weight_decay"] = weight_decay
         defaults["warmup_steps"] = check_live("warmup_steps", warmup_steps, 0.0, nonnegative)
-        defaults["seed"] = _checked_seed(seed)
+        defaults["seed"] = checked_seed(seed)
         if any(program.evaluators for program in self._chain.programs):
             defaults["train_mode"] = True
         super().__init__(params, defaults)
@@ -133,10 +138,10 @@ class ChainOpt(Optimizer):
     def _resolve(self, index: int, group: Mapping[str, Any]) -> Iterator[tuple[Tensor, Program]]:
         names = group.get("param_names") or [None] * len(group["params"])
         for position, (name, param) in enumerate(zip(names, group["params"], strict=True)):
-            label = _label(name, index, position, param)
+            label = describe(name, index, position, param)
             if param.is_complex() or not param.is_floating_point():
                 raise ValueError(f"{label} is {param.dtype}, expected a real floating-point dtype")
-            if _overlaps(param):
+            if overlaps(param):
                 raise ValueError(
                     f"{label}: its elements overlap in memory; pass a contiguous tensor"
                 )
@@ -152,9 +157,9 @@ class ChainOpt(Optimizer):
 
     def _checked(self, key: str, value: Any) -> Any:
         if key == "lr":
-            return _checked_lr(value)
+            return checked_lr(value)
         if key == "seed":
-            return _checked_seed(value)
+            return checked_seed(value)
         if key == "warmup_steps":
             return check_live(key, value, 0.0, nonnegative)
         return self._chain.hyper[key].check(key, value)
@@ -186,7 +191,7 @@ class ChainOpt(Optimizer):
     def _check_groups(self) -> None:
         """Check the live hyper-parameters of every group, if any has changed."""
         keys = ("lr", "warmup_steps", "seed", *self._chain.hyper)
-        found = [[group.get(key) for key in keys] for group in self.param_groups]
+        found = [[frozen(group.get(key)) for key in keys] for group in self.param_groups]
         if found != self._checked_values:
             for index, group in enumerate(self.param_groups):
                 self._check_group(index, group)
@@ -195,6 +200,9 @@ class ChainOpt(Optimizer):
     def _jobs(self) -> list[Job]:
         """Every parameter that has a gradient, checked, with its state."""
         programs = self._all_programs()
+        if any(p not in programs for group in self.param_groups for p in group["params"]):
+            self._programs = None  # a parameter was put in another's place
+            programs = self._all_programs()
         while len(self._scalars) < len(self.param_groups):
             self._scalars.append(Scalars())
         found, first = [], 0
@@ -202,9 +210,9 @@ class ChainOpt(Optimizer):
             names = group.get("param_names") or [None] * len(group["params"])
             for position, (name, param) in enumerate(zip(names, group["params"], strict=True)):
                 if param.grad is not None:
-                    label = _label(name, index, position, param)
-                    _check_gradient(label, param, param.grad)
-                    _check_state(label, param, self.state.get(param, {}))
+                    label = describe(name, index, position, param)
+                    check_gradient(label, param, param.grad)
+                    check_state(label, param, self.state.get(param, {}))
                     if param.numel() == 0:
                         continue  # nothing to step, and no mean of it to keep
                     stream = self._stream(param, group, first + position)
@@ -308,6 +316,8 @@ class ChainOpt(Optimizer):
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if "_loading" in self.__dict__:
+            self._keep_own(state["param_groups"])
         super().__setstate__(state)
         self._scalars = []
         self._checked_values = []
@@ -316,8 +326,16 @@ class ChainOpt(Optimizer):
         if loaded is None:
             self._programs = None
         else:
-            # the parameters are the same, and a checkpoint's names must not route them anew
             self._reinstate(loaded)
+
+    def _keep_own(self, loaded: list[dict[str, Any]]) -> None:
+        """What a loaded group does not decide: names, and hyper-parameters that it does not know."""
+        for own, group in zip(self.param_groups, loaded, strict=True):
+            if "param_names" in own:
+                group["param_names"] = own["param_names"]
+            for key in self.defaults:
+                if key in own:
+                    group.setdefault(key, own[key])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict()` gave. Every tensor keeps the dtype it was saved with.
@@ -348,23 +366,25 @@ class ChainOpt(Optimizer):
         counts = [len(g["params"]) for g in loading["param_groups"]]
         if counts != [len(g["params"]) for g in self.param_groups]:
             return  # torch's own error says it
-        for index, saved in enumerate(loading["param_groups"]):
-            missing = [key for key in self.defaults if key not in saved and key != "differentiable"]
-            if missing:
-                raise ValueError(
-                    f"load_state_dict: saved group {index} has no {missing[0]!r}, which the chain "
-                    f"{self._chain!r} needs; it has {', '.join(k for k in saved if k != 'params')}"
-                )
         for param, state, saved in self._numbered(loading):
             program = self._all_programs()[param]
             wanted: dict[str, Tensor] = {}
-            add_missing_state(program, param.detach().to("meta"), saved, wanted)
+            group = {**self.defaults, **saved}
+            add_missing_state(program, param.detach().to("meta"), group, wanted)
             found = set(state) - {SAVED_WEIGHTS}
             if (found ^ wanted.keys()) - program.lazy_keys:
                 raise ValueError(
                     f"load_state_dict: the state saved for a parameter of shape {tuple(param.shape)} "
                     f"holds {sorted(found)}, the chain {self._chain!r} holds {sorted(wanted)}"
                 )
+
+            for key, tensor in state.items():
+                expected = param.shape if key == SAVED_WEIGHTS else wanted.get(key, tensor).shape
+                if tensor.shape != expected:
+                    raise ValueError(
+                        f"load_state_dict: {key!r} of a parameter of shape {tuple(param.shape)} has "
+                        f"the shape {tuple(tensor.shape)}, expected {tuple(expected)}"
+                    )
 
     def _reinstate(self, loading: Mapping[str, Any]) -> None:
         """Undo torch's cast of state to the parameter's dtype, and share no memory with the dict."""
@@ -398,58 +418,3 @@ class ChainOpt(Optimizer):
 
     def __repr__(self) -> str:
         return optimizer_repr(self, self._chain)
-
-
-def _checked_lr(lr: Any) -> float | Tensor:
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1 or not lr.is_floating_point():
-            raise ValueError(f"lr={lr!r}: expected one floating-point number")
-        if not (torch.isfinite(lr).item() and lr.item() >= 0):
-            raise ValueError(f"lr={lr!r}: expected in {nonnegative}")
-        return lr
-    return check_live("lr", lr, 0.0, nonnegative)
-
-
-def _checked_seed(seed: Any) -> int:
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise TypeError(f"seed={seed!r}: expected a whole number")
-    return seed
-
-
-def _overlaps(param: Tensor) -> bool:
-    """Whether two elements may share memory: an axis that steps into the extent of a finer one."""
-    extent = 1
-    for stride, size in sorted(zip(param.stride(), param.shape, strict=True)):
-        if size > 1:
-            if stride < extent:
-                return True
-            extent += stride * (size - 1)
-    return False
-
-
-def _label(name: str | None, group: int, position: int, param: Tensor) -> str:
-    shown = f"{name!r}" if name is not None else f"{position} of group {group}"
-    return f"parameter {shown} of shape {tuple(param.shape)}"
-
-
-def _check_gradient(label: str, param: Tensor, grad: Tensor) -> None:
-    if grad.layout != torch.strided:
-        raise ValueError(f"{label} has a sparse gradient ({grad.layout}), expected a dense one")
-    if not grad.is_floating_point():
-        raise ValueError(f"{label} has a gradient of {grad.dtype}, expected a real floating dtype")
-    if grad.dtype == torch.float64 != param.dtype:
-        raise ValueError(
-            f"{label} is {param.dtype}, its gradient {grad.dtype} is finer than the step"
-        )
-    if grad.shape != param.shape:
-        raise ValueError(f"{label} has a gradient of shape {tuple(grad.shape)}")
-    if grad.device != param.device:
-        raise ValueError(f"{label} is on {param.device}, its gradient on {grad.device}")
-
-
-def _check_state(label: str, param: Tensor, state: Mapping[str, Tensor]) -> None:
-    for key, tensor in state.items():
-        if tensor.device != param.device:
-            raise ValueError(
-                f"{label} is on {param.device}, but its state {key!r} on {tensor.device}"
-            )

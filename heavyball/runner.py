@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from heavyball.chain import Fork, Node, Program
-from heavyball.numerics import random_bits, round_stochastically, saturate
+from heavyball.numerics import random_bits, round_stochastically, saturate, shape_of
 from heavyball.transform import CONTEXT, State, keyword_names
 
 SCALAR = torch.float64
@@ -44,13 +44,15 @@ class Scalars:
         value = group[key]
         if value is None:
             return None
+        if isinstance(value, list):
+            value = tuple(value)  # a list could change in place and still be equal to itself
         if isinstance(value, Tensor):
             return value.detach().to(device, SCALAR).reshape(())
         known, tensors = self._filled.get((key, device), (None, None))
         if known != value:
-            parts = value if isinstance(value, tuple | list) else (value,)
+            parts = value if isinstance(value, tuple) else (value,)
             made = tuple(torch.full((), v, dtype=SCALAR, device=device) for v in parts)
-            tensors = made if isinstance(value, tuple | list) else made[0]
+            tensors = made if isinstance(value, tuple) else made[0]
             self._filled[key, device] = value, tensors
         return tensors
 
@@ -175,7 +177,9 @@ def _apply(node: Node, update: Any, frame: Frame) -> Generator[Share, Tensor, An
         # nothing of a frozen parameter may reach the others
         arguments["total"] = yield node.key, share if gate is None else torch.where(gate, share, 0)
     old = [_working_state(node, name, frame) for name in t.states]
+    before = update
     update, new, provided = _results(node, t.update(update, *old, **arguments))
+    _check_shapes(node, before, update, old, new)
     for name, before, after in zip(t.states, old, new, strict=True):
         if before is not None:
             kept = after if gate is None else torch.where(gate, after, before)
@@ -185,6 +189,18 @@ def _apply(node: Node, update: Any, frame: Frame) -> Generator[Share, Tensor, An
     if t.kind == "writer":
         update = env["param"] = update if gate is None else torch.where(gate, update, env["param"])
     return update
+
+
+def _check_shapes(
+    node: Node, before: Any, update: Tensor, old: list[Tensor | None], new: tuple
+) -> None:
+    expected = [shape_of(before[0] if isinstance(before, tuple) else before), *map(shape_of, old)]
+    for name, shape, value in zip(
+        ("update", *node.transform.states), expected, (update, *new), strict=True
+    ):
+        if shape is not None and shape_of(value) != shape:
+            got = tuple(value.shape) if isinstance(value, Tensor) else value
+            raise ValueError(f"{node.key} returned {name} of shape {got}, expected {tuple(shape)}")
 
 
 def _working_state(node: Node, name: str, frame: Frame) -> Tensor | None:

@@ -308,6 +308,8 @@ def _is_live(default: Any) -> bool:
 
 
 def transform(
+    fn: Callable[..., Any] | None = None,
+    /,
     *,
     kind: Kind = "transform",
     provides: tuple[str, ...] = (),
@@ -318,7 +320,7 @@ def transform(
     over_all: Callable[..., Tensor] | None = None,
     evaluate: Callable[..., Tensor] | None = None,
     **states: State,
-) -> Callable[[Callable[..., Any]], Transform]:
+) -> Any:
     """Declare a transform: `@transform(mean=zeros)` above a function of one tensor.
 
     The function is `fn(update, *states, *, context, hyper-parameters) -> (update, *states)`, or just
@@ -338,8 +340,13 @@ def transform(
     over_all: `fn(update, ...)`, one tensor's share of a sum over all parameters; the sum arrives as
         the context `total`.
     evaluate: `fn(param, *states, hyper-parameters)`, the weights to evaluate with.
+    `@transform` without parentheses declares one with no state.
+
     Errors: TypeError if the signature and the declared state differ.
     """
+    for name, state in states.items():
+        if not isinstance(state, State):
+            raise TypeError(f"state {name}={state!r}: expected zeros, copy_of_param, or a State")
 
     def declare(fn: Callable[..., Any]) -> Transform:
         signature = inspect.signature(fn, eval_str=True)
@@ -386,7 +393,7 @@ def transform(
         object.__setattr__(result, "__doc__", fn.__doc__)
         return result
 
-    return declare
+    return declare if fn is None else declare(fn)
 
 
 def keyword_names(fn: Callable[..., Any] | None) -> tuple[str, ...]:

@@ -155,6 +155,11 @@ class Printer:
     # ---- layout
 
     @property
+    def names(self) -> tuple:
+        """What the columns and the numbers of a table are, which the source does not say."""
+        return (tuple(self.tensors), tuple(self.numbers), tuple(self.hypers), tuple(self.totals))
+
+    @property
     def columns(self) -> list[str]:
         """What a row of the table holds: the size, the group, a pointer for each tensor and number."""
         return [*self.leading, *self.tensors, *self.numbers]

@@ -94,7 +94,10 @@ class MatrixPrinter(Printer):
             if i in self.plan.kept:
                 lines.append(f"m{i}[i] = {names[i]};")
         for i in sums:
+            source = values[values[i].args[0].index]
             read(values[i].args[0].index)
+            if source.op == "square":  # squared again, in double
+                read(source.args[0].index)
             lines.append(self._accumulate(i, names))
         for name, i in stores:
             read(i)

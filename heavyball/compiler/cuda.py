@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from heavyball.compiler.cpp import Printer
 from heavyball.compiler.launch import Kernel, Table, hyper_values
 from heavyball.compiler.toolchain import ToolchainError
+from heavyball.compiler.triton_matrix import TritonMatrixPrinter, memory_size
 from heavyball.compiler.triton_printer import CHUNK, DEVICES, WARPS, TritonPrinter
 from heavyball.runner import SCALAR, drive, share_of
 
@@ -22,12 +24,19 @@ ALIGNMENT = 16
 # Without fusion every operation is rounded as in torch, and as written in the graph.
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False}
 
-_kernels: dict[str, Kernel] = {}
+_kernels: dict[Any, Kernel] = {}
 
 
 def serves(device: torch.device) -> bool:
     """Whether kernels for this device are printed as Triton."""
     return device.type in DEVICES
+
+
+@dataclass(eq=False)
+class DeviceKernel(Kernel):
+    """`run` is a list of kernels; `counts`, of a kernel for matrices, is what `memory_size` needs."""
+
+    counts: tuple[int, ...] = ()
 
 
 def table(kernel: Kernel, device: torch.device) -> Table:
@@ -57,24 +66,25 @@ def load(source: str) -> dict[str, Any]:
     return module
 
 
-def build(printer: TritonPrinter) -> Kernel:
+def build(printer: Printer) -> Kernel:
     """Load what a printer prints, and compile it for the present device.
 
     Errors: ToolchainError if Triton is not there, or with its complaint.
     """
+    assert isinstance(printer, TritonPrinter)
     source = printer.source()
-    if source not in _kernels:
-        count = len(printer.plan.passes)
+    key = (source, printer.names)
+    if key not in _kernels:
         try:
             module = load(source)
-            passes = [module[f"pass_{k}"] for k in range(count)]
+            passes = [module[name] for name in printer.functions]
             for run in passes:
                 kinds = [torch.int64, torch.int64, *[SCALAR] * 3, torch.int32]
                 run.warmup(*kinds, ALIGNED=True, grid=(1,), **OPTIONS)
         except Exception as error:  # whatever Triton's stages raise
             lines = str(error).strip().splitlines() or [""]
             raise ToolchainError(f"Triton: {type(error).__name__}: {lines[-1]}") from error
-        _kernels[source] = Kernel(
+        _kernels[key] = DeviceKernel(
             tensors=printer.tensors,
             numbers=printer.numbers,
             hypers=printer.hypers,
@@ -84,8 +94,9 @@ def build(printer: TritonPrinter) -> Kernel:
             split=printer.graph.split,
             parts=printer.parts,
             run=passes,
+            counts=printer.counts if isinstance(printer, TritonMatrixPrinter) else (),
         )
-    return _kernels[source]
+    return _kernels[key]
 
 
 class Mirror:
@@ -96,7 +107,7 @@ class Mirror:
         self._sent: Tensor | None = None
         # A graph that is being captured copies from this memory whenever it is replayed, and none
         # can be pinned during a capture.
-        self._spare = _pinned_like(host, device)
+        self._spare: Tensor | None = _pinned_like(host, device)
         self._captured: list[Tensor] = []
 
     def send(self, host: Tensor) -> bool:
@@ -106,27 +117,28 @@ class Mirror:
         known = self._sent is not None and not capturing and not self._captured
         if known and torch.equal(host, self._sent):  # type: ignore[arg-type]
             return False
+        # Memory for this copy alone: torch gives it to others only when the copy has been made.
+        staging = _pinned_like(host, self.tensor.device) if not capturing else self._spare
         if capturing:
-            staging = self._spare
+            staging = _pinned_like(host, self.tensor.device) if staging is None else staging
+            self._captured.append(staging)
             self._spare = None
-            if staging is None:
-                staging = _pinned_like(host, self.tensor.device)
-            self._captured.append(staging)  # type: ignore[arg-type]
-        else:
-            self._spare = self._spare if self._spare is not None else self._pin(host)
-            # not the spare: torch gives this memory to others only when the copy has been made
-            staging = self._pin(host)
-        staging.copy_(host)  # type: ignore[union-attr]
-        self.tensor.copy_(staging, non_blocking=True)  # type: ignore[arg-type]
+        elif self._spare is None:
+            self._spare = _pinned_like(host, self.tensor.device)
+        assert staging is not None
+        self.tensor.copy_(staging.copy_(host), non_blocking=True)
         self._sent = host.clone()
         return True
-
-    def _pin(self, host: Tensor) -> Tensor:
-        return _pinned_like(host, self.tensor.device)
 
 
 def _pinned_like(host: Tensor, device: torch.device) -> Tensor:
     return torch.empty(host.shape, dtype=host.dtype, pin_memory=device.type == "cuda")
+
+
+def _sent(host: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device; the host does not wait for it."""
+    staging = _pinned_like(host, device).copy_(host)
+    return torch.empty_like(host, device=device).copy_(staging, non_blocking=True)
 
 
 def _capturing(device: torch.device) -> bool:
@@ -140,6 +152,7 @@ class DeviceTable(Table):
     device: torch.device = field(default_factory=lambda: torch.device("cuda"))
     aligned: bool = False
     arrived: Tensor | None = None
+    memory: Tensor | None = None
     positions: Tensor | None = None
     mirror: Mirror | None = None
     hyper: Mirror | None = None
@@ -147,23 +160,34 @@ class DeviceTable(Table):
     def finish(self) -> None:
         """Cut the tensors into chunks and make the buffers."""
         kernel, count = self.kernel, len(self.rows)
+        flat = kernel.split is None
         if "share" in kernel.numbers:
             self.shares = torch.zeros(count, dtype=SCALAR, device=self.device)
-            self.positions = torch.tensor(self.members, device=self.device)
+            self.positions = _sent(torch.tensor(self.members), self.device)
             column = kernel.leading + len(kernel.tensors) + kernel.numbers.index("share")
             for index, row in enumerate(self.rows):
                 row[column] = self.shares[index].data_ptr()
-        chunks = [
-            (index, part)
-            for index, row in enumerate(self.rows)
-            for part in range(-(-row[0] // CHUNK))
-        ]
+        pieces = [-(-row[0] // CHUNK) for row in self.rows] if flat else self._tiles()
+        chunks = [(index, part) for index, n in enumerate(pieces) for part in range(n)]
         self.fixed = torch.tensor(self.rows, dtype=torch.int64)
         self.mirror = Mirror(self.fixed, self.device)
-        self.chunks = torch.tensor(chunks, dtype=torch.int64, device=self.device)
+        self.chunks = _sent(torch.tensor(chunks, dtype=torch.int64), self.device)
         self.scratch = torch.empty(count * kernel.values, dtype=SCALAR, device=self.device)
         self.parts = torch.empty(len(chunks) * kernel.parts, dtype=SCALAR, device=self.device)
         self.arrived = torch.zeros(count, dtype=torch.int32, device=self.device)
+
+    def _tiles(self) -> list[int]:
+        """Give each matrix its memory, and cut it into tiles."""
+        counts = self.kernel.counts  # type: ignore[attr-defined]
+        width = [row[self.kernel.leading - 1] for row in self.rows]
+        needs = [memory_size(counts, r[0] // n, n) for r, n in zip(self.rows, width, strict=True)]
+        size = sum(n for n, _ in needs)
+        self.memory = torch.empty(size, dtype=SCALAR, device=self.device)
+        place = self.memory.data_ptr()
+        for row, (n, _) in zip(self.rows, needs, strict=True):
+            row.append(place)
+            place += n * self.memory.element_size()
+        return [tiles for _, tiles in needs]
 
     def step(self, groups: list[Mapping[str, Any]], totals: Mapping[str, Tensor]) -> None:
         """Send what has changed and run every pass."""
@@ -179,7 +203,8 @@ class DeviceTable(Table):
                 self._start(run)
 
     def _start(self, run: Any) -> None:
-        run[(len(self.chunks),)](  # type: ignore[arg-type]
+        per_tensor = run.__name__.startswith("between")
+        run[(len(self.rows) if per_tensor else len(self.chunks),)](  # type: ignore[arg-type]
             self.mirror.tensor,  # type: ignore[union-attr]
             self.chunks,
             self.hyper.tensor,  # type: ignore[union-attr]
@@ -244,8 +269,10 @@ def _total(plan: "Plan", key: str, totals: Mapping[str, Tensor]) -> Tensor:
         if isinstance(table, DeviceTable):
             places, found = table.positions, table.shares
         else:
-            places, found = torch.tensor(table.members), table.shares
-        shares.index_copy_(0, places.to(device), found.to(device))  # type: ignore[union-attr]
+            places, found = _sent(torch.tensor(table.members), device), table.shares
+        assert places is not None
+        assert found is not None
+        shares.index_copy_(0, places.to(device), found.to(device))
     for index in plan.eager:
         share = share_of(plan.jobs[index], key, totals)
         if share is not None:

@@ -3,7 +3,7 @@
 import math
 import operator
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,8 +27,8 @@ def signature(job: Job) -> Signature:
     # whether a kernel fits is a matter of which axes have one element and how memory is laid out
     ones = tuple(n == 1 for n in param.shape)
     aligned = param.is_contiguous() and grad.is_contiguous()
-    kind = (ones, aligned or (param.stride(), grad.stride()), param.dtype, grad.dtype)
-    return (job.program, *kind, param.device.type, job.stream is not None, states)
+    kind = (ones, aligned, param.dtype, grad.dtype, param.device.type)
+    return (job.program.identity, *kind, param.device.type, job.stream is not None, states)
 
 
 @dataclass(eq=False)
@@ -139,12 +139,16 @@ def _layouts(params: list[Tensor], grads: list[Tensor]) -> tuple[list, ...]:
     )
 
 
+# Kernels by what they depend on, for all optimizers of the process.
+_known: dict[Signature, Kernel] = {}
+
+
 class Engine:
     """Steps one optimizer, through kernels where it can. It holds nothing a checkpoint would need."""
 
     def __init__(self, mode: str | bool):
         self.mode = mode
-        self._kernels: dict[Signature, Kernel | None] = {}
+        self._refused: set[Signature] = set()
         self._plan: Plan | None = None
 
     def forget(self) -> None:
@@ -209,20 +213,20 @@ class Engine:
             return None
         kind = (*signature(job), share)
         exact = (*kind, job.param.shape)
-        for key in (kind, exact):
-            if key in self._kernels:
-                return self._kernels[key]
         try:
             check_layout(job)
+            for key in (kind, exact):
+                if key in _known:
+                    return _known[key]
+            if exact in self._refused:
+                return None
             printer, sized = printer_for(job, share)
-            key = exact if sized else kind
-            self._kernels[key] = (
-                cuda.build(printer) if cuda.serves(job.param.device) else build(printer)
-            )
-            return self._kernels[key]
+            make: Callable[[Any], Kernel] = cuda.build if cuda.serves(job.param.device) else build
+            kernel = _known[exact if sized else kind] = make(printer)
+            return kernel
         except (NotPrintableError, ToolchainError) as error:
             self._refuse(job, error)
-            self._kernels[exact] = None
+            self._refused.add(exact)
             return None
 
     def _refuse(self, job: Job, error: Exception) -> None:

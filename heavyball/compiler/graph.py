@@ -226,6 +226,11 @@ class Recorder(TorchDispatchMode):
         with self.watch.ignored():
             return tensor.numel() == 1
 
+    def shape_of(self, tensor: Tensor) -> torch.Size:
+        """What `numerics.shape_of` gives."""
+        with self.watch.ignored():
+            return tensor.shape
+
     def _name(self, tensor: Tensor, index: int) -> None:
         self._index[id(tensor)] = index
         self._alive.append(tensor)  # or another tensor could get the same id
@@ -435,7 +440,7 @@ def record(
     job.param, job.grad = working(param), working(grad)
     recorder.tensor(job.param, "param")
     recorder.tensor(job.grad, "grad")
-    sizes = measures.Sizes(recorder.count, recorder.single)
+    sizes = measures.Sizes(recorder.count, recorder.single, recorder.shape_of)
     with torch.no_grad(), measures.answering(sizes), recorder.watch, recorder:
         try:
             outputs = _run(job, recorder, share)

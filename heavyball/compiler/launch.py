@@ -13,6 +13,7 @@ from heavyball.compiler import toolchain
 from heavyball.compiler.cpp import CHUNK, SMALL, Printer
 from heavyball.compiler.cpp_matrix import MatrixPrinter
 from heavyball.compiler.graph import NotPrintableError, record
+from heavyball.compiler.triton_matrix import TritonMatrixPrinter
 from heavyball.compiler.triton_printer import DEVICES as TRITON_DEVICES
 from heavyball.compiler.triton_printer import TritonPrinter
 from heavyball.runner import Job, compute_dtype
@@ -29,9 +30,13 @@ def _note_fork() -> None:
 os.register_at_fork(after_in_child=_note_fork)
 
 
-def threads() -> int:
-    """How many threads a kernel may use."""
-    return 1 if _forked else torch.get_num_threads()
+# A thread should have at least this many elements: waking one costs as much as stepping them.
+GRAIN = 32768
+
+
+def threads(elements: int) -> int:
+    """How many threads a kernel may use for so many elements."""
+    return 1 if _forked else min(torch.get_num_threads(), 1 + elements // GRAIN)
 
 
 @dataclass(eq=False)
@@ -49,18 +54,20 @@ class Kernel:
     run: Any
 
 
-_kernels: dict[str, Kernel] = {}
+# By source and by the names in it: two chains may print the same code for different hyper-parameters.
+_kernels: dict[Any, Kernel] = {}
 
 
 def build(printer: Printer) -> Kernel:
     """Compile what a printer prints, or take it from the process's or the disk's cache."""
     source = printer.source()
-    if source not in _kernels:
+    key = (source, printer.names)
+    if key not in _kernels:
         run = toolchain.load(source).run
         pointer, size = ctypes.c_void_p, ctypes.c_int64
         run.argtypes = [pointer, size, pointer, size, pointer, size, *[pointer] * 3, ctypes.c_int]
         run.restype = None
-        _kernels[source] = Kernel(
+        _kernels[key] = Kernel(
             tensors=printer.tensors,
             numbers=printer.numbers,
             hypers=printer.hypers,
@@ -71,7 +78,7 @@ def build(printer: Printer) -> Kernel:
             parts=max([len(p.reductions) for p in printer.plan.passes] + [1]),
             run=run,
         )
-    return _kernels[source]
+    return _kernels[key]
 
 
 def dense(tensor: Tensor) -> bool:
@@ -111,7 +118,7 @@ def printer_for(job: Job, share: str | None = None) -> tuple[Printer, bool]:
         raise NotPrintableError("rows or columns of a parameter that is not contiguous")
     printer = Printer if graph.split is None else MatrixPrinter
     if param.device.type in TRITON_DEVICES:
-        printer = TritonPrinter
+        printer = TritonPrinter if graph.split is None else TritonMatrixPrinter
     random = job.stream is not None
     return printer(graph, dtypes, compute_dtype(param.dtype), random), sized
 
@@ -126,6 +133,7 @@ class Table:
     grad_column: int | None = None
     fixed: Tensor | None = None
     small: int = 0
+    elements: int = 0
     large: Tensor | None = None
     chunks: Tensor | None = None
     scratch: Tensor | None = None
@@ -137,6 +145,7 @@ class Table:
         order = sorted(range(len(self.rows)), key=lambda i: self.rows[i][0] > SMALL)
         self.members = [self.members[i] for i in order]
         self.rows = [self.rows[i] for i in order]
+        self.elements = sum(row[0] for row in self.rows)
         self.small = sum(row[0] <= SMALL for row in self.rows)
         large: list[tuple[int, ...]] = []
         chunks: list[tuple[int, ...]] = []
@@ -171,7 +180,7 @@ class Table:
             hyper.data_ptr(),
             self.scratch.data_ptr(),  # type: ignore[union-attr]
             self.parts.data_ptr(),  # type: ignore[union-attr]
-            threads(),
+            threads(self.elements),
         )
 
 

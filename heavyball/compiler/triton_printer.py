@@ -19,6 +19,8 @@ TYPES = {
 DEVICES = {"cuda"}
 # A program walks through a chunk a block at a time.
 CHUNK, BLOCK, WARPS = 8192, 1024, 4
+# A tile of a matrix is a block wide and has so many rows.
+HEIGHT = 64
 
 INFIX = {op: sign for op, sign in CPP_INFIX.items() if op != "div"}
 # Operations as Triton expressions; {0}, {1}, {2} are the arguments, the others constants of the type.
@@ -174,7 +176,7 @@ def pass_{k}(table, chunks, hyper, scratch, parts, arrived, ALIGNED: tl.constexp
 class TritonPrinter(Printer):
     """Prints one graph for tensors of given dtypes, as walks over flat memory.
 
-    Errors: NotPrintableError for sums over rows or columns, and for other dtypes.
+    Errors: NotPrintableError for a tensor of another dtype.
     """
 
     def __init__(
@@ -184,8 +186,6 @@ class TritonPrinter(Printer):
         compute: torch.dtype,
         random: bool = False,
     ):
-        if graph.split is not None:
-            raise NotPrintableError("sums over rows or columns on CUDA")
         super().__init__(graph, dtypes, compute, random)
         self.type = TYPES[compute]
         for name in self.tensors:
@@ -198,6 +198,15 @@ class TritonPrinter(Printer):
         """The whole module; its names `triton`, `tl` and `libdevice` come from whoever loads it."""
         passes = [self._block(k, p) + self._kernel(k, p) for k, p in enumerate(self.plan.passes)]
         return "\n\n".join([PRELUDE, *passes])
+
+    @property
+    def functions(self) -> list[str]:
+        """The kernels in the order in which they run."""
+        return [f"pass_{k}" for k in range(len(self.plan.passes))]
+
+    def _sums(self, planned: Pass) -> list[int]:
+        """The sums over elements that a pass leaves behind."""
+        return planned.reductions
 
     # ---- numbers per tensor
 
@@ -315,7 +324,7 @@ class TritonPrinter(Printer):
             else:
                 used |= {a.index for a in v.args if isinstance(a, Ref)}
                 lines.append(f"v{i} = {self._expression(v, names, self.type)}")
-        for i in planned.reductions:
+        for i in self._sums(planned):
             used.add(self.graph.values[i].args[0].index)
             lines += self._accumulation(i, names)
         for name, i in planned.stores.items():
@@ -359,15 +368,15 @@ class TritonPrinter(Printer):
     def _signature(self, planned: Pass) -> list[str]:
         """What a block is given besides its lanes: numbers, sums so far."""
         numbers = [f"c{i}" for i in sorted(self._walk_needs(planned))]
-        return [*numbers, *(f"r{i}" for i in planned.reductions)]
+        return [*numbers, *(f"r{i}" for i in self._sums(planned))]
 
     def _block(self, k: int, planned: Pass) -> str:
         tensors = [f"t{n}" for n in self._touched(planned)]
         rounding = ["begin", "key"] if self._rounds(planned) else []
         arguments = ", ".join(["lane", "mask", *rounding, *tensors, *self._signature(planned)])
         lines = self._body(planned)[0]
-        if planned.reductions:
-            lines.append("return " + ", ".join(f"r{i}" for i in planned.reductions))
+        if self._sums(planned):
+            lines.append("return " + ", ".join(f"r{i}" for i in self._sums(planned)))
         body = _indented(lines or ["pass"], 1)
         return f"@triton.jit\ndef block_{k}({arguments}):\n{body}\n\n\n"
 
@@ -376,7 +385,7 @@ class TritonPrinter(Printer):
         rounding = [start, "key"] if self._rounds(planned) else []
         arguments = ["lane", mask, *rounding, *tensors, *self._signature(planned)]
         call = f"block_{k}({', '.join(arguments)})"
-        results = ", ".join(f"r{i}" for i in planned.reductions)
+        results = ", ".join(f"r{i}" for i in self._sums(planned))
         return f"{results} = {call}" if results else call
 
     # ---- kernels
@@ -392,10 +401,10 @@ class TritonPrinter(Printer):
             block=BLOCK,
             numbers=_indented(self._begin(k, planned), 1),
             pointers=_indented([self._pointer(n) for n in self._touched(planned)], 1),
-            totals=_indented([self._zero(i) for i in planned.reductions], 1),
+            totals=_indented([self._zero(i) for i in self._sums(planned)], 1),
             call=self._call(k, planned, "start", "None"),
             masked_call=self._call(k, planned, "even", "lane < high - even"),
-            leave=_indented([self._leave(n, i) for n, i in enumerate(planned.reductions)], 1),
+            leave=_indented([self._leave(n, i) for n, i in enumerate(self._sums(planned))], 1),
             finish=_indented(self._finish(k, planned), 2),
         )
 
@@ -430,7 +439,7 @@ class TritonPrinter(Printer):
     def _finish(self, k: int, planned: Pass) -> list[str]:
         """What the last program of a tensor does: sums, what follows from them, what is kept."""
         lines = []
-        for n, i in enumerate(planned.reductions):
+        for n, i in enumerate(self._sums(planned)):
             over = "find_largest" if self.graph.values[i].op == "amax" else "add_up"
             lines.append(f"x{i} = {over}(first + {n}, pieces, {self.parts}, 128)")
         here = self.bound[k] | (self._walk_needs(planned) if k else set())

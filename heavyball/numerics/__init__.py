@@ -9,7 +9,7 @@ from heavyball.numerics.averages import (
     second_moment,
     second_weight,
 )
-from heavyball.numerics.measures import count, dot, is_single, norm, rms, saturate
+from heavyball.numerics.measures import count, dot, is_single, norm, rms, saturate, shape_of
 from heavyball.numerics.rounding import random_bits, round_stochastically, stream
 
 __all__ = [
@@ -28,5 +28,6 @@ __all__ = [
     "saturate",
     "second_moment",
     "second_weight",
+    "shape_of",
     "stream",
 ]

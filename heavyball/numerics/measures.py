@@ -15,6 +15,7 @@ class Sizes:
 
     count: Callable[[Tensor], int | Tensor]
     is_single: Callable[[Tensor], bool]
+    shape: Callable[[Tensor], torch.Size]
 
 
 _sizes: contextvars.ContextVar[Sizes | None] = contextvars.ContextVar("sizes", default=None)
@@ -33,6 +34,14 @@ def is_single(x: Tensor) -> bool:
     """Whether a tensor has one element; in place of `x.numel() == 1`, for the same reason."""
     sizes = _sizes.get()
     return x.numel() == 1 if sizes is None else sizes.is_single(x)
+
+
+def shape_of(x: Tensor | None) -> torch.Size | None:
+    """The shape, to compare with another one without making it part of a compiled kernel."""
+    if x is None:
+        return None
+    sizes = _sizes.get()
+    return x.shape if sizes is None else sizes.shape(x)
 
 
 @contextlib.contextmanager

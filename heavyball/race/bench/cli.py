@@ -6,6 +6,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -18,7 +19,7 @@ from heavyball.compiler import toolchain
 from heavyball.race.bench import report
 from heavyball.race.bench.cases import CHAINS, PEERS
 from heavyball.race.bench.measure import Result, Settings, measure
-from heavyball.race.bench.shapes import SETS
+from heavyball.race.bench.shapes import SETS, Shapes
 
 PEERS_PYTHON = Path(".venv-peers/bin/python")
 TERMINAL_WIDTH = 190
@@ -72,25 +73,34 @@ def bench(
         peers_python=str(peers_python.absolute()),
     )
     chosen = sets or tuple(SETS)
+    load = os.getloadavg()[0]
     results = measure(cases, chosen, settings, _say)
     shapes = {name: settings.shapes(name) for name in chosen}
+    _show(_heading(peers, quick), shapes, results)
+    if out is not None:
+        _write(
+            out,
+            peers,
+            report.section(_heading(peers, quick), facts(settings, load), shapes, results),
+        )
+    if any(r.failure for r in results):
+        raise SystemExit(1)
+
+
+def _show(heading: str, sets: dict[str, Shapes], results: Sequence[Result]) -> None:
     console = Console()
     # a table that does not fit is cut, so a pipe gets what a terminal may be too narrow for
     console.width = max(console.width, TERMINAL_WIDTH)
-    console.print(_heading(peers, quick), highlight=False)
-    for name in chosen:
+    console.print(heading, highlight=False)
+    for name, shapes in sets.items():
         found = [r for r in results if r.name == name]
-        console.print(report.title(name, shapes[name], found), highlight=False)
+        console.print(report.title(name, shapes, found), highlight=False)
         console.print(report.steps_table(found, box.SIMPLE))
     started = [r for r in results if r.eager is not None]
     if started:
         console.print(report.starts_table(started, box.SIMPLE))
-    for line in report.missed(results):
-        console.print(f"not reached: {line}", markup=False, highlight=False)
-    if out is not None:
-        _write(out, peers, report.section(_heading(peers, quick), facts(settings), shapes, results))
-    if any(r.failure for r in results):
-        raise SystemExit(1)
+    for line in report.remarks(results):
+        console.print(line, markup=False, highlight=False)
 
 
 def _say(result: Result) -> None:
@@ -110,11 +120,12 @@ def _write(out: Path, peers: bool, text: str) -> None:
         raise click.ClickException(str(error)) from None
 
 
-def facts(settings: Settings) -> list[str]:
+def facts(settings: Settings, load: float) -> list[str]:
     """What a run was: the command, the machine, the versions, the day."""
     return [
         f"command: `{shlex.join(['python', '-m', 'heavyball.race.bench', *sys.argv[1:]])}`",
-        f"machine: {_processor()}, {os.cpu_count()} cores, {settings.threads} threads used",
+        f"machine: {_processor()}, {os.cpu_count()} cores, {settings.threads} threads used, "
+        f"load {load:.1f} before the run",
         f"versions: heavyball {heavyball.__version__}, torch {torch.__version__}, "
         f"Python {platform.python_version()}, {_compiler()}",
         f"date: {datetime.date.today()}",

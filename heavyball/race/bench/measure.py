@@ -91,6 +91,14 @@ def middle_mean(values: Sequence[float]) -> float:
     return statistics.fmean(ordered[quarter : len(ordered) - quarter])
 
 
+def spread(values: Sequence[float]) -> float:
+    """The upper quartile over the lower."""
+    if len(values) < 2:
+        return 1.0
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return high / low
+
+
 def measure(
     cases: Sequence[Case], sets: Sequence[str], settings: Settings, say: Callable[[Result], None]
 ) -> list[Result]:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from heavyball.race.bench.cases import COLD_GOAL, FLOOR_GOALS, TEMPORARY_GOAL, WARM_GOAL
-from heavyball.race.bench.measure import Result
+from heavyball.race.bench.measure import Result, spread
 from heavyball.race.bench.shapes import Shapes, elements
 
 STEP_COLUMNS = (
@@ -38,6 +38,8 @@ START_COLUMNS = (
     "warm, beyond it",
     "goal of warm",
 )
+# quartiles further apart than this mean that something else was running
+UNSTEADY = 1.5
 EXPLANATION = """\
 Each row is one process in which the reference, `torch.optim.AdamW(fused=True)` on parameters of the \
 same shapes and dtype, and the optimizer step by turns, without garbage collection, after a few steps \
@@ -120,14 +122,21 @@ def _start_cells(result: Result) -> Iterator[str]:
             yield verdict(seconds, goal)
 
 
-def missed(results: Sequence[Result]) -> Iterator[str]:
-    """A sentence for every goal that was not reached, and for every chain that was not compiled."""
+def remarks(results: Sequence[Result]) -> Iterator[str]:
+    """Sentences on goals that were not reached, chains that were not compiled, and unsteady times."""
     for result in results:
         where = f"{label(result)} on {result.name}"
-        yield from (f"{where}: {note}" for note in result.notes)
+        if result.notes:
+            more = f" (and {len(result.notes) - 1} more)" if result.notes[1:] else ""
+            yield f"{where}: {result.notes[0]}{more}"
         if result.failure:
             yield f"{where}: failed, {result.failure}"
             continue
+        if max(spread(result.reference), spread(result.times)) > UNSTEADY:
+            yield (
+                f"{where}: unsteady, the upper quartile is {spread(result.reference):.1f} times the "
+                f"lower for the reference, {spread(result.times):.1f} for the optimizer"
+            )
         goal = result.case.goals.get(result.name)
         if goal is not None and result.ratio > goal:
             yield f"{where}: ratio {result.ratio:.3f}, {verdict(result.ratio, goal)}"
@@ -178,9 +187,11 @@ def section(
     if started:
         parts += ["### First steps and memory", STARTS]
         parts.append(rendered(starts_table(started, box.MARKDOWN)))
-    left = list(missed(results))
-    parts.append("### Not reached")
-    parts.append("\n".join(f"- {line}" for line in left) or "Every goal was reached.")
+    left = list(remarks(results))
+    parts.append("### Not reached, and remarks")
+    parts.append(
+        "\n".join(f"- {line}" for line in left) or "Every goal was reached, in steady times."
+    )
     return "\n\n".join(parts)
 
 

@@ -1,0 +1,74 @@
+"""Checks of what an optimizer is given; each error names the value and what was expected."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heavyball.transform import check_live, nonnegative
+
+
+def checked_lr(lr: Any) -> float | Tensor:
+    """A learning rate: a float, or a tensor of one element, which is used as it is."""
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1 or not lr.is_floating_point():
+            raise ValueError(f"lr={lr!r}: expected one floating-point number")
+        if not (torch.isfinite(lr).item() and lr.item() >= 0):
+            raise ValueError(f"lr={lr!r}: expected in {nonnegative}")
+        return lr
+    return check_live("lr", lr, 0.0, nonnegative)
+
+
+def frozen(value: Any) -> Any:
+    """A copy that does not change with a list in the group."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def checked_seed(seed: Any) -> int:
+    """A whole number."""
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"seed={seed!r}: expected a whole number")
+    return seed
+
+
+def overlaps(param: Tensor) -> bool:
+    """Whether two elements may share memory: an axis that steps into the extent of a finer one."""
+    extent = 1
+    for stride, size in sorted(zip(param.stride(), param.shape, strict=True)):
+        if size > 1:
+            if stride < extent:
+                return True
+            extent += stride * (size - 1)
+    return False
+
+
+def describe(name: str | None, group: int, position: int, param: Tensor) -> str:
+    """How an error names a parameter."""
+    shown = f"{name!r}" if name is not None else f"{position} of group {group}"
+    return f"parameter {shown} of shape {tuple(param.shape)}"
+
+
+def check_gradient(label: str, param: Tensor, grad: Tensor) -> None:
+    """Refuse a gradient that the step could not use."""
+    if grad.layout != torch.strided:
+        raise ValueError(f"{label} has a sparse gradient ({grad.layout}), expected a dense one")
+    if not grad.is_floating_point():
+        raise ValueError(f"{label} has a gradient of {grad.dtype}, expected a real floating dtype")
+    if grad.dtype == torch.float64 != param.dtype:
+        raise ValueError(
+            f"{label} is {param.dtype}, its gradient {grad.dtype} is finer than the step"
+        )
+    if grad.shape != param.shape:
+        raise ValueError(f"{label} has a gradient of shape {tuple(grad.shape)}")
+    if grad.device != param.device:
+        raise ValueError(f"{label} is on {param.device}, its gradient on {grad.device}")
+
+
+def check_state(label: str, param: Tensor, state: Mapping[str, Tensor]) -> None:
+    """Refuse state that stayed behind when its parameter was moved."""
+    for key, tensor in state.items():
+        if tensor.device != param.device:
+            raise ValueError(
+                f"{label} is on {param.device}, but its state {key!r} on {tensor.device}"
+            )

@@ -1,0 +1,159 @@
+"""What all presets have in common: the options around a preset's own chain."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, TypedDict
+
+from torch import Tensor
+
+from heavyball import chainable as C
+from heavyball.optimizer import ChainOpt
+from heavyball.transform import Shared, Transform, check_live, nearest, nonnegative
+
+CLIPPINGS: dict[str, Transform] = {
+    "l2_clip": C.clip_by_norm,
+    "rms_clip": C.clip_by_rms,
+    "global_norm_clip": C.clip_by_global_norm,
+    "agc": C.adaptive_gradient_clip,
+    "l2_normalize": C.l2_normalize,
+    "rms_normalize": C.rms_normalize,
+    "trust_region": C.trust_region,
+    "mu_law": C.mu_law,
+    "a_law": C.a_law,
+    "softsign": C.softsign,
+    "clip_update_rms": C.clip_update_rms,
+}
+Clipping = str | Transform | Callable[[Tensor], Tensor] | None
+
+
+class PresetOptions(TypedDict, total=False):
+    """Options that every preset takes.
+
+    warmup_steps: lr grows linearly over this many steps.
+    caution: drop update entries that disagree with the gradient (`cautious`); with `schedule_free`,
+        those of the change of y.
+    mars, mars_gamma: correct the gradient by its change (`mars` without its clip), with the preset's
+        own beta1.
+    gradient_clipping, update_clipping: a name (see `heavyball.presets.CLIPPINGS`), a transform, or a
+        function of a tensor, applied to the gradient or to the finished update.
+    palm, beta2_scale: PaLM's schedule for beta2, 1 - t^(-beta2_scale).
+    foreach: False steps one parameter at a time, for the smallest peak memory.
+    compile, stochastic_rounding, seed: as in `ChainOpt`.
+    """
+
+    warmup_steps: float
+    caution: bool
+    mars: bool
+    mars_gamma: float
+    gradient_clipping: Clipping
+    update_clipping: Clipping
+    palm: bool
+    beta2_scale: float
+    foreach: bool | None
+    compile: bool | str
+    stochastic_rounding: bool
+    seed: int
+
+
+DEFAULTS: dict[str, Any] = {
+    "warmup_steps": 0,
+    "caution": False,
+    "mars": False,
+    "mars_gamma": 0.0025,
+    "gradient_clipping": None,
+    "update_clipping": None,
+    "palm": False,
+    "beta2_scale": 0.8,
+    "foreach": None,
+    "compile": "auto",
+    "stochastic_rounding": True,
+    "seed": 0,
+}
+
+
+# What ChainOpt takes under the same name.
+PASSED_ON = ("warmup_steps", "foreach", "compile", "stochastic_rounding", "seed")
+
+
+class Preset(ChainOpt):
+    """A named chain with the options that every preset takes, see `PresetOptions`."""
+
+    palm_default = False
+
+    def build(
+        self,
+        params: Any,
+        lr: float | Tensor,
+        chain: tuple[Any, ...],
+        options: PresetOptions,
+        *,
+        beta1: float | Shared = 0.95,
+        writer: Transform | None = None,
+        weight_decay: float = 0.0,
+        maximize: bool = False,
+    ) -> None:
+        """Put the common options around the preset's own chain, and build the optimizer.
+
+        beta1: what MARS takes for the first moment's beta; the authors' 0.95 where there is none.
+        """
+        chosen = _checked_options(type(self), options)
+        caution = chosen["caution"]
+        elements: list[Any] = [C.maximize] if flag("maximize", maximize) else []
+        if chosen["mars"]:
+            elements.append(C.mars(gamma=chosen["mars_gamma"], beta1=beta1, max_norm=None))
+        elements += _clipping("gradient_clipping", chosen["gradient_clipping"])
+        if chosen["palm"]:
+            elements.append(C.palm_beta2(beta2_scale=chosen["beta2_scale"]))
+        elements += chain
+        elements += _clipping("update_clipping", chosen["update_clipping"])
+        if caution and writer is None:
+            elements.append(C.cautious)
+        if writer is not None:
+            elements.append(writer(caution="cautious") if caution else writer)
+        ChainOpt.__init__(
+            self,
+            params,
+            lr,
+            *elements,
+            weight_decay=weight_decay,
+            **{name: chosen[name] for name in PASSED_ON},
+        )
+
+
+def _checked_options(preset: type[Preset], options: PresetOptions) -> dict[str, Any]:
+    own = [n for n in inspect.signature(preset.__init__).parameters if n not in ("self", "options")]
+    for name in options:
+        if name not in DEFAULTS:
+            raise TypeError(
+                f"{preset.__name__} has no option {name!r}; {nearest(name, [*own, *DEFAULTS])}"
+            )
+    chosen = {**DEFAULTS, "palm": preset.palm_default, **options}
+    for name in ("caution", "mars", "palm"):
+        flag(name, chosen[name])
+    check_live("mars_gamma", chosen["mars_gamma"], 0.0, nonnegative)
+    for name, switch in (("mars_gamma", "mars"), ("beta2_scale", "palm")):
+        if name in options and not chosen[switch]:
+            raise ValueError(f"{name}={options[name]!r} has no effect without {switch}=True")  # type: ignore[literal-required]
+    return chosen
+
+
+def flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r}: expected True or False")
+    return value
+
+
+def _clipping(option: str, value: Clipping) -> list[Transform]:
+    if value is None:
+        return []
+    if isinstance(value, Transform):
+        return [value]
+    if isinstance(value, str) and value in CLIPPINGS:
+        return [CLIPPINGS[value]]
+    if isinstance(value, str):
+        raise ValueError(f"{option}={value!r}; {nearest(value, CLIPPINGS)}")
+    if callable(value):
+        return [C.apply(fn=value)]
+    raise TypeError(
+        f"{option}={value!r}: expected a transform, a function, or one of {', '.join(CLIPPINGS)}"
+    )

@@ -1,0 +1,327 @@
+"""Triton kernels in Triton's interpreter, on tensors of the CPU; `test_triton.py` runs this file."""
+
+import contextlib
+from collections.abc import Iterator
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from triton.language import core
+from triton.runtime import interpreter
+
+import heavyball
+from heavyball.compiler import cuda, triton_matrix, triton_printer
+from heavyball.compiler.triton_printer import BLOCK, CHUNK
+
+C = heavyball.chainable
+NUMPY = {
+    "exp": np.exp,
+    "log": np.log,
+    "log1p": np.log1p,
+    "expm1": np.expm1,
+    "tanh": np.tanh,
+    "atan2": np.arctan2,
+    "pow": np.power,
+}
+# one element; less than a block; several axes; two blocks of which one is not full
+SHAPES = ((1,), (7,), (3, 5, 2), (BLOCK + 77,))
+LONG = (2 * CHUNK + BLOCK + 5,)
+
+
+class LibDevice:
+    """What the interpreter does not have."""
+
+    def __getattr__(self, name: str):
+        def call(*arguments):
+            with np.errstate(all="ignore"):
+                data = NUMPY[name](*[a.handle.data for a in arguments])
+            widest = max(arguments, key=lambda a: a.handle.data.size)
+            handle = interpreter.TensorHandle(data, widest.handle.dtype)
+            return core.tensor(handle, widest.type)
+
+        return call
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Print tensors of the CPU as Triton; patch its language once a launch, not once a call."""
+    triton_printer.DEVICES.add("cpu")  # this process runs nothing else
+    monkeypatch.setattr(cuda, "libdevice", LibDevice)
+
+    real = interpreter.InterpretedFunction.__call__
+
+    def call(self, *arguments, **options):
+        ours = self.fn.__module__.startswith("<heavyball")
+        return self.rewrite()(*arguments, **options) if ours else real(self, *arguments, **options)
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
+
+
+def values(shape: tuple, seed: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def optimizer(chain, shapes, dtype=torch.float32, compile=True, **options):
+    params = [torch.nn.Parameter(values(s, i, dtype)) for i, s in enumerate(shapes)]
+    return params, C.ChainOpt(params, options.pop("lr", 0.05), *chain, compile=compile, **options)
+
+
+def fill(params, step: int, grads=None) -> None:
+    for i, p in enumerate(params):
+        p.grad = values(tuple(p.shape), 100 * step + 50 + i, grads or p.dtype)
+
+
+def pair(chain, shapes=SHAPES, dtype=torch.float32, steps=3, mode=True, **options):
+    """The same steps eagerly and through kernels."""
+    found = []
+    for compiled in (False, mode):
+        params, opt = optimizer(chain, shapes, dtype, compiled, **options)
+        for step in range(steps):
+            fill(params, step)
+            opt.step()
+        found.append((params, opt))
+    return found
+
+
+def assert_near(found, roundings: int = 64) -> None:
+    """Parameters and state agree to so many roundings of the tensor's largest entry.
+
+    A step is some twenty operations of one rounding each, and torch's own fused multiply-adds drop
+    some of them; three steps are below 64. A parameter of fewer bits may round to either neighbour
+    in each step, and what is computed from it follows. A mask is not continuous: one entry in a
+    thousand may differ wholly.
+    """
+    (eager, one), (compiled, two) = found
+    for p, q in zip(eager, compiled, strict=True):
+        assert one.state[p].keys() == two.state[q].keys()
+        tensors = [(p.detach(), q.detach())]
+        tensors += [(t, two.state[q][k]) for k, t in one.state[p].items()]
+        unit = torch.finfo(p.dtype).eps
+        bound = 4 * unit if p.dtype in (torch.bfloat16, torch.float16) else roundings * unit
+        for a, b in tensors:
+            scale = a.double().abs().max().clamp(min=1e-30)
+            wrong = (a.double() - b.double()).abs() > bound * scale
+            assert wrong.sum() <= a.numel() // 1000, (a.shape, (a - b).abs().max(), scale)
+
+
+def chain_of(name: str) -> tuple:
+    return (C.TRANSFORMS[name], C.scale_by_adam) if name == "palm_beta2" else (C.TRANSFORMS[name],)
+
+
+@pytest.mark.parametrize("name", C.TRANSFORMS)
+def test_every_transform(name: str) -> None:
+    assert_near(pair(chain_of(name), ((1,), (BLOCK + 77,), (5, 6)), steps=2))
+
+
+COMPOSITE = {
+    "cautious, schedule-free": (C.scale_by_adam, C.cautious, C.schedule_free),
+    "global clip": (C.clip_by_global_norm(max_norm=0.5), C.scale_by_laprop),
+    "skip, accumulate": (C.skip_not_finite, C.accumulate(k=2), C.scale_by_adam),
+    "two sums": (
+        C.skip_not_finite,
+        C.clip_by_global_norm(max_norm=0.5),
+        C.orthograd,
+        C.scale_by_adam(amsgrad=True),
+        C.clip_update_rms,
+        C.trust_region,
+        C.cautious_decay(weight_decay=0.1),
+        C.parameter_ema(beta=0.5),
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", COMPOSITE)
+def test_composite_chains(name: str, dtype: torch.dtype) -> None:
+    assert_near(pair(COMPOSITE[name], dtype=dtype, warmup_steps=2, stochastic_rounding=False))
+
+
+def test_dtypes_may_be_mixed() -> None:
+    found = []
+    kinds = (torch.float16, torch.float32, torch.float64, torch.bfloat16)
+    for compiled in (False, True):
+        params = [torch.nn.Parameter(values((9,), i, kind)) for i, kind in enumerate(kinds)]
+        options = {"compile": compiled, "stochastic_rounding": False}
+        opt = C.ChainOpt(params, 0.05, C.clip_by_global_norm, C.scale_by_adam, **options)
+        for step in range(2):
+            fill(params, step)
+            opt.step()
+        found.append((params, opt))
+    assert_near(found)
+
+
+def test_parameters_without_a_kernel_take_part_in_sums() -> None:
+    # a kernel whose second largest axis is long enough is factored along axes that are not a matrix's
+    chain = (C.factored_rms(min_dim=3), C.clip_by_global_norm(max_norm=0.5))
+    with pytest.warns(RuntimeWarning, match="neither all elements, nor rows or columns"):
+        assert_near(pair(chain, ((7,), (4, 3, 3, 3), (6, 5)), mode="auto"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "chain",
+    [
+        (C.adaptive_gradient_clip, C.scale_by_adam, C.cautious),
+        (C.skip_not_finite, C.factored_rms(min_dim=4), C.clip_update_rms, C.parameter_ema),
+    ],
+)
+def test_rows_and_columns(chain: tuple, dtype: torch.dtype, monkeypatch) -> None:
+    monkeypatch.setattr(triton_matrix, "HEIGHT", 4)
+    shapes = ((5, 6), (6, 5), (7, BLOCK + 9), (1, 9), (9, 1), (4,))
+    assert_near(pair(chain, shapes, dtype, steps=2))
+
+
+@pytest.mark.parametrize("chain", [(C.scale_by_adam,), (C.orthograd, C.sign(graft=True))])
+def test_several_chunks(chain: tuple) -> None:
+    assert_near(pair(chain, (LONG, (3,), (CHUNK,)), steps=2))
+
+
+def test_stochastic_rounding_gives_the_same_bits() -> None:
+    (eager, _), (compiled, _) = pair((C.sign,), ((BLOCK + 77,), (5,)), torch.bfloat16, lr=0.011)
+    for p, q in zip(eager, compiled, strict=True):
+        assert torch.equal(p, q)
+
+
+def test_not_finite_gradients() -> None:
+    found = []
+    for compiled in (False, True):
+        params, opt = optimizer((C.skip_not_finite, C.scale_by_adam), SHAPES, compile=compiled)
+        for step in range(3):
+            fill(params, step)
+            if step == 1:
+                params[1].grad[2] = float("nan")
+                params[3].grad[5] = float("inf")
+            opt.step()
+        found.append((params, opt))
+    assert_near(found)
+
+
+def test_nan_passes_through_as_in_eager_mode() -> None:
+    found = []
+    for compiled in (False, True):
+        params, opt = optimizer((C.scale_by_adam, C.softsign), SHAPES, compile=compiled)
+        fill(params, 0)
+        params[3].grad[5], params[3].grad[6] = float("nan"), float("inf")
+        opt.step()
+        found.append(params[3].detach())
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-7, equal_nan=True)
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[tuple[list, list]]:
+    """The launches of a step, and every call outside of them that would wait for a device."""
+    launches, waits, inside = [], [], [False]
+    start = cuda.DeviceTable._start
+
+    def launch(self, run):
+        launches.append(run.__name__)
+        inside[0] = True
+        try:
+            start(self, run)
+        finally:
+            inside[0] = False
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(cuda.DeviceTable, "_start", launch))
+        for name in ("item", "tolist", "cpu", "numpy", "nonzero", "__float__", "__int__"):
+            real = getattr(torch.Tensor, name)
+
+            def call(self, *arguments, real=real, name=name, **options):
+                if not inside[0]:
+                    waits.append(name)
+                return real(self, *arguments, **options)
+
+            stack.enter_context(mock.patch.object(torch.Tensor, name, call))
+        yield launches, waits
+
+
+@pytest.mark.parametrize(
+    ("chain", "expected"),
+    [
+        ((C.scale_by_adam,), 1),
+        ((C.scale_by_adam, C.cautious), 2),
+        ((C.clip_by_global_norm, C.scale_by_adam), 2),
+        ((C.skip_not_finite, C.clip_by_global_norm, C.scale_by_adam, C.cautious), 4),
+    ],
+)
+def test_one_launch_per_pass_and_no_waiting(chain: tuple, expected: int) -> None:
+    lr = torch.tensor(0.05)
+    params, opt = optimizer(chain, SHAPES, lr=lr)
+    for step in range(3):
+        fill(params, step)
+        lr.fill_(0.05 / (step + 1))
+        with watched() as (launches, waits):
+            opt.step()
+        assert len(launches) == expected
+        # the first step finds out what there is
+        assert step == 0 or not waits
+
+
+def test_buffers_stay_and_are_filled_only_after_changes() -> None:
+    params, opt = optimizer((C.scale_by_adam,), SHAPES)
+    fill(params, 0)
+    opt.step()
+    table = opt._engine._plan.tables[0]
+    places = [t.data_ptr() for t in (table.mirror.tensor, table.hyper.tensor, table.scratch)]
+    with mock.patch.object(cuda, "_pinned_like", wraps=cuda._pinned_like) as pinned:
+        opt.step()
+        assert pinned.call_count == 0
+        opt.param_groups[0]["lr"] = 0.01
+        opt.step()
+        assert pinned.call_count == 1
+        fill(params, 1)
+        opt.step()
+        assert pinned.call_count == 2
+    assert opt._engine._plan.tables[0] is table
+    assert places == [
+        t.data_ptr() for t in (table.mirror.tensor, table.hyper.tensor, table.scratch)
+    ]
+
+
+def test_a_captured_copy_has_memory_of_its_own(monkeypatch) -> None:
+    mirror = cuda.Mirror(torch.zeros(3), torch.device("cpu"))
+    assert mirror.send(torch.ones(3))
+    assert not mirror.send(torch.ones(3))
+    monkeypatch.setattr(cuda, "_capturing", lambda device: True)
+    assert mirror.send(torch.ones(3))
+    (kept,) = mirror._captured
+    monkeypatch.undo()
+    # a replay may have filled the tensor with what was captured, so it is filled again every time
+    assert mirror.send(torch.full((3,), 2.0))
+    assert mirror.send(torch.full((3,), 2.0))
+    assert torch.equal(kept, torch.ones(3))
+    assert torch.equal(mirror.tensor, torch.full((3,), 2.0))
+
+
+def test_groups_have_numbers_of_their_own() -> None:
+    found = []
+    for compiled in (False, True):
+        params = [torch.nn.Parameter(values((9,), i, torch.float32)) for i in range(2)]
+        groups = [{"params": [params[0]]}, {"params": [params[1]], "lr": 0.5, "betas": (0.5, 0.6)}]
+        opt = C.ChainOpt(groups, 0.05, C.scale_by_adam, compile=compiled)
+        for step in range(3):
+            fill(params, step)
+            opt.step()
+        found.append((params, opt))
+    assert_near(found)
+
+
+def test_unaligned_tensors() -> None:
+    found = []
+    for compiled in (False, True):
+        params = [torch.nn.Parameter(values((41,), 0, torch.float32)[1:])]
+        opt = C.ChainOpt(params, 0.05, C.scale_by_adam, compile=compiled)
+        for step in range(2):
+            fill(params, step)
+            opt.step()
+        found.append((params, opt))
+    assert not found[1][1]._engine._plan.tables[0].aligned
+    assert_near(found)
+
+
+def test_results_do_not_depend_on_other_parameters() -> None:
+    chain = (C.scale_by_adam, C.cautious)
+    (_, _), (alone, _) = pair(chain, (LONG,), steps=2)
+    (_, _), (among, _) = pair(chain, (LONG, (3,), (77,)), steps=2)
+    assert torch.equal(alone[0], among[0])

@@ -1,0 +1,461 @@
+"""The compiled path against the eager one, which is plain torch and the reference."""
+
+import copy
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import warnings
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+import heavyball
+from heavyball.compiler import engine, launch, toolchain
+from heavyball.compiler.cpp import CHUNK, SMALL
+
+C = heavyball.chainable
+
+# What random chains are made of: stages in the order that makes sense, each taken or left out.
+STAGES = (
+    (
+        C.centralize,
+        C.mars,
+        C.orthograd,
+        C.adaptive_gradient_clip,
+        C.clip_by_global_norm(max_norm=0.5),
+    ),
+    (
+        C.exp_avg,
+        C.scale_by_adam,
+        C.scale_by_laprop,
+        C.scale_by_adopt,
+        C.scale_by_nadam,
+        C.scale_by_lion,
+        C.factored_rms(min_dim=4),
+        C.focus,
+        C.stable_adamw,
+        C.heavyball_momentum,
+        C.scale_by_ademamix,
+        C.scale_by_rms(centered=True),
+    ),
+    (C.clip_update_rms, C.trust_region, C.mu_law, C.sign(graft=True)),
+    (C.cautious, C.grams, C.cautious(scale="sum_plus_one")),
+    (C.decoupled(weight_decay=0.1), C.cautious_decay(weight_decay=0.1), C.adamc(weight_decay=0.1)),
+    (C.schedule_free, C.parameter_ema(beta=0.5)),
+)
+# A conv kernel whose second largest axis is long enough has three factored axes, which stay eager.
+SHAPES = ((), (1,), (7,), (5, 6), (6, 5), (1, 9), (9, 1), (3, 2, 2, 2), (70_001,), (300, 260))
+
+
+def values(shape: tuple, seed: int, dtype: torch.dtype) -> torch.Tensor:
+    made = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=made).to(dtype)
+
+
+def pair(chain, shapes, dtype=torch.float32, steps=3, grads=None, **options):
+    """The same steps without and with kernels."""
+    found = []
+    for compiled in (False, True):
+        params = [torch.nn.Parameter(values(s, i, dtype)) for i, s in enumerate(shapes)]
+        opt = C.ChainOpt(params, 0.05, *chain, compile=compiled, **options)
+        for step in range(steps):
+            for i, p in enumerate(params):
+                p.grad = values(tuple(p.shape), 100 * step + i, grads or dtype)
+            opt.step()
+        found.append((params, opt))
+    return found
+
+
+def assert_near(found, roundings: int = 64) -> None:
+    """Parameters and state agree to so many roundings of the tensor's largest entry.
+
+    A step is some twenty operations of one rounding each, and fused multiply-adds drop some of
+    them; three steps are below 64. A sign or a comparison is not continuous: an entry may differ
+    wholly where its argument is itself a rounding error, so one in a thousand may. Sums are taken
+    in another order, in float64: for float64 parameters their n roundings show, as a random walk.
+    """
+    (eager, one), (compiled, two) = found
+    largest = max(p.numel() for p in eager)
+    if eager[0].dtype == torch.float64:
+        roundings += round(4 * largest**0.5)
+    for p, q in zip(eager, compiled, strict=True):
+        tensors = [(p.detach(), q.detach(), p.dtype)]
+        tensors += [(t, two.state[q][k], t.dtype) for k, t in one.state[p].items()]
+        assert one.state[p].keys() == two.state[q].keys()
+        for a, b, dtype in tensors:
+            unit = torch.finfo(torch.float32 if p.dtype != torch.float64 else p.dtype).eps
+            if dtype == torch.bfloat16:
+                unit = 2**-8 / roundings * 2  # a parameter rounds once more, to either neighbour
+            scale = a.double().abs().max().clamp(min=1e-30)
+            wrong = (a.double() - b.double()).abs() > roundings * unit * scale
+            assert wrong.sum() <= a.numel() // 1000, (
+                a.shape,
+                (a.double() - b.double()).abs().max(),
+            )
+
+
+@pytest.mark.parametrize("name", C.TRANSFORMS)
+def test_every_transform_has_a_kernel_that_does_what_it_does(name: str) -> None:
+    # a kernel takes half a second to compile, so one dtype each, in turn
+    dtypes = torch.float32, torch.float64, torch.bfloat16, torch.float16
+    dtype = dtypes[list(C.TRANSFORMS).index(name) % 4]
+    chain = (C.TRANSFORMS[name], C.scale_by_adam) if name == "palm_beta2" else (C.TRANSFORMS[name],)
+    assert_near(pair(chain, SHAPES[:8], dtype, stochastic_rounding=False))
+
+
+# a new chain takes a second or two to compile, so shrinking one would take minutes
+@settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(st.data())
+def test_random_chains_have_kernels_that_do_what_they_do(data: st.DataObject) -> None:
+    picks = [data.draw(st.sampled_from((None, *stage))) for stage in STAGES]
+    chain = [t for t in picks if t is not None] or [C.descend]
+    dtype = data.draw(st.sampled_from((torch.float32, torch.float64, torch.bfloat16)))
+    try:
+        C.ChainOpt([torch.zeros(2)], 0.1, *chain)
+    except ValueError:
+        return  # a chain that excludes itself
+    shapes = data.draw(st.lists(st.sampled_from(SHAPES), min_size=1, max_size=4))
+    assert_near(pair(chain, shapes, dtype, stochastic_rounding=False))
+
+
+def test_gradients_may_have_another_dtype_than_the_parameter() -> None:
+    for dtype, grads in (
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.float16),
+        (torch.float64, torch.float32),
+    ):
+        params = [torch.nn.Parameter(values((9, 5), 0, dtype)) for _ in range(2)]
+        opts = [
+            C.ChainOpt([p], 0.1, C.scale_by_adam, compile=c)
+            for p, c in zip(params, (False, True), strict=True)
+        ]
+        for p, opt in zip(params, opts, strict=True):
+            p.grad_dtype = None
+            p.grad = values((9, 5), 1, grads)
+            opt.step()
+        torch.testing.assert_close(*params, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("shape", [(300, 401), (8, 6, 5, 5), (7,), ()])
+def test_a_kernel_rounds_with_the_same_bits(shape: tuple) -> None:
+    """The sign of a constant has no rounding of its own, so every bit must agree."""
+    ends = []
+    for compiled in (False, True):
+        p = torch.nn.Parameter(values(shape, 0, torch.bfloat16))
+        if p.ndim == 4:
+            p.data = p.data.to(memory_format=torch.channels_last)
+        opt = C.ChainOpt([torch.zeros(3), p], 1e-3, C.sign, compile=compiled, seed=7)
+        for _ in range(5):
+            p.grad = torch.ones_like(p)
+            opt.step()
+        ends.append(p.detach().clone())
+    assert torch.equal(*ends)
+
+
+FACTORED = (C.factored_rms, C.clip_update_rms, C.cautious)
+
+
+def test_results_do_not_depend_on_threads_or_neighbours() -> None:
+    ends = []
+    for threads, neighbours in ((1, 0), (2, 0), (2, 3)):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            p = torch.nn.Parameter(values((3 * SMALL + CHUNK // 3,), 0, torch.float32))
+            m = torch.nn.Parameter(values((500, 300), 1, torch.float32))
+            rest = [torch.nn.Parameter(values((9, 4), 2, torch.float32)) for _ in range(neighbours)]
+            opt = C.ChainOpt(
+                [*rest, p, m], 0.1, C.factored_rms, C.clip_update_rms, C.cautious, compile=True
+            )
+            for step in range(3):
+                for q in (*rest, p, m):
+                    q.grad = values(tuple(q.shape), step, torch.float32)
+                opt.step()
+            ends.append((p.detach().clone(), m.detach().clone()))
+        finally:
+            torch.set_num_threads(before)
+    for end in ends[1:]:
+        assert torch.equal(end[0], ends[0][0])
+        assert torch.equal(end[1], ends[0][1])
+
+
+def test_one_program_serves_every_shape_and_every_hyper_parameter(monkeypatch) -> None:
+    built = []
+    monkeypatch.setattr(toolchain, "_build", lambda s, p: built.append(s) or _real_build(s, p))
+    monkeypatch.setattr(launch, "_kernels", {})
+    monkeypatch.setattr(engine, "_known", {})
+    monkeypatch.setattr(toolchain, "_intact", lambda path: False)
+    params = [torch.nn.Parameter(torch.ones(n, n + 1)) for n in range(2, 22)]
+    opt = heavyball.AdamW(params, lr=1e-3, compile=True)
+    for step in range(4):
+        opt.param_groups[0]["lr"] = 1e-3 * (step + 1)
+        opt.param_groups[0]["betas"] = (0.9 - 0.01 * step, 0.99)
+        for p in params:
+            p.grad = torch.ones_like(p)
+        opt.step()
+    assert len(built) == 1
+
+
+_real_build = toolchain._build
+
+
+def test_gradients_may_move_and_tensors_may_be_replaced() -> None:
+    ends = []
+    for compiled in (False, True):
+        p = torch.nn.Parameter(values((40, 3), 0, torch.float32))
+        opt = C.ChainOpt([p], 0.1, C.scale_by_adam, compile=compiled)
+        kept = []
+        for step in range(6):
+            p.grad = values((40, 3), step, torch.float32)
+            kept.append(p.grad)  # so that the next one lies elsewhere
+            if step == 2:
+                p.data = p.data.clone()
+            if step == 3:
+                opt.state[p]["scale_by_adam.exp_avg"] = opt.state[p][
+                    "scale_by_adam.exp_avg"
+                ].clone()
+            if step == 4:
+                opt.state[p] = {k: t.clone() for k, t in opt.state[p].items()}
+            opt.step()
+        ends.append(p.detach().clone())
+    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "transposed", "sliced", "gradient transposed"])
+def test_every_layout_gives_the_eager_result(layout: str) -> None:
+    ends = []
+    for compiled in (False, "auto"):
+        x = values((4, 6, 5, 5), 0, torch.float32)
+        grad = values((4, 6, 5, 5), 1, torch.float32)
+        if layout == "channels_last":
+            x = x.to(memory_format=torch.channels_last)
+        if layout == "transposed":
+            x = x.transpose(0, 1).contiguous().transpose(0, 1)
+        if layout == "sliced":
+            x = torch.zeros(4, 6, 5, 9)[..., :5].copy_(x)
+        if layout == "gradient transposed":
+            grad = grad.transpose(2, 3).contiguous().transpose(2, 3)
+        p = torch.nn.Parameter(x)
+        opt = C.ChainOpt([p], 0.1, C.scale_by_adam, C.cautious, C.centralize, compile=compiled)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            for _ in range(3):
+                p.grad = grad.clone(memory_format=torch.preserve_format)
+                opt.step()
+        assert p.stride() == x.stride()
+        ends.append(p.detach().clone())
+    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)
+
+
+def test_overlapping_memory_is_refused() -> None:
+    with pytest.raises(ValueError, match="overlap"):
+        C.ChainOpt([torch.zeros(9).as_strided((3, 4), (2, 1))], 0.1, C.sign)
+
+
+@C.transform()
+def with_cumsum(update):
+    """Uses an operation that no printer knows."""
+    return update.cumsum(0)
+
+
+def test_an_unknown_operation_runs_eagerly_with_one_warning_that_names_it(monkeypatch) -> None:
+    monkeypatch.setattr(engine, "_warned", set())
+    p = torch.nn.Parameter(torch.ones(4))
+    opt = C.ChainOpt([p], 0.1, with_cumsum)
+    p.grad = torch.ones(4)
+    with pytest.warns(RuntimeWarning, match="cumsum"):
+        opt.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.step()
+        opt.step()
+    torch.testing.assert_close(p.detach(), 1 - 0.3 * torch.arange(1.0, 5.0))
+    strict = C.ChainOpt([p], 0.1, with_cumsum, compile=True)
+    before = p.detach().clone()
+    with pytest.raises(RuntimeError, match="cumsum"):
+        strict.step()
+    assert torch.equal(p.detach(), before)
+
+
+def test_without_a_compiler_the_results_are_the_eager_ones(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(engine, "_warned", set())
+    monkeypatch.setattr(launch, "_kernels", {})
+    monkeypatch.setattr(engine, "_known", {})
+    monkeypatch.setenv("HEAVYBALL_CACHE", str(tmp_path / "new"))
+    toolchain.compiler.cache_clear()
+    toolchain._machine.cache_clear()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    try:
+        p = torch.nn.Parameter(torch.ones(4))
+        opt = heavyball.AdamW([p])
+        p.grad = torch.ones(4)
+        with pytest.warns(RuntimeWarning, match="no-such-compiler"):
+            opt.step()
+        assert (p < 1).all()
+    finally:
+        toolchain.compiler.cache_clear()
+        toolchain._machine.cache_clear()
+
+
+def test_a_failing_compiler_is_named(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("HEAVYBALL_CACHE", str(tmp_path))
+    with pytest.raises(toolchain.ToolchainError, match="error"):
+        toolchain.load("this is not C++")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_process_can_switch_kernels_off(monkeypatch) -> None:
+    monkeypatch.setattr(heavyball.utils, "compile_mode", None)
+    monkeypatch.setattr(engine, "build", lambda printer: pytest.fail("a kernel was built"))
+    p = torch.nn.Parameter(torch.ones(4))
+    p.grad = torch.ones(4)
+    heavyball.AdamW([p], compile=True).step()
+    assert (p < 1).all()
+
+
+SOURCE = 'extern "C" int answer() { return 42; }'
+
+
+def test_the_cache_is_private_and_a_damaged_file_is_built_again(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("HEAVYBALL_CACHE", str(tmp_path / "cache"))
+    assert toolchain.load(SOURCE).answer() == 42
+    (path,) = (tmp_path / "cache").iterdir()
+    assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
+    made = path.stat().st_mtime_ns
+    assert toolchain.load(SOURCE).answer() == 42
+    assert path.stat().st_mtime_ns == made
+    content = path.read_bytes()
+    path.unlink()  # the loaded one stays mapped
+    path.write_bytes(content[: len(content) // 2])
+    path.chmod(0o700)
+    assert toolchain.load(SOURCE).answer() == 42
+    assert path.stat().st_size == len(content)
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770])
+def test_a_directory_that_others_can_write_is_refused(monkeypatch, tmp_path, mode: int) -> None:
+    tmp_path.chmod(mode)
+    monkeypatch.setenv("HEAVYBALL_CACHE", str(tmp_path))
+    with pytest.raises(toolchain.ToolchainError, match="another user"):
+        toolchain.load(SOURCE)
+
+
+def test_the_cache_has_a_bound(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("HEAVYBALL_CACHE", str(tmp_path))
+    toolchain.load(SOURCE)
+    size = next(tmp_path.glob("*.so")).stat().st_size
+    monkeypatch.setattr(toolchain, "LIMIT_BYTES", int(2.5 * size))
+    for number in range(4):
+        toolchain.load(SOURCE.replace("42", str(number)))
+    assert len(list(tmp_path.glob("*.so"))) == 2
+
+
+STEP = """
+import torch, heavyball
+p = torch.nn.Parameter(torch.linspace(-1, 1, 100_000))
+opt = heavyball.SFAdamW([p], compile=True)
+for _ in range(3):
+    p.grad = p.detach() * 0.5
+    opt.step()
+print(p.double().sum().item().hex())
+"""
+
+
+def test_two_processes_build_at_once_and_a_third_loads(tmp_path) -> None:
+    env = {**os.environ, "HEAVYBALL_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", STEP]
+    both = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    results = [p.communicate(timeout=120)[0] for p in both]
+    results.append(
+        subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+    )
+    assert len(set(results)) == 1
+    assert results[0].strip()
+
+
+def _child(queue, opt, p) -> None:
+    torch.set_num_threads(1)  # torch's own operations would wait for threads that a fork has not
+    p.grad = torch.ones_like(p)
+    opt.step()
+    queue.put(p.detach().sum().item())
+
+
+def test_a_forked_child_can_step() -> None:
+    p = torch.nn.Parameter(torch.ones(300_000))
+    opt = heavyball.AdamW([p], compile=True)
+    p.grad = torch.ones_like(p)
+    opt.step()
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_child, args=(queue, opt, p))
+    child.start()
+    assert queue.get(timeout=60) < 300_000
+    child.join(10)
+
+
+def test_several_threads_can_step_optimizers_of_their_own() -> None:
+    ends: dict[int, torch.Tensor] = {}
+
+    def work(number: int) -> None:
+        p = torch.nn.Parameter(torch.linspace(-1, 1, 200_000))
+        opt = heavyball.AdamW([p], compile=True)
+        for _ in range(5):
+            p.grad = torch.ones_like(p)
+            opt.step()
+        ends[number] = p.detach().clone()
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(ends) == 4
+    assert all(torch.equal(end, ends[0]) for end in ends.values())
+
+
+def test_copies_step_as_the_original() -> None:
+    p = torch.nn.Parameter(torch.ones(50))
+    opt = heavyball.AdamW([p], compile=True)
+    p.grad = torch.ones(50)
+    opt.step()
+    for other in (copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))):
+        (q,) = other.param_groups[0]["params"]
+        assert q is not p
+        q.grad = torch.ones(50)
+        before = p.detach().clone()
+        other.step()
+        assert torch.equal(p.detach(), before)
+        opt_again = copy.deepcopy(opt)
+        (r,) = opt_again.param_groups[0]["params"]
+        r.grad = torch.ones(50)
+        opt_again.step()
+        assert torch.equal(q.detach(), r.detach())
+
+
+def test_a_step_counts_as_a_write_for_autograd() -> None:
+    w = torch.nn.Parameter(torch.ones(3))
+    opt = heavyball.AdamW([w], compile=True)
+    loss = (w * w).sum()
+    w.grad = torch.ones(3)
+    opt.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_parameter_that_stands_twice_is_stepped_twice() -> None:
+    ends = []
+    for compiled in (False, "auto"):
+        p = torch.nn.Parameter(torch.ones(3))
+        p.grad = torch.ones(3)
+        with pytest.warns(UserWarning, match="duplicate"):
+            opt = C.ChainOpt([p, p], 0.25, C.sign, compile=compiled)
+        opt.step()
+        ends.append(p.detach().clone())
+    assert torch.equal(*ends)
+    assert torch.equal(ends[0], torch.full((3,), 0.5))

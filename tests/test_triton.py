@@ -1,0 +1,97 @@
+"""Triton kernels: run in Triton's interpreter, and compiled for a GPU that need not be there."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import heavyball
+from heavyball.compiler import cpp, cuda, triton_printer
+from heavyball.compiler.graph import record
+from heavyball.compiler.triton_matrix import TritonMatrixPrinter
+from heavyball.compiler.triton_printer import TritonPrinter
+from heavyball.runner import compute_dtype
+
+triton = pytest.importorskip("triton")
+C = heavyball.chainable
+
+ARGUMENTS = ("table", "chunks", "hyper", "scratch", "parts", "arrived")
+KINDS = ("*i64", "*i64", "*fp64", "*fp64", "*fp64", "*i32")
+
+
+def test_in_the_interpreter() -> None:
+    # Triton reads the variable when it is imported, so it needs a process of its own
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    inner = Path(__file__).with_name("interpreted_triton.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(inner)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+def printers(chain: tuple, dtype: torch.dtype, **options) -> list[TritonPrinter]:
+    """The printers of the step and of every sum over all parameters."""
+    param = torch.nn.Parameter(torch.zeros(8, 3, dtype=dtype))
+    opt = C.ChainOpt([param], 0.1, *chain, compile=False, **options)
+    param.grad = torch.zeros_like(param)
+    (job,) = opt._jobs()
+    dtypes = {"param": dtype, "grad": dtype, "share": torch.float64}
+    dtypes |= {k: t.dtype for k, t in job.state.items()}
+    found = []
+    for share in (None, *job.program.total_keys):
+        graph, _ = record(job.program, param.shape, dtype, job.state, job.group, share)
+        random = job.stream is not None
+        printer = TritonPrinter if graph.split is None else TritonMatrixPrinter
+        found.append(printer(graph, dtypes, compute_dtype(dtype), random))
+    return found
+
+
+def ptx_of(printer: TritonPrinter) -> list[str]:
+    """What each pass becomes for compute capability 9.0, assembled too."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module, texts = cuda.load(printer.source()), []
+    for name in printer.functions:
+        names = dict(zip(ARGUMENTS, KINDS, strict=True)) | {"ALIGNED": "constexpr"}
+        aligned = {(n,): [["tt.divisibility", 16]] for n in range(len(ARGUMENTS))}
+        constants = {(len(ARGUMENTS),): True}
+        source = ASTSource(module[name], names, constexprs=constants, attrs=aligned)
+        compiled = triton.compile(source, GPUTarget("cuda", 90, 32), options=cuda.OPTIONS)
+        assert compiled.asm["cubin"]
+        texts.append(compiled.asm["ptx"])
+    return texts
+
+
+CHAINS = (
+    (torch.bfloat16, C.scale_by_adam),
+    (torch.float16, C.scale_by_adam, C.cautious, C.schedule_free),
+    (torch.float32, C.skip_not_finite, C.clip_by_global_norm, C.sign(graft=True)),
+    (torch.float64, C.mu_law, C.scale_by_adam_atan2, C.orthograd),
+    (torch.bfloat16, C.adaptive_gradient_clip, C.factored_rms(min_dim=2)),
+)
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_compiles_for_a_gpu(chain: tuple, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for printer in printers(chain[1:], chain[0]):
+        for text in ptx_of(printer):
+            assert ".target sm_90" in text
+
+
+def test_aligned_tensors_move_sixteen_bytes_at_a_time(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    (printer,) = printers((C.scale_by_adam,), torch.float32)
+    (text,) = ptx_of(printer)
+    # param, grad and two moments in, param and two moments out; two times for 1024 over 128 threads
+    assert text.count("ld.global.v4.b32") == 8
+    assert text.count("st.global.v4.b32") == 6
+
+
+def test_every_operation_of_the_other_printer_is_here() -> None:
+    assert {*cpp.FORMS, *cpp.INFIX} == {*triton_printer.FORMS, *triton_printer.INFIX}
