@@ -278,8 +278,9 @@ def test_an_unknown_operation_runs_eagerly_with_one_warning_that_names_it(monkey
     torch.testing.assert_close(p.detach(), 1 - 0.3 * torch.arange(1.0, 5.0))
     strict = C.ChainOpt([p], 0.1, with_cumsum, compile=True)
     before = p.detach().clone()
-    with pytest.raises(RuntimeError, match="cumsum"):
-        strict.step()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="cumsum"):
+            strict.step()
     assert torch.equal(p.detach(), before)
 
 
@@ -317,6 +318,36 @@ def test_the_process_can_switch_kernels_off(monkeypatch) -> None:
     p.grad = torch.ones(4)
     heavyball.AdamW([p], compile=True).step()
     assert (p < 1).all()
+
+
+def test_kernels_switched_off_in_mid_training_are_not_used(monkeypatch) -> None:
+    p = torch.nn.Parameter(torch.ones(4))
+    p.grad = torch.ones(4)
+    opt = heavyball.AdamW([p], compile=True)
+    opt.step()
+    monkeypatch.setattr(heavyball.utils, "compile_mode", None)
+    monkeypatch.setattr(launch.Table, "launch", lambda *args: pytest.fail("a kernel ran"))
+    opt.step()
+
+
+@C.transform()
+def scaled(update, *, bound: C.Live = 0.5):
+    """Prints the same code as clip_by_norm would, with another name for its number."""
+    return update * (bound / torch.linalg.vector_norm(update, dtype=torch.float64)).clamp(max=1)
+
+
+def test_kernels_with_the_same_code_read_their_own_hyper_parameters() -> None:
+    a, b, c = (torch.nn.Parameter(torch.ones(s)) for s in ((3,), (2, 2), (2, 2)))
+    for p in (a, b, c):
+        p.grad = torch.full_like(p, 2.0)
+    halves = C.route(
+        C.when(C.clip_by_norm(max_norm=0.5), ndim=1), otherwise=C.clip_by_norm(max_norm=0.25)
+    )
+    C.ChainOpt([a, b], 1.0, halves, compile=True).step()
+    C.ChainOpt([c], 1.0, scaled(bound=1.0), compile=True).step()
+    # a norm of b spreads over four equal entries, b / 2 each
+    torch.testing.assert_close(b.detach(), torch.full((2, 2), 1 - 0.125))
+    torch.testing.assert_close(c.detach(), torch.full((2, 2), 0.5))
 
 
 SOURCE = 'extern "C" int answer() { return 42; }'

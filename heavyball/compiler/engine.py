@@ -148,7 +148,7 @@ class Engine:
 
     def __init__(self, mode: str | bool):
         self.mode = mode
-        self._refused: set[Signature] = set()
+        self._refused: dict[Signature, Exception] = {}
         self._plan: Plan | None = None
 
     def forget(self) -> None:
@@ -157,7 +157,9 @@ class Engine:
 
     def step_again(self, groups: list[dict[str, Any]], state: Mapping[Tensor, Any]) -> bool:
         """Step as the last time, if everything is where it was then; else do nothing."""
-        if self._plan is None or not self._plan.still_holds(groups, state):
+        if self._plan is None or utils.compile_mode is None:
+            return False
+        if not self._plan.still_holds(groups, state):
             return False
         self._plan.run()
         return True
@@ -209,7 +211,8 @@ class Engine:
 
     def _kernel(self, job: Job, share: str | None) -> Kernel | None:
         """The kernel of a job's program for tensors like its own; None where there is none."""
-        if job.param.numel() == 0:
+        # On CUDA kernels have been checked in Triton's interpreter only, so they are for who asks.
+        if job.param.device.type == "cuda" and self.mode is not True:
             return None
         kind = (*signature(job), share)
         exact = (*kind, job.param.shape)
@@ -219,14 +222,14 @@ class Engine:
                 if key in _known:
                     return _known[key]
             if exact in self._refused:
-                return None
+                raise self._refused[exact]
             printer, sized = printer_for(job, share)
             make: Callable[[Any], Kernel] = cuda.build if cuda.serves(job.param.device) else build
             kernel = _known[exact if sized else kind] = make(printer)
             return kernel
         except (NotPrintableError, ToolchainError) as error:
+            self._refused[exact] = error
             self._refuse(job, error)
-            self._refused.add(exact)
             return None
 
     def _refuse(self, job: Job, error: Exception) -> None:
