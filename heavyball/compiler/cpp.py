@@ -13,6 +13,8 @@ CTYPES = {
 }
 # A tensor up to this size goes whole to one thread; a larger one is cut into chunks.
 SMALL, CHUNK = 65536, 16384
+# Large tensors take their passes together in batches of about this many elements.
+BATCH = 2**20
 
 INFIX = {
     "add": "+",
@@ -241,7 +243,7 @@ class Printer:
         body, used = self._body(planned)
         lines += self._pointers(planned) + self._key(planned)
         lines += [self._constant(i) for i in sorted(used)]
-        lines += [f"    double r{i} = {self._neutral(i)};" for i in planned.reductions]
+        lines += [f"    {self._sum_type(i)} r{i} = {self._neutral(i)};" for i in planned.reductions]
         lines += [f"    #pragma omp simd{self._clauses(planned.reductions)}"]
         lines += ["    for (int64_t i = low; i < high; ++i) {"]
         lines += [f"        {line}" for line in body]
@@ -306,11 +308,22 @@ class Printer:
         step = self.graph.outputs["step"]
         return [f"    const uint32_t key = step_key(row[2], s[{step}]);"]
 
+    def _counted(self, reduction: int) -> int | None:
+        """The truth value that a sum counts, if that is what it does."""
+        source = self.graph.values[self.graph.values[reduction].args[0].index]
+        return source.args[0].index if source.op == "to_float" else None
+
+    def _sum_type(self, reduction: int) -> str:
+        # counting in int is exact and twice as wide as in double; no part of a tensor has 2^31 elements
+        return "double" if self._counted(reduction) is None else "int32_t"
+
     def _accumulate(self, i: int, names: dict[int, str]) -> str:
         source = self.graph.values[i].args[0].index
         name = names[source]
         if self.graph.values[i].op == "amax":
             return f"r{i} = r{i} < {name} ? {name} : r{i};"
+        if (counted := self._counted(i)) is not None:
+            return f"r{i} += {names[counted]} ? 1 : 0;"
         if self.graph.values[source].op == "square":
             # squared in double, or the sum could overflow where the elements do not
             base = names[self.graph.values[source].args[0].index]
@@ -359,36 +372,37 @@ static void whole(const int64_t* row, const double* hyper) {{
     {whole}
 }}
 
-// table: COLUMNS numbers per tensor, the small ones first. chunks: (row, low, high) for the large ones;
-// large: (row, first chunk, end) for each of them.
-extern "C" void run(const int64_t* table, int64_t small, const int64_t* large, int64_t count,
-                    const int64_t* chunks, int64_t pieces, const double* hyper, double* scratch,
+// table: COLUMNS numbers per tensor, the small ones first. large: (row, first chunk, end) for each of
+// the others. chunks: (row, low, high, which large one). batches: (first large, end, first chunk, end);
+// all passes of a batch are done before the next, while its tensors are still in the cache.
+extern "C" void run(const int64_t* table, int64_t small, const int64_t* large, const int64_t* chunks,
+                    const int64_t* batches, int64_t count, const double* hyper, double* scratch,
                     double* parts, int threads) {{
     #pragma omp parallel num_threads(threads) if (threads > 1)
     {{
-        if (count) {{
-            #pragma omp for schedule(static)
-            for (int64_t i = 0; i < count; ++i)
-                scalars_0(table + large[3 * i] * COLUMNS, hyper, scratch + i * VALUES);
-        }}
         #pragma omp for schedule(dynamic, 1) nowait
         for (int64_t i = 0; i < small; ++i) whole(table + i * COLUMNS, hyper);
-        if (count) {{{chunked}
+        for (const int64_t* b = batches; b < batches + 4 * count; b += 4) {{
             #pragma omp for schedule(static)
-            for (int64_t i = 0; i < count; ++i)
+            for (int64_t i = b[0]; i < b[1]; ++i)
+                scalars_0(table + large[3 * i] * COLUMNS, hyper, scratch + i * VALUES);{chunked}
+            #pragma omp for schedule(static)
+            for (int64_t i = b[0]; i < b[1]; ++i)
                 write_numbers(table + large[3 * i] * COLUMNS, scratch + i * VALUES);
         }}
     }}
 }}
 """
+# Every other pass goes backwards and meets first what the pass before it has just left in the cache.
 _CHUNKED = """
             #pragma omp for schedule(dynamic, 1)
-            for (int64_t i = 0; i < pieces; ++i) {{
+            for (int64_t n = b[2]; n < b[3]; ++n) {{
+                const int64_t i = {k} % 2 ? b[2] + b[3] - 1 - n : n;
                 const int64_t* c = chunks + 4 * i;
                 pass_{k}(table + c[0] * COLUMNS, scratch + c[3] * VALUES, c[1], c[2], parts + i * PARTS);
             }}
             #pragma omp for schedule(static)
-            for (int64_t i = 0; i < count; ++i) {{
+            for (int64_t i = b[0]; i < b[1]; ++i) {{
                 double* s = scratch + i * VALUES;
                 const double* first = parts + large[3 * i + 1] * PARTS;
                 const double* last = parts + large[3 * i + 2] * PARTS;

@@ -96,7 +96,7 @@ class MatrixPrinter(Printer):
         for i in sums:
             source = values[values[i].args[0].index]
             read(values[i].args[0].index)
-            if source.op == "square":  # squared again, in double
+            if source.op in ("square", "to_float"):  # taken from what they were made of
                 read(source.args[0].index)
             lines.append(self._accumulate(i, names))
         for name, i in stores:
@@ -131,11 +131,11 @@ class MatrixPrinter(Printer):
             f"    for (int64_t c = 0; c < COLS; ++c) part_{i}[c] = 0;"
             for n, i in enumerate(to_col)
         ]
-        lines += [f"    double r{i} = {self._neutral(i)};" for i in to_scalar]
+        lines += [f"    {self._sum_type(i)} r{i} = {self._neutral(i)};" for i in to_scalar]
         if planned.stores or to_scalar or to_row or to_col:
             lines += ["    for (int64_t r = low; r < high; ++r) {"]
             lines += [f"        const {_kind(self.graph, i)} k{i} = m{i}[r];" for i in sorted(rows)]
-            lines += [f"        double r{i} = 0;" for i in to_row]
+            lines += [f"        {self._sum_type(i)} r{i} = 0;" for i in to_row]
             lines += [f"        #pragma omp simd{self._clauses(to_scalar + to_row)}"]
             lines += ["        for (int64_t c = 0; c < COLS; ++c) {"]
             lines += ["            const int64_t i = r * COLS + c;"]
@@ -230,8 +230,9 @@ static void whole(const int64_t* row, const double* hyper) {{
 
 // table: COLUMNS numbers per tensor, the small ones first; `count` large ones follow, one at a time, so
 // that their memory is used again. The other arguments belong to kernels for flat memory.
-extern "C" void run(const int64_t* table, int64_t small, const int64_t*, int64_t count,
-                    const int64_t*, int64_t, const double* hyper, double*, double*, int threads) {{
+extern "C" void run(const int64_t* table, int64_t small, const int64_t*, const int64_t*,
+                    const int64_t*, int64_t count, const double* hyper, double*, double*,
+                    int threads) {{
     std::vector<T> kept;
     std::vector<double> added;
     double s[VALUES], parts[BLOCKS * PARTS];

@@ -116,7 +116,7 @@ class Plan:
         sums = {key: total.item() for key, total in totals.items()}
         for table in self.tables:
             table.launch(hyper_values(table.kernel, self.groups, sums))
-        torch.autograd.graph.increment_version(self.params + self.states)
+        torch.autograd.graph.increment_version(self.params)
         for index in self.eager:
             drive(self.jobs[index], totals)
 

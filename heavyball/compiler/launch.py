@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from heavyball.compiler import toolchain
-from heavyball.compiler.cpp import CHUNK, SMALL, Printer
+from heavyball.compiler.cpp import BATCH, CHUNK, SMALL, Printer
 from heavyball.compiler.cpp_matrix import MatrixPrinter
 from heavyball.compiler.graph import NotPrintableError, record
 from heavyball.compiler.triton_matrix import TritonMatrixPrinter
@@ -65,7 +65,7 @@ def build(printer: Printer) -> Kernel:
     if key not in _kernels:
         run = toolchain.load(source).run
         pointer, size = ctypes.c_void_p, ctypes.c_int64
-        run.argtypes = [pointer, size, pointer, size, pointer, size, *[pointer] * 3, ctypes.c_int]
+        run.argtypes = [pointer, size, *[pointer] * 3, size, *[pointer] * 3, ctypes.c_int]
         run.restype = None
         _kernels[key] = Kernel(
             tensors=printer.tensors,
@@ -136,6 +136,8 @@ class Table:
     elements: int = 0
     large: Tensor | None = None
     chunks: Tensor | None = None
+    batches: Tensor | None = None
+    count: int = 0
     scratch: Tensor | None = None
     parts: Tensor | None = None
     shares: Tensor | None = None
@@ -155,6 +157,8 @@ class Table:
             for low in range(0, size, CHUNK):
                 chunks.append((index, low, min(low + CHUNK, size), len(large)))
             large.append((index, first, len(chunks)))
+        batches = _batches(large, chunks) if flat else []
+        self.count = len(batches) if flat else len(self.rows) - self.small
         if "share" in self.kernel.numbers:
             self.shares = torch.empty(len(self.rows), dtype=torch.float64)
             column = (
@@ -165,6 +169,7 @@ class Table:
         self.fixed = torch.tensor(self.rows, dtype=torch.int64)
         self.large = torch.tensor(large, dtype=torch.int64)
         self.chunks = torch.tensor(chunks, dtype=torch.int64)
+        self.batches = torch.tensor(batches, dtype=torch.int64)
         self.scratch = torch.empty(len(large) * self.kernel.values, dtype=torch.float64)
         self.parts = torch.empty(len(chunks) * self.kernel.parts, dtype=torch.float64)
 
@@ -174,14 +179,26 @@ class Table:
             self.fixed.data_ptr(),  # type: ignore[union-attr]
             self.small,
             self.large.data_ptr(),  # type: ignore[union-attr]
-            len(self.rows) - self.small,
             self.chunks.data_ptr(),  # type: ignore[union-attr]
-            len(self.chunks),  # type: ignore[arg-type]
+            self.batches.data_ptr(),  # type: ignore[union-attr]
+            self.count,
             hyper.data_ptr(),
             self.scratch.data_ptr(),  # type: ignore[union-attr]
             self.parts.data_ptr(),  # type: ignore[union-attr]
             threads(self.elements),
         )
+
+
+def _batches(large: list[tuple[int, ...]], chunks: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Runs of large tensors that take their passes together: about BATCH elements, or one tensor."""
+    found: list[tuple[int, ...]] = []
+    start = elements = 0
+    for position, (_, first, end) in enumerate(large):
+        elements += sum(chunk[2] - chunk[1] for chunk in chunks[first:end])
+        if elements >= BATCH or position == len(large) - 1:
+            found.append((start, position + 1, large[start][1], end))
+            start, elements = position + 1, 0
+    return found
 
 
 def hyper_values(
