@@ -15,7 +15,7 @@ from heavyball.compiler.triton_matrix import TritonMatrixPrinter
 from heavyball.compiler.triton_printer import TritonPrinter
 from heavyball.runner import compute_dtype
 
-triton = pytest.importorskip("triton")
+triton = pytest.importorskip("triton", reason="Triton's wheels are for Linux only")
 C = heavyball.chainable
 
 ARGUMENTS = ("table", "chunks", "hyper", "scratch", "parts", "arrived")

@@ -43,7 +43,6 @@ def independent(
     *,
     param: Tensor,
     base_lr: Tensor,
-    lr: Tensor,
     weight_decay: Live = 0.0,
     peak_lr: Live = 0.0,
 ) -> tuple[Tensor, Tensor]:
