@@ -134,7 +134,12 @@ class Chain:
             "decay": self._bind_leaf(decoupled),
             "writer": self._bind_leaf(descend),
         }
-        for picks in self._all_picks(self._nodes):
+        for number, picks in enumerate(self._all_picks(self._nodes)):
+            if number == MOST_PROGRAMS:
+                raise ValueError(
+                    f"{owner}: the routes of the chain combine in over {MOST_PROGRAMS} ways, each of "
+                    "which must be checked; put the rules of several into one route"
+                )
             self._program(picks)
         # bound in any case, so drop what no program uses
         used = {key for p in self._programs.values() for n in p.flat for key, _ in n.hyper.values()}
@@ -247,6 +252,8 @@ class Chain:
         return (*body, *observers)
 
 
+# Every combination of what routers may pick is built and checked when the chain is.
+MOST_PROGRAMS = 1024
 # Names of the group that are the optimizer's own.
 RESERVED = ("params", "param_names", "lr", "warmup_steps", "seed", "train_mode", "differentiable")
 # Group entries that schedulers and trainers add; keys that begin with "_" are left alone too.

@@ -119,7 +119,8 @@ class ChainOpt(Optimizer):
                 continue
             if not (isinstance(key, str) and key.startswith("_")):
                 raise ValueError(
-                    f"parameter group: unknown entry {key!r}; {nearest(str(key), known)}"
+                    f"parameter group: unknown entry {key!r}; "
+                    f"{nearest(str(key), ['params', *known])}"
                 )
         if "train_mode" in self.defaults and self.param_groups:
             group.setdefault("train_mode", self.param_groups[0]["train_mode"])

@@ -67,9 +67,8 @@ class Job:
     group: Mapping[str, Any]
     state: dict[str, Tensor]
     scalars: Scalars
-    stream: int | None = (
-        None  # of the bits to round a bfloat16 parameter with; None rounds to nearest
-    )
+    # of the bits to round a bfloat16 parameter with; None rounds to nearest
+    stream: int | None = None
 
 
 @dataclass
@@ -114,6 +113,7 @@ def add_missing_state(
 
 
 def lazy_wanted(node: Node, declared: State, group: Mapping[str, Any]) -> bool:
+    """Whether the hyper-parameter that asks for a state is not zero in this group."""
     key, index = node.hyper[declared.needed_by or ""]
     return bool(group[key] if index is None else group[key][index])
 

@@ -407,3 +407,9 @@ def test_gradients_missing_in_one_branch_only_do_not_matter_to_the_other():
         params[seed % 2].grad = None
         opt.step()
     assert [opt.state[p]["step"] for p in params] == [2, 2]
+
+
+def test_more_combinations_of_routes_than_can_be_checked_are_refused():
+    routes = [C.route(C.when(C.sign, ndim=1), otherwise=()) for _ in range(20)]
+    with pytest.raises(ValueError, match="one route"):
+        C.ChainOpt([torch.zeros(2)], 0.1, *routes)
