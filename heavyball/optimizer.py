@@ -61,7 +61,21 @@ class ChainOpt(Optimizer):
         compile: bool | str = "auto",
         stochastic_rounding: bool = True,
         seed: int = 0,
+        **unknown: Any,
     ):
+        for name in unknown:
+            known = (
+                "weight_decay",
+                "warmup_steps",
+                "foreach",
+                "compile",
+                "stochastic_rounding",
+                "seed",
+            )
+            raise TypeError(
+                f"{type(self).__name__} has no option {name!r}; {nearest(name, known)}; the "
+                "hyper-parameters of a transform are given to the transform, or per group"
+            )
         if not isinstance(stochastic_rounding, bool):
             raise TypeError(f"stochastic_rounding={stochastic_rounding!r}: expected True or False")
         if not isinstance(compile, bool) and compile != "auto":

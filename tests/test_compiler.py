@@ -1,6 +1,7 @@
 """The compiled path against the eager one, which is plain torch and the reference."""
 
 import copy
+import gc
 import multiprocessing
 import os
 import pickle
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -448,6 +450,18 @@ def test_several_threads_can_step_optimizers_of_their_own() -> None:
         thread.join(60)
     assert len(ends) == 4
     assert all(torch.equal(end, ends[0]) for end in ends.values())
+
+
+def test_a_step_keeps_no_gradient_alive() -> None:
+    p = torch.nn.Parameter(torch.ones(50))
+    opt = heavyball.AdamW([p], compile=True)
+    for _ in range(3):
+        p.grad = torch.ones(50)
+        opt.step()
+        gone = weakref.ref(p.grad)
+        p.grad = None
+        gc.collect()
+        assert gone() is None
 
 
 def test_copies_step_as_the_original() -> None:

@@ -1094,3 +1094,8 @@ def test_a_new_optimizer_warns_of_nothing():
         train(opt, range(2))
         repr(opt.eval())
         copy.deepcopy(opt)
+
+
+def test_a_misspelt_option_is_refused_with_the_nearest():
+    with pytest.raises(TypeError, match="did you mean 'weight_decay'"):
+        C.ChainOpt(parameters(), 0.1, C.sign, weight_decy=0.1)

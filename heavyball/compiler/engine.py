@@ -178,6 +178,8 @@ class Engine:
             return
         plan.run()
         if not plan.eager:
+            for job in plan.jobs:
+                job.grad = job.param  # or the plan would keep this step's gradients alive
             self._plan = plan
 
     def _make(self, jobs: list[Job], total_keys: list[str]) -> Plan:
