@@ -2,6 +2,7 @@
 # make test    install into .venv and run the tests
 # make bench   measure optimizer steps, write docs/measurements.md (on a quiet machine)
 # make bench-peers   the same for other libraries, installed into .venv-peers
+# make bench-duels   our optimizers by turns with theirs, the same installation
 # make lint    formatting, lint and types
 # make docs    write the generated parts of README.md and docs/ again
 PYTHON ?= python3
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test bench bench-peers lint docs clean
+.PHONY: demo test bench bench-peers bench-duels lint docs clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "heavyball needs Python 3.11, this is " + sys.version.split()[0] + "; try make PYTHON=python3.11")'
@@ -39,6 +40,9 @@ $(PEERS)/installed: heavyball/race/bench/peers.txt constraints.txt
 
 bench-peers: $(VENV)/installed-race $(PEERS)/installed
 	$(BIN)/python -m heavyball.race.bench --peers --threads 2 --out docs/measurements.md
+
+bench-duels: $(VENV)/installed-race $(PEERS)/installed
+	$(BIN)/python -m heavyball.race.bench --duel all --threads 2 --out docs/measurements.md
 
 lint: $(VENV)/installed-lint
 	$(BIN)/ruff format --check .

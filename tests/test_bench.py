@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from rich import box
 
 import heavyball
-from heavyball.race.bench import cases, cli, measure, report, shapes, worker
+from heavyball.race.bench import cases, cli, duels, measure, report, shapes, worker
 
 
 @pytest.mark.parametrize(
@@ -220,3 +220,61 @@ def test_peers_need_their_environment(tmp_path):
     done = CliRunner().invoke(cli.bench, ["--peers", "--peers-python", str(tmp_path / "python")])
     assert done.exit_code == 2
     assert "make bench-peers" in done.output
+
+
+def duel(ours, **options):
+    theirs = cases.Case("Muon", "torch.optim:Muon", library="torch")
+    case = cases.Case("ours", ours)
+    return duels.Duel("try", case, theirs, {"gpt": 1.0}, **options)
+
+
+def held(chosen):
+    settings = measure.Settings(threads=1, quick=True)
+    (outcome,) = duels.hold([chosen], ["gpt"], settings, lambda _: None)
+    return outcome
+
+
+def test_a_duel_is_two_processes_that_step_by_turns():
+    outcome = held(duel("heavyball:SGD", period=2, matrices=True))
+    assert not outcome.failure
+    assert [len(times) for times in outcome.times] == [2, 2]
+    assert outcome.versions == (heavyball.__version__, torch.__version__)
+    # torch's Muon keeps one float32 momentum of every matrix, plain gradient descent only its step
+    matrices = [s for s in shapes.shrunk(shapes.gpt()) if len(s) == 2]
+    ours, theirs = outcome.state
+    assert theirs == 4 * shapes.elements(matrices)
+    assert ours < theirs / 10
+    text = duels.section("Beside", ["command: x"], [outcome])
+    assert f"torch {torch.__version__} Muon" in text
+
+
+def test_a_duel_that_cannot_be_held_says_why():
+    # torch's Muon takes matrices only
+    outcome = held(duel("heavyball:SGD"))
+    assert "2D" in outcome.failure
+    assert outcome.failure in duels.section("Beside", [], [outcome])
+
+
+def test_products_are_noted_and_done_again():
+    a, b = torch.ones(3, 4), torch.ones(4, 5)
+    noted = worker.Products()
+    with noted:
+        a @ b
+        a + a
+        torch.addmm(torch.ones(3, 5), a, b, beta=0.5)
+    assert [product().shape for product in noted.again] == [(3, 5), (3, 5)]
+    assert a.equal(torch.ones(3, 4))
+
+
+def test_a_mean_counts_whole_periods_and_a_median_leaves_the_outlier_out():
+    times = ([1.0, 1.0, 4.0], [2.0, 2.0, 2.0])
+    assert duels.Outcome(duel("x"), "gpt", times=times).ratio == 0.5
+    assert duels.Outcome(duel("x", period=3), "gpt", times=times).ratio == 1.0
+
+
+def test_every_duel_is_for_a_shape_set_and_names_its_library():
+    known = Path(cases.__file__).with_name("peers.txt").read_text()
+    for chosen in duels.DUELS.values():
+        assert set(chosen.goals) <= set(shapes.SETS)
+        library = chosen.theirs.library
+        assert library == "torch" or f"\n{library.lower()}==" in known

@@ -16,8 +16,9 @@ from rich.console import Console
 
 import heavyball
 from heavyball.compiler import toolchain
-from heavyball.race.bench import report
+from heavyball.race.bench import duels, report
 from heavyball.race.bench.cases import CHAINS, PEERS
+from heavyball.race.bench.duels import DUELS
 from heavyball.race.bench.measure import Result, Settings, measure
 from heavyball.race.bench.shapes import SETS, Shapes
 
@@ -39,6 +40,13 @@ TERMINAL_WIDTH = 190
     show_default=True,
     help="Processes for each kind of first step; 0 leaves first steps and memory out.",
 )
+@click.option(
+    "--duel",
+    "chosen_duels",
+    multiple=True,
+    type=click.Choice(["all", *DUELS]),
+    help="Only this: our optimizer by turns with that of another library.",
+)
 @click.option("--peers", is_flag=True, help="Measure other libraries too, without first steps.")
 @click.option(
     "--peers-python",
@@ -55,13 +63,14 @@ def bench(
     steps: int | None,
     threads: int | None,
     starts: int,
+    chosen_duels: tuple[str, ...],
     peers: bool,
     peers_python: Path,
     out: Path | None,
     quick: bool,
 ) -> None:
     """Measure optimizer steps, by turns with torch's fused AdamW on the same shapes."""
-    if peers and not peers_python.exists():
+    if (peers or chosen_duels) and not peers_python.exists():
         raise click.UsageError(f"there is no {peers_python}; make bench-peers installs it")
     cases = [CHAINS[name] for name in chains or CHAINS] + (PEERS if peers else [])
     settings = Settings(
@@ -74,6 +83,9 @@ def bench(
     )
     chosen = sets or tuple(SETS)
     load = os.getloadavg()[0]
+    if chosen_duels:
+        _hold_duels(chosen_duels, chosen, settings, load, out)
+        return
     results = measure(cases, chosen, settings, _say)
     shapes = {name: settings.shapes(name) for name in chosen}
     _show(_heading(peers, quick), shapes, results)
@@ -85,6 +97,25 @@ def bench(
         )
     if any(r.failure for r in results):
         raise SystemExit(1)
+
+
+def _hold_duels(
+    names: Sequence[str], sets: Sequence[str], settings: Settings, load: float, out: Path | None
+) -> None:
+    picked = [DUELS[name] for name in (DUELS if "all" in names else names)]
+    outcomes = duels.hold(picked, sets, settings, _say_outcome)
+    heading = "Beside other libraries" + (" (a quick run)" if settings.quick else "")
+    text = duels.section(heading, facts(settings, load), outcomes)
+    click.echo(text)
+    if out is not None:
+        report.write_section(out, "bench-duels", text)
+    if any(o.failure for o in outcomes):
+        raise SystemExit(1)
+
+
+def _say_outcome(outcome: duels.Outcome) -> None:
+    found = f"failed: {outcome.failure}" if outcome.failure else f"{outcome.ratio:.3f}"
+    click.echo(f"{outcome.name}: {outcome.duel.name}: {found}", err=True)
 
 
 def _show(heading: str, sets: dict[str, Shapes], results: Sequence[Result]) -> None:

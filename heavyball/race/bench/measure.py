@@ -179,7 +179,7 @@ def ask(request: Mapping[str, Any], python: str = "", env: Mapping[str, str] | N
             capture_output=True,
             text=True,
             timeout=TIMEOUT,
-            env=dict(_environment(python, env or {})),
+            env=dict(environment(python, env or {})),
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -190,7 +190,8 @@ def ask(request: Mapping[str, Any], python: str = "", env: Mapping[str, str] | N
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def _environment(python: str, changes: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+def environment(python: str, changes: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """The environment of a worker: this library for this Python, its own for another."""
     yield from ((k, v) for k, v in os.environ.items() if k != "PYTHONPATH")
     if not python:
         yield "PYTHONPATH", str(Path(heavyball.__file__).parent.parent)

@@ -12,12 +12,13 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # A tensor of at most so many elements stays in one core's cache between two passes.
 CACHED = 65_536
@@ -55,10 +56,13 @@ class Run:
 
 
 def builder(target: str, arguments: Mapping[str, Any]) -> Callable[..., Any]:
-    """What builds the optimizer from parameters."""
+    """What builds the optimizer from parameters; `group` is for the one parameter group."""
     module, name = target.split(":")
     function = getattr(importlib.import_module(module), name)
-    return lambda params: function(params, **arguments)
+    rest = {key: value for key, value in arguments.items() if key != "group"}
+    if "group" not in arguments:
+        return lambda params: function(params, **rest)
+    return lambda params: function([{"params": params, **arguments["group"]}], **rest)
 
 
 def fused_adamw(params: Iterable[Tensor]) -> torch.optim.Optimizer:
@@ -207,10 +211,105 @@ def _status(name: str) -> int:
     raise OSError(f"/proc/self/status has no {name}")
 
 
-TASKS: dict[str, Callable[..., dict[str, Any]]] = {"pace": pace, "first": first, "memory": memory}
+class Products(TorchDispatchMode):
+    """Notes every matrix product that runs inside, with operands of its own to do it again."""
+
+    NAMES = ("mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "addmv")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.again: list[Callable[[], Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in self.NAMES:
+            held = [torch.rand_like(a) if isinstance(a, Tensor) else a for a in args]
+            plain = {k: v for k, v in (kwargs or {}).items() if k != "out"}
+            function = func.overloadpacket.default
+            self.again.append(lambda: function(*held, **plain))
+        return func(*args, **(kwargs or {}))
 
 
-def answer(request: dict[str, Any]) -> dict[str, Any]:
+class Turns:
+    """An optimizer that steps when it is asked to, by turns with one in another process."""
+
+    def __init__(self, build: Callable[..., Any], shapes: Sequence[Sequence[int]], dtype: str):
+        self.run = Run(build, shapes, dtype)
+        self._products = Products()
+
+    def step(self) -> dict[str, Any]:
+        """Seconds of a step on new gradients."""
+        self._renew()
+        start = time.perf_counter()
+        self.run.step()
+        return {"seconds": time.perf_counter() - start}
+
+    def _renew(self) -> None:
+        # a factor that is fitted to one constant gradient would become singular
+        for grad in self.run.grads:
+            grad.normal_()
+        self.run.give_gradients()
+
+    def note(self) -> dict[str, Any]:
+        """Take a step and remember its matrix products."""
+        self._renew()
+        with self._products:
+            self.run.step()
+        return {"products": len(self._products.again)}
+
+    def products(self) -> dict[str, Any]:
+        """Seconds of the products that were noted, and of nothing else."""
+        start = time.perf_counter()
+        for product in self._products.again:
+            product()
+        return {"seconds": time.perf_counter() - start}
+
+    def memory(self) -> dict[str, Any]:
+        """The most bytes that a step has resident beyond those held before it."""
+        self._renew()
+        try:
+            return {"bytes": _growth(self.run)}
+        except OSError:
+            return {"bytes": None}
+
+    def state(self) -> dict[str, Any]:
+        """Bytes of all tensors in the optimizer's state, each memory counted once."""
+        found: dict[int, int] = {}
+        todo: list[Any] = [*self.run.optimizer.state.values(), self.run.optimizer.param_groups]
+        own = {p.untyped_storage().data_ptr() for p in self.run.params + self.run.grads}
+        while todo:
+            item = todo.pop()
+            if isinstance(item, Tensor):
+                storage = item.untyped_storage()
+                if storage.data_ptr() not in own:
+                    found[storage.data_ptr()] = storage.nbytes()
+            elif isinstance(item, Mapping):
+                todo += item.values()
+            elif isinstance(item, list | tuple):
+                todo += item
+        return {"bytes": sum(found.values())}
+
+
+def turns(
+    build: Callable[..., Any], shapes: Sequence[Sequence[int]], dtype: str
+) -> Iterator[dict[str, Any]]:
+    """Answer one request per line of the standard input, until there is none."""
+    partner = Turns(build, shapes, dtype)
+    yield {}
+    gc.collect()
+    gc.disable()
+    for line in sys.stdin:
+        yield getattr(partner, line.strip())()
+
+
+TASKS: dict[str, Callable[..., Any]] = {
+    "pace": pace,
+    "first": first,
+    "memory": memory,
+    "turns": turns,
+}
+
+
+def answers(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Do what a request says, see `heavyball.race.bench.measure`."""
     torch.set_num_threads(request.pop("threads"))
     task, target = TASKS[request.pop("task")], request.pop("target")
@@ -220,15 +319,18 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         importlib.import_module("heavyball.utils").compile_mode = None  # type: ignore[attr-defined]
     found = task(build, **request)
     versions = {name: importlib.metadata.version(name) for name in (library.lower(), "torch")}
-    return {**found, "library": versions[library.lower()], "torch": versions["torch"]}
+    named = {"library": versions[library.lower()], "torch": versions["torch"]}
+    for part in [found] if isinstance(found, Mapping) else found:
+        yield {**part, **named}
 
 
 def main() -> None:
-    request = json.load(sys.stdin)
-    # other libraries print; the answer is the last line
+    request = json.loads(sys.stdin.readline())
+    # other libraries print; an answer is a line of its own, the last one if there is only one
+    out = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):
-        found = answer(request)
-    print("\n" + json.dumps(found), flush=True)
+        for found in answers(request):
+            print("\n" + json.dumps(found), file=out, flush=True)
 
 
 if __name__ == "__main__":
