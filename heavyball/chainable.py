@@ -11,6 +11,7 @@ from heavyball.transform import (
     nearest,
     scalar,
     shared,
+    squares,
     transform,
     zeros,
 )
@@ -130,6 +131,7 @@ __all__ = [
     "sign",
     "skip_not_finite",
     "softsign",
+    "squares",
     "stable_adamw",
     "transform",
     "trust_region",

@@ -34,25 +34,44 @@ CONTEXT = {
 }
 
 
+# What a state tensor holds, which decides how it may be stored: a mean of gradients or updates, a mean
+# of squares (never negative), weights or an average of them, or anything else.
+Holds = Literal["moment", "square", "weights", "values"]
+
+
 @dataclass(frozen=True)
 class State:
-    """How one state tensor begins: `init(param, options)` gives it, or None where there is none."""
+    """How one state tensor begins: `init(param, options)` gives it, or None where there is none.
+
+    holds: what it is, so that `storage.py` knows which formats lose nothing that matters.
+    """
 
     init: Callable[[Tensor, Mapping[str, Any]], Tensor | None]
     rule: str
     needed_by: str | None = None
     is_number: bool = False
+    holds: Holds = "values"
 
     def needs(self, name: str) -> "State":
         """The same state, held only while the option or hyper-parameter `name` is not zero."""
         return replace(self, needed_by=name, rule=f"{self.rule}, if {name}")
 
+    def holding(self, what: Holds) -> "State":
+        """The same state, declared to hold something else."""
+        return replace(self, holds=what)
+
     def __str__(self) -> str:
         return self.rule
 
 
-zeros = State(lambda param, options: torch.zeros_like(param), "zeros like the parameter")
-copy_of_param = State(lambda param, options: param.clone(), "a copy of the parameter")
+zeros = State(
+    lambda param, options: torch.zeros_like(param), "zeros like the parameter", holds="moment"
+)
+# for a mean of squares, which is never negative
+squares = zeros.holding("square")
+copy_of_param = State(
+    lambda param, options: param.clone(), "a copy of the parameter", holds="weights"
+)
 
 
 def scalar(value: float) -> State:

@@ -9,7 +9,7 @@ from heavyball.transform import Interval, transform, zeros
 
 
 @transform(
-    accumulated=zeros,
+    accumulated=zeros.holding("values"),
     provides=("grad", "gate", "step"),
     domains={"k": Interval(1, math.inf)},
 )

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from heavyball.numerics import EpsPlacement, ema, root, second_moment
-from heavyball.transform import Live, transform, zeros
+from heavyball.transform import Live, squares, transform, zeros
 
 
-@transform(exp_avg=zeros, exp_avg_sq=zeros, max_exp_avg_sq=zeros.needs("amsgrad"))
+@transform(exp_avg=zeros, exp_avg_sq=squares, max_exp_avg_sq=squares.needs("amsgrad"))
 def scale_by_adam(
     update: Tensor,
     exp_avg: Tensor,

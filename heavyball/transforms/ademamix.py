@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from heavyball.numerics import EpsPlacement, ema, lerp, root, second_moment
-from heavyball.transform import Live, positive, transform, zeros
+from heavyball.transform import Live, positive, squares, transform, zeros
 
 
 @transform(
     exp_avg=zeros,
     exp_avg_slow=zeros,
-    exp_avg_sq=zeros,
+    exp_avg_sq=squares,
     domains={"alpha_warmup": positive, "beta3_warmup": positive},
 )
 def scale_by_ademamix(

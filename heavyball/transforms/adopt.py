@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from heavyball.numerics import lerp
-from heavyball.transform import Live, transform, zeros
+from heavyball.transform import Live, squares, transform, zeros
 
 
-@transform(exp_avg=zeros, exp_avg_sq=zeros, provides=("gate", "step"))
+@transform(exp_avg=zeros, exp_avg_sq=squares, provides=("gate", "step"))
 def scale_by_adopt(
     update: Tensor,
     exp_avg: Tensor,

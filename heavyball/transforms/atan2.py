@@ -4,14 +4,14 @@ import torch
 from torch import Tensor
 
 from heavyball.numerics import ema, second_moment
-from heavyball.transform import Live, positive, transform, zeros
+from heavyball.transform import Live, positive, squares, transform, zeros
 
 BOUNDED = "atan2 already bounds every element of the update"
 
 
 @transform(
     exp_avg=zeros,
-    exp_avg_sq=zeros,
+    exp_avg_sq=squares,
     domains={"a": positive, "b": positive},
     excludes={"clip_update_rms": BOUNDED, "stable_adamw": BOUNDED},
 )

@@ -121,7 +121,7 @@ def palm_decay(update: Tensor, *, param: Tensor, lr: Tensor, weight_decay: Live 
     return update + weight_decay * lr * param
 
 
-@transform(kind="decay", decay_target=zeros)
+@transform(kind="decay", decay_target=zeros.holding("weights"))
 def decay_to_ema(
     update: Tensor,
     decay_target: Tensor,

@@ -31,7 +31,8 @@ def _mean_state(which: int) -> State:
         shape = [1 if axis == axes[which] else n for axis, n in enumerate(param.shape)]
         return torch.zeros(shape, dtype=param.dtype, device=param.device)
 
-    return State(init, f"means over the {('largest', 'second largest')[which]} axis, if factored")
+    axis = ("largest", "second largest")[which]
+    return State(init, f"means over the {axis} axis, if factored", holds="square")
 
 
 def _full(param: Tensor, options: Mapping[str, Any]) -> Tensor | None:
@@ -41,7 +42,7 @@ def _full(param: Tensor, options: Mapping[str, Any]) -> Tensor | None:
 @transform(
     row=_mean_state(0),
     col=_mean_state(1),
-    exp_avg_sq=State(_full, "zeros like the parameter, if not factored"),
+    exp_avg_sq=State(_full, "zeros like the parameter, if not factored", holds="square"),
 )
 def factored_rms(
     update: Tensor,

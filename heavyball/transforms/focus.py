@@ -10,7 +10,7 @@ SIGNS = "focus replaces the preconditioner, and its update is made of signs"
 
 @transform(
     exp_avg=zeros,
-    param_avg=zeros,
+    param_avg=zeros.holding("weights"),
     provides=("decayed",),
     excludes={
         "factored_rms": "focus has no second moment that could be factored",

@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 
 from heavyball.numerics import EpsPlacement, ema, lerp, root, second_moment
-from heavyball.transform import Live, scalar, transform, zeros
+from heavyball.transform import Live, scalar, squares, transform, zeros
 
 
 @transform(
     exp_avg=zeros,
-    exp_avg_sq=zeros,
+    exp_avg_sq=squares,
     grad_avg=zeros.needs("centered"),
     lr_avg=scalar(0.0).needs("lr_in_momentum"),
 )

@@ -6,7 +6,7 @@ from heavyball.numerics import norm
 from heavyball.transform import Live, transform, zeros
 
 
-@transform(last_grad=zeros)
+@transform(last_grad=zeros.holding("values"))
 def mars(
     update: Tensor,
     last_grad: Tensor,

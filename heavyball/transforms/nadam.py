@@ -3,10 +3,10 @@
 from torch import Tensor
 
 from heavyball.numerics import EpsPlacement, lerp, root, second_moment
-from heavyball.transform import Live, scalar, transform, zeros
+from heavyball.transform import Live, scalar, squares, transform, zeros
 
 
-@transform(exp_avg=zeros, exp_avg_sq=zeros, mu_product=scalar(1.0))
+@transform(exp_avg=zeros, exp_avg_sq=squares, mu_product=scalar(1.0))
 def scale_by_nadam(
     update: Tensor,
     exp_avg: Tensor,

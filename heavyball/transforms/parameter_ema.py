@@ -11,7 +11,7 @@ def averaged_parameter(param: Tensor, parameter_ema: Tensor) -> Tensor:
     return parameter_ema
 
 
-@transform(kind="observer", parameter_ema=zeros, evaluate=averaged_parameter)
+@transform(kind="observer", parameter_ema=zeros.holding("weights"), evaluate=averaged_parameter)
 def parameter_ema(
     update: Tensor, parameter_ema: Tensor, *, step: Tensor, param: Tensor, beta: Live = 0.999
 ) -> tuple[Tensor, Tensor]:

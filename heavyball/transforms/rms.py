@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from heavyball.numerics import EpsPlacement, lerp, root, second_moment
-from heavyball.transform import Live, transform, zeros
+from heavyball.transform import Live, squares, transform, zeros
 
 
-@transform(exp_avg_sq=zeros)
+@transform(exp_avg_sq=squares)
 def scale_by_exp_avg_sq(
     update: Tensor,
     exp_avg_sq: Tensor,
@@ -31,7 +31,7 @@ def scale_by_exp_avg_sq(
     return update / root(exp_avg_sq, eps, eps_placement, bias), exp_avg_sq
 
 
-@transform(exp_avg_sq=zeros, grad_avg=zeros.needs("centered"))
+@transform(exp_avg_sq=squares, grad_avg=zeros.needs("centered"))
 def scale_by_rms(
     update: Tensor,
     exp_avg_sq: Tensor,

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from heavyball.numerics import ema, rms, second_moment
-from heavyball.transform import Live, positive, transform, zeros
+from heavyball.transform import Live, positive, squares, transform, zeros
 
 
-@transform(exp_avg=zeros, exp_avg_sq=zeros, provides=("lr",))
+@transform(exp_avg=zeros, exp_avg_sq=squares, provides=("lr",))
 def stable_adamw(
     update: Tensor,
     exp_avg: Tensor,
