@@ -67,6 +67,52 @@ def _plain(value: object) -> str:
     return getattr(value, "__name__", None) or repr(value)
 
 
+def schedule() -> str:
+    """The preconditioner schedule beside constant intervals."""
+    default, constants = heavyball.PrecondSchedule(), (2, 16)
+    header = ["steps", "interval", "refreshes"]
+    for n in constants:
+        header += [f"every {n}", "times as many"]
+    rows = []
+    for power in range(1, 7):
+        steps = 10**power
+        total = default.total(steps)
+        row = [f"{steps:,}", _interval(default.interval(steps)), f"{total:,}"]
+        for n in constants:
+            row += [f"{steps // n:,}", f"{steps // n / total:.2f}"]
+        rows.append(tuple(row))
+    return table(tuple(header), rows)
+
+
+def _interval(value: float) -> str:
+    """As many digits as show that it is not a whole number, and one of those that are small."""
+    if value >= 500:
+        return f"{value:.0f}"
+    return f"{value:.{5 if value < 1.01 else 3 if value < 1.1 else 1}f}"
+
+
+def draw_schedule(path: Path) -> None:
+    """Refreshes so far over the steps, for the schedule and for constant intervals."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    axes = figure.subplots()
+    steps = sorted({round(10 ** (k / 20)) for k in range(121)})
+    default = heavyball.PrecondSchedule()
+    axes.plot(steps, [default.total(n) for n in steps], color="#0072B2", lw=2.2, label="schedule")
+    for frequency, color, dash in ((2, "#D55E00", (6, 2)), (16, "#009E73", (2, 1.5))):
+        shown = [n for n in steps if n >= frequency]
+        counts = [n // frequency for n in shown]
+        label = f"every {frequency} steps"
+        axes.plot(shown, counts, color=color, lw=1.8, ls=(0, dash), label=label)
+    axes.set(xscale="log", yscale="log", xlabel="steps", ylabel="refreshes so far")
+    axes.grid(color="#E3E3E3", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    # no date in the file, so that the same picture is the same bytes
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+
+
 def fill(text: str, name: str, content: str) -> str:
     """Replace what stands between the marks `<!-- name -->` and `<!-- /name -->`."""
     start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
@@ -77,10 +123,12 @@ def fill(text: str, name: str, content: str) -> str:
 def build() -> dict[Path, str]:
     """Every generated file with its text."""
     readme, page = ROOT / "README.md", ROOT / "docs" / "transforms.md"
+    precond = ROOT / "docs" / "precond_schedule.md"
     text = fill(readme.read_text(), "presets", presets())
     return {
         readme: fill(text, "transforms", transforms()),
         page: fill(page.read_text(), "details", "\n".join(details())),
+        precond: fill(precond.read_text(), "schedule", schedule()),
     }
 
 
@@ -92,6 +140,7 @@ def main() -> int:
         return bool(stale)
     for path, text in build().items():
         path.write_text(text)
+    draw_schedule(ROOT / "assets" / "precond_schedule.png")
     return 0
 
 

@@ -16,6 +16,7 @@ from heavyball.presets import (
     RMSprop,
     SFAdamW,
 )
+from heavyball.schedule import PrecondSchedule
 
 __version__ = "0.1.0"
 
@@ -31,6 +32,7 @@ __all__ = [
     "Lion",
     "NAdam",
     "PaLMSFAdamW",
+    "PrecondSchedule",
     "RMSprop",
     "SFAdamW",
     "chainable",

@@ -44,7 +44,9 @@ def blocks(page: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/writing-a-transform.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/writing-a-transform.md", "docs/precond_schedule.md"]
+)
 def test_the_examples_run(page: str, tmp_path: Path) -> None:
     """Each page's examples in order, as a user would type them."""
     lines = []
