@@ -1,6 +1,6 @@
 """Checks of what an optimizer is given; each error names the value and what was expected."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -49,6 +49,20 @@ def describe(name: str | None, group: int, position: int, param: Tensor) -> str:
     return f"parameter {shown} of shape {tuple(param.shape)}"
 
 
+def labelled(index: int, group: Mapping[str, Any]) -> Iterator[tuple[str | None, Tensor]]:
+    """The names, where there are some, and the parameters of a group.
+
+    Errors: ValueError if the list of parameters was changed and that of names was not.
+    """
+    names, params = group.get("param_names") or [None] * len(group["params"]), group["params"]
+    if len(names) != len(params):
+        raise ValueError(
+            f"parameter group {index} has {len(params)} parameters and {len(names)} names: change "
+            '"params" and "param_names" together'
+        )
+    return zip(names, params, strict=True)
+
+
 def check_gradient(label: str, param: Tensor, grad: Tensor) -> None:
     """Refuse a gradient that the step could not use."""
     if grad.layout != torch.strided:
@@ -70,5 +84,6 @@ def check_state(label: str, param: Tensor, state: Mapping[str, Tensor]) -> None:
     for key, tensor in state.items():
         if tensor.device != param.device:
             raise ValueError(
-                f"{label} is on {param.device}, but its state {key!r} on {tensor.device}"
+                f"{label} is on {param.device}, but its state {key!r} on {tensor.device}; "
+                "opt.load_state_dict(opt.state_dict()) moves the state to the parameters"
             )

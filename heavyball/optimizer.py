@@ -1,6 +1,7 @@
 """ChainOpt: a torch optimizer whose step is a chain of transforms."""
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
@@ -9,6 +10,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from heavyball.chain import BOOKKEEPING, Chain, Program
+from heavyball.changes import Kind, kind, notice
+from heavyball.checkpoint import (
+    DESCRIPTION,
+    SAVED_WEIGHTS,
+    LoadResult,
+    convert,
+    description,
+    expected_state,
+    migrate,
+)
 from heavyball.checks import (
     check_gradient,
     check_state,
@@ -16,15 +27,15 @@ from heavyball.checks import (
     checked_seed,
     describe,
     frozen,
+    labelled,
     overlaps,
 )
 from heavyball.compiler.engine import Engine, sources
+from heavyball.loading import fit
 from heavyball.numerics import stream
 from heavyball.report import optimizer_repr, routing_table
 from heavyball.runner import Job, Scalars, add_missing_state, average
 from heavyball.transform import check_live, finite, nearest, nonnegative
-
-SAVED_WEIGHTS = "train_param"
 
 
 class ChainOpt(Optimizer):
@@ -89,7 +100,9 @@ class ChainOpt(Optimizer):
         self._stochastic_rounding = stochastic_rounding
         self._engine = Engine(compile)
         self._checked_values: list[list[Any]] = []
-        self._programs: dict[Tensor, Program] | None = {}
+        self._programs: dict[Tensor, Program] = {}
+        self._kinds: dict[Tensor, Kind] = {}
+        self._fresh: dict[Tensor, list[int]] = {}
         self._scalars: list[Scalars] = []
         defaults: dict[str, Any] = {"lr": lr}
         for key, hyper in self._chain.hyper.items():
@@ -148,27 +161,24 @@ class ChainOpt(Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
-        self._all_programs().update(found)
+        self._programs.update(found)
+        self._kinds.update((param, kind(param)) for param in found)
         self._engine.forget()
 
     def _resolve(self, index: int, group: Mapping[str, Any]) -> Iterator[tuple[Tensor, Program]]:
-        names = group.get("param_names") or [None] * len(group["params"])
-        for position, (name, param) in enumerate(zip(names, group["params"], strict=True)):
-            label = describe(name, index, position, param)
-            if param.is_complex() or not param.is_floating_point():
-                raise ValueError(f"{label} is {param.dtype}, expected a real floating-point dtype")
-            if overlaps(param):
-                raise ValueError(
-                    f"{label}: its elements overlap in memory; pass a contiguous tensor"
-                )
-            yield param, self._chain.program_for(name, param)
+        for position, (name, param) in enumerate(labelled(index, group)):
+            yield param, self._program_of(describe(name, index, position, param), name, param)
+
+    def _program_of(self, label: str, name: str | None, param: Tensor) -> Program:
+        if param.is_complex() or not param.is_floating_point():
+            raise ValueError(f"{label} is {param.dtype}, expected a real floating-point dtype")
+        if overlaps(param):
+            raise ValueError(f"{label}: its elements overlap in memory; pass a contiguous tensor")
+        return self._chain.program_for(name, param)
 
     def _all_programs(self) -> dict[Tensor, Program]:
-        """Programs by parameter; found anew after unpickling, since parameters are new tensors then."""
-        if self._programs is None:
-            self._programs = {}
-            for index, group in enumerate(self.param_groups):
-                self._programs.update(self._resolve(index, group))
+        """Programs by parameter, after a look at what was done to groups and parameters by hand."""
+        notice(self, self._programs, self._kinds)
         return self._programs
 
     def _checked(self, key: str, value: Any) -> Any:
@@ -216,15 +226,11 @@ class ChainOpt(Optimizer):
     def _jobs(self) -> list[Job]:
         """Every parameter that has a gradient, checked, with its state."""
         programs = self._all_programs()
-        if any(p not in programs for group in self.param_groups for p in group["params"]):
-            self._programs = None  # a parameter was put in another's place
-            programs = self._all_programs()
         while len(self._scalars) < len(self.param_groups):
             self._scalars.append(Scalars())
         found, first = [], 0
         for index, group in enumerate(self.param_groups):
-            names = group.get("param_names") or [None] * len(group["params"])
-            for position, (name, param) in enumerate(zip(names, group["params"], strict=True)):
+            for position, (name, param) in enumerate(labelled(index, group)):
                 if param.grad is not None:
                     label = describe(name, index, position, param)
                     check_gradient(label, param, param.grad)
@@ -268,9 +274,32 @@ class ChainOpt(Optimizer):
 
     def _state_of(self, program: Program, param: Tensor, group: Mapping) -> dict[str, Tensor]:
         state = self.state[param]
+        if param in self._fresh:
+            self._begin_anew(param, state)
         if not state or not program.lazy_keys <= state.keys():
             add_missing_state(program, param, group, state)
         return state
+
+    @torch.no_grad()
+    def init_state(self) -> Self:
+        """Create the state of every parameter that requires a gradient, before the first step.
+
+        The steps are the same to the bit with and without it. `torch.distributed.checkpoint` writes
+        into tensors that exist, so it needs this; see docs/checkpoints.md.
+        """
+        programs = self._all_programs()
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.requires_grad and param.numel() and not self.state.get(param):
+                    state = self._state_of(programs[param], param, group)
+                    self._fresh[param] = [tensor._version for tensor in state.values()]
+        self._engine.forget()
+        return self
+
+    def _begin_anew(self, param: Tensor, state: dict[str, Tensor]) -> None:
+        """Drop untouched state of `init_state`: weights may have been loaded since it was made."""
+        if self._fresh.pop(param) == [tensor._version for tensor in state.values()]:
+            state.clear()
 
     # ---- evaluation weights
 
@@ -313,12 +342,13 @@ class ChainOpt(Optimizer):
             self.train(before)
 
     def _average_weights(self, param: Tensor, group: Mapping[str, Any]) -> None:
-        state = self.state.get(param, {})
+        state = self.state.get(param)
+        if not state or not state["step"]:
+            return  # before the first step there is nothing to average
         for node in self._all_programs()[param].evaluators:
-            if state:
-                value = average(node, param, state, group, Scalars())
-                state[SAVED_WEIGHTS] = param.detach().clone()
-                param.copy_(value)
+            value = average(node, param, state, group, Scalars())
+            state[SAVED_WEIGHTS] = param.detach().clone()
+            param.copy_(value)
 
     def _restore_weights(self, param: Tensor) -> None:
         state = self.state.get(param, {})
@@ -337,10 +367,12 @@ class ChainOpt(Optimizer):
         super().__setstate__(state)
         self._scalars = []
         self._checked_values = []
+        self._fresh = {}
         self._engine = Engine(self._compile)
         loaded = self.__dict__.pop("_loading", None)
         if loaded is None:
-            self._programs = None
+            self._programs, self._kinds = {}, {}  # parameters are new tensors after unpickling
+            self._all_programs()
         else:
             self._reinstate(loaded)
 
@@ -353,15 +385,46 @@ class ChainOpt(Optimizer):
                 if key in own:
                     group.setdefault(key, own[key])
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict()` gave. Every tensor keeps the dtype it was saved with.
+    def state_dict(self) -> dict[str, Any]:
+        """The state of all parameters in the groups, the groups, and a description of the chain.
 
-        Errors: ValueError if the saved state is not that of this chain; nothing has been changed.
+        Tensors and plain values only, so `torch.load(weights_only=True)` reads it. The tensors are the
+        optimizer's own.
         """
 
-        def capture(_: Optimizer, loading: dict[str, Any]) -> None:
-            self._check_loading(loading)
-            self._loading = loading
+        def describe_chain(_: Optimizer, saved: dict[str, Any]) -> None:
+            saved[DESCRIPTION] = description(self._chain)
+
+        held = {param for group in self.param_groups for param in group["params"]}
+        state = self.state
+        # First of all hooks, so that the user's see it.
+        handle = self.register_state_dict_post_hook(describe_chain, prepend=True)
+        removed = {p for p in state if isinstance(p, Tensor) and p not in held}
+        if removed:  # they have no number to be saved under
+            self.state = defaultdict(dict, {p: s for p, s in state.items() if p not in removed})
+        try:
+            return super().state_dict()
+        finally:
+            self.state = state
+            handle.remove()
+
+    def load_state_dict(  # type: ignore[override]
+        self, state_dict: dict[str, Any], strict: bool = True
+    ) -> LoadResult:
+        """Load what `state_dict()` gave, now or in an older version.
+
+        strict: False loads what matches, and the result says what it left: parameters match by name
+            where both sides have names, else by place; state matches by key and shape.
+
+        Errors: ValueError if the dict is of a newer version; with `strict`, if it was saved by another
+            chain, naming the difference. Nothing has been changed then.
+        """
+        results = []
+
+        def capture(_: Optimizer, loading: dict[str, Any]) -> dict[str, Any]:
+            self._loading, left = fit(self, migrate(loading), strict)
+            results.append(left)
+            return self._loading
 
         # Registered last, so it sees what the user's own hooks made of the dict.
         handle = self.register_load_state_dict_pre_hook(capture)
@@ -370,44 +433,17 @@ class ChainOpt(Optimizer):
         finally:
             handle.remove()
             self.__dict__.pop("_loading", None)
-
-    def _numbered(self, loading: Mapping[str, Any]) -> Iterator[tuple[Tensor, Mapping, Mapping]]:
-        """Each parameter with its saved state and group, by the numbers that state_dict() gives."""
-        for saved, group in zip(loading["param_groups"], self.param_groups, strict=True):
-            for number, param in zip(saved["params"], group["params"], strict=True):
-                if number in loading["state"]:
-                    yield param, loading["state"][number], saved
-
-    def _check_loading(self, loading: Mapping[str, Any]) -> None:
-        counts = [len(g["params"]) for g in loading["param_groups"]]
-        if counts != [len(g["params"]) for g in self.param_groups]:
-            return  # torch's own error says it
-        for param, state, saved in self._numbered(loading):
-            program = self._all_programs()[param]
-            wanted: dict[str, Tensor] = {}
-            group = {**self.defaults, **saved}
-            add_missing_state(program, param.detach().to("meta"), group, wanted)
-            found = set(state) - {SAVED_WEIGHTS}
-            if (found ^ wanted.keys()) - program.lazy_keys:
-                raise ValueError(
-                    f"load_state_dict: the state saved for a parameter of shape {tuple(param.shape)} "
-                    f"holds {sorted(found)}, the chain {self._chain!r} holds {sorted(wanted)}"
-                )
-
-            for key, tensor in state.items():
-                expected = param.shape if key == SAVED_WEIGHTS else wanted.get(key, tensor).shape
-                if tensor.shape != expected:
-                    raise ValueError(
-                        f"load_state_dict: {key!r} of a parameter of shape {tuple(param.shape)} has "
-                        f"the shape {tuple(tensor.shape)}, expected {tuple(expected)}"
-                    )
+        return results[0]
 
     def _reinstate(self, loading: Mapping[str, Any]) -> None:
         """Undo torch's cast of state to the parameter's dtype, and share no memory with the dict."""
-        for param, state, _ in self._numbered(loading):
-            for key, value in state.items():
-                if isinstance(value, Tensor):
-                    self.state[param][key] = value.detach().clone().to(param.device)
+        programs = self._all_programs()
+        for saved, group in zip(loading["param_groups"], self.param_groups, strict=True):
+            for number, param in zip(saved["params"], group["params"], strict=True):
+                state = self.state[param] if loading["state"].get(number) else {}
+                for key, value in loading["state"].get(number, {}).items():
+                    state[key] = value.detach().clone().to(param.device)
+                convert(state, expected_state(programs[param], param, group) if state else {})
 
     # ---- looking at it
 

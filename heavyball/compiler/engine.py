@@ -44,6 +44,7 @@ class Plan:
     lazy: list[bool] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
     params: list[Tensor] = field(default_factory=list)
+    owners: list[Mapping[str, Any]] = field(default_factory=list)
     held: list[dict[str, Tensor]] = field(default_factory=list)
     layouts: tuple[list, ...] = ()
     slots: list[tuple[dict[str, Tensor], str]] = field(default_factory=list)
@@ -53,6 +54,7 @@ class Plan:
     def remember(self) -> None:
         """Note the tensors whose pointers are in the tables."""
         self.params = [j.param for j in self.jobs]
+        self.owners = [j.group for j in self.jobs]
         self.held = [j.state for j in self.jobs]
         self.layouts = _layouts(self.params, [j.grad for j in self.jobs])
         self.slots = [(j.state, key) for j in self.jobs for key in j.state]
@@ -75,6 +77,10 @@ class Plan:
         """Whether the same tensors are there, laid out as before; gradients may have moved."""
         params = [p for group in groups for p in group["params"] if p.grad is not None]
         if len(params) != len(self.params) or not all(map(operator.is_, params, self.params)):
+            return False
+        # a group may have been put in another's place, or a parameter into another group
+        owners = [g for g in groups for p in g["params"] if p.grad is not None]
+        if not all(map(operator.is_, owners, self.owners)):
             return False
         grads = [p.grad for p in params]
         try:
@@ -133,6 +139,8 @@ def _layouts(params: list[Tensor], grads: list[Tensor]) -> tuple[list, ...]:
     # whole lists at a time, since this is what a step of many small tensors costs most in Python
     return (
         [p.shape for p in params],
+        [p.dtype for p in params],
+        [p.stride() for p in params],
         [g.shape for g in grads],
         [g.dtype for g in grads],
         [g.stride() for g in grads],

@@ -1,0 +1,223 @@
+"""What a saved optimizer is: its description, whether it fits, and how older ones are brought up.
+
+A state dict is torch's, `state` and `param_groups`, and a description: `heavyball`, with the version of
+the format and the chain. Each function here works on plain dicts; `ChainOpt` calls them.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from heavyball.chain import Chain, Fork, Node, Program
+from heavyball.combine import Parallel, Route, When
+from heavyball.runner import add_missing_state
+from heavyball.transform import Transform
+
+VERSION = 1
+DESCRIPTION = "heavyball"
+# A copy of the weights that are trained, held while the parameters hold an average.
+SAVED_WEIGHTS = "train_param"
+
+Migration = Callable[[dict[str, Any]], dict[str, Any]]
+# What brings a state dict from this version to the next.
+MIGRATIONS: dict[int, Migration] = {}
+
+
+class LoadResult(NamedTuple):
+    """What `load_state_dict` left, as `<parameter>.<key>` and `param_groups.<number>.<entry>`.
+
+    missing_keys: what the optimizer has and the state dict has not; it stays as it was.
+    unexpected_keys: what the state dict has and the optimizer has no place for.
+    """
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+# ---- the description
+
+
+def description(chain: Chain) -> dict[str, Any]:
+    """What a state dict says of itself."""
+    return {"version": VERSION, "chain": structure(chain)}
+
+
+def structure(chain: Chain) -> str:
+    """The chain as text, without live hyper-parameters: those are in the groups, and may change."""
+    if len(chain.programs) == 1:
+        return _joined(chain.programs[0].nodes)
+    return _joined(chain.elements)
+
+
+def _joined(chain: Iterable[Any]) -> str:
+    return " | ".join(map(_text, chain)) or "()"
+
+
+def _text(item: Any) -> str:
+    if isinstance(item, Transform):
+        given = {n: v for n, v in item.options.items() if v is not item.defaults.get(n)}
+        shown = [f"{n}={_text(v)}" for n, v in given.items() if v != item.defaults.get(n)]
+        return f"{item.name}({', '.join(shown)})" if shown else item.name
+    if isinstance(item, Node):
+        return _text(item.transform)
+    if isinstance(item, Fork | Parallel):
+        name = item.merge.transform.name if isinstance(item, Fork) else item.name
+        return f"{name}({', '.join(map(_joined, item.branches))})"
+    if isinstance(item, Route):
+        rest = [] if item.otherwise is None else [f"otherwise={_joined(item.otherwise)}"]
+        return f"route({', '.join([*map(_text, item.rules), *rest])})"
+    if isinstance(item, When):
+        return f"when({', '.join([_joined(item.chain), *_conditions(item)])})"
+    if isinstance(item, tuple | list):
+        return f"({', '.join(map(_text, item))})"
+    # the address in a function's repr is another one in every process
+    return getattr(item, "__qualname__", None) or repr(item)
+
+
+def _conditions(rule: When) -> Iterable[str]:
+    for name in ("name", "ndim", "min_ndim", "max_ndim", "predicate"):
+        if getattr(rule, name) is not None:
+            yield f"{name}={_text(getattr(rule, name))}"
+
+
+def owner(key: str) -> str:
+    """The transform that a state key belongs to: `exp_avg.1` for `exp_avg.1.mean`."""
+    name, *rest = key.split(".")
+    return f"{name}.{rest[0]}" if rest and rest[0].isdigit() else name
+
+
+# ---- versions
+
+
+def migration(version: int) -> Callable[[Migration], Migration]:
+    """Register a function that brings a state dict from `version` to `version + 1`.
+
+    It gets a dict of its own, whose tensors are those of the caller: it may replace, not write into
+    them. The description's version is set for it.
+    """
+
+    def register(fn: Migration) -> Migration:
+        if version in MIGRATIONS:
+            raise ValueError(f"there is a migration from version {version} already")
+        MIGRATIONS[version] = fn
+        return fn
+
+    return register
+
+
+def migrate(state_dict: Mapping[str, Any], version: int | None = None) -> dict[str, Any]:
+    """The state dict as this version of the library writes it; the one given is left as it is.
+
+    version: what it was written as. A dict without a description, as
+        `torch.distributed.checkpoint.state_dict` makes them, is taken to be current otherwise.
+
+    Errors: ValueError for a version that is not known.
+    """
+    moved = _own(state_dict)
+    described = moved.get(DESCRIPTION)
+    if described is None and version is None:
+        return moved
+    if version is None:
+        version = described.get("version") if isinstance(described, dict) else described
+    if not isinstance(version, int) or isinstance(version, bool):
+        raise ValueError(
+            f"load_state_dict: version {version!r} in the state dict, expected a number"
+        )
+    if version > VERSION:
+        raise ValueError(
+            f"load_state_dict: the state dict has version {version}, and this heavyball reads up to "
+            f"{VERSION}: load it with the one that wrote it, or a newer one"
+        )
+    for number in range(version, VERSION):
+        if number not in MIGRATIONS:
+            raise ValueError(f"load_state_dict: nothing brings version {number} to {number + 1}")
+        moved = MIGRATIONS[number](moved)
+        if isinstance(moved.get(DESCRIPTION), dict):
+            moved[DESCRIPTION]["version"] = number + 1
+    return moved
+
+
+def _own(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy down to the tensors, which are shared."""
+    found = dict(state_dict)
+    found["state"] = {k: dict(v) for k, v in state_dict["state"].items()}
+    found["param_groups"] = [dict(group) for group in state_dict["param_groups"]]
+    if isinstance(found.get(DESCRIPTION), dict):
+        found[DESCRIPTION] = dict(found[DESCRIPTION])
+    return found
+
+
+def rename_transform(state_dict: dict[str, Any], old: str, new: str) -> dict[str, Any]:
+    """For a migration: the state, the group entries and the description under a transform's new name."""
+    key = re.compile(rf"^{re.escape(old)}(?=\.|$)")
+    word = re.compile(rf"(?<![\w.]){re.escape(old)}(?!\w|=)")
+    renamed = {
+        n: {key.sub(new, k): v for k, v in state.items()}
+        for n, state in state_dict["state"].items()
+    }
+    # `exp_avg.1.beta` is an entry of the transform; `beta` alone is not, whatever it is called
+    entry = re.compile(rf"^{re.escape(old)}(?=\.)")
+    groups = [{entry.sub(new, k): v for k, v in g.items()} for g in state_dict["param_groups"]]
+    changed = {**state_dict, "state": renamed, "param_groups": groups}
+    if isinstance(state_dict.get(DESCRIPTION), dict):
+        described = state_dict[DESCRIPTION]
+        changed[DESCRIPTION] = {**described, "chain": word.sub(new, described["chain"])}
+    return changed
+
+
+# ---- what fits
+
+
+def expected_state(program: Program, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The state that a parameter would be given now, as tensors without memory."""
+    expected: dict[str, Tensor] = {}
+    add_missing_state(program, param.detach().to("meta"), group, expected)
+    return expected
+
+
+def misfits(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], program: Program, param: Tensor
+) -> tuple[list[str], list[str], list[str]]:
+    """Keys that are missing, keys that are too many, and what is wrong with the others."""
+    lazy = program.lazy_keys
+    missing = [k for k in expected if k not in found and k not in lazy]
+    extra = [k for k in found if k not in expected and k not in lazy and k != SAVED_WEIGHTS]
+    wrong = []
+    for key, tensor in found.items():
+        like = param if key == SAVED_WEIGHTS else expected.get(key)
+        if like is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            wrong.append(f"{key!r} is a {type(tensor).__name__}, expected a tensor")
+        elif tensor.shape != like.shape:
+            wrong.append(
+                f"{key!r} has the shape {tuple(tensor.shape)}, expected {tuple(like.shape)}"
+            )
+        elif not _convertible(tensor.dtype, like.dtype):
+            wrong.append(f"{key!r} is {tensor.dtype}, expected {like.dtype}")
+    return missing, extra, wrong
+
+
+def convert(state: dict[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Give every tensor the dtype that is expected of it."""
+    for key, like in expected.items():
+        if key in state and state[key].dtype != like.dtype:
+            state[key] = state[key].to(like.dtype)
+
+
+def _convertible(one: torch.dtype, other: torch.dtype) -> bool:
+    return one == other or (one.is_floating_point and other.is_floating_point)
+
+
+def by_transform(keys: Iterable[str]) -> str:
+    """State keys in words: `scale_by_adam (exp_avg, exp_avg_sq)`, or `none`."""
+    parts: dict[str, list[str]] = defaultdict(list)
+    for key in dict.fromkeys(keys):
+        name = owner(key)
+        parts[name].append(key.removeprefix(name).removeprefix("."))
+    shown = [f"{n} ({', '.join(v)})" if v != [""] else n for n, v in parts.items()]
+    return ", ".join(shown) or "none"
