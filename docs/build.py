@@ -54,8 +54,8 @@ def details() -> Iterator[str]:
             yield f"Live hyper-parameters: {_values(t.hyper)}.\n"
         if t.options:
             yield f"Options: {_values(t.options)}.\n"
-        if t.states:
-            yield "State: " + ", ".join(f"`{n}` ({s})" for n, s in t.states.items()) + ".\n"
+        if t.all_states:
+            yield "State: " + ", ".join(f"`{n}` ({s})" for n, s in t.all_states.items()) + ".\n"
         yield f"Checked: {CHECKS.get(name, COMMON)}\n"
 
 

@@ -3,13 +3,13 @@
 import functools
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
-from heavyball.combine import Element, Parallel, When, as_chain, chain_repr
-from heavyball.transform import CONTEXT, Interval, Shared, Transform, check_live
+from heavyball.combine import Element, Parallel, Route, When, Within, as_chain, chain_repr
+from heavyball.transform import CONTEXT, WHOLE_CONTEXT, Interval, Shared, Transform, check_live
 from heavyball.transforms.decay import decoupled
 from heavyball.transforms.descend import descend
 
@@ -21,6 +21,7 @@ class Node:
     transform: Transform
     key: str
     hyper: dict[str, tuple[str, int | None]]
+    inner: "tuple[Node, ...]" = ()  # those that `within` puts inside it
 
     def state_key(self, state: str) -> str:
         return self.key if state == self.transform.name else f"{self.key}.{state}"
@@ -64,6 +65,8 @@ class Program:
         self.nodes = nodes
         self.flat = tuple(flatten(nodes))
         self.total_keys = tuple(n.key for n in self.flat if n.transform.over_all is not None)
+        self.has_whole = any(n.transform.whole for n in self.flat)
+        self.has_noise = any(n.transform.asks_for("noise") for n in self.flat)
         self.evaluators = tuple(n for n in self.flat if n.transform.evaluate is not None)
         self.states = tuple(
             (n, name, declared)
@@ -71,6 +74,8 @@ class Program:
             for name, declared in n.transform.states.items()
             if n.transform.options.get(declared.needed_by or "", True)
         )
+        # the keys of states of several tensors, by state, shape and dtype of the parameter
+        self.pieces: dict[Any, tuple[str | None, ...]] = {}
         # state that comes only when a hyper-parameter asks for it
         self.lazy_keys = {
             n.state_key(name) for n, name, s in self.states if s.needed_by in n.transform.hyper
@@ -82,7 +87,7 @@ class Program:
         return tuple(map(_identity, self.nodes))
 
     def __repr__(self) -> str:
-        return " | ".join(map(_shown, self.nodes))
+        return " | ".join(map(_shown, visible(self.nodes)))
 
 
 def _identity(node: Node | Fork) -> Any:
@@ -96,14 +101,25 @@ def _identity(node: Node | Fork) -> Any:
     except TypeError:
         options = (("unhashable", t),)
     declared = (t.kind, tuple(t.states), t.provides, tuple(t.hyper))
-    return (t.update, t.over_all, options, declared, node.key, tuple(node.hyper.items()))
+    inner = tuple(n.key for n in node.inner)
+    return (t.update, t.over_all, options, declared, node.key, tuple(node.hyper.items()), inner)
 
 
 def _shown(node: Node | Fork) -> str:
     if isinstance(node, Node):
         return repr(node.transform)
-    branches = tuple(tuple(_Shown(_shown(n)) for n in b) for b in node.branches)
+    branches = tuple(tuple(_Shown(_shown(n)) for n in visible(b)) for b in node.branches)
     return repr(Parallel(node.merge.transform.name, branches, node.merge.transform))
+
+
+def visible(nodes: tuple[Node | Fork, ...]) -> list[Node | Fork]:
+    """Without what runs before a transform as a part of it."""
+    keys = [n.key if isinstance(n, Node) else "" for n in nodes[1:]]
+    return [
+        n
+        for n, after in zip(nodes, [*keys, ""], strict=True)
+        if not (isinstance(n, Node) and n.key == after)
+    ]
 
 
 class _Shown(str):
@@ -170,9 +186,19 @@ class Chain:
         return self._program(tuple(_picks(self._nodes, name, param)))
 
     def _bind(self, elements: tuple[Element, ...]) -> tuple[Any, ...]:
-        return tuple(self._bind_one(element) for element in elements)
+        bound: list[Any] = []
+        for element in elements:
+            if isinstance(element, Within):
+                (*first, enter), inner = self._bind((element.enter,)), self._bind(element.chain)
+                bound += [*first, replace(enter, inner=tuple(_every(inner))), *inner]
+                bound += self._bind((element.leave,))
+            elif isinstance(element, Transform) and element.lead is not None:
+                bound += self._bind_led(element)
+            else:
+                bound.append(self._bind_one(element))
+        return tuple(bound)
 
-    def _bind_one(self, element: Element) -> Node | Fork | Switch:
+    def _bind_one(self, element: Transform | Parallel | Route) -> Node | Fork | Switch:
         if isinstance(element, Transform):
             return self._bind_leaf(element)
         if isinstance(element, Parallel):
@@ -186,12 +212,22 @@ class Chain:
         count = self._counts[transform.name]
         self._counts[transform.name] += 1
         key = f"{transform.name}.{count}" if count else transform.name
-        if {key, *(f"{key}.{name}" for name in transform.states)} & {"step", "train_param"}:
+        if {key, *(f"{key}.{name}" for name in transform.all_states)} & {"step", "train_param"}:
             raise ValueError(
                 f"a transform cannot be called {transform.name!r}: its state would be the optimizer's"
             )
         where = {name: self._name(transform, key, name) for name in transform.hyper}
         return Node(transform, key, where)
+
+    def _bind_led(self, transform: Transform) -> tuple[Node, Node]:
+        """A whole transform and the one before it: two nodes with one key and one set of names."""
+        node = self._bind_leaf(transform)
+        lead = transform.lead
+        assert lead is not None
+        hyper = {n: v for n, v in transform.hyper.items() if n in lead.defaults}
+        options = {n: v for n, v in transform.options.items() if n in lead.defaults}
+        where = {n: place for n, place in node.hyper.items() if n in hyper}
+        return Node(replace(lead, hyper=hyper, options=options), node.key, where), node
 
     def _name(self, transform: Transform, key: str, name: str) -> tuple[str, int | None]:
         """Where the group keeps a hyper-parameter: `name`, or `key.name` where that is taken."""
@@ -381,6 +417,8 @@ def _check_path(
             continue
         t = node.transform
         known = context | ({"total"} if t.over_all else set())
+        opaque = {name for other in path for name in other.transform.opaque}
+        known = known | set(WHOLE_CONTEXT) if t.whole else known - opaque
         for name in t.context:
             if name not in known:
                 raise ValueError(
@@ -391,7 +429,7 @@ def _check_path(
             reason = t.excludes.get(other.transform.name) or other.transform.excludes.get(t.name)
             if reason:
                 raise ValueError(f"{other.key} and {node.key} exclude each other: {reason}")
-        context.update(t.provides)
+        context.update(t.provides, t.opaque)
         path = (*path, node)
     if not before:
         _check_modifiers(path)

@@ -1,6 +1,6 @@
 """The public namespace, used as `C = heavyball.chainable`: ChainOpt, combinators, transforms."""
 
-from heavyball.combine import graft, parallel, route, when
+from heavyball.combine import graft, parallel, route, when, within
 from heavyball.optimizer import ChainOpt
 from heavyball.transform import (
     Interval,
@@ -51,6 +51,7 @@ from heavyball.transforms.laws import a_law, mu_law, softsign, trust_region
 from heavyball.transforms.lion import scale_by_lion
 from heavyball.transforms.mars import mars
 from heavyball.transforms.momentum import heavyball_momentum, nesterov_momentum
+from heavyball.transforms.muon import muon, muon_momentum, orthogonalize, scale_by_normuon
 from heavyball.transforms.nadam import scale_by_nadam
 from heavyball.transforms.orthograd import orthograd
 from heavyball.transforms.palm import palm_beta2
@@ -108,7 +109,10 @@ __all__ = [
     "mars",
     "maximize",
     "mu_law",
+    "muon",
+    "muon_momentum",
     "nesterov_momentum",
+    "orthogonalize",
     "orthograd",
     "palm_beta2",
     "palm_decay",
@@ -125,6 +129,7 @@ __all__ = [
     "scale_by_laprop",
     "scale_by_lion",
     "scale_by_nadam",
+    "scale_by_normuon",
     "scale_by_rms",
     "schedule_free",
     "shared",
@@ -136,5 +141,6 @@ __all__ = [
     "transform",
     "trust_region",
     "when",
+    "within",
     "zeros",
 ]

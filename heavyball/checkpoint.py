@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from heavyball.chain import Chain, Fork, Node, Program
-from heavyball.combine import Parallel, Route, When
+from heavyball.chain import Chain, Fork, Node, Program, visible
+from heavyball.combine import Parallel, Route, When, Within
 from heavyball.runner import add_missing_state
 from heavyball.transform import Transform
 
@@ -49,7 +49,7 @@ def description(chain: Chain) -> dict[str, Any]:
 def structure(chain: Chain) -> str:
     """The chain as text, without live hyper-parameters: those are in the groups, and may change."""
     if len(chain.programs) == 1:
-        return _joined(chain.programs[0].nodes)
+        return _joined(visible(chain.programs[0].nodes))
     return _joined(chain.elements)
 
 
@@ -70,6 +70,8 @@ def _text(item: Any) -> str:
     if isinstance(item, Route):
         rest = [] if item.otherwise is None else [f"otherwise={_joined(item.otherwise)}"]
         return f"route({', '.join([*map(_text, item.rules), *rest])})"
+    if isinstance(item, Within):
+        return f"{item.name}({_joined((item.enter, *item.chain, item.leave))})"
     if isinstance(item, When):
         return f"when({', '.join([_joined(item.chain), *_conditions(item)])})"
     if isinstance(item, tuple | list):

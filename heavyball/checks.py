@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from heavyball.chain import Program
 from heavyball.transform import check_live, nonnegative
 
 
@@ -61,6 +62,15 @@ def labelled(index: int, group: Mapping[str, Any]) -> Iterator[tuple[str | None,
             '"params" and "param_names" together'
         )
     return zip(names, params, strict=True)
+
+
+def check_shape(label: str, param: Tensor, program: Program) -> None:
+    """Refuse a parameter that one of its transforms is not defined for."""
+    for node in program.flat:
+        t = node.transform
+        reason = None if t.requires is None else t.requires(param.shape, t.options)
+        if reason:
+            raise ValueError(f"{label}: {node.key} {reason}")
 
 
 def check_gradient(label: str, param: Tensor, grad: Tensor) -> None:

@@ -96,7 +96,20 @@ class Route:
         return f"route({', '.join(parts)})"
 
 
-Element = Transform | Parallel | Route
+@dataclass(frozen=True)
+class Within:
+    """A chain between two transforms, the first of which may turn the states of the chain."""
+
+    name: str
+    enter: Transform
+    chain: tuple[Any, ...]
+    leave: Transform
+
+    def __repr__(self) -> str:
+        return f"{self.name}({self.enter!r}, {chain_repr(self.chain)}, {self.leave!r})"
+
+
+Element = Transform | Parallel | Route | Within
 
 
 def chain_repr(chain: Iterable[Element]) -> str:
@@ -110,7 +123,7 @@ def as_chain(chain: Any, owner: str, allow_empty: bool = False) -> tuple[Element
     if not elements and not allow_empty:
         raise ValueError(f"{owner}: an empty chain; give at least one transform")
     for position, element in enumerate(elements):
-        if not isinstance(element, Transform | Parallel | Route):
+        if not isinstance(element, Transform | Parallel | Route | Within):
             hint = ""
             if isinstance(element, When):
                 hint = "; `when` belongs inside `route`"
@@ -151,6 +164,16 @@ def graft(direction: Any, magnitude: Any) -> Parallel:
     """
     branches = as_chain(direction, "graft: direction"), as_chain(magnitude, "graft: magnitude")
     return Parallel("graft", branches, replace(transplant, name="graft"))
+
+
+def within(enter: Transform, *chain: Any, leave: Transform, name: str = "within") -> Within:
+    """Run a chain between two transforms of whole tensors, such as into a basis and back out of it.
+
+    `enter` finds the states of the chain that turn with a basis in its `after`; see `transform`.
+    """
+    if not isinstance(enter, Transform) or not isinstance(leave, Transform):
+        raise TypeError(f"{name}: enter={enter!r}, leave={leave!r}: expected two transforms")
+    return Within(name, enter, as_chain(chain, name, True), leave)
 
 
 def when(
@@ -206,6 +229,8 @@ def leaves(chain: Iterable[Element]) -> Iterator[Transform]:
             for branch in element.branches:
                 yield from leaves(branch)
             yield element.merge
+        elif isinstance(element, Within):
+            yield from leaves((element.enter, *element.chain, element.leave))
         else:
             for rule in element.rules:
                 yield from leaves(rule.chain)

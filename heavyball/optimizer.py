@@ -22,6 +22,7 @@ from heavyball.checkpoint import (
 )
 from heavyball.checks import (
     check_gradient,
+    check_shape,
     check_state,
     checked_lr,
     checked_seed,
@@ -34,7 +35,7 @@ from heavyball.compiler.engine import Engine, sources
 from heavyball.loading import fit
 from heavyball.numerics import stream
 from heavyball.report import optimizer_repr, routing_table
-from heavyball.runner import Job, Scalars, add_missing_state, average
+from heavyball.runner import Counts, Job, Scalars, add_missing_state, average
 from heavyball.transform import check_live, finite, nearest, nonnegative
 
 
@@ -104,6 +105,7 @@ class ChainOpt(Optimizer):
         self._kinds: dict[Tensor, Kind] = {}
         self._fresh: dict[Tensor, list[int]] = {}
         self._scalars: list[Scalars] = []
+        self._counts = Counts()
         defaults: dict[str, Any] = {"lr": lr}
         for key, hyper in self._chain.hyper.items():
             defaults[key] = hyper.default
@@ -174,7 +176,9 @@ class ChainOpt(Optimizer):
             raise ValueError(f"{label} is {param.dtype}, expected a real floating-point dtype")
         if overlaps(param):
             raise ValueError(f"{label}: its elements overlap in memory; pass a contiguous tensor")
-        return self._chain.program_for(name, param)
+        program = self._chain.program_for(name, param)
+        check_shape(label, param, program)
+        return program
 
     def _all_programs(self) -> dict[Tensor, Program]:
         """Programs by parameter, after a look at what was done to groups and parameters by hand."""
@@ -237,26 +241,27 @@ class ChainOpt(Optimizer):
                     check_state(label, param, self.state.get(param, {}))
                     if param.numel() == 0:
                         continue  # nothing to step, and no mean of it to keep
-                    stream = self._stream(param, group, first + position)
-                    found.append((programs[param], param, group, self._scalars[index], stream))
+                    number = first + position
+                    found.append((programs[param], param, group, self._scalars[index], number))
             first += len(group["params"])
-        return [
-            Job(
-                program,
-                param,
-                param.grad,  # type: ignore[arg-type]
-                group,
-                self._state_of(program, param, group),
-                scalars,
-                stream,
-            )
-            for program, param, group, scalars, stream in found
-        ]
+        return [self._job(*parts) for parts in found]
 
-    def _stream(self, param: Tensor, group: Mapping[str, Any], number: int) -> int | None:
-        if param.dtype != torch.bfloat16 or not self._stochastic_rounding:
-            return None
-        return stream(group["seed"], number)
+    def _job(
+        self,
+        program: Program,
+        param: Tensor,
+        group: Mapping[str, Any],
+        scalars: Scalars,
+        number: int,
+    ) -> Job:
+        state = self._state_of(program, param, group)
+        job = Job(program, param, param.grad, group, state, scalars)  # type: ignore[arg-type]
+        if param.dtype == torch.bfloat16 and self._stochastic_rounding:
+            job.stream = stream(group["seed"], number)
+        if program.has_whole:
+            job.noise = stream(group["seed"], number) if program.has_noise else 0
+            job.count, job.counts = self._counts.read(state["step"]), self._counts
+        return job
 
     def _check_group(self, index: int, group: Mapping[str, Any]) -> None:
         for key in ("lr", "warmup_steps", "seed", *self._chain.hyper):
@@ -366,6 +371,7 @@ class ChainOpt(Optimizer):
             self._keep_own(state["param_groups"])
         super().__setstate__(state)
         self._scalars = []
+        self._counts = Counts()
         self._checked_values = []
         self._fresh = {}
         self._engine = Engine(self._compile)

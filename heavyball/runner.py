@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from heavyball.chain import Fork, Node, Program
 from heavyball.numerics import random_bits, round_stochastically, saturate, shape_of
-from heavyball.transform import CONTEXT, State, keyword_names
+from heavyball.transform import CONTEXT, WHOLE_CONTEXT, State, keyword_names
+from heavyball.whole import STACKED, Answer, Call, Pieces, due, serve
 
 SCALAR = torch.float64
 
@@ -57,6 +59,28 @@ class Scalars:
         return tensors
 
 
+class Counts:
+    """The steps of parameters as Python numbers, so that no step has to wait for a device.
+
+    A number is read from its tensor again when that was replaced or written by somebody else.
+    """
+
+    def __init__(self) -> None:
+        self._known: Any = WeakIdKeyDictionary()
+
+    def read(self, step: Tensor) -> int:
+        """How many gradients a parameter has had, given its `step` tensor."""
+        version, count = self._known.get(step, (None, 0))
+        if version != step._version:
+            count = int(step)
+            self.note(step, count)
+        return count
+
+    def note(self, step: Tensor, count: int) -> None:
+        """Remember what was just written to a `step` tensor."""
+        self._known[step] = step._version, count
+
+
 @dataclass
 class Job:
     """One parameter's part of a step."""
@@ -69,6 +93,10 @@ class Job:
     scalars: Scalars
     # of the bits to round a bfloat16 parameter with; None rounds to nearest
     stream: int | None = None
+    # for whole transforms: the stream of their noise, and `step` as a Python number
+    noise: int = 0
+    count: int = 0
+    counts: Counts | None = None
 
 
 @dataclass
@@ -78,6 +106,9 @@ class Frame:
     job: Job
     env: dict[str, Any]
     new: dict[str, Tensor] = field(default_factory=dict)
+    # nodes with something to do after the write, and what they know
+    hooks: list[tuple[Node, dict[str, Any]]] = field(default_factory=list)
+    ended: bool = False  # a host decision: nothing behind this point happens for the parameter
 
     def hyper(self, node: Node, name: str) -> Any:
         key, index = node.hyper[name]
@@ -106,10 +137,41 @@ def add_missing_state(
         key = node.state_key(name)
         if key in state or (key in program.lazy_keys and not lazy_wanted(node, declared, group)):
             continue
+        if declared.several:
+            _add_several(program, node, name, param, state)
+            continue
         tensor = declared.init(working(param), node.transform.options)
-        if tensor is not None:
+        if tensor is not None and node.transform.whole:
+            state[key] = tensor
+        elif tensor is not None:
             shape = tensor.shape if declared.is_number or param.ndim else param.shape
             state[key] = tensor.reshape(shape)
+
+
+def _add_several(
+    program: Program, node: Node, name: str, param: Tensor, state: dict[str, Tensor]
+) -> None:
+    keys = pieces(program, node, name, param)
+    if any(key is not None and key not in state for key in keys):
+        made = node.transform.states[name].init(working(param), node.transform.options)
+        for key, tensor in zip(keys, made, strict=True):
+            if key is not None and key not in state:
+                state[key] = tensor
+
+
+def pieces(program: Program, node: Node, name: str, param: Tensor) -> tuple[str | None, ...]:
+    """The keys of a state of several tensors, None where there is none for this shape."""
+    place = node.state_key(name), param.shape, param.dtype
+    if place not in program.pieces:
+        init = node.transform.states[name].init
+        made = init(working(param.detach().to("meta")), node.transform.options)
+        if not isinstance(made, tuple):
+            raise TypeError(f"{place[0]}: init returned {type(made).__name__}, expected a tuple")
+        keys = (f"{place[0]}.{i}" for i in range(len(made)))
+        program.pieces[place] = tuple(
+            None if tensor is None else key for key, tensor in zip(keys, made, strict=True)
+        )
+    return program.pieces[place]
 
 
 def lazy_wanted(node: Node, declared: State, group: Mapping[str, Any]) -> bool:
@@ -118,33 +180,42 @@ def lazy_wanted(node: Node, declared: State, group: Mapping[str, Any]) -> bool:
     return bool(group[key] if index is None else group[key][index])
 
 
-Share = tuple[str, Tensor]
+# What a run waits for: the sum of its share and the others', or an answer to calls.
+Request = tuple[str, Tensor] | Call
+Run = Generator[Request, Any, Any]
 
 
-def execute(
-    nodes: Iterable[Node | Fork], update: Any, frame: Frame
-) -> Generator[Share, Tensor, Any]:
-    """Run nodes in order; yields (key, share) wherever a sum over all parameters is needed."""
+def execute(nodes: Iterable[Node | Fork], update: Any, frame: Frame) -> Run:
+    """Run nodes in order; yields (key, share) wherever a sum over all parameters is needed, and a
+    call wherever a transform needs the whole tensor."""
     for node in nodes:
         if isinstance(node, Fork):
             update = yield from _fork(node, update, frame)
+        elif node.transform.whole:
+            update = yield from _call(node, update, frame)
         else:
             update = yield from _apply(node, update, frame)
+        if frame.ended:
+            break
     return update
 
 
-def _fork(fork: Fork, update: Tensor, frame: Frame) -> Generator[Share, Tensor, Tensor]:
+def _fork(fork: Fork, update: Tensor, frame: Frame) -> Run:
     results, gates, steps = [], [], []
     for branch in fork.branches:
-        inner = Frame(frame.job, dict(frame.env), frame.new)
+        inner = Frame(frame.job, dict(frame.env), frame.new, frame.hooks)
         results.append((yield from execute(branch, update, inner)))
+        frame.ended |= inner.ended
         gates.append(inner.env["gate"])
         steps.append(inner.env["step"])
     # an update that is missing in one branch is missing as a whole
+    if frame.ended:
+        return update
     for gate, step in zip(gates, steps, strict=True):
         if gate is not frame.env["gate"]:
             frame.env["gate"] = _both(frame.env["gate"], gate)
             frame.env["step"] = torch.minimum(frame.env["step"], step)
+            frame.env["count"] = None
     return (yield from _apply(fork.merge, tuple(results), frame))
 
 
@@ -167,7 +238,116 @@ def _arguments(node: Node, frame: Frame) -> dict[str, Any]:
     return arguments
 
 
-def _apply(node: Node, update: Any, frame: Frame) -> Generator[Share, Tensor, Any]:
+def _call(node: Node, update: Tensor, frame: Frame) -> Run:
+    """A whole transform's turn: what it may ask for, and what it has changed."""
+    t, env = node.transform, frame.env
+    if env["gate"] is not None:
+        if not env["gate"]:  # a decision on the host: products are not made for nothing
+            frame.ended = True
+            return update
+        env["gate"] = None
+    old = [whole_state(node, name, frame) for name in t.states]
+    answer: Answer = yield Call(node, frame.job, update, old, _count(env), _known(node, frame))
+    for name, new in zip(t.states, answer.states, strict=True):
+        keep_state(node, name, new, frame)
+    return take_answer(node, answer, frame)
+
+
+def _known(node: Node, frame: Frame) -> dict[str, Any]:
+    t = node.transform
+    known = {n: frame.context(n) for n in t.context if n not in WHOLE_CONTEXT}
+    known |= {n: frame.env.get(n) for n in t.optional}
+    if t.after is not None:
+        known["step"] = frame.env["step"]
+    return known
+
+
+def take_answer(node: Node, answer: Answer, frame: Frame) -> Tensor:
+    """Put what a whole transform provides into the environment; returns its update."""
+    t, env = node.transform, frame.env
+    if due(node, _count(env)):
+        frame.hooks.append((node, {**_known(node, frame), "count": _count(env)}))
+    for name, value in answer.provided.items():
+        if name == "gate":
+            frame.ended |= value is False
+            value = None if isinstance(value, bool) else value
+        elif name == "step":
+            env["count"] = value if isinstance(value, int) else None
+        if isinstance(value, int | float) and name not in t.opaque:
+            value = torch.full((), value, dtype=SCALAR, device=frame.job.param.device)
+        env[name] = value
+    return answer.update
+
+
+def _count(env: dict[str, Any]) -> int:
+    if env["count"] is None:
+        env["count"] = int(env["step"])
+    return env["count"]
+
+
+def whole_state(node: Node, name: str, frame: Frame) -> Pieces:
+    """A state as a whole transform sees it, as it is now."""
+    declared = node.transform.states[name]
+    if not declared.several:
+        new = frame.new.get(node.state_key(name))
+        return _working_state(node, name, frame) if new is None else new
+    keys = pieces(frame.job.program, node, name, frame.job.param)
+    return tuple(None if key is None else _piece(key, frame) for key in keys)
+
+
+def _piece(key: str, frame: Frame) -> Tensor:
+    if key in frame.new:
+        return frame.new[key]
+    tensor = frame.job.state[key]
+    return tensor.to(compute_dtype(frame.job.param.dtype)) if tensor.is_floating_point() else tensor
+
+
+def keep_state(node: Node, name: str, value: Pieces, frame: Frame) -> None:
+    """Note a new state, to be written at the end."""
+    if isinstance(value, tuple):
+        for key, piece in zip(
+            pieces(frame.job.program, node, name, frame.job.param), value, strict=True
+        ):
+            if key is not None and piece is not None:
+                frame.new[key] = piece
+    elif value is not None:
+        frame.new[node.state_key(name)] = value
+
+
+def _finish_hooks(frame: Frame) -> Run:
+    """Run what nodes do after the write, on the new states."""
+    for node, known in frame.hooks:
+        old = [whole_state(node, name, frame) for name in node.transform.states]
+        vectors, squares = rotating(node, frame, "moment"), rotating(node, frame, "square")
+        answer: Answer = yield Call(
+            node,
+            frame.job,
+            frame.env["grad"],
+            old,
+            known["count"],
+            known,
+            after=True,
+            vectors=[frame.new[key] for key in vectors],
+            squares=[frame.new[key] for key in squares],
+        )
+        for name, new in zip(node.transform.states, answer.states, strict=True):
+            keep_state(node, name, new, frame)
+        frame.new.update(zip(vectors, answer.vectors, strict=True))
+        frame.new.update(zip(squares, answer.squares, strict=True))
+
+
+def rotating(node: Node, frame: Frame, holds: str) -> list[str]:
+    """The keys of the states that turn with a node's basis, of those that this step has changed."""
+    keys = [
+        inner.state_key(name)
+        for inner in node.inner
+        for name, declared in inner.transform.states.items()
+        if declared.holds == holds
+    ]
+    return [key for key in keys if key in frame.new]
+
+
+def _apply(node: Node, update: Any, frame: Frame) -> Run:
     t, env = node.transform, frame.env
     arguments = _arguments(node, frame)
     gate = env["gate"]
@@ -186,6 +366,8 @@ def _apply(node: Node, update: Any, frame: Frame) -> Generator[Share, Tensor, An
             frame.new[node.state_key(name)] = kept
     for name, value in zip(t.provides, provided, strict=True):
         env[name] = _both(gate, value) if name == "gate" else value
+        if name in ("gate", "step"):
+            env["count"] = None  # no longer known on the host
     if t.kind == "writer":
         update = env["param"] = update if gate is None else torch.where(gate, update, env["param"])
     return update
@@ -207,7 +389,8 @@ def _working_state(node: Node, name: str, frame: Frame) -> Tensor | None:
     tensor = frame.job.state.get(node.state_key(name))
     if tensor is None or node.transform.states[name].is_number:
         return tensor
-    tensor = tensor.to(compute_dtype(frame.job.param.dtype))
+    if tensor.is_floating_point():
+        tensor = tensor.to(compute_dtype(frame.job.param.dtype))
     return tensor.reshape(1) if tensor.ndim == 0 else tensor
 
 
@@ -227,34 +410,59 @@ def _results(node: Node, result: Any) -> tuple[Any, tuple, tuple]:
 def run(jobs: list[Job], total_keys: list[str], foreach: bool | None = None) -> None:
     """Step every job's parameter.
 
-    Where the chain needs sums over all parameters, `foreach=False` runs the part before a sum
-    again after it, so that at most one parameter's intermediate tensors exist at a time; otherwise
-    they are kept. Without such a sum parameters run one after the other. Same results either way.
+    Parameters run one after the other where they can. Where the chain needs sums over all of them, or
+    small ones can share a call of a whole transform, their intermediate tensors are kept while they
+    wait for each other. With `foreach=False` the part before a sum runs again after it instead, so
+    that at most one parameter's intermediate tensors exist at a time. Same results either way.
     """
     if foreach is False or not total_keys:
         totals: dict[str, Tensor] = {}
         for key in total_keys:
             totals.update(_sum(key, (share_of(job, key, totals) for job in jobs)))
+        small = [] if foreach is False else [job for job in jobs if _stacks(job)]
+        if small:
+            _run_together(small, [])
         for job in jobs:
-            drive(job, totals)
+            if not (small and _stacks(job)):
+                drive(job, totals)
         return
+    _run_together(jobs, total_keys)
+
+
+def _stacks(job: Job) -> bool:
+    return job.program.has_whole and 0 < job.param.numel() <= STACKED
+
+
+def _run_together(jobs: list[Job], total_keys: list[str]) -> None:
     runs = {id(job): _start(job) for job in jobs}
     waiting = {id(job): next(runs[id(job)], None) for job in jobs}
+
+    def answer(job: Job, value: Any) -> None:
+        try:
+            waiting[id(job)] = runs[id(job)].send(value)
+        except StopIteration:
+            waiting[id(job)] = None
+
+    def answer_calls() -> None:
+        while asking := [job for job in jobs if isinstance(waiting[id(job)], Call)]:
+            calls: list[Call] = [waiting[id(job)] for job in asking]  # type: ignore[misc]
+            for job, found in zip(asking, serve(calls, stack=True), strict=True):
+                answer(job, found)
+
+    answer_calls()
     for key in total_keys:
-        members = [job for job in jobs if (share := waiting[id(job)]) and share[0] == key]
+        members = [job for job in jobs if (share := waiting[id(job)]) and share[0] == key]  # type: ignore[index]
         totals = _sum(key, (waiting[id(job)][1] for job in members))  # type: ignore[index]
         for job in members:
-            try:
-                waiting[id(job)] = runs[id(job)].send(totals[key].to(job.param.device))
-            except StopIteration:
-                waiting[id(job)] = None
+            answer(job, totals[key].to(job.param.device))
+        answer_calls()
 
 
 Finish = Callable[[dict[str, Tensor]], object]
 
 
-def start(job: Job, finish: Finish) -> Generator[Share, Tensor, None]:
-    """One parameter's step: yields its shares, and hands the new values to `finish` at the end."""
+def start(job: Job, finish: Finish) -> Run:
+    """One parameter's step: yields its requests, and hands the new values to `finish` at the end."""
     raw = working(job.grad)
     if raw.dtype != compute_dtype(job.param.dtype):
         raw = raw.to(compute_dtype(job.param.dtype))
@@ -267,14 +475,18 @@ def start(job: Job, finish: Finish) -> Generator[Share, Tensor, None]:
         "raw_grad": raw,
         "base_lr": job.scalars.get(job.group, "lr", device),
         "gate": None,
+        "count": job.count + 1,
     }
     frame = Frame(job, env)
     step = env["step"]
     yield from execute(job.program.nodes, grad, frame)
-    finish({**frame.new, "param": frame.env["param"], "step": step})
+    if not frame.ended:
+        yield from _finish_hooks(frame)
+        frame.new["param"] = frame.env["param"]
+    finish({**frame.new, "step": step})
 
 
-def _start(job: Job) -> Generator[Share, Tensor, None]:
+def _start(job: Job) -> Run:
     return start(job, functools.partial(_commit, job))
 
 
@@ -282,23 +494,36 @@ def share_of(job: Job, key: str, totals: Mapping[str, Tensor]) -> Tensor | None:
     """A job's share of one sum, given the sums before it; None where its program has no part in it."""
     if key not in job.program.total_keys:
         return None
-    run = _start(job)
-    found, share = next(run)
-    while found != key:
-        found, share = run.send(totals[found])
-    run.close()
-    return share
+    run = start(job, lambda values: None)
+    request = next(run, None)
+    while request is not None:
+        if isinstance(request, Call):
+            answer: Any = serve([request], stack=False)[0]
+        elif request[0] == key:
+            run.close()
+            return request[1]
+        else:
+            answer = totals[request[0]].to(job.param.device)
+        try:
+            request = run.send(answer)
+        except StopIteration:
+            break
+    return None  # it ended before
 
 
 def drive(job: Job, totals: Mapping[str, Tensor]) -> None:
     """Step one parameter, given every sum that it needs."""
     generator = _start(job)
-    waiting = next(generator, None)
-    while waiting is not None:
+    request = next(generator, None)
+    while request is not None:
+        if isinstance(request, Call):
+            answer: Any = serve([request], stack=False)[0]
+        else:
+            answer = totals[request[0]].to(job.param.device)
         try:
-            waiting = generator.send(totals[waiting[0]].to(job.param.device))
+            request = generator.send(answer)
         except StopIteration:
-            waiting = None
+            request = None
 
 
 def _sum(key: str, shares: Iterable[Tensor | None]) -> dict[str, Tensor]:
@@ -325,6 +550,8 @@ def _commit(job: Job, values: dict[str, Tensor]) -> None:
             bits = random_bits(target, job.stream, values["step"])
             value = round_stochastically(value, bits)
         target.copy_(value)
+    if job.counts is not None:
+        job.counts.note(job.state["step"], job.count + 1)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -32,6 +32,13 @@ CONTEXT = {
     "lr": "the learning rate of this step, warm-up included",
     "base_lr": "the learning rate of the group, without warm-up",
 }
+# What the runner offers to transforms of whole tensors besides.
+WHOLE_CONTEXT = {
+    "count": "`step` as a Python int, for decisions on the host",
+    "noise": "`noise(shape, salt=0)`: standard normals from the optimizer's own seed",
+    "chance": "`chance(salt=0)`: a Python float in [0, 1) from the seed and `count`, the same for "
+    "every parameter",
+}
 
 
 # What a state tensor holds, which decides how it may be stored: a mean of gradients or updates, a mean
@@ -41,16 +48,20 @@ Holds = Literal["moment", "square", "weights", "values"]
 
 @dataclass(frozen=True)
 class State:
-    """How one state tensor begins: `init(param, options)` gives it, or None where there is none.
+    """How one state begins: `init(param, options)` gives a tensor, or None where there is none.
 
-    holds: what it is, so that `storage.py` knows which formats lose nothing that matters.
+    holds: what it is, so that `storage.py` knows which formats lose nothing that matters; a "moment"
+        and a "square" also turn with the basis that they are kept in, see `within`.
+    several: for transforms of whole tensors: `init` gives a tuple of tensors (or None), kept as
+        `<key>.0`, `<key>.1`, ... It also runs on meta tensors.
     """
 
-    init: Callable[[Tensor, Mapping[str, Any]], Tensor | None]
+    init: Callable[[Tensor, Mapping[str, Any]], Any]
     rule: str
     needed_by: str | None = None
     is_number: bool = False
     holds: Holds = "values"
+    several: bool = False
 
     def needs(self, name: str) -> "State":
         """The same state, held only while the option or hyper-parameter `name` is not zero."""
@@ -243,6 +254,13 @@ class Transform:
     over_all: Callable[..., Tensor] | None
     over_all_context: tuple[str, ...]
     evaluate: Callable[..., Tensor] | None
+    requires: Callable[[torch.Size, Mapping[str, Any]], str | None] | None = None
+    whole: bool = False
+    opaque: tuple[str, ...] = ()
+    host: tuple[str, ...] = ()
+    after: Callable[..., Any] | None = None
+    due: Callable[..., bool] | None = None
+    lead: "Transform | None" = None
     given: frozenset[str] = field(default_factory=frozenset)
 
     @property
@@ -252,6 +270,15 @@ class Transform:
     @property
     def summary(self) -> str:
         return self.doc.split("\n\n")[0].replace("\n", " ")
+
+    @property
+    def all_states(self) -> dict[str, State]:
+        """Its states and those of the transform that runs right before it."""
+        return {**(self.lead.states if self.lead else {}), **self.states}
+
+    def asks_for(self, name: str) -> bool:
+        """Whether the function or what it does after the write has an argument of this name."""
+        return name in self.context or name in keyword_names(self.after)
 
     def domain(self, name: str) -> Interval:
         """Where the live hyper-parameter `name` may lie: [0, 1) for betas, else not negative."""
@@ -338,6 +365,13 @@ def transform(
     modifier: bool = False,
     over_all: Callable[..., Tensor] | None = None,
     evaluate: Callable[..., Tensor] | None = None,
+    requires: Callable[[torch.Size, Mapping[str, Any]], str | None] | None = None,
+    whole: bool = False,
+    opaque: tuple[str, ...] = (),
+    host: tuple[str, ...] = (),
+    after: Callable[..., Any] | None = None,
+    due: Callable[..., bool] | None = None,
+    lead: Transform | None = None,
     **states: State,
 ) -> Any:
     """Declare a transform: `@transform(mean=zeros)` above a function of one tensor.
@@ -359,6 +393,23 @@ def transform(
     over_all: `fn(update, ...)`, one tensor's share of a sum over all parameters; the sum arrives as
         the context `total`.
     evaluate: `fn(param, *states, hyper-parameters)`, the weights to evaluate with.
+    requires: `fn(shape, options)`, why a parameter of this shape cannot have the transform, or None;
+        asked when the parameter is added.
+    whole: the function does linear algebra on whole tensors. It gets the update and the states of B
+        parameters of one shape, stacked to (B, *shape), and returns them so; it is plain torch, may
+        decide on the host by `count`, and is not run while a `gate` before it is false. What it
+        `provides` are numbers for the elements behind it: one Python number or B values; a `gate`
+        that is the Python value False ends the step of these parameters.
+    opaque: names of results after those of `provides`, handed to whole transforms behind it as they
+        are: tensors that begin with B, tuples of such, or Python values.
+    host: hyper-parameters of a whole transform that arrive as Python numbers.
+    after: `fn(*states, *, vectors, squares, ...)`, run after the write with the new states; returns
+        (*states, vectors, squares). `vectors` and `squares` are the rotating states of the elements
+        that `within` puts inside this one. Other keywords are options, hyper-parameters, `count`,
+        `step`, `noise`, `chance`.
+    due: `fn(count, **options)`, whether `after` has anything to do at this count.
+    lead: an ordinary transform that runs right before a whole one and is configured as part of it, so
+        that its elementwise part is compiled with the elements around.
     `@transform` without parentheses declares one with no state.
 
     Errors: TypeError if the signature and the declared state differ.
@@ -366,6 +417,14 @@ def transform(
     for name, state in states.items():
         if not isinstance(state, State):
             raise TypeError(f"state {name}={state!r}: expected zeros, copy_of_param, or a State")
+        if state.several and not whole:
+            raise TypeError(
+                f"state {name}: only a transform with whole=True can hold several tensors"
+            )
+    if whole and (kind != "transform" or over_all or evaluate):
+        raise TypeError("whole=True: only for kind 'transform', without over_all and evaluate")
+    if (opaque or host or after or due or lead) and not whole:
+        raise TypeError("opaque, host, after, due and lead are for transforms with whole=True")
 
     def declare(fn: Callable[..., Any]) -> Transform:
         signature = inspect.signature(fn, eval_str=True)
@@ -387,6 +446,10 @@ def transform(
         ]
         rest = {p.name: p for p in keywords if p.name not in needed and p.name not in optional}
         defaults = {n: p.default for n, p in rest.items()}
+        annotations = {n: p.annotation for n, p in rest.items()}
+        if lead is not None:
+            defaults = {**lead.defaults, **defaults}
+            annotations = {**lead.annotations, **annotations}
         result = Transform(
             name=fn.__name__,
             update=fn,
@@ -394,18 +457,25 @@ def transform(
             hyper={n: v for n, v in defaults.items() if _is_live(v)},
             options={n: v for n, v in defaults.items() if not _is_live(v)},
             defaults=defaults,
-            annotations={n: p.annotation for n, p in rest.items()},
+            annotations=annotations,
             context=tuple(needed),
             optional=tuple(optional),
             provides=provides,
             kind=kind,
-            domains=dict(domains or {}),
+            domains={**(lead.domains if lead else {}), **(domains or {})},
             excludes=dict(excludes or {}),
             before_state=before_state,
             modifier=modifier,
             over_all=over_all,
             over_all_context=keyword_names(over_all),
             evaluate=evaluate,
+            requires=requires,
+            whole=whole,
+            opaque=opaque,
+            host=host,
+            after=after,
+            due=due,
+            lead=lead,
         )
         for name, value in defaults.items():
             result._checked(name, value)

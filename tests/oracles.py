@@ -22,7 +22,7 @@ from torch import Tensor
 
 from heavyball import chainable as C
 from heavyball import utils
-from heavyball.transform import transform, zeros
+from heavyball.transform import Transform, transform, zeros
 
 EPS = 2.0**-53  # the unit roundoff of float64
 SHAPES = ((), (5,), (3, 4), (2, 3, 2, 2))
@@ -112,6 +112,15 @@ def of_one(grads: Sequence[Tensor]) -> list[list[Tensor]]:
 def chain(*transforms: object, lr: float = 0.1, **options: object) -> Make:
     """How to make our optimizer, for `walk`."""
     return lambda params: C.ChainOpt(params, lr, *transforms, **options)
+
+
+def anywhere(element: Transform) -> object:
+    """A transform for the shapes that it takes; the update passes for others."""
+    requires, options = element.requires, element.options
+    if requires is None:
+        return element
+    fits = C.when(element, predicate=lambda name, param: requires(param.shape, options) is None)
+    return C.route(fits, otherwise=())
 
 
 def walk(

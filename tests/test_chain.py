@@ -19,7 +19,7 @@ from models import (
     snapshot,
     train,
 )
-from oracles import eager  # noqa: F401
+from oracles import anywhere, eager  # noqa: F401
 
 import heavyball
 from heavyball import chainable as C
@@ -168,7 +168,7 @@ def test_the_optimizers_name_is_in_the_message():
 )
 def test_every_transform_makes_a_chain_that_trains(name):
     extra = (C.scale_by_adam,) if name == "palm_beta2" else ()
-    opt = build(C.TRANSFORMS[name], *extra, lr=0.01)
+    opt = build(anywhere(C.TRANSFORMS[name]), *extra, lr=0.01)
     before = snapshot(opt)
     train(opt, range(3))
     after = snapshot(opt)

@@ -32,6 +32,7 @@ from transforms import (
     test_lion,
     test_mars,
     test_momentum,
+    test_muon,
     test_nadam,
     test_orthograd,
     test_palm,
@@ -622,6 +623,47 @@ def a_skipped_step_that_counts_for_the_bias(right: Wrong) -> Wrong:
 )
 def maximizing_without_telling_those_behind(right: Wrong) -> Wrong:
     return lambda u, *, grad: (-u, grad)
+
+
+@mutant(
+    "orthogonalize", test_muon.test_the_golden_values_of_orthogonalize, test_muon.test_the_scales
+)
+def a_transposed_shape_for_the_scale(right: Wrong) -> Wrong:
+    return lambda u, *, scale, **kw: right(u, scale="spectral", **kw)
+
+
+@mutant(
+    "orthogonalize",
+    lambda: test_muon.test_kernels_are_matrices_of_their_first_axis_and_the_rest((6, 3, 2, 2)),
+)
+def kernels_as_stacks_of_matrices(right: Wrong) -> Wrong:
+    return lambda u, *, stacked, **kw: right(u, stacked=True, **kw)
+
+
+@mutant(
+    "muon",
+    test_muon.test_the_golden_values_of_muon,
+    lambda: test_muon.test_it_is_torchs_muon_but_for_bfloat16(True, "match_rms_adamw"),
+)
+def one_step_too_few(right: Wrong) -> Wrong:
+    return lambda u, *, steps, **kw: right(u, steps=steps - 1, **kw)
+
+
+@mutant("muon_momentum", lambda: test_muon.test_the_momentum_is_an_explicit_sum(True))
+def momentum_that_is_debiased(right: Wrong) -> Wrong:
+    return lambda u, b, *, momentum, nesterov: (
+        right(u, b, momentum=momentum, nesterov=False)[0],
+        b,
+    )
+
+
+@mutant(
+    "scale_by_normuon",
+    test_muon.test_the_golden_values_of_normuon,
+    test_muon.test_normuon_is_its_definition_written_out,
+)
+def row_squares_that_are_not_kept(right: Wrong) -> Wrong:
+    return lambda u, state, **kw: (right(u, state, **kw)[0], 2 * state)
 
 
 DECAYS = {

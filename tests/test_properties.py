@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import EPS, close, eager, examples  # noqa: F401
+from oracles import EPS, anywhere, close, eager, examples  # noqa: F401
 from torch import Tensor
 
 from heavyball import chainable as C
@@ -64,6 +64,10 @@ CHAINS: dict[str, Callable[[], tuple]] = {
     "schedule-free, grams": lambda: (C.exp_avg, C.schedule_free(caution="grams", r=1.0, c=5.0)),
     "parallel": lambda: (C.parallel(C.scale_by_adam, C.scale_by_lion, weights=(0.5, 0.5)),),
     "graft": lambda: (C.graft(C.scale_by_adam, C.exp_avg), C.schedule_free),
+    "muon": lambda: (anywhere(C.muon), C.cautious),
+    "muon, momentum alone": lambda: (C.muon_momentum(nesterov=False), C.cautious_decay),
+    "orthogonalize": lambda: (C.exp_avg, anywhere(C.orthogonalize(method="quintic-5")), C.exp_avg),
+    "normuon": lambda: (C.accumulate(k=2), anywhere(C.scale_by_normuon), C.clip_by_global_norm),
     "route": lambda: (C.route(C.when(C.scale_by_adam, min_ndim=2), otherwise=C.sign), C.cautious),
 }
 
@@ -73,7 +77,7 @@ def elementwise(name: str) -> bool:
     reducing = {
         "mars", "cautious", "orthograd", "factored_rms", "stable_adamw", "clip_by_norm",
         "clip_by_rms", "clip_by_global_norm", "clip_update_rms", "l2_normalize", "rms_normalize",
-        "adaptive_gradient_clip", "centralize", "graft",
+        "adaptive_gradient_clip", "centralize", "graft", "muon", "orthogonalize", "scale_by_normuon",
     }  # fmt: skip
     transforms = list(leaves(CHAINS[name]()))
     options = [o for t in transforms for o in (t.options.get("graft"), t.options.get("caution"))]

@@ -199,6 +199,9 @@ class Engine:
             if not any(job.group is g for g in groups):
                 groups.append(job.group)
             number = next(i for i, g in enumerate(groups) if g is job.group)
+            if job.program.has_whole:
+                eager.append(index)
+                continue
             wanted = [None, *(k for k in total_keys if k in job.program.total_keys)]
             kernels = {key: self._kernel(job, key) for key in wanted}
             if any(kernel is None for kernel in kernels.values()):

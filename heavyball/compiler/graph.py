@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from heavyball.chain import Program
 from heavyball.numerics import measures
 from heavyball.runner import SCALAR, Job, compute_dtype, start, working
+from heavyball.whole import Call
 
 
 class NotPrintableError(Exception):
@@ -465,6 +466,8 @@ def _run(job: Job, recorder: Recorder, share: str | None) -> dict[str, Tensor]:
     generator = start(job, outputs.update)
     waiting = next(generator, None)
     while waiting is not None:
+        if isinstance(waiting, Call):
+            raise NotPrintableError(f"{waiting.node.key} needs whole tensors")
         key, tensor = waiting
         if key == share:
             generator.close()

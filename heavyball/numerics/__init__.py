@@ -10,7 +10,13 @@ from heavyball.numerics.averages import (
     second_weight,
 )
 from heavyball.numerics.measures import count, dot, is_single, norm, rms, saturate, shape_of
-from heavyball.numerics.rounding import random_bits, round_stochastically, stream
+from heavyball.numerics.rounding import (
+    host_uniform,
+    normals,
+    random_bits,
+    round_stochastically,
+    stream,
+)
 
 __all__ = [
     "EpsPlacement",
@@ -18,9 +24,11 @@ __all__ = [
     "debiased_weight",
     "dot",
     "ema",
+    "host_uniform",
     "is_single",
     "lerp",
     "norm",
+    "normals",
     "random_bits",
     "rms",
     "root",

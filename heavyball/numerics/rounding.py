@@ -33,6 +33,33 @@ def random_bits(like: Tensor, stream: int, step: Tensor) -> Tensor:
     return bits.reshape([like.shape[axis] for axis in order]).permute(back)
 
 
+def _words(size: int, stream: int, count: int, salt: int, device: torch.device) -> Tensor:
+    """32 random bits for each of `size` numbers, held in int64."""
+    key = stream + count * ODD
+    for part in (salt, salt >> 32):  # twice mixed: none of the keys that rounding uses
+        key = int(mix(torch.tensor((key ^ ((part * 0x85EBCA6B + 0x27D4EB2F) & WORD)) & WORD)))
+    index = torch.arange(size, dtype=torch.int64, device=device)
+    return mix(mix((index * ODD) & WORD) ^ key)
+
+
+def normals(size: int, stream: int, count: int, salt: int, device: torch.device) -> Tensor:
+    """Standard normals (float64) hashed from a parameter's stream, its step and a salt.
+
+    Box and Muller: sqrt(-2 log u) cos(2 pi v) with u in (0, 1], v in [0, 1), and the sine for the other
+    half; a normal is at most 6.7 in size, the root of 2 log 2^32.
+    """
+    half = (size + 1) // 2
+    u, v = _words(2 * half, stream, count, salt, device).to(torch.float64).reshape(2, half)
+    length = (-2 * ((u + 1) / 2**32).log()).sqrt()
+    angle = v * (2 * torch.pi / 2**32)
+    return torch.cat([length * angle.cos(), length * angle.sin()])[:size]
+
+
+def host_uniform(seed: int, count: int, salt: int) -> float:
+    """A Python number in [0, 1), hashed from the seed, a count and a salt."""
+    return int(_words(1, stream(seed, -1), count, salt, torch.device("cpu"))) / 2**32
+
+
 def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
     """Round float32 to bfloat16 so that the mean over the bits is x.
 

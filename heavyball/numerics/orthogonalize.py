@@ -1,0 +1,126 @@
+"""The orthogonal factor of matrices: Newton-Schulz iterations, and the exact one from an SVD."""
+
+import functools
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Coefficients = Literal["quintic", "quintic-5", "polar_express"]
+Row = tuple[float, float, float]
+
+# One (a, b, c) per step; after the end the last is repeated. X <- a X + (b A + c A^2) X, A = X X^T.
+TABLES: dict[str, tuple[Row, ...]] = {
+    # Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/: steep at 0, so that five steps are
+    # enough, and the singular values end in about [0.68, 1.13] rather than at 1.
+    "quintic": ((3.4445, -4.7750, 2.0315),),
+    # One row per step, as published with microsoft/dion.
+    "quintic-5": (
+        (4.0848, -6.8946, 2.9270),
+        (3.9505, -6.3029, 2.6377),
+        (3.7418, -5.5913, 2.3037),
+        (2.8769, -3.1427, 1.2046),
+        (2.8366, -3.0525, 1.2012),
+    ),
+    # Amsel et al. 2025, https://arxiv.org/abs/2505.16932: the best odd quintics one after the other for
+    # singular values from 1e-3; the last is Newton-Schulz proper and converges to the polar factor.
+    "polar_express": (
+        (8.28721201814563, -23.595886519098837, 17.300387312530933),
+        (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+        (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+        (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+        (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+        (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+        (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+        (1.875, -1.25, 0.375),
+    ),
+}
+# Polar Express as published shrinks every polynomial but the last by this, against rounding.
+SAFETY = 1.01
+# From this ratio of the sides on, the Gram form needs fewer operations.
+ELONGATED = 2.5
+
+
+@functools.lru_cache
+def table(coefficients: str, steps: int) -> tuple[Row, ...]:
+    """The (a, b, c) of each step."""
+    rows = TABLES[coefficients]
+    found = [rows[min(k, len(rows) - 1)] for k in range(steps)]
+    if coefficients == "polar_express":
+        last = len(rows) - 1
+        found = [
+            (a / SAFETY, b / SAFETY**3, c / SAFETY**5) if k < last else (a, b, c)
+            for k, (a, b, c) in enumerate(found)
+        ]
+    return tuple(found)
+
+
+def newton_schulz(
+    x: Tensor,
+    coefficients: str = "quintic",
+    steps: int = 5,
+    eps: float | Tensor = 1e-7,
+    scale: float = 1.0,
+) -> Tensor:
+    """Matrices whose singular values are pushed towards 1, with the singular vectors of `x`.
+
+    X_0 = x / (||x||_F + eps);  X_k+1 = a_k X_k + (b_k A + c_k A^2) X_k with A = X_k X_k^T;
+    result = scale * X_steps.
+
+    Where the longer side is ELONGATED times the shorter or more, the same polynomials act on the Gram
+    matrix A of the shorter side alone: with P_k = a I + b A + c A^2, A <- P A P and Q <- P Q, so the
+    long matrix is multiplied only at the beginning and the end. Squaring doubles the exponent of the
+    condition number, so singular values under about 1e-4 of the largest lose relative accuracy in
+    float32, where they contribute least.
+
+    Shapes: (..., m, n); norms and products are per matrix.
+    """
+    transposed = x.shape[-2] > x.shape[-1]
+    x = x.mT if transposed else x
+    x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + eps)
+    gram = x.shape[-1] >= ELONGATED * x.shape[-2]
+    rows = table(coefficients, steps)
+    if rows:  # the last polynomial takes the scale, which saves a pass over the result
+        a, b, c = rows[-1]
+        rows = (*rows[:-1], (scale * a, scale * b, scale * c))
+    elif scale != 1.0:
+        x = x * scale
+    x = _gram_form(x, rows) if gram else _plain_form(x, rows)
+    return x.mT if transposed else x
+
+
+def _plain_form(x: Tensor, rows: tuple[Row, ...]) -> Tensor:
+    for a, b, c in rows:
+        gram = x @ x.mT
+        x = _add(x, _add(gram, gram, gram, b, c), x, a, 1.0)
+    return x
+
+
+def _gram_form(x: Tensor, rows: tuple[Row, ...]) -> Tensor:
+    gram = x @ x.mT
+    product: Tensor | None = None
+    for k, (a, b, c) in enumerate(rows):
+        step = _add(gram, gram, gram, b, c)
+        step.diagonal(dim1=-2, dim2=-1).add_(a)
+        product = step if product is None else step @ product
+        if k < len(rows) - 1:
+            gram = step @ gram @ step
+    return x if product is None else product @ x
+
+
+def _add(base: Tensor, one: Tensor, other: Tensor, alpha: float, beta: float) -> Tensor:
+    """alpha * base + beta * one @ other."""
+    if base.ndim == 2:
+        return torch.addmm(base, one, other, beta=alpha, alpha=beta)
+    if base.ndim == 3 and len(base) == 1:
+        return torch.addmm(base[0], one[0], other[0], beta=alpha, alpha=beta)[None]
+    if base.ndim == 3:
+        return torch.baddbmm(base, one, other, beta=alpha, alpha=beta)
+    return base * alpha + one @ other * beta
+
+
+def polar_factor(x: Tensor) -> Tensor:
+    """U V^T of the thin singular value decomposition x = U S V^T; zero for a zero matrix."""
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    zero = s[..., :1, None] == 0
+    return torch.where(zero, 0.0, u @ vh)

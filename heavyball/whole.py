@@ -1,0 +1,301 @@
+"""Calls transforms of whole tensors, for several parameters at once where that is faster.
+
+An answer does not depend on which parameters were called together, beyond the rounding of products.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from heavyball.numerics import host_uniform, normals
+from heavyball.transform import keyword_names
+
+if TYPE_CHECKING:
+    from heavyball.chain import Node
+    from heavyball.runner import Job
+
+# Batched products of small matrices are 1.9 to 2.6 times faster than one by one, up to about this many
+# elements per matrix; above it stacking only costs copies and memory.
+STACKED = 2**15
+# The most elements in one stack, so that its temporary tensors stay small beside the model.
+MOST = 2**22
+
+Pieces = Tensor | tuple[Tensor | None, ...] | None
+
+
+@dataclass(eq=False)
+class Batch:
+    """An opaque result of one call, and which of its parameters one is."""
+
+    value: Any
+    size: int
+    index: int
+
+
+@dataclass(eq=False)
+class Call:
+    """One parameter's turn at a whole transform, or at its `after` where `after` is true.
+
+    old: the states in the order in which they are declared. context: what the function asks for
+    besides options and hyper-parameters; numbers are 0-d tensors.
+    """
+
+    node: "Node"
+    job: "Job"
+    update: Tensor
+    old: list[Pieces]
+    count: int
+    context: dict[str, Any] = field(default_factory=dict)
+    after: bool = False
+    vectors: list[Tensor] = field(default_factory=list)
+    squares: list[Tensor] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Answer:
+    """What one parameter got: the update, the new states, and what the transform provides."""
+
+    update: Tensor
+    states: list[Pieces]
+    provided: dict[str, Any] = field(default_factory=dict)
+    vectors: list[Tensor] = field(default_factory=list)
+    squares: list[Tensor] = field(default_factory=list)
+
+
+def due(node: "Node", count: int) -> bool:
+    """Whether a node has something to do after the write."""
+    t = node.transform
+    if t.after is None or t.due is None:
+        return t.after is not None
+    return t.due(count, **{n: v for n, v in t.options.items() if n in keyword_names(t.due)})
+
+
+def serve(calls: list[Call], stack: bool) -> list[Answer]:
+    """Answer calls in order; `stack` allows to join parameters of one shape into one call."""
+    answers: dict[int, Answer] = {}
+    for group in _groups(calls, stack):
+        answers.update(zip(map(id, group), _answer(group), strict=True))
+    return [answers[id(call)] for call in calls]
+
+
+def _groups(calls: list[Call], stack: bool) -> Iterator[list[Call]]:
+    found: dict[Any, list[Call]] = {}
+    for number, call in enumerate(calls):
+        shape = call.update.shape
+        small = stack and 0 < shape.numel() <= STACKED
+        found.setdefault(_kind(call) if small else number, []).append(call)
+    for group in found.values():
+        most = max(1, MOST // max(1, group[0].update.numel()))
+        for low in range(0, len(group), most):
+            yield group[low : low + most]
+
+
+def _kind(call: Call) -> Any:
+    """Equal for calls that can be one: shapes, dtype, device, group and decisions on the host."""
+    u = call.update
+    shapes = tuple(None if t is None else t.shape for old in call.old for t in _flat(old))
+    rotating = len(call.vectors), len(call.squares)
+    missing = tuple(name for name, value in call.context.items() if value is None)
+    where = (id(call.node), call.after, id(call.job.group), call.count)
+    return (*where, u.shape, u.dtype, u.device, shapes, rotating, missing)
+
+
+def _flat(pieces: Pieces) -> tuple[Tensor | None, ...]:
+    return pieces if isinstance(pieces, tuple) else (pieces,)
+
+
+# ---- one call
+
+
+def _answer(group: list[Call]) -> list[Answer]:
+    t = group[0].node.transform
+    fn = t.after if group[0].after else t.update
+    assert fn is not None
+    old = [_join([call.old[k] for call in group]) for k in range(len(t.states))]
+    wanted = (*keyword_names(fn), *t.context, *t.optional) if group[0].after else None
+    arguments = _arguments(group, wanted)
+    if group[0].after:
+        return _hook(group, fn, old, arguments)
+    update = _join([call.update for call in group])
+    result = fn(update, *old, **arguments)
+    parts = result if isinstance(result, tuple) else (result,)
+    names = ["update", *t.states, *t.provides, *t.opaque]
+    if len(parts) != len(names) or not isinstance(parts[0], Tensor):
+        got = ", ".join(type(part).__name__ for part in parts)
+        raise TypeError(
+            f"{group[0].node.key} returned ({got}), expected {len(names)} values: {', '.join(names)}"
+        )
+    _check(group[0].node, "update", update, parts[0])
+    cut = 1 + len(t.states)
+    for name, before, after in zip(t.states, old, parts[1:cut], strict=True):
+        _check(group[0].node, name, before, after)
+    answers = []
+    for i in range(len(group)):
+        states = [_cut(new, i, len(group)) for new in parts[1:cut]]
+        answers.append(Answer(_cut(parts[0], i, len(group)), states))
+        for name, value in zip(t.provides, parts[cut:], strict=False):
+            answers[-1].provided[name] = _number(group[0].node, name, value, i, len(group))
+        for name, value in zip(t.opaque, parts[cut + len(t.provides) :], strict=True):
+            answers[-1].provided[name] = Batch(value, len(group), i)
+    return answers
+
+
+def _hook(group: list[Call], fn: Any, old: list[Pieces], arguments: dict[str, Any]) -> list[Answer]:
+    first = group[0]
+    vectors = tuple(_join([c.vectors[k] for c in group]) for k in range(len(first.vectors)))
+    squares = tuple(_join([c.squares[k] for c in group]) for k in range(len(first.squares)))
+    result = fn(*old, vectors=vectors, squares=squares, **arguments)
+    names = [*first.node.transform.states, "vectors", "squares"]
+    if not isinstance(result, tuple) or len(result) != len(names):
+        raise TypeError(
+            f"{first.node.key}: after= returned {type(result).__name__}, expected {names}"
+        )
+    for name, before, after in zip(names, [*old, vectors, squares], result, strict=True):
+        _check(first.node, name, before, after)
+    answers = []
+    for i, call in enumerate(group):
+        *states, turned, squared = (_cut(new, i, len(group)) for new in result)
+        answers.append(Answer(call.update, states, {}, list(turned), list(squared)))
+    return answers
+
+
+def _arguments(group: list[Call], wanted: tuple[str, ...] | None) -> dict[str, Any]:
+    """Options, hyper-parameters and context by name; those in `wanted`, or all that are declared."""
+    call = group[0]
+    t, job = call.node.transform, call.job
+    accepted = keyword_names(t.after if call.after else t.update)
+    arguments: dict[str, Any] = dict(t.options)
+    for name, (key, index) in call.node.hyper.items():
+        if name in t.host:
+            value = job.group[key]
+            value = value if index is None else value[index]
+            arguments[name] = value.item() if isinstance(value, Tensor) else value
+        else:
+            value = job.scalars.get(job.group, key, job.param.device)
+            arguments[name] = value if index is None else value[index]
+    for name in wanted if wanted is not None else (*t.context, *t.optional):
+        if name in t.options or name in t.hyper or name in ("vectors", "squares"):
+            continue
+        arguments[name] = _context(group, name)
+    return {n: v for n, v in arguments.items() if n in accepted}
+
+
+def _context(group: list[Call], name: str) -> Any:
+    call = group[0]
+    if name == "count":
+        return call.count
+    if name == "noise":
+        return Noise(group)
+    if name == "chance":
+        return Chance(call.job.group["seed"], call.count)
+    values: list[Any] = [c.context.get(name) for c in group]
+    if isinstance(values[0], Batch):
+        return _rejoin(values)
+    if values[0] is None or name in ("step", "base_lr"):
+        return values[0]  # equal for all: the counts are, and they share a group
+    if values[0].ndim == 0:
+        return torch.stack(values).reshape(-1, *[1] * call.update.ndim)
+    return _join(values)
+
+
+def _check(node: "Node", name: str, before: Pieces, after: Any) -> None:
+    old, new = _flat(before), _flat(after)
+    if isinstance(before, tuple) != isinstance(after, tuple) or len(old) != len(new):
+        raise ValueError(
+            f"{node.key} returned {name} as {_shown(after)}, expected {_shown(before)}"
+        )
+    for one, other in zip(old, new, strict=True):
+        if one is not None and (not isinstance(other, Tensor) or one.shape != other.shape):
+            raise ValueError(
+                f"{node.key} returned {name} as {_shown(after)}, expected {_shown(before)}"
+            )
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_shown, value))})"
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else repr(value)
+
+
+def _number(node: "Node", name: str, value: Any, index: int, size: int) -> Any:
+    """One parameter's part of a number for the elements behind."""
+    if not isinstance(value, Tensor) or value.ndim == 0:
+        return value
+    if name == "grad":
+        return value[index]
+    if value.numel() != size:
+        raise ValueError(
+            f"{node.key} provided {name} of shape {tuple(value.shape)}, expected {size} values"
+        )
+    return value.reshape(-1)[index]
+
+
+# ---- stacks
+
+
+def _join(values: list[Any]) -> Any:
+    """Stack the parameters' tensors along a new first dimension; a view where there is one."""
+    first = values[0]
+    if first is None:
+        return None
+    if isinstance(first, tuple):
+        return tuple(_join([v[k] for v in values]) for k in range(len(first)))
+    return first.unsqueeze(0) if len(values) == 1 else torch.stack(values)
+
+
+def _cut(value: Any, index: int, size: int) -> Any:
+    if value is None:
+        return None
+    if isinstance(value, tuple):
+        return tuple(_cut(v, index, size) for v in value)
+    return value[index]
+
+
+def _rejoin(values: list[Batch]) -> Any:
+    """An opaque result for another set of parameters than it was made for."""
+    first = values[0]
+    order = [b.index for b in values]
+    if all(b.value is first.value for b in values) and order == list(range(first.size)):
+        return first.value
+    return _join([_cut_opaque(b.value, b.index) for b in values])
+
+
+def _cut_opaque(value: Any, index: int) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_cut_opaque(v, index) for v in value)
+    return value[index] if isinstance(value, Tensor) else value
+
+
+# ---- randomness
+
+
+class Noise:
+    """Standard normals, hashed from the seed, each parameter's place, its step and a salt."""
+
+    def __init__(self, group: list[Call]):
+        self._group = group
+
+    def __call__(self, shape: tuple[int, ...], salt: int = 0) -> Tensor:
+        """A tensor of `shape`, whose first dimension counts the parameters."""
+        like = self._group[0].update
+        if shape[0] != len(self._group):
+            raise ValueError(f"noise of shape {tuple(shape)} for {len(self._group)} parameters")
+        rows = [
+            normals(math.prod(shape[1:]), c.job.noise, c.count, salt, like.device).to(like.dtype)
+            for c in self._group
+        ]
+        return _join(rows).reshape(shape)
+
+
+class Chance:
+    """Random numbers on the host that are the same for all parameters of one count."""
+
+    def __init__(self, seed: int, count: int):
+        self._seed, self._count = seed, count
+
+    def __call__(self, salt: int = 0) -> float:
+        return host_uniform(self._seed, self._count, salt)
