@@ -1,6 +1,7 @@
 """Optimizers for PyTorch as chains of composable gradient transforms."""
 
 from heavyball import chainable, utils
+from heavyball.fused import FusedBackward, fuse_backward
 from heavyball.presets import (
     ADOPT,
     PRESETS,
@@ -28,6 +29,7 @@ __all__ = [
     "AdamW",
     "FactoredAdamW",
     "Focus",
+    "FusedBackward",
     "LaProp",
     "Lion",
     "NAdam",
@@ -36,5 +38,6 @@ __all__ = [
     "RMSprop",
     "SFAdamW",
     "chainable",
+    "fuse_backward",
     "utils",
 ]

@@ -1,6 +1,7 @@
 """Checks of what an optimizer is given; each error names the value and what was expected."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -71,6 +72,22 @@ def check_shape(label: str, param: Tensor, program: Program) -> None:
         reason = None if t.requires is None else t.requires(param.shape, t.options)
         if reason:
             raise ValueError(f"{label}: {node.key} {reason}")
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where a parameter stands: its group, its position there, and its number among all."""
+
+    param: Tensor
+    group: dict[str, Any]
+    index: int
+    position: int
+    number: int
+    name: str | None
+
+    @property
+    def label(self) -> str:
+        return describe(self.name, self.index, self.position, self.param)
 
 
 def check_gradient(label: str, param: Tensor, grad: Tensor) -> None:

@@ -21,6 +21,7 @@ from heavyball.checkpoint import (
     migrate,
 )
 from heavyball.checks import (
+    Place,
     check_gradient,
     check_shape,
     check_state,
@@ -32,6 +33,7 @@ from heavyball.checks import (
     overlaps,
 )
 from heavyball.compiler.engine import Engine, sources
+from heavyball.fused import FusedBackward, Singles, refuse_rivals, refuse_scaler
 from heavyball.loading import fit
 from heavyball.numerics import stream
 from heavyball.report import optimizer_repr, routing_table
@@ -57,6 +59,8 @@ class ChainOpt(Optimizer):
     stochastic_rounding: how bfloat16 parameters are written: without bias, or to nearest.
     seed: what the bits for the rounding are hashed from, together with the parameter's place, its step
         and the element. They do not touch torch's generators.
+    fuse_backward: step each parameter inside `backward()`, as soon as its gradient is complete, and
+        free the gradient; see `heavyball.fuse_backward`.
 
     Errors: TypeError or ValueError when the chain or a hyper-parameter cannot be right, naming it;
         at a step, ValueError before anything has been changed.
@@ -73,6 +77,7 @@ class ChainOpt(Optimizer):
         compile: bool | str = "auto",
         stochastic_rounding: bool = True,
         seed: int = 0,
+        fuse_backward: bool = False,
         **unknown: Any,
     ):
         for name in unknown:
@@ -83,6 +88,7 @@ class ChainOpt(Optimizer):
                 "compile",
                 "stochastic_rounding",
                 "seed",
+                "fuse_backward",
             )
             raise TypeError(
                 f"{type(self).__name__} has no option {name!r}; {nearest(name, known)}; the "
@@ -92,6 +98,8 @@ class ChainOpt(Optimizer):
             raise TypeError(f"stochastic_rounding={stochastic_rounding!r}: expected True or False")
         if not isinstance(compile, bool) and compile != "auto":
             raise ValueError(f"compile={compile!r}: expected 'auto', True or False")
+        if not isinstance(fuse_backward, bool):
+            raise TypeError(f"fuse_backward={fuse_backward!r}: expected True or False")
         if foreach is not None and not isinstance(foreach, bool):
             raise TypeError(f"foreach={foreach!r}: expected True, False or None")
         lr = checked_lr(lr)
@@ -100,10 +108,13 @@ class ChainOpt(Optimizer):
         self._compile = compile
         self._stochastic_rounding = stochastic_rounding
         self._engine = Engine(compile)
-        self._checked_values: list[list[Any]] = []
+        self._checked_values: dict[int, list[Any]] = {}
         self._programs: dict[Tensor, Program] = {}
         self._kinds: dict[Tensor, Kind] = {}
         self._fresh: dict[Tensor, list[int]] = {}
+        self._singles = Singles(self)
+        self._fused: FusedBackward | None = None
+        self._rivals_checked = 0
         self._scalars: list[Scalars] = []
         self._counts = Counts()
         defaults: dict[str, Any] = {"lr": lr}
@@ -130,6 +141,8 @@ class ChainOpt(Optimizer):
         if any(program.evaluators for program in self._chain.programs):
             defaults["train_mode"] = True
         super().__init__(params, defaults)
+        if fuse_backward:
+            self._fused = FusedBackward(self)
 
     # ---- groups
 
@@ -160,12 +173,17 @@ class ChainOpt(Optimizer):
         group = self.param_groups[-1]
         try:
             found = dict(self._resolve(len(self.param_groups) - 1, group))
+            self._singles.forget()
+            if self._fused is not None:
+                self._fused.attach()
         except Exception:
             self.param_groups.pop()
+            self._singles.forget()
             raise
         self._programs.update(found)
         self._kinds.update((param, kind(param)) for param in found)
         self._engine.forget()
+        self._rivals_checked = -1
 
     def _resolve(self, index: int, group: Mapping[str, Any]) -> Iterator[tuple[Tensor, Program]]:
         for position, (name, param) in enumerate(labelled(index, group)):
@@ -204,62 +222,91 @@ class ChainOpt(Optimizer):
             of the wrong shape, device or dtype, or a hyper-parameter out of its interval. Nothing
             has been changed then.
         """
-        if not self._training():
-            raise RuntimeError(
-                f"{type(self).__name__}.step() in evaluation mode, where the parameters hold the "
-                "average: call train() before the forward pass that the step is for"
-            )
+        if self._fused is not None:
+            refuse_scaler(self)
+        self._check_mode("step()")
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._check_groups()
+        refuse_rivals(self)
+        if self._fused is not None:
+            self._fused.check_left()
         if not self._engine.step_again(self.param_groups, self.state):
             self._engine.step(self._jobs(), self._chain.total_keys, self._foreach)
+        if self._fused is not None:
+            self._fused.finish()
         return loss
 
-    def _check_groups(self) -> None:
-        """Check the live hyper-parameters of every group, if any has changed."""
-        keys = ("lr", "warmup_steps", "seed", *self._chain.hyper)
-        found = [[frozen(group.get(key)) for key in keys] for group in self.param_groups]
-        if found != self._checked_values:
-            for index, group in enumerate(self.param_groups):
-                self._check_group(index, group)
-            self._checked_values = found
+    @torch.no_grad()
+    def step_parameter(
+        self, param: Tensor, group: dict[str, Any] | None = None, index: int | None = None
+    ) -> None:
+        """Step one parameter with the gradient that it has now, and free the gradient.
 
-    def _jobs(self) -> list[Job]:
-        """Every parameter that has a gradient, checked, with its state."""
-        programs = self._all_programs()
-        while len(self._scalars) < len(self.param_groups):
-            self._scalars.append(Scalars())
-        found, first = [], 0
+        For trainers that register hooks of their own; `heavyball.fuse_backward` does it for all
+        parameters. A parameter without a gradient is left alone.
+
+        group, index: the parameter's group and its place there, as such trainers give them; they
+            are checked, and may be left out.
+
+        Errors: ValueError if it is not a parameter of this optimizer, or its chain needs a sum over
+            all parameters; else as `step`. Nothing has been changed then.
+        """
+        self._singles.step_given(param, group, index)
+
+    def _check_mode(self, what: str) -> None:
+        if not self._training():
+            raise RuntimeError(
+                f"{type(self).__name__}.{what} in evaluation mode, where the parameters hold the "
+                "average: call train() before the forward pass that the step is for"
+            )
+
+    def _check_groups(self, only: int | None = None) -> None:
+        """Check the live hyper-parameters of every group, or of one, where any has changed."""
+        keys = ("lr", "warmup_steps", "seed", *self._chain.hyper)
+        for index, group in enumerate(self.param_groups):
+            if only is None or index == only:
+                found = [frozen(group.get(key)) for key in keys]
+                if found != self._checked_values.get(index):
+                    self._check_group(index, group)
+                    self._checked_values[index] = found
+
+    def _places(self) -> Iterator[Place]:
+        """Where each parameter stands."""
+        first = 0
         for index, group in enumerate(self.param_groups):
             for position, (name, param) in enumerate(labelled(index, group)):
-                if param.grad is not None:
-                    label = describe(name, index, position, param)
-                    check_gradient(label, param, param.grad)
-                    check_state(label, param, self.state.get(param, {}))
-                    if param.numel() == 0:
-                        continue  # nothing to step, and no mean of it to keep
-                    number = first + position
-                    found.append((programs[param], param, group, self._scalars[index], number))
+                yield Place(param, group, index, position, first + position, name)
             first += len(group["params"])
-        return [self._job(*parts) for parts in found]
 
-    def _job(
-        self,
-        program: Program,
-        param: Tensor,
-        group: Mapping[str, Any],
-        scalars: Scalars,
-        number: int,
-    ) -> Job:
+    def _jobs(self, places: list[Place] | None = None) -> list[Job]:
+        """Every parameter that has a gradient (or those of `places`), checked, with its state."""
+        if places is not None and all(self._kinds.get(p.param) == kind(p.param) for p in places):
+            programs = self._programs  # as it was noticed last
+        else:
+            programs = self._all_programs()
+        while len(self._scalars) < len(self.param_groups):
+            self._scalars.append(Scalars())
+        found = []
+        for place in self._places() if places is None else places:
+            param = place.param
+            if param.grad is not None:
+                check_gradient(place.label, param, param.grad)
+                check_state(place.label, param, self.state.get(param, {}))
+                if param.numel() > 0:  # else there is nothing to step, and no mean of it to keep
+                    found.append(place)
+        return [self._job(programs[p.param], p) for p in found]
+
+    def _job(self, program: Program, place: Place) -> Job:
+        param, group, scalars = place.param, place.group, self._scalars[place.index]
         state = self._state_of(program, param, group)
         job = Job(program, param, param.grad, group, state, scalars)  # type: ignore[arg-type]
         if param.dtype == torch.bfloat16 and self._stochastic_rounding:
-            job.stream = stream(group["seed"], number)
+            job.stream = stream(group["seed"], place.number)
         if program.has_whole:
-            job.noise = stream(group["seed"], number) if program.has_noise else 0
+            job.noise = stream(group["seed"], place.number) if program.has_noise else 0
             job.count, job.counts = self._counts.read(state["step"]), self._counts
         return job
 
@@ -364,7 +411,9 @@ class ChainOpt(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("_chain", "_foreach", "_compile", "_stochastic_rounding")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
+        state = {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
+        # hooks belong to the parameters of this optimizer; a copy registers its own
+        return {**state, "_fuse_backward": self._fused is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "_loading" in self.__dict__:
@@ -372,15 +421,22 @@ class ChainOpt(Optimizer):
         super().__setstate__(state)
         self._scalars = []
         self._counts = Counts()
-        self._checked_values = []
+        self._checked_values = {}
         self._fresh = {}
         self._engine = Engine(self._compile)
+        self._singles = Singles(self)
+        self._rivals_checked = -1
         loaded = self.__dict__.pop("_loading", None)
         if loaded is None:
             self._programs, self._kinds = {}, {}  # parameters are new tensors after unpickling
             self._all_programs()
+            self._fused = None
+            if self.__dict__.pop("_fuse_backward"):
+                self._fused = FusedBackward(self)
         else:
             self._reinstate(loaded)
+            if self._fused is not None:
+                self._fused.begin()
 
     def _keep_own(self, loaded: list[dict[str, Any]]) -> None:
         """What a loaded group does not decide: names, and hyper-parameters that it does not know."""
@@ -473,6 +529,11 @@ class ChainOpt(Optimizer):
         Errors: NotPrintableError if one of them has no kernel, naming what stands in the way.
         """
         return sources(self._jobs(), self._chain.total_keys)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # so that GradScaler calls step(), which refuses it, and does not fail for want of gradients
+        return self._fused is not None
 
     def __repr__(self) -> str:
         return optimizer_repr(self, self._chain)

@@ -45,7 +45,13 @@ def blocks(page: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/writing-a-transform.md", "docs/precond_schedule.md"]
+    "page",
+    [
+        "README.md",
+        "docs/writing-a-transform.md",
+        "docs/precond_schedule.md",
+        "docs/fused_backward.md",
+    ],
 )
 def test_the_examples_run(page: str, tmp_path: Path) -> None:
     """Each page's examples in order, as a user would type them."""

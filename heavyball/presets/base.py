@@ -38,7 +38,7 @@ class PresetOptions(TypedDict, total=False):
         function of a tensor, applied to the gradient or to the finished update.
     palm, beta2_scale: PaLM's schedule for beta2, 1 - t^(-beta2_scale).
     foreach: False steps one parameter at a time, for the smallest peak memory.
-    compile, stochastic_rounding, seed: as in `ChainOpt`.
+    compile, stochastic_rounding, seed, fuse_backward: as in `ChainOpt`.
     """
 
     warmup_steps: float
@@ -53,6 +53,7 @@ class PresetOptions(TypedDict, total=False):
     compile: bool | str
     stochastic_rounding: bool
     seed: int
+    fuse_backward: bool
 
 
 DEFAULTS: dict[str, Any] = {
@@ -68,11 +69,12 @@ DEFAULTS: dict[str, Any] = {
     "compile": "auto",
     "stochastic_rounding": True,
     "seed": 0,
+    "fuse_backward": False,
 }
 
 
 # What ChainOpt takes under the same name.
-PASSED_ON = ("warmup_steps", "foreach", "compile", "stochastic_rounding", "seed")
+PASSED_ON = ("warmup_steps", "foreach", "compile", "stochastic_rounding", "seed", "fuse_backward")
 
 
 class Preset(ChainOpt):

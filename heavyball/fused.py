@@ -1,0 +1,290 @@
+"""Fused backward: step each parameter as soon as its gradient is complete, and free the gradient."""
+
+import functools
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from heavyball.chain import Program
+from heavyball.checks import Place
+from heavyball.compiler.engine import Engine
+
+if TYPE_CHECKING:
+    from heavyball.optimizer import ChainOpt
+
+
+def fuse_backward(opt: "ChainOpt") -> "FusedBackward":
+    """Step each parameter inside `backward()`, as soon as its gradient is complete, and free that.
+
+    The results are those of the ordinary step, bit for bit, and at no time do all gradients exist.
+    `opt.step()` then ends the step: it steps what has a gradient all the same (one assigned by hand)
+    and must follow every `backward()`. Calling this again changes nothing; `remove()` undoes it. A
+    copied or unpickled optimizer is fused as its original was, over its own parameters.
+
+    Errors: ValueError if a chain in use needs a sum over all parameters, naming the element, or a
+        parameter is in the optimizer twice. In `backward()`: RuntimeError for a second gradient of a
+        parameter before `step()`, in evaluation mode, and where two optimizers would step a parameter;
+        else what `step()` raises. In `step()`: RuntimeError when a GradScaler calls it.
+    """
+    from heavyball.optimizer import ChainOpt
+
+    if not isinstance(opt, ChainOpt):
+        raise TypeError(
+            f"fuse_backward: expected an optimizer of heavyball, got {type(opt).__name__}"
+        )
+    if opt._fused is None:
+        opt._fused = FusedBackward(opt)
+    return opt._fused
+
+
+# Which fused optimizers each parameter belongs to, and how often that has changed.
+_owners = WeakTensorKeyDictionary()
+_changes = 0
+
+
+class FusedBackward:
+    """The hooks that step an optimizer's parameters inside `backward()`."""
+
+    def __init__(self, opt: "ChainOpt"):
+        self._opt = weakref.ref(opt)  # parameters outlive optimizers, and hold their hooks
+        self._handles: dict[Tensor, RemovableHandle] = {}
+        self._stepped: set[Tensor] = set()
+        self.attach()
+
+    def remove(self) -> None:
+        """Take the hooks away: from now on `backward()` leaves gradients, and `step()` uses them."""
+        for param, handle in self._handles.items():
+            handle.remove()
+            _owners[param].discard(self)
+        self._handles = {}
+        opt = self._opt()
+        if opt is not None and opt._fused is self:
+            opt._fused = None
+
+    def attach(self) -> None:
+        """Hook on to every parameter that can have a gradient and has no hook yet."""
+        global _changes
+        opt = self._opt()
+        assert opt is not None
+        places = list(opt._places())
+        for place in places:
+            single = opt._singles.find(place.param)
+            if single is not None and single.refusal is not None:
+                raise ValueError(f"fuse_backward: {single.refusal}")
+        refuse_processes(places)
+        for place in places:
+            param = place.param
+            if param.requires_grad and param not in self._handles:
+                owners = _owners.setdefault(param, weakref.WeakSet())
+                owners.add(self)
+                hook = functools.partial(_on_gradient, weakref.ref(self), owners)
+                self._handles[param] = param.register_post_accumulate_grad_hook(hook)
+                _changes += 1
+
+    def begin(self) -> None:
+        """Begin a step: no parameter has been stepped in it."""
+        self._stepped.clear()
+
+    def on_gradient(self, param: Tensor, owners: weakref.WeakSet) -> None:
+        """A parameter's gradient is complete: step it."""
+        opt = self._opt()
+        single = None if opt is None else opt._singles.find(param)
+        if opt is None or single is None:  # a parameter that has left the optimizer
+            self._handles.pop(param).remove()
+            owners.discard(self)
+            return
+        label = single.place.label
+        if len(owners) > 1:
+            raise RuntimeError(
+                f"{label} is in {len(owners)} optimizers that step inside backward(), and only one of "
+                "them could: remove() the other's hooks"
+            )
+        if param in self._stepped:
+            raise RuntimeError(
+                f"{label} has a second gradient before step(), but was stepped with the first: with "
+                "fuse_backward, call step() after every backward(); to accumulate gradients, put "
+                "`accumulate` into the chain"
+            )
+        opt._singles.step(single, "backward()")
+        self._stepped.add(param)
+
+    def check_left(self) -> None:
+        """Before the step ends: no parameter may be stepped a second time."""
+        opt = self._opt()
+        assert opt is not None
+        if any(param.grad is not None for param in self._stepped):
+            for place in opt._places():
+                if place.param in self._stepped and place.param.grad is not None:
+                    raise RuntimeError(
+                        f"{place.label} was stepped in backward() and has a gradient again: with "
+                        "fuse_backward, call step() after every backward(), or zero_grad() to drop it"
+                    )
+
+    def finish(self) -> None:
+        """End the step: free the gradients that it found, and hook on to what came in the meantime."""
+        opt = self._opt()
+        assert opt is not None
+        params = [p for group in opt.param_groups for p in group["params"]]
+        for param in params:
+            if param.grad is not None:
+                param.grad = None
+        if any(p.requires_grad and p not in self._handles for p in params):
+            self.attach()
+        self.begin()
+
+
+def _on_gradient(
+    fused: "weakref.ref[FusedBackward]", owners: weakref.WeakSet, param: Tensor
+) -> None:
+    found = fused()
+    if found is None:
+        return
+    if torch.is_grad_enabled():  # backward(create_graph=True)
+        with torch.no_grad():
+            found.on_gradient(param, owners)
+    else:
+        found.on_gradient(param, owners)
+
+
+@dataclass(eq=False)
+class Single:
+    """One parameter with an engine, and so with a table, of its own."""
+
+    place: Place
+    engine: Engine
+    # what the engine sees as the groups of a step
+    groups: list[dict[str, Any]]
+    refusal: ValueError | None
+
+    def holds(self, opt: "ChainOpt") -> bool:
+        """Whether the parameter still stands where it stood."""
+        place, groups = self.place, opt.param_groups
+        if place.index >= len(groups) or groups[place.index] is not place.group:
+            return False
+        params = place.group["params"]
+        return place.position < len(params) and params[place.position] is place.param
+
+
+class Singles:
+    """Steps the parameters of an optimizer one at a time."""
+
+    def __init__(self, opt: "ChainOpt"):
+        self._opt = weakref.proxy(opt)
+        self._known: dict[Tensor, Single] = {}
+
+    def forget(self) -> None:
+        """Look for every parameter anew: groups have changed."""
+        self._known = {}
+
+    def find(self, param: Tensor) -> Single | None:
+        """A parameter with its engine; None if it is not one of the optimizer's."""
+        single = self._known.get(param)
+        if single is None or not single.holds(self._opt):
+            self._known = self._found()
+            single = self._known.get(param)
+        return single
+
+    def _found(self) -> dict[Tensor, Single]:
+        known = {p: s for p, s in self._known.items() if s.holds(self._opt)}
+        programs = self._opt._all_programs()
+        found: dict[Tensor, Single] = {}
+        for place in self._opt._places():
+            param = place.param
+            if param in found:
+                found[param].refusal = ValueError(f"{place.label} is in the optimizer twice")
+                continue
+            refusal = sums_in(programs[param])
+            engine = known[param].engine if param in known else Engine(self._opt._compile)
+            found[param] = Single(place, engine, [{"params": [param]}], refusal)
+        return found
+
+    def step(self, single: Single, what: str) -> None:
+        """Step one parameter with its gradient, and free the gradient."""
+        opt, place = self._opt, single.place
+        if single.refusal is not None:
+            raise type(single.refusal)(f"{what}: {single.refusal}")
+        opt._check_mode(what)
+        opt._check_groups(place.index)
+        if not single.engine.step_again(single.groups, opt.state):
+            single.engine.step(opt._jobs([place]), [], opt._foreach)
+        place.param.grad = None
+
+    def step_given(self, param: Tensor, group: Mapping[str, Any] | None, index: int | None) -> None:
+        """`ChainOpt.step_parameter`."""
+        single = self.find(param)
+        if single is None:
+            raise ValueError(
+                f"step_parameter: a tensor of shape {tuple(param.shape)} that is not a parameter of "
+                "this optimizer"
+            )
+        place = single.place
+        if group is not None and group is not place.group:
+            raise ValueError(f"step_parameter: {place.label} is not in the group that was given")
+        if index is not None and index != place.position:
+            raise ValueError(f"step_parameter: {place.label} does not stand at index {index!r}")
+        if param.grad is not None:
+            self.step(single, "step_parameter()")
+        # what a scheduler looks at to see whether step() came first; such trainers need not call it
+        self._opt._opt_called = True
+
+
+# ---- refusals
+
+
+def sums_in(program: Program) -> ValueError | None:
+    """What to raise where a parameter's step needs the other parameters' gradients."""
+    if not program.total_keys:
+        return None
+    return ValueError(
+        f"{' and '.join(program.total_keys)} needs a sum over all parameters, so no parameter can be "
+        f"stepped before the last gradient is there; the chain is {program!r}"
+    )
+
+
+def refuse_processes(places: list[Place]) -> None:
+    """Refuse replicas: their gradients are averaged only after they are complete here."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
+    if distributed.get_world_size() > 1:
+        from torch.distributed.tensor import DTensor
+
+        for place in places:
+            if not isinstance(place.param, DTensor):
+                raise ValueError(
+                    f"fuse_backward: {place.label} in {distributed.get_world_size()} processes would be "
+                    "stepped before its gradient is averaged over them; shard it (DTensor), or step "
+                    "without fuse_backward"
+                )
+
+
+def refuse_scaler(opt: "ChainOpt") -> None:
+    """Refuse a GradScaler, which leaves what it wants done with the scale as attributes."""
+    if "found_inf" in vars(opt):
+        for name in ("found_inf", "grad_scale"):
+            vars(opt).pop(name, None)
+        raise RuntimeError(
+            "GradScaler with fuse_backward: the parameters were already stepped in backward(), with "
+            "scaled gradients. Start again from a checkpoint, with bfloat16 or float32 and without a "
+            "scaler, or without fuse_backward"
+        )
+
+
+def refuse_rivals(opt: "ChainOpt") -> None:
+    """Refuse parameters whose gradients another optimizer frees before this one sees them."""
+    if opt._rivals_checked == _changes:
+        return
+    for place in opt._places():
+        others = [other for other in _owners.get(place.param, ()) if other is not opt._fused]
+        if others:
+            raise RuntimeError(
+                f"{place.label} is stepped by another optimizer inside backward(), which frees its "
+                "gradient: remove() the other's hooks, or leave the parameter to one of the two"
+            )
+    opt._rivals_checked = _changes
