@@ -212,7 +212,7 @@ class Singles:
         opt._check_mode(what)
         opt._check_groups(place.index)
         if not single.engine.step_again(single.groups, opt.state):
-            single.engine.step(opt._jobs([place]), [], opt._foreach)
+            single.engine.step(opt._jobs([place]), [], opt._foreach, single.groups, opt.state)
         place.param.grad = None
 
     def step_given(self, param: Tensor, group: Mapping[str, Any] | None, index: int | None) -> None:

@@ -234,7 +234,9 @@ class ChainOpt(Optimizer):
         if self._fused is not None:
             self._fused.check_left()
         if not self._engine.step_again(self.param_groups, self.state):
-            self._engine.step(self._jobs(), self._chain.total_keys, self._foreach)
+            self._engine.step(
+                self._jobs(), self._chain.total_keys, self._foreach, self.param_groups, self.state
+            )
         if self._fused is not None:
             self._fused.finish()
         return loss

@@ -1,9 +1,8 @@
 """Steps an optimizer's parameters through kernels, and says what is left for the eager runner."""
 
 import math
-import operator
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +14,7 @@ from heavyball.compiler import cuda
 from heavyball.compiler.graph import NotPrintableError
 from heavyball.compiler.launch import Kernel, Table, build, check_layout, hyper_values, printer_for
 from heavyball.compiler.toolchain import ToolchainError
+from heavyball.compiler.watch import Snapshot
 from heavyball.runner import SCALAR, Job, drive, lazy_wanted, run, share_of
 
 Signature = tuple[Any, ...]
@@ -41,69 +41,59 @@ class Plan:
     tables: list[Table]
     shares: dict[str, list[Table]]
     eager: list[int]
+    params: list[Tensor] = field(default_factory=list)
+    states: list[Tensor] = field(default_factory=list)
+    snapshot: Snapshot | None = None
+    # where a gradient's address goes: for each table, the places of its parameters in the snapshot
+    columns: list[tuple[Table, Tensor]] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
+    kinds: list[Job] = field(default_factory=list)
     lazy: list[bool] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
-    params: list[Tensor] = field(default_factory=list)
-    owners: list[Mapping[str, Any]] = field(default_factory=list)
-    held: list[dict[str, Tensor]] = field(default_factory=list)
-    layouts: tuple[list, ...] = ()
-    slots: list[tuple[dict[str, Tensor], str]] = field(default_factory=list)
-    states: list[Tensor] = field(default_factory=list)
-    pointers: list[int] = field(default_factory=list)
 
-    def remember(self) -> None:
-        """Note the tensors whose pointers are in the tables."""
-        self.params = [j.param for j in self.jobs]
-        self.owners = [j.group for j in self.jobs]
-        self.held = [j.state for j in self.jobs]
-        self.layouts = _layouts(self.params, [j.grad for j in self.jobs])
-        self.slots = [(j.state, key) for j in self.jobs for key in j.state]
-        self.states = [state[key] for state, key in self.slots]
-        self.pointers = [t.data_ptr() for t in self.params + self.states]
-        self.lazy = self._lazy()
-        self.seeds = [group["seed"] for group in self.groups]
+    def __post_init__(self) -> None:
+        self.params = [job.param for job in self.jobs]
+        self.states = [t for job in self.jobs for t in job.state.values()]
+
+    def remember(self, groups: list[dict[str, Any]], state: Mapping[Tensor, Any]) -> None:
+        """Note what must still hold when the tables are used again."""
+        self.snapshot = Snapshot(groups, state)
+        place = {id(p): i for i, p in enumerate(self.snapshot.stepped)}
+        self.places = [place[id(param)] for param in self.params]
+        for table in [*self.tables, *(t for ts in self.shares.values() for t in ts)]:
+            if table.grad_column is not None:
+                rows = torch.tensor([self.places[i] for i in table.members])
+                self.columns.append((table, rows))
+        kinds = {(id(job.program), id(job.group)): job for job in self.jobs}
+        self.kinds = [job for job in kinds.values() if job.program.lazy_keys]
+        self.lazy, self.seeds = self._lazy(), [group["seed"] for group in self.groups]
+
+    def release(self, members: Iterable[int]) -> None:
+        """Keep no gradient of a step alive in these jobs."""
+        for index in members:
+            self.jobs[index].grad = self.params[index]
 
     def _lazy(self) -> list[bool]:
         """Which of the states that a hyper-parameter asks for are wanted."""
         return [
             lazy_wanted(node, declared, job.group)
-            for job in self.jobs
-            if job.program.lazy_keys
+            for job in self.kinds
             for node, _, declared in job.program.states
             if declared.needed_by in node.transform.hyper
         ]
 
     def still_holds(self, groups: list[dict[str, Any]], state: Mapping[Tensor, Any]) -> bool:
         """Whether the same tensors are there, laid out as before; gradients may have moved."""
-        params = [p for group in groups for p in group["params"] if p.grad is not None]
-        if len(params) != len(self.params) or not all(map(operator.is_, params, self.params)):
+        if self._lazy() != self.lazy or self.seeds != [g["seed"] for g in self.groups]:
             return False
-        # a group may have been put in another's place, or a parameter into another group
-        owners = [g for g in groups for p in g["params"] if p.grad is not None]
-        if not all(map(operator.is_, owners, self.owners)):
+        addresses = self.snapshot.addresses(groups, state)  # type: ignore[union-attr]
+        if addresses is None:
             return False
-        grads = [p.grad for p in params]
-        try:
-            same = _layouts(params, grads) == self.layouts
-        except RuntimeError:  # a sparse gradient has no strides
-            return False
-        if not same or self._lazy() != self.lazy or self.seeds != [g["seed"] for g in self.groups]:
-            return False
-        if not all(map(operator.is_, map(state.get, params), self.held)):
-            return False
-        now = [held.get(key) for held, key in self.slots]
-        if not all(map(operator.is_, now, self.states)):
-            return False
-        self._take(grads)
-        return [t.data_ptr() for t in params + self.states] == self.pointers
-
-    def _take(self, grads: list[Tensor]) -> None:
-        """Put the gradients' pointers into the tables."""
-        pointers = [g.data_ptr() for g in grads]
-        for table in [*self.tables, *(t for ts in self.shares.values() for t in ts)]:
-            if table.grad_column is not None:
-                column = torch.tensor([pointers[i] for i in table.members], dtype=torch.int64)
-                table.fixed[:, table.grad_column] = column  # type: ignore[index]
+        for table, rows in self.columns:
+            table.fixed[:, table.grad_column] = addresses[rows]  # type: ignore[index]
+        for index in self.eager:
+            self.jobs[index].grad = self.params[index].grad  # type: ignore[assignment]
+        return True
 
     def run(self) -> None:
         """Step every parameter."""
@@ -135,18 +125,6 @@ class Plan:
         return found
 
 
-def _layouts(params: list[Tensor], grads: list[Tensor]) -> tuple[list, ...]:
-    # whole lists at a time, since this is what a step of many small tensors costs most in Python
-    return (
-        [p.shape for p in params],
-        [p.dtype for p in params],
-        [p.stride() for p in params],
-        [g.shape for g in grads],
-        [g.dtype for g in grads],
-        [g.stride() for g in grads],
-    )
-
-
 # Kernels by what they depend on, for all optimizers of the process.
 _known: dict[Signature, Kernel] = {}
 
@@ -170,10 +148,18 @@ class Engine:
         if not self._plan.still_holds(groups, state):
             return False
         self._plan.run()
+        self._plan.release(self._plan.eager)
         return True
 
-    def step(self, jobs: list[Job], total_keys: list[str], foreach: bool | None) -> None:
-        """Step these parameters."""
+    def step(
+        self,
+        jobs: list[Job],
+        total_keys: list[str],
+        foreach: bool | None,
+        groups: list[dict[str, Any]],
+        state: Mapping[Tensor, Any],
+    ) -> None:
+        """Step these parameters, which are those of the groups that have a gradient."""
         self._plan = None
         # the same parameter twice is stepped twice, one after the other
         twice = len({id(job.param) for job in jobs}) < len(jobs)
@@ -185,10 +171,9 @@ class Engine:
             run(jobs, total_keys, foreach)
             return
         plan.run()
-        if not plan.eager:
-            for job in plan.jobs:
-                job.grad = job.param  # or the plan would keep this step's gradients alive
-            self._plan = plan
+        plan.remember(groups, state)
+        plan.release(range(len(jobs)))
+        self._plan = plan
 
     def _make(self, jobs: list[Job], total_keys: list[str]) -> Plan:
         """Sort jobs into tables; jobs without a kernel are the plan's `eager` ones."""
@@ -218,9 +203,7 @@ class Engine:
             table.finish()
         shares = {key: [t for (k, *_), t in tables.items() if k == key] for key in total_keys}
         steps = [t for (k, *_), t in tables.items() if k is None]
-        plan = Plan(jobs, total_keys, groups, steps, shares, eager)
-        plan.remember()
-        return plan
+        return Plan(jobs, total_keys, groups, steps, shares, eager)
 
     def _kernel(self, job: Job, share: str | None) -> Kernel | None:
         """The kernel of a job's program for tensors like its own; None where there is none."""
