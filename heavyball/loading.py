@@ -47,6 +47,11 @@ class Match:
             found = misfits(self.saved, self.expected, self.program, self.param)
             self.missing, self.extra, self.wrong = found
 
+    def lacks_weights(self) -> bool:
+        """Whether the parameters hold an average and nothing holds what it is an average of."""
+        evaluating = not self.group.get("train_mode", True) and self.program.evaluators
+        return bool(evaluating and SAVED_WEIGHTS not in self.saved and self.saved.get("step"))
+
     def usable(self) -> dict[str, Any]:
         """What of the saved state can be loaded."""
         taken = {k: v for k, v in self.saved.items() if k not in self.extra}
@@ -72,6 +77,12 @@ def fit(
     matches = list(_matches(opt, loading, _by_name(opt, loading, counts) if not strict else None))
     for match in matches:
         match.compare()
+    for match in matches:
+        if match.lacks_weights():
+            raise ValueError(
+                f"load_state_dict: the state saved for {match.label} is of evaluation mode, but the "
+                f"weights to train on with, {SAVED_WEIGHTS!r}, are missing; see docs/checkpoints.md"
+            )
     if strict:
         _refuse(opt, loading, matches)
         return loading, LoadResult([], [])

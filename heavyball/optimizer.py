@@ -397,12 +397,12 @@ class ChainOpt(Optimizer):
 
     def _average_weights(self, param: Tensor, group: Mapping[str, Any]) -> None:
         state = self.state.get(param)
-        if not state or not state["step"]:
-            return  # before the first step there is nothing to average
         for node in self._all_programs()[param].evaluators:
-            value = average(node, param, state, group, Scalars())
-            state[SAVED_WEIGHTS] = param.detach().clone()
-            param.copy_(value)
+            if state:
+                value = average(node, param, state, group, Scalars())
+                state[SAVED_WEIGHTS] = param.detach().clone()
+                if state["step"]:  # before the first step there is nothing to average
+                    param.copy_(value)
 
     def _restore_weights(self, param: Tensor) -> None:
         state = self.state.get(param, {})

@@ -1,5 +1,6 @@
 """Small models, chains and comparisons that the suites share."""
 
+import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -238,6 +239,61 @@ CHAINS = [
     _chain("twice", C.exp_avg, C.exp_avg(beta=0.5), C.decay_to_ema(weight_decay=0.1)),
 ]
 CASES = [*PRESETS, *VARIANTS, *CHAINS]
+
+HEADS = (
+    C.centralize,
+    C.orthograd,
+    C.mars,
+    C.maximize,
+    C.palm_beta2,
+    C.skip_not_finite,
+    C.accumulate(k=2),
+    C.clip_by_global_norm(max_norm=0.5),
+    C.adaptive_gradient_clip,
+    C.coupled(weight_decay=0.05),
+)
+MIDDLES = (
+    C.exp_avg,
+    C.focus,
+    C.heavyball_momentum,
+    C.nesterov_momentum,
+    C.scale_by_adam,
+    C.scale_by_adam(amsgrad=True),
+    C.scale_by_adopt,
+    C.scale_by_ademamix,
+    C.scale_by_laprop(centered=True),
+    C.scale_by_lion,
+    C.scale_by_nadam,
+    C.scale_by_rms,
+    C.factored_rms(min_dim=2),
+    C.graft(C.exp_avg, C.scale_by_adam),
+    C.parallel(C.scale_by_lion, (C.exp_avg, C.sign)),
+    C.route(C.when(C.scale_by_adam_atan2, min_ndim=2), otherwise=C.exp_avg(beta=0.8)),
+)
+TAILS = (
+    C.cautious,
+    C.grams,
+    C.trust_region,
+    C.clip_update_rms,
+    C.stable_adamw,
+    C.parameter_ema(beta=0.9),
+    C.decay_to_ema(weight_decay=0.1),
+    C.adamc(weight_decay=0.1),
+    C.schedule_free,
+)
+
+
+def random_chain(seed: int) -> Case:
+    """A chain drawn at random, the same for the same seed in every process."""
+    draw = random.Random(seed)
+    while True:
+        parts = ((HEADS, 2), (MIDDLES, 2), (TAILS, 2))
+        elements = tuple(e for few, most in parts for e in draw.sample(few, draw.randint(0, most)))
+        try:
+            C.ChainOpt(parameters((2, 2)), 0.01, *elements)
+        except ValueError:  # elements that cannot stand together
+            continue
+        return _chain(f"random-{seed}", *elements)
 
 
 def averages(opt: Any) -> bool:
