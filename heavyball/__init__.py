@@ -1,7 +1,8 @@
 """Optimizers for PyTorch as chains of composable gradient transforms."""
 
-from heavyball import chainable, utils
+from heavyball import chainable, checkpoint, utils
 from heavyball.fused import FusedBackward, fuse_backward
+from heavyball.memory import MemoryPlan, memory_plan
 from heavyball.presets import (
     ADOPT,
     PRESETS,
@@ -32,12 +33,15 @@ __all__ = [
     "FusedBackward",
     "LaProp",
     "Lion",
+    "MemoryPlan",
     "NAdam",
     "PaLMSFAdamW",
     "PrecondSchedule",
     "RMSprop",
     "SFAdamW",
     "chainable",
+    "checkpoint",
     "fuse_backward",
+    "memory_plan",
     "utils",
 ]

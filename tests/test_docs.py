@@ -1,6 +1,8 @@
 """What the documentation says is what the code says."""
 
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -65,8 +67,65 @@ def test_the_examples_run(page: str, tmp_path: Path) -> None:
         "import torch\nmodel = torch.nn.Linear(64, 10)\nimport heavyball\nC = heavyball.chainable\n"
     )
     script.write_text(head + "\n".join(lines))
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
     assert done.returncode == 0, done.stderr
+
+
+# Saves twice, then dies while it saves for the third time.
+KILLED = """
+import os, signal, sys, io
+moment = sys.argv[1]
+
+def die(*args):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def half(thing, file):
+    buffer = io.BytesIO()
+    real(thing, buffer)
+    file.write(buffer.getvalue()[: len(buffer.getvalue()) // 2])
+    file.flush()
+    die()
+
+model = torch.nn.Linear(64, 10)
+for step in (1, 2, 3):
+    with torch.no_grad():
+        model.weight.fill_(step)
+    if step == 3 and moment == "save":
+        real, torch.save = torch.save, half
+    elif step == 3:
+        setattr(os, moment, die)
+    save_checkpoint(Path("kept"), step, model=model)
+"""
+
+
+@pytest.mark.parametrize("moment", ["save", "fsync", "replace", "never"])
+def test_the_checkpoints_of_the_page_survive_a_process_that_is_killed(
+    moment: str, tmp_path: Path
+) -> None:
+    pattern = blocks(ROOT / "docs/checkpoints.md")[0]
+    killed = subprocess.run(
+        [sys.executable, "-c", pattern + KILLED, moment],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert killed.returncode == (0 if moment == "never" else -signal.SIGKILL), killed.stderr
+    names: dict = {}
+    exec(pattern, names)  # the functions as the page has them
+    model = torch.nn.Linear(64, 10)
+    last = 3 if moment == "never" else 2
+    assert names["load_checkpoint"](tmp_path / "kept", model=model) == last
+    assert (model.weight == last).all()
+    files = sorted(path.name for path in (tmp_path / "kept").glob("step-*"))
+    assert files == [f"step-{step:09}.pt" for step in (last - 1, last)]
+    # the next one finds nothing in its way, and a damaged one is passed over
+    names["save_checkpoint"](tmp_path / "kept", 4, model=model)
+    (tmp_path / "kept" / f"step-{4:09}.pt").write_bytes(b"damaged")
+    assert names["load_checkpoint"](tmp_path / "kept", model=model) == last
+    assert names["load_checkpoint"](tmp_path / "nowhere", model=model) == 0
 
 
 def test_the_optimizer_that_the_readme_prints_is_the_one_that_is_printed() -> None:

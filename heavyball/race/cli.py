@@ -168,6 +168,27 @@ def show(chain: str, source: bool) -> None:
             console().print(explanation(chain))
 
 
+@cli.command("plan")
+@click.argument("optimizers", nargs=-1, metavar="[OPTIMIZER|CHAIN]...")
+@click.option("--model", "-m", default="gpt2-124m", show_default=True, help="An architecture.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16", "float64"]),
+    default="float32",
+    show_default=True,
+    help="The dtype of the parameters.",
+)
+def plan_memory(optimizers: tuple[str, ...], model: str, dtype: str) -> None:
+    """Show how much state presets or chains take for a well-known architecture; all presets if
+    none is named. Nothing is allocated."""
+    from heavyball.race.planning import plans, tables
+    from heavyball.race.report import console
+
+    with clean_errors():
+        for table in tables(plans(optimizers, model, dtype, {}), model, dtype):
+            console().print(table)
+
+
 class Refusal(click.ClickException):
     """An error that the user can mend."""
 

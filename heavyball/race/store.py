@@ -55,8 +55,16 @@ class Store:
         return Plan.from_json(self.saved().get("arguments") or {})
 
     def clear(self) -> None:
-        """Remove what a race wrote, and nothing else."""
-        for path in [self.summary, self.picture, *(self.folder / RUNS).glob("*.json")]:
+        """Remove what a race wrote, files that it was killed in the middle of too, and nothing else."""
+        runs = self.folder / RUNS
+        begun = [f for name in (SUMMARY, CURVES) for f in self.folder.glob(f".{name}.*")]
+        for path in [
+            self.summary,
+            self.picture,
+            *runs.glob("*.json"),
+            *runs.glob(".*.json.*"),
+            *begun,
+        ]:
             path.unlink(missing_ok=True)
 
     def write(self, content: dict[str, Any]) -> None:

@@ -1,0 +1,230 @@
+"""How much state an optimizer will hold, from shapes alone."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from heavyball.chain import Program
+from heavyball.optimizer import ChainOpt
+from heavyball.presets import PRESETS
+from heavyball.report import readable_bytes
+from heavyball.transform import Transform, nearest
+
+# Rows of parameters that a printed plan shows.
+SHOWN = 12
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What one parameter will hold, in bytes by state key."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    elements: int
+    parameter_bytes: int
+    trained: bool
+    state: Mapping[str, int]
+    per_transform: Mapping[str, int]
+    evaluation_bytes: int
+
+    @property
+    def state_bytes(self) -> int:
+        return sum(self.state.values())
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The state that an optimizer will hold after its first step, exact to the byte.
+
+    chain: what steps the parameters; parameters: what each of them will hold.
+    """
+
+    chain: str
+    parameters: tuple[Planned, ...]
+
+    @property
+    def state_bytes(self) -> int:
+        """What `ChainOpt.state_bytes()` will be after a step in which every parameter had a gradient."""
+        return sum(p.state_bytes for p in self.parameters)
+
+    @property
+    def elements(self) -> int:
+        return sum(p.elements for p in self.parameters)
+
+    @property
+    def parameter_bytes(self) -> int:
+        return sum(p.parameter_bytes for p in self.parameters)
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Gradients of the parameters' dtype, all of them at once."""
+        return sum(p.parameter_bytes for p in self.parameters if p.trained)
+
+    @property
+    def evaluation_bytes(self) -> int:
+        """What comes on top in evaluation mode, where the training weights are kept aside."""
+        return sum(p.evaluation_bytes for p in self.parameters)
+
+    @property
+    def per_transform(self) -> dict[str, int]:
+        """Bytes by the transform's key; `step` is the count that every parameter has."""
+        found: Counter[str] = Counter()
+        for parameter in self.parameters:
+            found.update(parameter.per_transform)
+        return dict(found)
+
+    @property
+    def per_parameter(self) -> dict[str, int]:
+        """Bytes of state by the parameter's name, or its place where it has none."""
+        return {p.name: p.state_bytes for p in self.parameters}
+
+    def __str__(self) -> str:
+        return "\n".join(_lines(self))
+
+
+def memory_plan(model_or_params: Any, chain_or_preset: Any, **options: Any) -> MemoryPlan:
+    """The state that an optimizer will take, per parameter and per transform, allocating nothing.
+
+    model_or_params: a module, or parameters in any form that an optimizer takes; their values are not
+        looked at, so they may be on the device "meta".
+    chain_or_preset: a preset's class or name, a transform, a tuple of elements, text as the command
+        `heavyball` takes it ("AdamW:amsgrad=True", "scale_by_adam | cautious"), or a function that
+        makes the optimizer from its parameters.
+    options: those of the preset, or of `ChainOpt`; `lr` may be left out.
+
+    Errors: as the optimizer's own, and ValueError for a name that nobody knows.
+    """
+    make, options = _maker(chain_or_preset, options)
+    opt = make(_on_meta(model_or_params), **options)
+    if not isinstance(opt, ChainOpt):
+        raise TypeError(f"memory_plan: {type(opt).__name__} is not made of a chain")
+    opt.init_state()
+    return MemoryPlan(repr(opt.chain), tuple(_planned(opt)))
+
+
+def _maker(what: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A function that builds the optimizer, and its options."""
+    if isinstance(what, str):
+        what, given = _from_text(what)
+        options = {**given, **options}
+    if what is ChainOpt:
+        raise TypeError("memory_plan: give the chain itself in place of ChainOpt")
+    if callable(what) and not isinstance(what, Transform):
+        return what, options
+    chain = tuple(what) if isinstance(what, tuple | list) else (what,)
+    options = {"lr": 1e-3, **options}
+    return (lambda params, lr, **rest: ChainOpt(params, lr, *chain, **rest)), options
+
+
+def _from_text(text: str) -> tuple[Any, dict[str, Any]]:
+    from heavyball.race.parse import parse_chain, parse_optimizer
+
+    name = text.partition(":")[0].strip()
+    if name in PRESETS:
+        return PRESETS[name], parse_optimizer(text)[1]
+    if name.isidentifier() and ":" in text:
+        raise ValueError(f"memory_plan: no preset {name!r}; {nearest(name, PRESETS)}")
+    return parse_chain(text), {}
+
+
+# ---- parameters without memory
+
+
+def _on_meta(given: Any) -> list[Any]:
+    """The same groups, names and parameters, on the device "meta"."""
+    if isinstance(given, nn.Module):
+        given = given.named_parameters()
+    if isinstance(given, Tensor):
+        raise TypeError("memory_plan: a tensor was given, expected a module or several parameters")
+    known: dict[Tensor, nn.Parameter] = {}
+    return [_entry(item, known) for item in given]
+
+
+def _entry(item: Any, known: dict[Tensor, nn.Parameter]) -> Any:
+    if isinstance(item, Mapping):
+        params = item["params"]
+        several = [params] if isinstance(params, Tensor) else list(params)
+        return {**item, "params": [_entry(p, known) for p in several]}
+    if isinstance(item, tuple):
+        return item[0], _entry(item[1], known)
+    if not isinstance(item, Tensor):
+        raise TypeError(f"memory_plan: expected parameters, got {type(item).__name__}")
+    if item not in known:
+        # plain tensors are given gradients by hand
+        trained = item.requires_grad or not isinstance(item, nn.Parameter)
+        empty = torch.empty_like(item, device="meta", requires_grad=False)
+        known[item] = nn.Parameter(empty, requires_grad=trained)
+    return known[item]
+
+
+# ---- what they hold
+
+
+def _planned(opt: ChainOpt) -> Iterator[Planned]:
+    programs, number = opt._all_programs(), 0
+    for group in opt.param_groups:
+        names = group.get("param_names") or [None] * len(group["params"])
+        for name, param in zip(names, group["params"], strict=True):
+            state = {key: _bytes(t) for key, t in opt.state.get(param, {}).items()}
+            yield Planned(
+                name=name or str(number),
+                shape=tuple(param.shape),
+                dtype=param.dtype,
+                elements=param.numel(),
+                parameter_bytes=_bytes(param),
+                trained=param.requires_grad,
+                state=state,
+                per_transform=_by_transform(state, programs[param]),
+                evaluation_bytes=_bytes(param) if state and programs[param].evaluators else 0,
+            )
+            number += 1
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _by_transform(state: Mapping[str, int], program: Program) -> dict[str, int]:
+    found: Counter[str] = Counter()
+    keys = sorted((node.key for node in program.flat), key=len, reverse=True)
+    for key, count in state.items():
+        # the longest, since `exp_avg` begins `exp_avg.1` too
+        owners = (k for k in keys if key == k or (key.startswith(k) and not _is_name(key[len(k)])))
+        found[next(owners, key.partition(":")[0])] += count
+    return dict(found)
+
+
+def _is_name(character: str) -> bool:
+    return character.isalnum() or character == "_"
+
+
+# ---- printing
+
+
+def _lines(plan: MemoryPlan) -> Iterable[str]:
+    yield plan.chain
+    each = plan.state_bytes / max(plan.elements, 1)
+    yield (
+        f"{len(plan.parameters):,} parameters, {plan.elements:,} elements: "
+        f"{plan.parameter_bytes:,} bytes ({readable_bytes(plan.parameter_bytes)})"
+    )
+    yield (
+        f"state: {plan.state_bytes:,} bytes ({readable_bytes(plan.state_bytes)}), "
+        f"{each:.4g} per element"
+    )
+    for key, count in plan.per_transform.items():
+        yield f"  {key:<28} {count:>20,}  {readable_bytes(count)}"
+    if plan.evaluation_bytes:
+        more = readable_bytes(plan.evaluation_bytes)
+        yield f"in evaluation mode: {plan.evaluation_bytes:,} bytes more ({more})"
+    largest = sorted(plan.parameters, key=lambda p: -p.state_bytes)[:SHOWN]
+    yield "largest:" if len(largest) < len(plan.parameters) else "parameters:"
+    width = max((len(p.name) for p in largest), default=0)
+    for p in largest:
+        dtype = str(p.dtype).removeprefix("torch.")
+        yield f"  {p.name:<{width}}  {p.shape!s:<20} {dtype:<9} {p.state_bytes:>18,}"
