@@ -9,7 +9,17 @@ from typing import Any
 from torch import Tensor
 
 from heavyball.combine import Element, Parallel, Route, When, Within, as_chain, chain_repr
-from heavyball.transform import CONTEXT, WHOLE_CONTEXT, Interval, Shared, Transform, check_live
+from heavyball.formats import Storage
+from heavyball.storage import COMPANIONS
+from heavyball.transform import (
+    CONTEXT,
+    WHOLE_CONTEXT,
+    Holds,
+    Interval,
+    Shared,
+    Transform,
+    check_live,
+)
 from heavyball.transforms.decay import decoupled
 from heavyball.transforms.descend import descend
 
@@ -61,8 +71,9 @@ class Hyper:
 class Program:
     """What runs for one parameter: nodes and forks, no switches left, ending in the write."""
 
-    def __init__(self, nodes: tuple[Node | Fork, ...]):
+    def __init__(self, nodes: tuple[Node | Fork, ...], storage: Storage | None = None):
         self.nodes = nodes
+        self.storage = storage or Storage()
         self.flat = tuple(flatten(nodes))
         self.total_keys = tuple(n.key for n in self.flat if n.transform.over_all is not None)
         self.has_whole = any(n.transform.whole for n in self.flat)
@@ -78,8 +89,20 @@ class Program:
         self.pieces: dict[Any, tuple[str | None, ...]] = {}
         # state that comes only when a hyper-parameter asks for it
         self.lazy_keys = {
-            n.state_key(name) for n, name, s in self.states if s.needed_by in n.transform.hyper
+            n.state_key(name) + part
+            for n, name, s in self.states
+            if s.needed_by in n.transform.hyper
+            for part in ("", *COMPANIONS)
         }
+        # what each state holds, numbers excepted
+        self.holds: dict[str, Holds] = {
+            n.state_key(name): s.holds for n, name, s in self.states if not s.is_number
+        }
+
+    def holds_of(self, key: str) -> Holds | None:
+        """What a state tensor holds, one of several under one name too; None for a number."""
+        name, _, index = key.rpartition(".")
+        return self.holds.get(key) or (self.holds.get(name) if index.isdigit() else None)
 
     @functools.cached_property
     def identity(self) -> Any:
@@ -100,7 +123,8 @@ def _identity(node: Node | Fork) -> Any:
         hash(options)
     except TypeError:
         options = (("unhashable", t),)
-    declared = (t.kind, tuple(t.states), t.provides, tuple(t.hyper))
+    states = tuple((name, state.holds) for name, state in t.states.items())
+    declared = (t.kind, states, t.provides, tuple(t.hyper))
     inner = tuple(n.key for n in node.inner)
     return (t.update, t.over_all, options, declared, node.key, tuple(node.hyper.items()), inner)
 
@@ -140,8 +164,11 @@ def flatten(nodes: tuple[Node | Fork, ...]) -> Iterator[Node]:
 class Chain:
     """The elements as given, completed with the default decay and write, checked and named."""
 
-    def __init__(self, elements: tuple[Any, ...], owner: str = "ChainOpt"):
+    def __init__(
+        self, elements: tuple[Any, ...], owner: str = "ChainOpt", storage: Storage | None = None
+    ):
         self.elements = as_chain(elements, owner)
+        self.storage = storage or Storage()
         self.hyper: dict[str, Hyper] = {}
         self._counts: Counter[str] = Counter()
         self._programs: dict[tuple[int, ...], Program] = {}
@@ -157,6 +184,11 @@ class Chain:
                     "which must be checked; put the rules of several into one route"
                 )
             self._program(picks)
+        self.storage.check(
+            (n.state_key(name), name, declared)
+            for program in self._programs.values()
+            for n, name, declared in program.states
+        )
         # bound in any case, so drop what no program uses
         used = {key for p in self._programs.values() for n in p.flat for key, _ in n.hyper.values()}
         self.hyper = {key: value for key, value in self.hyper.items() if key in used}
@@ -167,7 +199,7 @@ class Chain:
         return chain_repr(self.elements)
 
     def __reduce__(self) -> tuple:
-        return Chain, (self.elements,)
+        return Chain, (self.elements, "ChainOpt", self.storage)
 
     def __deepcopy__(self, memo: dict) -> "Chain":
         return self
@@ -271,7 +303,7 @@ class Chain:
             choices = iter(picks)
             nodes = self._complete(tuple(_resolve(self._nodes, choices)))
             check(nodes)
-            self._programs[picks] = Program(nodes)
+            self._programs[picks] = Program(nodes, self.storage)
         return self._programs[picks]
 
     def _complete(self, nodes: tuple[Node | Fork, ...]) -> tuple[Node | Fork, ...]:

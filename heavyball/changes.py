@@ -45,7 +45,7 @@ def notice(opt: "ChainOpt", programs: dict[Tensor, Program], kinds: dict[Tensor,
             group = opt.param_groups[index]
             expected[param] = _checked(label, program, param, group, opt.state[param])
     for param, tensors in expected.items():
-        convert(opt.state[param], tensors)
+        convert(opt.state[param], tensors, found[param])
     for param in gone:
         del programs[param], kinds[param]
     programs.update(found)

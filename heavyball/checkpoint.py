@@ -9,12 +9,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from heavyball.chain import Chain, Fork, Node, Program, visible
 from heavyball.combine import Parallel, Route, When, Within
 from heavyball.runner import add_missing_state
+from heavyball.storage import fault, is_companion, is_real, layout, main_of, recode
 from heavyball.transform import Transform
 
 VERSION = 1
@@ -186,10 +186,18 @@ def misfits(
 ) -> tuple[list[str], list[str], list[str]]:
     """Keys that are missing, keys that are too many, and what is wrong with the others."""
     lazy = program.lazy_keys
-    missing = [k for k in expected if k not in found and k not in lazy]
-    extra = [k for k in found if k not in expected and k not in lazy and k != SAVED_WEIGHTS]
+    # a tensor in another format is brought into this one, so its companions are no keys of their own
+    both = found.keys() & expected.keys()
+    missing = [k for k in expected if k not in found and k not in lazy and main_of(k) not in both]
+    extra = [
+        k
+        for k in found
+        if k not in expected and k not in lazy and k != SAVED_WEIGHTS and main_of(k) not in both
+    ]
     wrong = []
     for key, tensor in found.items():
+        if is_companion(key) and main_of(key) in both:
+            continue
         like = param if key == SAVED_WEIGHTS else expected.get(key)
         if like is None:
             continue
@@ -199,20 +207,21 @@ def misfits(
             wrong.append(
                 f"{key!r} has the shape {tuple(tensor.shape)}, expected {tuple(like.shape)}"
             )
-        elif not _convertible(tensor.dtype, like.dtype):
+        elif broken := fault(found, key):
+            wrong.append(broken)
+        elif key != SAVED_WEIGHTS and not _convertible(found, expected, key):
             wrong.append(f"{key!r} is {tensor.dtype}, expected {like.dtype}")
     return missing, extra, wrong
 
 
-def convert(state: dict[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Give every tensor the dtype that is expected of it."""
-    for key, like in expected.items():
-        if key in state and state[key].dtype != like.dtype:
-            state[key] = state[key].to(like.dtype)
+def convert(state: dict[str, Tensor], expected: Mapping[str, Tensor], program: Program) -> None:
+    """Give every tensor the dtype, or the format of fewer bits, that is expected of it."""
+    recode(state, expected, program.holds_of)
 
 
-def _convertible(one: torch.dtype, other: torch.dtype) -> bool:
-    return one == other or (one.is_floating_point and other.is_floating_point)
+def _convertible(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], key: str) -> bool:
+    same = layout(found, key) == layout(expected, key)
+    return same or (is_real(found, key) and is_real(expected, key))
 
 
 def by_transform(keys: Iterable[str]) -> str:

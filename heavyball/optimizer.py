@@ -33,11 +33,12 @@ from heavyball.checks import (
     overlaps,
 )
 from heavyball.compiler.engine import Engine, sources
+from heavyball.formats import Choice, Storage
 from heavyball.fused import FusedBackward, Singles, refuse_rivals, refuse_scaler
 from heavyball.loading import fit
-from heavyball.numerics import stream
 from heavyball.report import optimizer_repr, routing_table
 from heavyball.runner import Counts, Job, Scalars, add_missing_state, average
+from heavyball.storage import CORRECTION, PARAM, stream_of
 from heavyball.transform import check_live, finite, nearest, nonnegative
 
 
@@ -56,9 +57,14 @@ class ChainOpt(Optimizer):
     compile: "auto" runs the chain as one compiled kernel where that is possible and warns once where it
         is not; True raises there; False runs it as plain torch operations. On CUDA "auto" is False
         for now: the kernels there have been checked in Triton's interpreter, not on a GPU.
-    stochastic_rounding: how bfloat16 parameters are written: without bias, or to nearest.
-    seed: what the bits for the rounding are hashed from, together with the parameter's place, its step
-        and the element. They do not touch torch's generators.
+    stochastic_rounding: how bfloat16 parameters and state and 8-bit codes are written: without bias, or
+        to nearest.
+    seed: what the bits for the rounding are hashed from, together with the parameter's place, the
+        state's name, the parameter's step and the element. They do not touch torch's generators.
+    storage_dtype: how state is kept: "float32", "bfloat16", "float16" or "8bit", for all of it or as a
+        dict by the state's name or key. None: as it is computed, in float32 (float64 for float64).
+    ecc: a 16-bit value and a correction instead: "bf16+8", "bf16+16", "fp16+8" or "fp16+16", likewise.
+    param_ecc: the same for the parameters, whose correction is state; they must have that 16-bit dtype.
     fuse_backward: step each parameter inside `backward()`, as soon as its gradient is complete, and
         free the gradient; see `heavyball.fuse_backward`.
 
@@ -78,6 +84,9 @@ class ChainOpt(Optimizer):
         stochastic_rounding: bool = True,
         seed: int = 0,
         fuse_backward: bool = False,
+        storage_dtype: Choice = None,
+        ecc: Choice = None,
+        param_ecc: str | None = None,
         **unknown: Any,
     ):
         for name in unknown:
@@ -89,6 +98,9 @@ class ChainOpt(Optimizer):
                 "stochastic_rounding",
                 "seed",
                 "fuse_backward",
+                "storage_dtype",
+                "ecc",
+                "param_ecc",
             )
             raise TypeError(
                 f"{type(self).__name__} has no option {name!r}; {nearest(name, known)}; the "
@@ -103,7 +115,8 @@ class ChainOpt(Optimizer):
         if foreach is not None and not isinstance(foreach, bool):
             raise TypeError(f"foreach={foreach!r}: expected True, False or None")
         lr = checked_lr(lr)
-        self._chain = Chain(transforms, type(self).__name__)
+        storage = Storage(storage_dtype, ecc, param_ecc)
+        self._chain = Chain(transforms, type(self).__name__, storage)
         self._foreach = foreach
         self._compile = compile
         self._stochastic_rounding = stochastic_rounding
@@ -194,6 +207,7 @@ class ChainOpt(Optimizer):
             raise ValueError(f"{label} is {param.dtype}, expected a real floating-point dtype")
         if overlaps(param):
             raise ValueError(f"{label}: its elements overlap in memory; pass a contiguous tensor")
+        self._chain.storage.check_param(label, param)
         program = self._chain.program_for(name, param)
         check_shape(label, param, program)
         return program
@@ -305,10 +319,11 @@ class ChainOpt(Optimizer):
         param, group, scalars = place.param, place.group, self._scalars[place.index]
         state = self._state_of(program, param, group)
         job = Job(program, param, param.grad, group, state, scalars)  # type: ignore[arg-type]
-        if param.dtype == torch.bfloat16 and self._stochastic_rounding:
-            job.stream = stream(group["seed"], place.number)
+        rounded = param.dtype == torch.bfloat16 or self._chain.storage.is_random
+        if rounded and self._stochastic_rounding:
+            job.stream = stream_of(group["seed"], place.number)
         if program.has_whole:
-            job.noise = stream(group["seed"], place.number) if program.has_noise else 0
+            job.noise = stream_of(group["seed"], place.number) if program.has_noise else 0
             job.count, job.counts = self._counts.read(state["step"]), self._counts
         return job
 
@@ -409,6 +424,17 @@ class ChainOpt(Optimizer):
         if SAVED_WEIGHTS in state:
             param.copy_(state.pop(SAVED_WEIGHTS))
 
+    @torch.no_grad()
+    def reset_corrections(self) -> None:
+        """Forget what `param_ecc` holds beside the parameters, after other weights were put into them.
+
+        Without it the old corrections move the new weights by up to half of the distance between two
+        of their neighbours, once.
+        """
+        for state in self.state.values():
+            if PARAM + CORRECTION in state:
+                state[PARAM + CORRECTION].zero_()
+
     # ---- saving and copying
 
     def __getstate__(self) -> dict[str, Any]:
@@ -507,7 +533,9 @@ class ChainOpt(Optimizer):
                 state = self.state[param] if loading["state"].get(number) else {}
                 for key, value in loading["state"].get(number, {}).items():
                     state[key] = value.detach().clone().to(param.device)
-                convert(state, expected_state(programs[param], param, group) if state else {})
+                if state:
+                    program = programs[param]
+                    convert(state, expected_state(program, param, group), program)
 
     # ---- looking at it
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from heavyball.chain import Fork, Node, Program
-from heavyball.numerics import random_bits, round_stochastically, saturate, shape_of
+from heavyball.numerics import saturate, shape_of
+from heavyball.storage import create, create_param, drawing, held, held_param
 from heavyball.transform import CONTEXT, WHOLE_CONTEXT, State, keyword_names
 from heavyball.whole import STACKED, Answer, Call, Pieces, due, serve
 
@@ -33,6 +34,11 @@ def working(tensor: Tensor) -> Tensor:
     """
     tensor = tensor.detach().to(compute_dtype(tensor.dtype))
     return tensor.reshape(1) if tensor.ndim == 0 else tensor
+
+
+def working_param(param: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+    """A parameter as the mathematics sees it, its correction included."""
+    return working(held_param(state, param.detach()).load(compute_dtype(param.dtype)))
 
 
 class Scalars:
@@ -91,7 +97,7 @@ class Job:
     group: Mapping[str, Any]
     state: dict[str, Tensor]
     scalars: Scalars
-    # of the bits to round a bfloat16 parameter with; None rounds to nearest
+    # of the bits to round the parameter and its state with; None rounds to nearest
     stream: int | None = None
     # for whole transforms: the stream of their noise, and `step` as a Python number
     noise: int = 0
@@ -133,6 +139,7 @@ def add_missing_state(
     """Create the state that a parameter needs under the group's present values and does not have."""
     if "step" not in state:
         state["step"] = torch.zeros((), dtype=SCALAR, device=param.device)
+    create_param(state, param, program.storage.param)
     for node, name, declared in program.states:
         key = node.state_key(name)
         if key in state or (key in program.lazy_keys and not lazy_wanted(node, declared, group)):
@@ -140,23 +147,24 @@ def add_missing_state(
         if declared.several:
             _add_several(program, node, name, param, state)
             continue
-        tensor = declared.init(working(param), node.transform.options)
-        if tensor is not None and node.transform.whole:
-            state[key] = tensor
-        elif tensor is not None:
-            shape = tensor.shape if declared.is_number or param.ndim else param.shape
-            state[key] = tensor.reshape(shape)
+        tensor = declared.init(working_param(param, state), node.transform.options)
+        if tensor is not None:
+            plain = declared.is_number or param.ndim or node.transform.whole
+            shape = tensor.shape if plain else param.shape
+            chosen = program.storage.format_of(key, name, declared, shape, param.shape)
+            create(state, key, tensor.reshape(shape), chosen, declared.holds)
 
 
 def _add_several(
     program: Program, node: Node, name: str, param: Tensor, state: dict[str, Tensor]
 ) -> None:
-    keys = pieces(program, node, name, param)
+    keys, declared = pieces(program, node, name, param), node.transform.states[name]
     if any(key is not None and key not in state for key in keys):
-        made = node.transform.states[name].init(working(param), node.transform.options)
+        made = declared.init(working_param(param, state), node.transform.options)
         for key, tensor in zip(keys, made, strict=True):
             if key is not None and key not in state:
-                state[key] = tensor
+                place = node.state_key(name), name, declared, tensor.shape, param.shape
+                create(state, key, tensor, program.storage.format_of(*place), declared.holds)
 
 
 def pieces(program: Program, node: Node, name: str, param: Tensor) -> tuple[str | None, ...]:
@@ -298,8 +306,8 @@ def whole_state(node: Node, name: str, frame: Frame) -> Pieces:
 def _piece(key: str, frame: Frame) -> Tensor:
     if key in frame.new:
         return frame.new[key]
-    tensor = frame.job.state[key]
-    return tensor.to(compute_dtype(frame.job.param.dtype)) if tensor.is_floating_point() else tensor
+    kept = held(frame.job.state, key, frame.job.program.holds_of(key))
+    return kept.load(compute_dtype(frame.job.param.dtype))
 
 
 def keep_state(node: Node, name: str, value: Pieces, frame: Frame) -> None:
@@ -386,11 +394,12 @@ def _check_shapes(
 
 
 def _working_state(node: Node, name: str, frame: Frame) -> Tensor | None:
-    tensor = frame.job.state.get(node.state_key(name))
-    if tensor is None or node.transform.states[name].is_number:
+    key, declared = node.state_key(name), node.transform.states[name]
+    tensor = frame.job.state.get(key)
+    if tensor is None or declared.is_number:
         return tensor
-    if tensor.is_floating_point():
-        tensor = tensor.to(compute_dtype(frame.job.param.dtype))
+    kept = held(frame.job.state, key, declared.holds)
+    tensor = kept.load(compute_dtype(frame.job.param.dtype))
     return tensor.reshape(1) if tensor.ndim == 0 else tensor
 
 
@@ -470,7 +479,7 @@ def start(job: Job, finish: Finish) -> Run:
     device = job.param.device
     env = {
         "step": job.state["step"] + 1,
-        "param": working(job.param),
+        "param": working_param(job.param, job.state),
         "grad": grad,
         "raw_grad": raw,
         "base_lr": job.scalars.get(job.group, "lr", device),
@@ -537,19 +546,23 @@ def _sum(key: str, shares: Iterable[Tensor | None]) -> dict[str, Tensor]:
 
 def _commit(job: Job, values: dict[str, Tensor]) -> None:
     """Write the new parameter and state into the tensors that hold the old ones."""
-    pairs = [(job.param if key == "param" else job.state[key], v) for key, v in values.items()]
-    old = {target.untyped_storage().data_ptr() for target, _ in pairs}
+    targets = {key: job.param if key == "param" else job.state[key] for key in values}
+    old = {target.untyped_storage().data_ptr() for target in targets.values()}
     # a transform may hand on an old state as another state: save it before it is overwritten
-    safe = [
-        (t, v.clone() if v.untyped_storage().data_ptr() in old and not _same(t, v) else v)
-        for t, v in pairs
-    ]
-    for target, value in safe:
-        value = value.reshape(target.shape)
-        if target is job.param and job.stream is not None:
-            bits = random_bits(target, job.stream, values["step"])
-            value = round_stochastically(value, bits)
-        target.copy_(value)
+    safe = {
+        k: v.clone() if v.untyped_storage().data_ptr() in old and not _same(targets[k], v) else v
+        for k, v in values.items()
+    }
+    for key, target in targets.items():
+        value = safe.pop(key).reshape(target.shape)
+        if key == "param":
+            kept = held_param(job.state, target)
+        elif (holds := job.program.holds_of(key)) is not None:
+            kept = held(job.state, key, holds)
+        else:
+            target.copy_(value)
+            continue
+        kept.store(value, drawing(target, job.stream, key, values["step"]))
     if job.counts is not None:
         job.counts.note(job.state["step"], job.count + 1)
 
@@ -572,4 +585,5 @@ def average(
     old = [_working_state(node, name, frame) for name in node.transform.states]
     names = keyword_names(node.transform.evaluate)
     hyper = {name: frame.hyper(node, name) for name in names}
-    return node.transform.evaluate(working(param), *old, **hyper).reshape(param.shape)
+    current = working_param(param, state)
+    return node.transform.evaluate(current, *old, **hyper).reshape(param.shape)

@@ -13,6 +13,8 @@ from triton.runtime import interpreter
 import heavyball
 from heavyball.compiler import cuda, triton_matrix, triton_printer
 from heavyball.compiler.triton_printer import BLOCK, CHUNK
+from heavyball.runner import working_param
+from heavyball.storage import held
 
 C = heavyball.chainable
 NUMPY = {
@@ -325,3 +327,74 @@ def test_results_do_not_depend_on_other_parameters() -> None:
     (_, _), (alone, _) = pair(chain, (LONG,), steps=2)
     (_, _), (among, _) = pair(chain, (LONG, (3,), (77,)), steps=2)
     assert torch.equal(alone[0], among[0])
+
+
+FORMATS = (
+    {"storage_dtype": "bfloat16"},
+    {"storage_dtype": "float16"},
+    {"ecc": "bf16+8"},
+    {"ecc": "fp16+16"},
+    {"ecc": {"exp_avg": "bf16+16", "exp_avg_sq": "fp16+8"}},
+)
+
+
+def assert_values_near(found, formats: dict, tolerance: float) -> None:
+    """What the stored tensors stand for agrees, but for one entry in a thousand."""
+    (eager, one), (compiled, two) = found
+    for p, q in zip(eager, compiled, strict=True):
+        assert one.state[p].keys() == two.state[q].keys()
+        holds = one._programs[p].holds
+        pairs = [(working_param(x, opt.state[x]) for x, opt in ((p, one), (q, two)))]
+        for key in holds.keys() & one.state[p].keys():
+            kept = (held(s, key, holds[key]) for s in (one.state[p], two.state[q]))
+            pairs.append(k.load(torch.float32) for k in kept)
+        for a, b in pairs:
+            wrong = (a - b).abs() > tolerance * a.abs().max().clamp(min=1e-30)
+            assert wrong.sum() <= a.numel() // 1000, (formats, a.shape, (a - b).abs().max())
+
+
+@pytest.mark.parametrize("formats", FORMATS, ids=str)
+def test_state_in_fewer_bits(formats: dict) -> None:
+    shapes = ((BLOCK + 77,), (1,), (5, 6))
+    found = pair((C.scale_by_adam, C.cautious), shapes, steps=2, **formats)
+    # The random bits are the same, so only what lies on an edge may go the other way, as far as
+    # from one neighbour of the format to the next.
+    assert_values_near(found, formats, 64 * torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_parameters_with_a_correction(dtype: torch.dtype, bits: int) -> None:
+    formats = {"param_ecc": f"{'bf' if dtype == torch.bfloat16 else 'fp'}16+{bits}"}
+    found = pair((C.scale_by_adam,), ((BLOCK + 77,), (5, 6)), dtype, steps=2, **formats)
+    # one step of a correction on the largest entry: half an ulp over 127
+    step = torch.finfo(dtype).eps / 2 / 127 if bits == 8 else 64 * torch.finfo(torch.float32).eps
+    assert_values_near(found, formats, 2 * step)
+
+
+def test_rows_in_fewer_bits(monkeypatch) -> None:
+    monkeypatch.setattr(triton_matrix, "HEIGHT", 4)
+    for form in (
+        {"storage_dtype": {"row": "bfloat16"}},
+        {"ecc": {"row": "bf16+8", "col": "fp16+8"}},
+    ):
+        chain = (C.factored_rms(min_dim=4), C.clip_update_rms)
+        found = pair(chain, ((5, 6), (7, BLOCK + 9)), steps=2, **form)
+        assert_values_near(found, form, 64 * torch.finfo(torch.float32).eps)
+
+
+def test_corrections_have_the_same_bits() -> None:
+    """The sign of a constant has no rounding of its own, so every bit must agree."""
+    for kind in ("bf16+8", "bf16+16", "fp16+8", "fp16+16"):
+        dtype = torch.bfloat16 if kind[0] == "b" else torch.float16
+        (eager, one), (compiled, two) = pair(
+            (C.sign,), ((BLOCK + 77,), (5,)), dtype, lr=2**-9, steps=4, param_ecc=kind
+        )
+        for p, q in zip(eager, compiled, strict=True):
+            assert torch.equal(p, q)
+            assert torch.equal(one.state[p]["param:correction"], two.state[q]["param:correction"])
+
+
+def test_codes_run_eagerly_with_a_warning() -> None:
+    with pytest.warns(RuntimeWarning, match="8-bit state .* on CUDA"):
+        pair((C.exp_avg,), ((4096,),), mode="auto", steps=1, storage_dtype="8bit")

@@ -1,15 +1,22 @@
 """Prints a graph as C++: one function that steps every tensor of a table, with OpenMP."""
 
+from collections.abc import Callable, Iterable
+
 import torch
 
-from heavyball.compiler.graph import Graph, Ref, Value
+from heavyball.compiler.cpp_storage import CODES, CORRECTED, ROOTS, WIDE
+from heavyball.compiler.graph import Graph, NotPrintableError, Ref, Value
 from heavyball.compiler.stages import Pass, Schedule, schedule
+from heavyball.storage import COMPANIONS, CORRECTION, SCALE, is_companion, word_of
 
 CTYPES = {
     torch.float32: "float",
     torch.float64: "double",
     torch.bfloat16: "bf16",
     torch.float16: "f16",
+    torch.int8: "int8_t",
+    torch.uint8: "uint8_t",
+    torch.int16: "int16_t",
 }
 # A tensor up to this size goes whole to one thread; a larger one is cut into chunks.
 SMALL, CHUNK = 65536, 16384
@@ -88,8 +95,14 @@ static inline float load(const bf16* p) {
 static inline void store(float* p, double v) { *p = (float)v; }
 static inline void store(float* p, float v) { *p = v; }
 static inline void store(double* p, double v) { *p = v; }
-static inline void store(f16* p, float v) { *p = (f16)v; }
-static inline void store(f16* p, double v) { *p = (f16)v; }
+static inline void store(f16* p, float v) {
+    // a finite value stays finite
+    const float size = v < 0 ? -v : v;
+    const bool over = size > 65504.0f && size <= std::numeric_limits<float>::max();
+    *p = (f16)(over ? (v < 0 ? -65504.0f : 65504.0f) : v);
+}
+static inline void store(f16* p, double v) { store(p, (float)v); }
+static inline void store_finite(f16* p, float v) { store(p, v); }
 static inline void store(bf16* p, float v) {
     uint32_t word;
     std::memcpy(&word, &v, 4);
@@ -129,8 +142,9 @@ class Printer:
         dtypes: dict[str, torch.dtype],
         compute: torch.dtype,
         random: bool = False,
+        roots: frozenset[str] = frozenset(),
     ):
-        self.graph, self.dtypes, self.random = graph, dtypes, random
+        self.graph, self.dtypes, self.random, self.roots = graph, dtypes, random, roots
         self.type = CTYPES[compute]
         self.plan: Schedule = schedule(graph, dtypes, compute)
         ops = {"load": [], "number": [], "hyper": [], "total": []}  # type: dict[str, list]
@@ -142,19 +156,34 @@ class Printer:
         tensors = {args[0] for args in ops["load"]} | {
             n for n in graph.outputs if n not in self.plan.numbers
         }
-        self.tensors = sorted(tensors)
+        self.tensors = sorted(self._with_companions(tensors))
+        for name in self.tensors:
+            kind = dtypes[name]
+            if not (kind.is_floating_point or is_companion(name) or name + SCALE in dtypes):
+                raise NotPrintableError(f"a tensor of {kind}, {name}")
         numbers = {args[0] for args in ops["number"]} | set(self.plan.numbers)
         self.numbers = sorted(numbers)
 
     def source(self) -> str:
         """The whole file."""
-        parts = [PRELUDE, f"typedef {self.type} T;", self._row()]
+        parts = [PRELUDE, *self._formats(), f"typedef {self.type} T;", self._row()]
         for k, planned in enumerate(self.plan.passes):
             parts += [self._scalars(f"scalars_{k}", planned.scalars), self._pass(k, planned)]
         parts += [self._scalars("scalars_end", self.plan.final), self._numbers(), self._driver()]
         return "\n".join(parts)
 
+    def _formats(self) -> list[str]:
+        """The functions for formats of fewer bits that this kernel needs."""
+        uses = {part for n in self.tensors for part in COMPANIONS if n.endswith(part)}
+        found = {CORRECTED: CORRECTION in uses, CODES: SCALE in uses, ROOTS: bool(self.roots)}
+        return [text for text, needed in found.items() if needed]
+
     # ---- layout
+
+    def _with_companions(self, names: Iterable[str]) -> set[str]:
+        """The tensors under these names as they are kept in memory."""
+        kept = {name + part for name in names for part in ("", *COMPANIONS)}
+        return {name for name in kept if name in self.dtypes}
 
     @property
     def names(self) -> tuple:
@@ -241,19 +270,46 @@ class Printer:
             " int64_t low, int64_t high, double* part) {"
         ]
         body, used = self._body(planned)
-        lines += self._pointers(planned) + self._key(planned)
+        lines += self._pointers(planned) + self._keys(planned.stores)
         lines += [self._constant(i) for i in sorted(used)]
         lines += [f"    {self._sum_type(i)} r{i} = {self._neutral(i)};" for i in planned.reductions]
-        lines += [f"    #pragma omp simd{self._clauses(planned.reductions)}"]
-        lines += ["    for (int64_t i = low; i < high; ++i) {"]
-        lines += [f"        {line}" for line in body]
-        lines += ["    }"]
+        walk = [f"    #pragma omp simd{self._clauses(planned.reductions)}"]
+        walk += ["    for (int64_t i = low; i < high; ++i) {"]
+        walk += [f"        {line}" for line in body]
+        walk += ["    }"]
+        lines += self._in_blocks(planned, walk)
         lines += [f"    part[{n}] = r{i};" for n, i in enumerate(planned.reductions)]
         return "\n".join([*lines, "}\n"])
 
+    def _in_blocks(self, planned: Pass, walk: list[str]) -> list[str]:
+        """A walk over a part of a tensor; with 8-bit tensors, block by block through buffers."""
+        read = {*planned.loads, *planned.reloads.values()}
+        touched = [n for n in sorted(read | planned.stores.keys()) if n + SCALE in self.dtypes]
+        if not touched:
+            return walk
+        lines = [f"    float q{self.tensors.index(n)}[{WIDE}];" for n in touched]
+        lines += [f"    for (int64_t base = low, last = high; base < last; base += {WIDE}) {{"]
+        lines += [
+            f"    const int64_t low = base, high = last < base + {WIDE} ? last : base + {WIDE};"
+        ]
+        for name in touched:
+            n, scale = (self.tensors.index(k) for k in (name, name + SCALE))
+            place = f"t{n} + base, t{scale} + base / 32, q{n}, high - low"
+            if name in read:
+                lines.append(f"    decode({place});")
+        lines += walk
+        for name in touched:
+            n, scale = (self.tensors.index(k) for k in (name, name + SCALE))
+            place = f"t{n} + base, t{scale} + base / 32, q{n}, high - low"
+            if name in planned.stores:
+                how, key = ("true", f"key{n}") if self.random else ("false", "0")
+                lines.append(f"    encode<{how}>({place}, {key}, base);")
+        return [*lines, "    }"]
+
     def _pointers(self, planned: Pass) -> list[str]:
         lines = []
-        for name in sorted({*planned.loads, *planned.reloads.values(), *planned.stores}):
+        touched = {*planned.loads, *planned.reloads.values(), *planned.stores}
+        for name in sorted(self._with_companions(touched)):
             kind, index = CTYPES[self.dtypes[name]], self.tensors.index(name)
             lines.append(f"    {kind}* __restrict t{index} = {self._tensor(name)};")
         return lines
@@ -279,11 +335,11 @@ class Printer:
         names, used = self._names(), set[int]()
         lines = []
         for i, name in planned.reloads.items():
-            lines.append(f"const T v{i} = load(t{self.tensors.index(name)} + i);")
+            lines.append(f"const T v{i} = {self._load(name, self._local)};")
         for i in planned.elements:
             v = self.graph.values[i]
             if v.op == "load":
-                text = f"load(t{self.tensors.index(v.args[0])} + i)"
+                text = self._load(v.args[0], self._local)
             else:
                 used |= {a.index for a in v.args if isinstance(a, Ref)}
                 text = self._expression(v, names, "T")
@@ -292,21 +348,51 @@ class Printer:
             lines.append(self._accumulate(i, names))
         for name, i in planned.stores.items():
             used.add(i)
-            lines.append(self._store(name, names[i]))
+            lines.append(self._store(name, names[i], self._local))
         return lines, {i for i in used if self.graph.values[i].level == "scalar"}
 
-    def _store(self, name: str, value: str) -> str:
-        target = f"t{self.tensors.index(name)} + i"
-        if name == "param" and self.random:
-            return f"store_random({target}, {value}, key, i);"
+    def _local(self, name: str) -> str:
+        return f"t{self.tensors.index(name)}"
+
+    def _load(self, name: str, pointer: Callable[[str], str]) -> str:
+        """One value as the mathematics sees it, however it is kept."""
+        if name + SCALE in self.dtypes:
+            text = f"q{self.tensors.index(name)}[i - base]"
+        elif name + CORRECTION in self.dtypes:
+            text = f"load_corrected({pointer(name)} + i, {pointer(name + CORRECTION)} + i)"
+        else:
+            text = f"load({pointer(name)} + i)"
+        return f"squared({text})" if name in self.roots else text
+
+    def _store(self, name: str, value: str, pointer: Callable[[str], str]) -> str:
+        target, is_root = f"{pointer(name)} + i", name in self.roots
+        if name + SCALE in self.dtypes:
+            value = f"root((float){value})" if is_root else f"(float){value}"
+            return f"q{self.tensors.index(name)}[i - base] = {value};"
+        if name + CORRECTION in self.dtypes:
+            value = f"root((float){value})" if is_root else f"(float){value}"
+            return f"store_corrected({target}, {pointer(name + CORRECTION)} + i, {value});"
+        if is_root:
+            return f"store({target}, raised_root((float){value}));"
+        if self._is_random(name):
+            return f"store_random({target}, {value}, key{self.tensors.index(name)}, i);"
         return f"store({target}, {value});"
 
-    def _key(self, planned: Pass) -> list[str]:
-        """The word from which a pass that rounds takes its bits."""
-        if not self.random or "param" not in planned.stores:
-            return []
-        step = self.graph.outputs["step"]
-        return [f"    const uint32_t key = step_key(row[2], s[{step}]);"]
+    def _is_random(self, name: str) -> bool:
+        """Whether a tensor is rounded stochastically when it is written."""
+        corrected, coded = (name + part in self.dtypes for part in COMPANIONS)
+        narrow = self.dtypes[name] == torch.bfloat16 and not corrected
+        return self.random and (narrow or coded)
+
+    def _keys(self, stores: Iterable[str]) -> list[str]:
+        """The words from which the tensors that a walk rounds take their bits."""
+        lines = []
+        for name in stores:
+            if self._is_random(name):
+                stream, step = f"row[2] ^ {word_of(name):#x}", self.graph.outputs["step"]
+                n = self.tensors.index(name)
+                lines.append(f"    const uint32_t key{n} = step_key({stream}, s[{step}]);")
+        return lines
 
     def _counted(self, reduction: int) -> int | None:
         """The truth value that a sum counts, if that is what it does."""
@@ -410,6 +496,13 @@ _CHUNKED = """
                 {join}
                 {after}(table + large[3 * i] * COLUMNS, hyper, s);
             }}"""
+
+
+def refuse_codes(printer: Printer, where: str) -> None:
+    """Refuse 8-bit tensors, for a printer that has no blocks."""
+    for name in printer.tensors:
+        if name.endswith(SCALE):
+            raise NotPrintableError(f"8-bit state ({name.removesuffix(SCALE)}) {where}")
 
 
 def _literal(value: float) -> str:

@@ -1,6 +1,8 @@
 """Prints graphs with sums over rows or columns: every tensor is walked as a matrix."""
 
-from heavyball.compiler.cpp import Printer, _kind
+from typing import Any
+
+from heavyball.compiler.cpp import Printer, _kind, refuse_codes
 from heavyball.compiler.graph import Ref
 from heavyball.compiler.stages import Pass
 
@@ -15,6 +17,12 @@ class MatrixPrinter(Printer):
     """
 
     leading = ("numel", "group", "stream", "columns")
+
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        refuse_codes(
+            self, "walked by rows, where a block of it may begin in one and end in the next"
+        )
 
     def source(self) -> str:
         """The whole file."""
@@ -57,6 +65,7 @@ class MatrixPrinter(Printer):
         stores = [] if planned is None else self._vector_stores(planned, level)
         if nodes or sums or stores:
             body, used = self._vector_body(nodes, sums, stores, level)
+            lines += self._keys(name for name, _ in stores)
             lines += [self._constant(i) for i in sorted(used)]
             lines += [f"    double r{i} = 0;" for i in sums]
             lines += [f"    for (int64_t i = 0; i < {along}; ++i) {{"]
@@ -86,9 +95,9 @@ class MatrixPrinter(Printer):
             for a in v.args:
                 if isinstance(a, Ref):
                     read(a.index)
-            index = self.tensors.index(v.args[0]) if v.op == "load" else 0
+            is_load = v.op == "load"
             text = (
-                f"load(TENSOR_{index} + i)" if v.op == "load" else self._expression(v, names, "T")
+                self._load(v.args[0], self._tensor) if is_load else self._expression(v, names, "T")
             )
             lines.append(f"const {_kind(self.graph, i)} {names[i]} = {text};")
             if i in self.plan.kept:
@@ -101,7 +110,7 @@ class MatrixPrinter(Printer):
             lines.append(self._accumulate(i, names))
         for name, i in stores:
             read(i)
-            lines.append(f"store({self._tensor(name)} + i, {names[i]});")
+            lines.append(self._store(name, names[i], self._tensor))
         return lines, used
 
     # ---- elements
@@ -124,7 +133,7 @@ class MatrixPrinter(Printer):
             f"static inline void pass_{k}(const int64_t* row, const double* s, T* memory,"
             " int64_t low, int64_t high, double* part, double* sums) {"
         )
-        lines += [*self._memory(), *self._pointers(planned), *self._key(planned)]
+        lines += [*self._memory(), *self._pointers(planned), *self._keys(planned.stores)]
         lines += [self._constant(i) for i in sorted(used)]
         lines += [
             f"    double* __restrict part_{i} = sums + {n} * COLS;\n"

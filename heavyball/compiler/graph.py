@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from heavyball.chain import Program
 from heavyball.numerics import measures
 from heavyball.runner import SCALAR, Job, compute_dtype, start, working
+from heavyball.storage import is_companion
 from heavyball.whole import Call
 
 
@@ -426,6 +427,7 @@ def record(
     meta = {
         name: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
         for name, t in state.items()
+        if not is_companion(name)
     }
     # "fp32 copies" of what is loaded: promotion is the load's, so the graph sees one dtype
     param = torch.empty(shape, dtype=compute, device="meta")

@@ -17,6 +17,7 @@ from heavyball.compiler.triton_matrix import TritonMatrixPrinter
 from heavyball.compiler.triton_printer import DEVICES as TRITON_DEVICES
 from heavyball.compiler.triton_printer import TritonPrinter
 from heavyball.runner import Job, compute_dtype
+from heavyball.storage import is_root
 
 _forked = False
 
@@ -116,11 +117,13 @@ def printer_for(job: Job, share: str | None = None) -> tuple[Printer, bool]:
     dtypes |= {k: t.dtype for k, t in state.items()}
     if graph.split is not None and not param.is_contiguous():
         raise NotPrintableError("rows or columns of a parameter that is not contiguous")
-    printer = Printer if graph.split is None else MatrixPrinter
+    printer: type[Printer] = Printer if graph.split is None else MatrixPrinter
     if param.device.type in TRITON_DEVICES:
         printer = TritonPrinter if graph.split is None else TritonMatrixPrinter
+    holds = job.program.holds_of
+    roots = frozenset(key for key in graph.tensors if is_root(dtypes[key], holds(key)))
     random = job.stream is not None
-    return printer(graph, dtypes, compute_dtype(param.dtype), random), sized
+    return printer(graph, dtypes, compute_dtype(param.dtype), random, roots), sized
 
 
 @dataclass(eq=False)

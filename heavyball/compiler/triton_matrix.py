@@ -79,7 +79,7 @@ class TritonMatrixPrinter(TritonPrinter):
 
     def source(self) -> str:
         """The whole module."""
-        parts = [PRELUDE, MATRIX_PRELUDE]
+        parts = [PRELUDE, MATRIX_PRELUDE, *self._formats()]
         for k, planned in enumerate(self.plan.passes):
             parts += [self._between(k), self._block(k, planned) + self._kernel(k, planned)]
         return "\n\n".join([*parts, self._between(len(self.plan.passes))])
@@ -157,6 +157,8 @@ class TritonMatrixPrinter(TritonPrinter):
             wanted |= set(self.plan.numbers.values())
         else:
             wanted |= {i for i in passes[k].vector_stores.values() if self._is_number(i)}
+            if any(map(self._is_random, passes[k].vector_stores)):
+                wanted.add(self.graph.outputs["step"])
         lines += self._fetch(wanted - here)
         lines += [f"x{i} = {self._number_text(i)}" for i in nodes]
         lines += [self._keep(i) for i in sorted(here)]
@@ -169,6 +171,7 @@ class TritonMatrixPrinter(TritonPrinter):
             for i in sorted(needs):
                 is_bool = self.graph.values[i].kind == "bool"
                 lines.append(f"c{i} = x{i}" + ("" if is_bool else f".to({self.type})"))
+            lines += self._key_lines(passes[k].vector_stores)
             lines += self._along(passes[k], "row") + self._along(passes[k], "col")
         return BETWEEN.format(k=k, head=self._head(), body=_indented(lines, 1))
 
@@ -231,9 +234,7 @@ class TritonMatrixPrinter(TritonPrinter):
                 if isinstance(a, Ref):
                     read(a.index)
             if v.op == "load":
-                kind = TYPES[self.dtypes[v.args[0]]]
-                cell = f"pointer(row + {self.columns.index(v.args[0])}, {kind}, False)"
-                lines.append(f"{names[i]} = tl.load({cell} + at, mask).to({self.type})")
+                lines.append(f"{names[i]} = {self._read(v.args[0], self._cell, 'at')}")
             else:
                 lines.append(f"{names[i]} = {self._expression(v, names, self.type)}")
             if i in self.plan.kept:
@@ -246,10 +247,12 @@ class TritonMatrixPrinter(TritonPrinter):
             lines += self._accumulation(i, names)
         for name, i in stores.items():
             read(i)
-            kind = TYPES[self.dtypes[name]]
-            cell = f"pointer(row + {self.columns.index(name)}, {kind}, False)"
-            lines.append(f"tl.store({cell} + at, {names[i]}.to({kind}), mask)")
+            lines += self._write(name, names[i], self._cell, "at", "at")
         return lines
+
+    def _cell(self, name: str) -> str:
+        kind = TYPES[self.dtypes[name]]
+        return f"pointer(row + {self.columns.index(name)}, {kind}, False)"
 
     # ---- tiles
 
@@ -273,9 +276,7 @@ class TritonMatrixPrinter(TritonPrinter):
         for i in sorted(needs):
             is_bool = self.graph.values[i].kind == "bool"
             begin.append(f"c{i} = x{i}" + ("" if is_bool else f".to({self.type})"))
-        if self._rounds(planned):
-            stream = f"tl.load(row + {self.columns.index('stream')})"
-            begin.append(f"key = step_key({stream}, x{self.graph.outputs['step']})")
+        begin += self._key_lines(planned.stores)
         begin += [self._pointer(n) for n in self._touched(planned)]
         columns = [
             self._read_array(i, "left + lane", ", mask, other=0.0")

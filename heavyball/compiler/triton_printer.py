@@ -1,19 +1,23 @@
 """Prints a graph as Triton: one kernel per pass over a table of tensors, one program per chunk."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
 from heavyball.compiler.cpp import INFIX as CPP_INFIX
-from heavyball.compiler.cpp import LOGIC, Printer
+from heavyball.compiler.cpp import LOGIC, Printer, refuse_codes
 from heavyball.compiler.graph import BOOLEAN, Graph, NotPrintableError, Ref, Value
 from heavyball.compiler.stages import Pass
+from heavyball.compiler.triton_storage import CORRECTED, ROOTS
+from heavyball.storage import CORRECTION, word_of
 
 TYPES = {
     torch.float32: "tl.float32",
     torch.float64: "tl.float64",
     torch.bfloat16: "tl.bfloat16",
     torch.float16: "tl.float16",
+    torch.int8: "tl.int8",
+    torch.int16: "tl.int16",
 }
 # The types of device whose tensors go to Triton; its interpreter works on tensors of the CPU.
 DEVICES = {"cuda"}
@@ -112,6 +116,15 @@ def round_at_random(x, key, index):
 
 
 @triton.jit
+def finite_half(x):
+    """float16, to nearest; a finite value stays finite."""
+    size = tl.abs(x)
+    over = (size > 65504.0) & (size <= 3.4028234663852886e38)
+    most = tl.full([], 65504.0, tl.float32)
+    return tl.where(over, tl.where(x < 0, 0.0 - most, most), x).to(tl.float16)
+
+
+@triton.jit
 def larger(x, y):
     return tl.where(x < y, y, x)
 
@@ -185,9 +198,11 @@ class TritonPrinter(Printer):
         dtypes: dict[str, torch.dtype],
         compute: torch.dtype,
         random: bool = False,
+        roots: frozenset[str] = frozenset(),
     ):
-        super().__init__(graph, dtypes, compute, random)
+        super().__init__(graph, dtypes, compute, random, roots)
         self.type = TYPES[compute]
+        refuse_codes(self, "on CUDA")
         for name in self.tensors:
             if dtypes[name] not in TYPES:
                 raise NotPrintableError(f"a tensor of {dtypes[name]}")
@@ -197,7 +212,12 @@ class TritonPrinter(Printer):
     def source(self) -> str:
         """The whole module; its names `triton`, `tl` and `libdevice` come from whoever loads it."""
         passes = [self._block(k, p) + self._kernel(k, p) for k, p in enumerate(self.plan.passes)]
-        return "\n\n".join([PRELUDE, *passes])
+        return "\n\n".join([PRELUDE, *self._formats(), *passes])
+
+    def _formats(self) -> list[str]:
+        corrected = any(name.endswith(CORRECTION) for name in self.tensors)
+        found = {CORRECTED: corrected, ROOTS: bool(self.roots)}
+        return [text for text, needed in found.items() if needed]
 
     @property
     def functions(self) -> list[str]:
@@ -234,13 +254,25 @@ class TritonPrinter(Printer):
     def _walk_needs(self, planned: Pass) -> set[int]:
         """The numbers that the elements of a pass need."""
         read = self._body(planned)[1]
-        if self._rounds(planned):
+        if self._rounded(planned):
             read.add(self.graph.outputs["step"])
         return {i for i in read if self.graph.values[i].level == "scalar"}
 
-    def _rounds(self, planned: Pass) -> bool:
-        """Whether a pass rounds the parameter stochastically."""
-        return self.random and "param" in planned.stores
+    def _rounded(self, planned: Pass) -> list[str]:
+        """The tensors that a pass rounds stochastically."""
+        return [name for name in planned.stores if self._is_random(name)]
+
+    def _key_names(self, planned: Pass) -> list[str]:
+        return [f"key{self.tensors.index(name)}" for name in self._rounded(planned)]
+
+    def _key_lines(self, names: Iterable[str]) -> list[str]:
+        """The words from which tensors that are rounded take their bits."""
+        place, step = self.columns.index("stream"), self.graph.outputs.get("step")
+        lines = []
+        for name in filter(self._is_random, names):
+            stream = f"tl.load(row + {place}) ^ {word_of(name)}"
+            lines.append(f"key{self.tensors.index(name)} = step_key({stream}, x{step})")
+        return lines
 
     def _end_needs(self, k: int) -> set[int]:
         last = k == len(self.plan.passes) - 1
@@ -333,18 +365,48 @@ class TritonPrinter(Printer):
         return lines, used
 
     def _read_block(self, i: int, name: str) -> str:
-        return f"v{i} = tl.load(t{self.tensors.index(name)} + lane, mask).to({self.type})"
+        return f"v{i} = {self._read(name, self._local, 'lane')}"
+
+    def _read(self, name: str, pointer: Callable[[str], str], lane: str) -> str:
+        """Values as the mathematics sees them, however they are kept."""
+        text = f"tl.load({pointer(name)} + {lane}, mask)"
+        if name + CORRECTION in self.dtypes:
+            rest = f"tl.load({pointer(name + CORRECTION)} + {lane}, mask)"
+            text = f"corrected({text}, {rest})"
+        if name in self.roots:
+            text = f"squared({text}.to(tl.float32))"
+        return f"{text}.to({self.type})"
 
     def _write_block(self, name: str, i: int, names: dict[int, str]) -> str:
-        kind, value = TYPES[self.dtypes[name]], names[i]
-        target = f"t{self.tensors.index(name)} + lane"
-        if name == "param" and self.random:
-            return f"tl.store({target}, round_at_random({value}, key, begin + lane), mask)"
+        value = names[i]
         if self.graph.values[i].kind == "bool":
             value = f"({_as_number(value, self.type)})"
-        if self.type == "tl.float64" and kind in ("tl.bfloat16", "tl.float16"):
+        return "\n    ".join(self._write(name, value, self._local, "lane", "begin + lane"))
+
+    def _write(
+        self, name: str, value: str, pointer: Callable[[str], str], lane: str, index: str
+    ) -> list[str]:
+        """Store values; `index` is the number of the element, from which its random bits come."""
+        kind, target = TYPES[self.dtypes[name]], f"{pointer(name)} + {lane}"
+        narrow, is_root = kind in ("tl.bfloat16", "tl.float16"), name in self.roots
+        if self.type == "tl.float64" and narrow:
             value += ".to(tl.float32)"
-        return f"tl.store({target}, {value}.to({kind}), mask)"
+        if name + CORRECTION in self.dtypes:
+            rest = TYPES[self.dtypes[name + CORRECTION]]
+            value = f"root32({value})" if is_root else value
+            n, companion = self.tensors.index(name), f"{pointer(name + CORRECTION)} + {lane}"
+            return [
+                f"kept{n} = nearest_finite({value}, {kind})",
+                f"tl.store({target}, kept{n}, mask)",
+                f"tl.store({companion}, rest_of({value}, kept{n}, {rest}), mask)",
+            ]
+        if self._is_random(name):
+            key = f"key{self.tensors.index(name)}"
+            return [f"tl.store({target}, round_at_random({value}, {key}, {index}), mask)"]
+        if kind == "tl.float16":
+            value = f"raised_root({value})" if is_root else value
+            return [f"tl.store({target}, finite_half({value}), mask)"]
+        return [f"tl.store({target}, {value}.to({kind}), mask)"]
 
     def _accumulation(self, i: int, names: dict[int, str]) -> list[str]:
         source = self.graph.values[i].args[0].index
@@ -362,7 +424,7 @@ class TritonPrinter(Printer):
         return [*lines, f"r{i} = larger(r{i}, a{i})" if is_max else f"r{i} += a{i}"]
 
     def _touched(self, planned: Pass) -> list[int]:
-        names = {*planned.loads, *planned.reloads.values(), *planned.stores}
+        names = self._with_companions({*planned.loads, *planned.reloads.values(), *planned.stores})
         return sorted(self.tensors.index(name) for name in names)
 
     def _signature(self, planned: Pass) -> list[str]:
@@ -372,7 +434,7 @@ class TritonPrinter(Printer):
 
     def _block(self, k: int, planned: Pass) -> str:
         tensors = [f"t{n}" for n in self._touched(planned)]
-        rounding = ["begin", "key"] if self._rounds(planned) else []
+        rounding = ["begin", *self._key_names(planned)] if self._rounded(planned) else []
         arguments = ", ".join(["lane", "mask", *rounding, *tensors, *self._signature(planned)])
         lines = self._body(planned)[0]
         if self._sums(planned):
@@ -382,7 +444,7 @@ class TritonPrinter(Printer):
 
     def _call(self, k: int, planned: Pass, start: str, mask: str) -> str:
         tensors = [f"t{n} + {start}" for n in self._touched(planned)]
-        rounding = [start, "key"] if self._rounds(planned) else []
+        rounding = [start, *self._key_names(planned)] if self._rounded(planned) else []
         arguments = ["lane", mask, *rounding, *tensors, *self._signature(planned)]
         call = f"block_{k}({', '.join(arguments)})"
         results = ", ".join(f"r{i}" for i in self._sums(planned))
@@ -418,10 +480,7 @@ class TritonPrinter(Printer):
         for i in sorted(needs):
             is_bool = self.graph.values[i].kind == "bool"
             lines.append(f"c{i} = x{i}" + ("" if is_bool else f".to({self.type})"))
-        if self._rounds(planned):
-            stream = f"tl.load(row + {self.columns.index('stream')})"
-            lines.append(f"key = step_key({stream}, x{self.graph.outputs['step']})")
-        return lines
+        return lines + self._key_lines(planned.stores)
 
     def _pointer(self, n: int) -> str:
         name = self.tensors[n]

@@ -7,6 +7,7 @@ from typing import Any, TypedDict
 from torch import Tensor
 
 from heavyball import chainable as C
+from heavyball.formats import Choice
 from heavyball.optimizer import ChainOpt
 from heavyball.transform import Shared, Transform, check_live, nearest, nonnegative
 
@@ -38,7 +39,8 @@ class PresetOptions(TypedDict, total=False):
         function of a tensor, applied to the gradient or to the finished update.
     palm, beta2_scale: PaLM's schedule for beta2, 1 - t^(-beta2_scale).
     foreach: False steps one parameter at a time, for the smallest peak memory.
-    compile, stochastic_rounding, seed, fuse_backward: as in `ChainOpt`.
+    compile, stochastic_rounding, seed, fuse_backward, storage_dtype, ecc, param_ecc: as in
+        `ChainOpt`.
     """
 
     warmup_steps: float
@@ -54,6 +56,9 @@ class PresetOptions(TypedDict, total=False):
     stochastic_rounding: bool
     seed: int
     fuse_backward: bool
+    storage_dtype: Choice
+    ecc: Choice
+    param_ecc: str | None
 
 
 DEFAULTS: dict[str, Any] = {
@@ -70,11 +75,24 @@ DEFAULTS: dict[str, Any] = {
     "stochastic_rounding": True,
     "seed": 0,
     "fuse_backward": False,
+    "storage_dtype": None,
+    "ecc": None,
+    "param_ecc": None,
 }
 
 
 # What ChainOpt takes under the same name.
-PASSED_ON = ("warmup_steps", "foreach", "compile", "stochastic_rounding", "seed", "fuse_backward")
+PASSED_ON = (
+    "warmup_steps",
+    "foreach",
+    "compile",
+    "stochastic_rounding",
+    "seed",
+    "storage_dtype",
+    "ecc",
+    "param_ecc",
+    "fuse_backward",
+)
 
 
 class Preset(ChainOpt):

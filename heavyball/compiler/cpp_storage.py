@@ -1,0 +1,139 @@
+"""C++ for tensors kept in fewer bits: the same as heavyball/numerics/packing.py, bit for bit."""
+
+# Elements that an 8-bit tensor is decoded to and encoded from at a time.
+WIDE = 1024
+
+CORRECTED = """\
+static inline uint32_t word_of(float v) { uint32_t w; std::memcpy(&w, &v, 4); return w; }
+static inline float float_of(uint32_t w) { float v; std::memcpy(&v, &w, 4); return v; }
+static inline float half_of(const bf16*) { return 0.00390625f; }
+static inline float half_of(const f16*) { return 0.00048828125f; }
+static inline uint32_t least_of(const bf16*) { return 0x00800000u; }
+static inline uint32_t least_of(const f16*) { return 0x38800000u; }
+static inline float unit(float kept, uint32_t least) {
+    uint32_t word = word_of(kept) & 0x7f800000u;
+    word = word < least ? least : word;
+    return float_of(word > 0x7f000000u ? 0x7f000000u : word);
+}
+static inline void store_finite(bf16* p, float v) {
+    const uint32_t word = word_of(v);
+    const uint32_t rounded = (word + 0x7fffu + ((word >> 16) & 1u)) >> 16;
+    const bool finite = (word & 0x7f800000u) != 0x7f800000u;
+    const bool over = (rounded & 0x7fffu) >= 0x7f80u;
+    p->bits = (uint16_t)(v != v ? 0x7fc0u : finite && over ? rounded - 1u : rounded);
+}
+
+template <class M> static inline float load_corrected(const M* p, const int8_t* c) {
+    const float kept = load(p);
+    const float part = (float)*c / 127.0f * half_of(p);
+    return *c == 0 ? kept : kept + part * unit(kept, least_of(p));
+}
+template <class M> static inline float load_corrected(const M* p, const int16_t* c) {
+    const float kept = load(p);
+    const double part = (double)*c / 32767.0 * (double)half_of(p);
+    return *c == 0 ? kept : (float)((double)kept + part * (double)unit(kept, least_of(p)));
+}
+template <class W, class M, class C>
+static inline void split(M* p, C* c, float v, W levels) {
+    M kept;
+    store_finite(&kept, v);
+    uint16_t bits;
+    std::memcpy(&bits, &kept, 2);
+    const float back = load(&kept);
+    W ratio = ((W)v - (W)back) / (W)unit(back, least_of(p)) / (W)half_of(p);
+    ratio = ratio > 1 ? W(1) : ratio < -1 ? W(-1) : ratio;
+    W count = std::ceil(std::fabs(ratio) * levels - W(0.5));
+    const W most = (bits & 1) ? levels - 1 : levels;
+    count = count > most ? most : count;
+    count = ratio != ratio ? W(0) : ratio < 0 ? -count : count;
+    *p = kept;
+    *c = (C)count;
+}
+template <class M> static inline void store_corrected(M* p, int8_t* c, float v) {
+    split<float>(p, c, v, 127.0f);
+}
+template <class M> static inline void store_corrected(M* p, int16_t* c, float v) {
+    split<double>(p, c, v, 32767.0);
+}
+"""
+
+ROOTS = """\
+static inline float squared(float v) { return v * v; }
+static inline float root(float v) { return std::sqrt(v < 0 ? 0.0f : v); }
+// a positive value never becomes zero, since it is divided by
+static inline float raised_root(float v) {
+    const float r = root(v);
+    return r > 0 && r < 5.9604644775390625e-8f ? 5.9604644775390625e-8f : r;
+}
+"""
+
+CODES = """\
+static inline float decoded(int8_t code, float scale) {
+    const float part = (float)code / 127.0f;
+    return part / (2.0f - std::fabs(part)) * scale;
+}
+static inline float decoded(uint8_t code, float scale) { return (float)code * (scale / 255.0f); }
+static inline float position(const int8_t*, float size, float scale) {
+    const float ratio = size / scale;
+    return 254.0f * ratio / (1.0f + ratio);
+}
+static inline float position(const uint8_t*, float size, float scale) {
+    return size / (scale / 255.0f);
+}
+static inline float finished(const int8_t*, float code, float v) {
+    code = code > 127.0f ? 127.0f : code;
+    return code != code ? 0.0f : v < 0 ? -code : code;
+}
+static inline float finished(const uint8_t*, float code, float v) {
+    code = v > 0 && code < 1.0f ? 1.0f : code;
+    code = code > 255.0f ? 255.0f : code;
+    return code != code ? 0.0f : code;
+}
+template <class C>
+static inline void decode(const C* codes, const bf16* scales, float* out, int64_t count) {
+    for (int64_t b = 0; b < count; b += 32) {
+        const float scale = load(scales + b / 32);
+        const int64_t end = b + 32 < count ? b + 32 : count;
+        #pragma omp simd
+        for (int64_t i = b; i < end; ++i) out[i] = decoded(codes[i], scale);
+    }
+}
+// first: the number of the first element, from which its random bits come
+template <bool RANDOM, class C>
+static inline void encode(C* codes, bf16* scales, const float* in, int64_t count, uint32_t key,
+                          int64_t first) {
+    for (int64_t b = 0; b < count; b += 32) {
+        const float before = load(scales + b / 32);
+        const int64_t end = b + 32 < count ? b + 32 : count;
+        int changed = 0;
+        float largest = 0;
+        bool finite = true;
+        #pragma omp simd reduction(+:changed) reduction(max:largest) reduction(&&:finite)
+        for (int64_t i = b; i < end; ++i) {
+            changed += decoded(codes[i], before) == in[i] ? 0 : 1;
+            const float size = std::fabs(in[i]);
+            largest = largest < size ? size : largest;
+            finite = finite && size <= std::numeric_limits<float>::max();
+        }
+        if (!changed) continue;  // what did not change keeps its bits
+        uint32_t word;
+        std::memcpy(&word, &largest, 4);
+        word = (word + 0xffffu) & 0xffff0000u;
+        word = word > 0x7f7f0000u ? 0x7f7f0000u : word;
+        if (!finite) word = 0x7fc00000u;
+        scales[b / 32].bits = (uint16_t)(word >> 16);
+        const float scale = load(scales + b / 32);
+        #pragma omp simd
+        for (int64_t i = b; i < end; ++i) {
+            float code = position(codes, std::fabs(in[i]), scale);
+            if (RANDOM) {
+                const uint32_t bits = mix(((uint32_t)(first + i) * 0x9e3779b1u) ^ key) & 0xffffu;
+                code = std::floor(code + (float)bits / 65536.0f);
+            } else {
+                code = std::nearbyint(code);
+            }
+            codes[i] = (C)finished(codes, code, in[i]);
+        }
+    }
+}
+"""
