@@ -60,6 +60,7 @@ from heavyball.transforms.rms import scale_by_exp_avg_sq, scale_by_rms
 from heavyball.transforms.schedule_free import schedule_free
 from heavyball.transforms.sign import sign
 from heavyball.transforms.skip import skip_not_finite
+from heavyball.transforms.soap import from_eigenbasis, soap_precond, to_eigenbasis
 from heavyball.transforms.stable import clip_update_rms, stable_adamw
 
 
@@ -70,7 +71,13 @@ def __getattr__(name: str) -> Transform:
     raise AttributeError(f"heavyball.chainable has no {name!r}; {nearest(name, TRANSFORMS)}")
 
 
-COMBINATORS = {"parallel": parallel, "graft": graft, "route": route, "when": when}
+COMBINATORS = {
+    "parallel": parallel,
+    "graft": graft,
+    "route": route,
+    "when": when,
+    "soap_precond": soap_precond,
+}
 
 __all__ = [
     "COMBINATORS",
@@ -100,6 +107,7 @@ __all__ = [
     "exp_avg",
     "factored_rms",
     "focus",
+    "from_eigenbasis",
     "graft",
     "grams",
     "heavyball_momentum",
@@ -135,9 +143,11 @@ __all__ = [
     "shared",
     "sign",
     "skip_not_finite",
+    "soap_precond",
     "softsign",
     "squares",
     "stable_adamw",
+    "to_eigenbasis",
     "transform",
     "trust_region",
     "when",

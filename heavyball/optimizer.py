@@ -323,6 +323,7 @@ class ChainOpt(Optimizer):
         if rounded and self._stochastic_rounding:
             job.stream = stream_of(group["seed"], place.number)
         if program.has_whole:
+            job.place = place.number
             job.noise = stream_of(group["seed"], place.number) if program.has_noise else 0
             job.count, job.counts = self._counts.read(state["step"]), self._counts
         return job

@@ -101,6 +101,7 @@ class Job:
     stream: int | None = None
     # for whole transforms: the stream of their noise, and `step` as a Python number
     noise: int = 0
+    place: int = 0
     count: int = 0
     counts: Counts | None = None
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from heavyball.transform import check_live, positive
 
-# Steps per table of decisions: one table is made at once, and a handful of them is kept.
+# Steps per table of sums: one table is made at once, and a handful of them is kept.
 BLOCK = 4096
 # Where a running sum of probabilities is rounded down to a count. Any value between 1.3e-4 and .358
 # gives the published counts of `PrecondSchedule()`.
@@ -23,12 +23,16 @@ OFFSET = 0.25
 
 @runtime_checkable
 class Schedule(Protocol):
-    """What a transform asks of a schedule; steps count from 1."""
+    """What a transform asks of a schedule; steps count from 1.
+
+    phase: the share of an interval by which to be early, in [0, 1). Things that need not be refreshed
+        together take different phases, so that no step has all of the work.
+    """
 
     def interval(self, step: int) -> float:
         """The mean number of steps between refreshes around this step."""
 
-    def fires(self, step: int) -> bool:
+    def fires(self, step: int, phase: float = 0.0) -> bool:
         """Whether this step refreshes."""
 
     def total(self, step: int) -> int:
@@ -52,9 +56,9 @@ class Every:
         _checked(step)
         return float(self.frequency)
 
-    def fires(self, step: int) -> bool:
-        """Whether the step is a multiple of the frequency."""
-        return _checked(step) > 0 and step % self.frequency == 0
+    def fires(self, step: int, phase: float = 0.0) -> bool:
+        """Whether the step is a multiple of the frequency, or a phase before one."""
+        return _checked(step) > 0 and (step + int(phase * self.frequency)) % self.frequency == 0
 
     def total(self, step: int) -> int:
         """How many of the steps 1..step refresh."""
@@ -87,19 +91,20 @@ class PrecondSchedule:
         """The mean number of steps between refreshes around this step."""
         return 1 + (self.a * math.log10(max(_checked(step), 1))) ** self.b
 
-    def fires(self, step: int) -> bool:
+    def fires(self, step: int, phase: float = 0.0) -> bool:
         """Whether this step refreshes."""
         if _checked(step) < 1:
             return False
         block, place = divmod(step - 1, BLOCK)
-        return bool(_counts(self, block)[place + 1] > _counts(self, block)[place])
+        before, after = _sums(self, block)[place : place + 2]
+        return math.floor(after + OFFSET + phase) > math.floor(before + OFFSET + phase)
 
     def total(self, step: int) -> int:
         """How many of the steps 1..step refresh."""
         if _checked(step) < 1:
             return 0
         block, place = divmod(step - 1, BLOCK)
-        return int(_counts(self, block)[place + 1])
+        return math.floor(_sums(self, block)[place + 1] + OFFSET)
 
 
 def as_schedule(frequency: int | None, scheduler: object) -> Schedule:
@@ -127,22 +132,21 @@ def _checked(step: int) -> int:
     return step
 
 
-# Sums of whole blocks, by schedule: a jump to a late step adds up each block once.
-_sums: dict[PrecondSchedule, list[float]] = {}
-
-
-def _running(schedule: PrecondSchedule, block: int, before: float) -> Tensor:
-    """S before the first step of a block and after each of its steps."""
-    first = block * BLOCK + 1
-    steps = torch.arange(first, first + BLOCK, dtype=torch.float64)
-    shares = 1 / (1 + (schedule.a * steps.log10()) ** schedule.b)
-    return torch.cat([torch.tensor([before], dtype=torch.float64), shares]).cumsum(0)
+# The sums before each block, by schedule: a jump to a late step adds up each block once.
+_starts: dict[PrecondSchedule, list[float]] = {}
 
 
 @functools.lru_cache(maxsize=64)
-def _counts(schedule: PrecondSchedule, block: int) -> list[int]:
-    """How often the schedule has fired before this block and after each of its steps."""
-    sums = _sums.setdefault(schedule, [0.0])
-    while len(sums) <= block:
-        sums.append(_running(schedule, len(sums) - 1, sums[-1])[-1].item())
-    return (_running(schedule, block, sums[block]) + OFFSET).floor().to(torch.int64).tolist()
+def _sums(schedule: PrecondSchedule, block: int) -> list[float]:
+    """S before the first step of a block and after each of its steps."""
+    starts = _starts.setdefault(schedule, [0.0])
+    while len(starts) <= block:
+        starts.append(_running(schedule, len(starts) - 1, starts[-1])[-1].item())
+    return _running(schedule, block, starts[block]).tolist()
+
+
+def _running(schedule: PrecondSchedule, block: int, start: float) -> Tensor:
+    first = block * BLOCK + 1
+    steps = torch.arange(first, first + BLOCK, dtype=torch.float64)
+    shares = 1 / (1 + (schedule.a * steps.log10()) ** schedule.b)
+    return torch.cat([torch.tensor([start], dtype=torch.float64), shares]).cumsum(0)

@@ -35,6 +35,7 @@ CONTEXT = {
 # What the runner offers to transforms of whole tensors besides.
 WHOLE_CONTEXT = {
     "count": "`step` as a Python int, for decisions on the host",
+    "places": "the places of the B parameters in the optimizer, counted from 0, as a tuple",
     "noise": "`noise(shape, salt=0)`: standard normals from the optimizer's own seed",
     "chance": "`chance(salt=0)`: a Python float in [0, 1) from the seed and `count`, the same for "
     "every parameter",

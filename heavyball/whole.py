@@ -188,6 +188,8 @@ def _context(group: list[Call], name: str) -> Any:
     call = group[0]
     if name == "count":
         return call.count
+    if name == "places":
+        return tuple(c.job.place for c in group)
     if name == "noise":
         return Noise(group)
     if name == "chance":

@@ -159,7 +159,11 @@ PRESET_ARGUMENTS: dict[str, dict[str, Any]] = {
     "FactoredAdamW": {"min_dim": 2},
 }
 # PaLM's schedule stands in for beta2
-PRESET_IDLE = {"SGD": ("dampening",), "RMSprop": ("dampening",), "PaLMSFAdamW": ("betas[1]",)}
+PRESET_IDLE = {
+    "SGD": ("dampening",),
+    "RMSprop": ("dampening",),
+    **{name: ("betas[1]",) for name in heavyball.PRESETS if "PaLM" in name},
+}
 PRESETS = [
     Case(
         name,

@@ -723,6 +723,37 @@ EXPLICIT = {
         0.9,
     ),
 }
+
+
+def in_basis(rule, **options):
+    """A chain in the eigenbasis, with HeavyBall's options; PaLM's schedule stands inside."""
+    options = {"shampoo_beta": 0.95, "max_precond_dim": 2048, "merge_dims": True, **options}
+    options |= {} if "precond_scheduler" in options else {"precondition_frequency": 2}
+    return lambda *palm: (C.soap_precond(*palm, rule, **options),)
+
+
+RARE = {"precond_scheduler": heavyball.PrecondSchedule()}
+BIASED = C.scale_by_adam(betas=(0.9, 0.95), eps=1e-8, eps_placement="biased")
+OUTSIDE = C.scale_by_adam(betas=(0.9, 0.95), eps=1e-8)
+SQUARE = C.scale_by_exp_avg_sq(beta2=0.95, eps=1e-8)
+AVERAGED = C.schedule_free(beta=0.9, r=0.0, weight_lr_power=2.0)
+IN_BASIS = {
+    "SOAP": (in_basis(BIASED), in_basis(OUTSIDE), None),
+    "PaLMSOAP": (in_basis(BIASED), in_basis(OUTSIDE), None),
+    "PrecondScheduleSOAP": (in_basis(BIASED, **RARE), in_basis(OUTSIDE, **RARE), None),
+    "PrecondSchedulePaLMSOAP": (in_basis(BIASED, **RARE), in_basis(OUTSIDE, **RARE), None),
+    "SFPaLMSOAP": (in_basis(SQUARE), in_basis(SQUARE), AVERAGED),
+    "PrecondScheduleSFPaLMSOAP": (in_basis(SQUARE, **RARE), in_basis(SQUARE, **RARE), AVERAGED),
+}
+for _name, _rule in {
+    "SOAPNAdam": C.scale_by_nadam(betas=(0.9, 0.95), eps=1e-8, momentum_decay=4e-3),
+    "SOAPAdEMAMix": C.scale_by_ademamix(betas=(0.9, 0.95, 0.9999), alpha=2.0, eps=1e-8),
+    "SOLP": C.scale_by_laprop(betas=(0.9, 0.95), eps=1e-8),
+}.items():
+    IN_BASIS[_name] = (in_basis(_rule), in_basis(_rule), None)
+for _name, (_chain, _, _writer) in IN_BASIS.items():
+    EXPLICIT[_name] = (3e-3, _chain, _writer, 1e-2, 0.9)
+
 ARGUMENTS = {"SGD": {"momentum": 0.9}, "FactoredAdamW": {"min_dim": 2}}
 NO_SECOND_MOMENT = (
     "SGD",
@@ -735,14 +766,17 @@ NO_SECOND_MOMENT = (
 def explicit(name, params, **options):
     """The same optimizer as a chain, the options put where the specification puts them."""
     lr, elements, writer, weight_decay, beta1 = EXPLICIT[name]
-    palm = options.get("palm", name == "PaLMSFAdamW")
+    palm = options.get("palm", "PaLM" in name)
     chain = []
     if options.get("mars"):
         gamma = options.get("mars_gamma", 0.0025)
         chain.append(C.mars(gamma=gamma, beta1=beta1, max_norm=None))
     chain += [options["gradient_clipping"]] if "gradient_clipping" in options else []
-    chain += [C.palm_beta2(beta2_scale=options.get("beta2_scale", 0.8))] if palm else []
-    chain += elements()
+    schedule = [C.palm_beta2(beta2_scale=options.get("beta2_scale", 0.8))] if palm else []
+    if name in IN_BASIS:
+        chain += IN_BASIS[name][palm](*schedule)
+    else:
+        chain += [*schedule, *elements()]
     chain += [options["update_clipping"]] if "update_clipping" in options else []
     if options.get("caution") and writer is None:
         chain.append(C.cautious)
@@ -913,7 +947,7 @@ def test_a_wrong_value_of_an_option_raises_and_names_it(name, options, error, me
 def test_betas_outside_the_unit_interval_raise(name, betas):
     if name in ("SGD", "RMSprop"):
         return  # their one average takes any positive number in torch
-    betas = (*betas, 0.99) if name == "AdEMAMix" else betas
+    betas = (*betas, 0.99) if "AdEMAMix" in name else betas
     with pytest.raises(ValueError, match=r"beta.*=.*(1\.0|-0\.1|nan).*expected .*[\[(]0, 1\)"):
         preset(name, parameters(), betas=betas)
 

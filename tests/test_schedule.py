@@ -74,6 +74,21 @@ def test_equal_intervals() -> None:
     assert schedule.interval(7) == 3
 
 
+@pytest.mark.parametrize("schedule", [Every(8), PrecondSchedule()])
+def test_phases_spread_the_steps_and_keep_their_number(schedule: Schedule) -> None:
+    first, last = 30_000, 40_000
+    phases = [k / 8 for k in range(8)]
+    fired = {p: [n for n in range(first, last) if schedule.fires(n, p)] for p in phases}
+    assert fired[0.0] == [n for n in range(first, last) if schedule.fires(n)]
+    for phase, steps in fired.items():
+        assert abs(len(steps) - len(fired[0.0])) <= 1
+        # early by the phase's share of the interval
+        early = [n - max(s for s in steps if s <= n) for n in fired[0.0][2:]]
+        expected = phase * schedule.interval(35_000)
+        assert abs(sum(early) / len(early) - expected) < 0.1 * schedule.interval(35_000) + 0.5
+    assert len({n for steps in fired.values() for n in steps}) == sum(map(len, fired.values()))
+
+
 def test_a_schedule_is_a_value() -> None:
     schedule = PrecondSchedule(0.4, 7)
     assert schedule == pickle.loads(pickle.dumps(schedule)) == copy.deepcopy(schedule)

@@ -15,6 +15,17 @@ from heavyball.presets.first_order import (
     RMSprop,
     SFAdamW,
 )
+from heavyball.presets.soap import (
+    SOAP,
+    SOLP,
+    PaLMSOAP,
+    PrecondSchedulePaLMSOAP,
+    PrecondScheduleSFPaLMSOAP,
+    PrecondScheduleSOAP,
+    SFPaLMSOAP,
+    SOAPAdEMAMix,
+    SOAPNAdam,
+)
 
 PRESETS: dict[str, type[Preset]] = {
     cls.__name__: cls
@@ -31,6 +42,15 @@ PRESETS: dict[str, type[Preset]] = {
         SFAdamW,
         PaLMSFAdamW,
         FactoredAdamW,
+        SOAP,
+        PaLMSOAP,
+        SFPaLMSOAP,
+        PrecondScheduleSOAP,
+        PrecondSchedulePaLMSOAP,
+        PrecondScheduleSFPaLMSOAP,
+        SOAPNAdam,
+        SOAPAdEMAMix,
+        SOLP,
     )
 }
 
@@ -40,6 +60,8 @@ __all__ = [
     "DEFAULTS",
     "PRESETS",
     "SGD",
+    "SOAP",
+    "SOLP",
     "AdEMAMix",
     "AdamW",
     "FactoredAdamW",
@@ -48,8 +70,15 @@ __all__ = [
     "Lion",
     "NAdam",
     "PaLMSFAdamW",
+    "PaLMSOAP",
+    "PrecondSchedulePaLMSOAP",
+    "PrecondScheduleSFPaLMSOAP",
+    "PrecondScheduleSOAP",
     "Preset",
     "PresetOptions",
     "RMSprop",
     "SFAdamW",
+    "SFPaLMSOAP",
+    "SOAPAdEMAMix",
+    "SOAPNAdam",
 ]

@@ -1,8 +1,9 @@
 """What all presets have in common: the options around a preset's own chain."""
 
 import inspect
-from collections.abc import Callable
-from typing import Any, TypedDict
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar, TypedDict
 
 from torch import Tensor
 
@@ -99,12 +100,14 @@ class Preset(ChainOpt):
     """A named chain with the options that every preset takes, see `PresetOptions`."""
 
     palm_default = False
+    # options of this family of presets that are not those of all presets
+    more_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     def build(
         self,
         params: Any,
         lr: float | Tensor,
-        chain: tuple[Any, ...],
+        chain: tuple[Any, ...] | Callable[[tuple[Transform, ...]], tuple[Any, ...]],
         options: PresetOptions,
         *,
         beta1: float | Shared = 0.95,
@@ -114,6 +117,7 @@ class Preset(ChainOpt):
     ) -> None:
         """Put the common options around the preset's own chain, and build the optimizer.
 
+        chain: the elements, or a function that puts PaLM's schedule where it belongs among them.
         beta1: what MARS takes for the first moment's beta; the authors' 0.95 where there is none.
         """
         chosen = _checked_options(type(self), options)
@@ -122,9 +126,8 @@ class Preset(ChainOpt):
         if chosen["mars"]:
             elements.append(C.mars(gamma=chosen["mars_gamma"], beta1=beta1, max_norm=None))
         elements += _clipping("gradient_clipping", chosen["gradient_clipping"])
-        if chosen["palm"]:
-            elements.append(C.palm_beta2(beta2_scale=chosen["beta2_scale"]))
-        elements += chain
+        palm = (C.palm_beta2(beta2_scale=chosen["beta2_scale"]),) if chosen["palm"] else ()
+        elements += chain(palm) if callable(chain) else palm + chain
         elements += _clipping("update_clipping", chosen["update_clipping"])
         if caution and writer is None:
             elements.append(C.cautious)
@@ -142,6 +145,7 @@ class Preset(ChainOpt):
 
 def _checked_options(preset: type[Preset], options: PresetOptions) -> dict[str, Any]:
     own = [n for n in inspect.signature(preset.__init__).parameters if n not in ("self", "options")]
+    own += preset.more_options
     for name in options:
         if name not in DEFAULTS:
             raise TypeError(
@@ -155,6 +159,15 @@ def _checked_options(preset: type[Preset], options: PresetOptions) -> dict[str, 
         if name in options and not chosen[switch]:
             raise ValueError(f"{name}={options[name]!r} has no effect without {switch}=True")  # type: ignore[literal-required]
     return chosen
+
+
+def split_options(
+    options: Mapping[str, Any], family: Mapping[str, Any]
+) -> tuple[dict[str, Any], PresetOptions]:
+    """Those options that a family of presets has, and the others."""
+    mine = {name: value for name, value in options.items() if name in family}
+    rest = {name: value for name, value in options.items() if name not in family}
+    return mine, rest  # type: ignore[return-value]
 
 
 def flag(name: str, value: Any) -> bool:

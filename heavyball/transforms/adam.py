@@ -20,11 +20,14 @@ def scale_by_adam(
     eps: Live = 1e-8,
     eps_placement: EpsPlacement = "outside",
     amsgrad: bool = False,
+    correct_bias: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Scale every element by its own gradient size.
 
     m_t = unbiased mean of g_1..g_t with weights beta1^(t-i);  v_t = the same of g^2 with beta2
     u = m / (sqrt(v) + eps)
+
+    correct_bias: False leaves the averages as they are from zero: m (1 - beta1^t), v (1 - beta2^t).
 
     With `amsgrad`, v is the largest sum_i (1 - beta2) beta2^(s-i) g_i^2 of any step s so far, over
     the bias 1 - beta2^t, as in torch.
@@ -43,4 +46,10 @@ def scale_by_adam(
     if max_exp_avg_sq is not None:
         max_exp_avg_sq = torch.maximum(max_exp_avg_sq, square * bias)
         square = max_exp_avg_sq / bias
-    return exp_avg / root(square, eps, eps_placement, bias), exp_avg, exp_avg_sq, max_exp_avg_sq
+    mean = exp_avg
+    if not correct_bias:
+        mean = mean * (1 - betas[0] ** step)
+        # PaLM's schedule has no bias that was corrected
+        square = square if scheduled_beta2 is not None else square * bias
+        bias = torch.ones_like(bias)
+    return mean / root(square, eps, eps_placement, bias), exp_avg, exp_avg_sq, max_exp_avg_sq

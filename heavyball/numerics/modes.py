@@ -1,0 +1,90 @@
+"""Products of a tensor with one matrix per axis, for batches of tensors."""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import opt_einsum
+import torch
+from torch import Tensor
+
+# From this size on, one product at a time runs at the floor and needs no more memory than its result;
+# below it a batched product is faster on the CPU.
+ONE_BY_ONE = 256
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` for batches (B, n, k) and (B, k, m)."""
+    if len(a) == 1:
+        return torch.mm(a[0], b[0])[None]
+    if a.is_cuda or min(a.shape[1:]) < ONE_BY_ONE:
+        return torch.bmm(a, b)
+    result = a.new_empty(len(a), a.shape[1], b.shape[2])
+    for one, left, right in zip(result, a, b, strict=True):
+        torch.mm(left, right, out=one)
+    return result
+
+
+def add_product(start: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> Tensor:
+    """`beta start + alpha a @ b` for batches."""
+    if len(a) == 1:
+        return torch.addmm(start[0], a[0], b[0], beta=beta, alpha=alpha)[None]
+    return torch.baddbmm(start, a, b, beta=beta, alpha=alpha)
+
+
+def rotate(x: Tensor, bases: Sequence[Tensor | None], back: bool = False) -> Tensor:
+    """Multiply every axis of x by the transpose of its basis, or by the basis where `back`.
+
+    For a matrix: Q_0^T x Q_1, and back Q_0 x Q_1^T. An axis without a basis is left alone.
+
+    Shapes: x (B, n_0, .., n_k); bases (B, n_i, n_i) each, or None.
+    """
+    if all(basis is None for basis in bases):
+        return x
+    if len(bases) == 1:
+        (basis,) = bases
+        assert basis is not None
+        return product(basis if back else basis.mT, x[..., None])[..., 0]
+    if len(bases) == 2:
+        left, right = bases
+        if left is not None:
+            x = product(left if back else left.mT, x)
+        return x if right is None else product(x, right.mT if back else right)
+    present = tuple(basis is not None for basis in bases)
+    given = [basis for basis in bases if basis is not None]
+    if len(x) == 1:  # without a batch axis the contraction is one matrix product per basis
+        plain = _contraction(tuple(x.shape[1:]), present, False, back)
+        return plain(x[0], *(basis[0] for basis in given))[None]
+    return _contraction(tuple(x.shape), present, True, back)(x, *given)
+
+
+@functools.lru_cache(maxsize=1024)
+def _contraction(
+    shape: tuple[int, ...], present: tuple[bool, ...], batched: bool, back: bool
+) -> Callable[..., Tensor]:
+    """The path of the products for one shape, found once."""
+    axes = [opt_einsum.get_symbol(i) for i in range(len(present))]
+    news = [opt_einsum.get_symbol(len(axes) + i) for i in range(len(present))]
+    batch = opt_einsum.get_symbol(2 * len(axes)) if batched else ""
+    sizes = shape[len(shape) - len(present) :]
+    terms, shapes = [batch + "".join(axes)], [shape]
+    for old, new, size, wanted in zip(axes, news, sizes, present, strict=True):
+        if wanted:
+            terms.append(batch + (new + old if back else old + new))
+            shapes.append((*shape[:1], size, size) if batched else (size, size))
+    out = "".join(new if w else old for old, new, w in zip(axes, news, present, strict=True))
+    expression = opt_einsum.contract_expression(f"{','.join(terms)}->{batch}{out}", *shapes)
+    return functools.partial(expression, backend="torch")
+
+
+def gram(x: Tensor, axis: int, start: Tensor, beta: float) -> Tensor:
+    """`beta start + (1 - beta) X X^T` with X the unfolding of x along an axis (0 for the first).
+
+    Shapes: x (B, n_0, .., n_k); start and the result (B, n_axis, n_axis).
+    """
+    if x.ndim == 2:
+        x = x[..., None]
+    elif x.ndim == 3 and axis == 1:
+        x = x.mT
+    elif x.ndim > 3:
+        x = x.movedim(axis + 1, 1).flatten(2)
+    return add_product(start, x, x.mT, beta, 1 - beta)
