@@ -167,8 +167,9 @@ def test_the_optimizers_name_is_in_the_message():
     "name", [n for n in C.TRANSFORMS if n not in ("weighted_sum", "transplant")]
 )
 def test_every_transform_makes_a_chain_that_trains(name):
+    before = (C.to_eigenbasis,) if name == "from_eigenbasis" else ()
     extra = (C.scale_by_adam,) if name == "palm_beta2" else ()
-    opt = build(anywhere(C.TRANSFORMS[name]), *extra, lr=0.01)
+    opt = build(*before, anywhere(C.TRANSFORMS[name]), *extra, lr=0.01)
     before = snapshot(opt)
     train(opt, range(3))
     after = snapshot(opt)

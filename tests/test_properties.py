@@ -68,6 +68,8 @@ CHAINS: dict[str, Callable[[], tuple]] = {
     "muon, momentum alone": lambda: (C.muon_momentum(nesterov=False), C.cautious_decay),
     "orthogonalize": lambda: (C.exp_avg, anywhere(C.orthogonalize(method="quintic-5")), C.exp_avg),
     "normuon": lambda: (C.accumulate(k=2), anywhere(C.scale_by_normuon), C.clip_by_global_norm),
+    "soap": lambda: (C.soap_precond(precondition_frequency=1), C.cautious),
+    "soap, laprop": lambda: (C.mars, C.soap_precond(C.scale_by_laprop, precondition_1d=True)),
     "route": lambda: (C.route(C.when(C.scale_by_adam, min_ndim=2), otherwise=C.sign), C.cautious),
 }
 
@@ -78,6 +80,7 @@ def elementwise(name: str) -> bool:
         "mars", "cautious", "orthograd", "factored_rms", "stable_adamw", "clip_by_norm",
         "clip_by_rms", "clip_by_global_norm", "clip_update_rms", "l2_normalize", "rms_normalize",
         "adaptive_gradient_clip", "centralize", "graft", "muon", "orthogonalize", "scale_by_normuon",
+        "to_eigenbasis",
     }  # fmt: skip
     transforms = list(leaves(CHAINS[name]()))
     options = [o for t in transforms for o in (t.options.get("graft"), t.options.get("caution"))]

@@ -250,7 +250,11 @@ def test_the_list_has_every_name_with_its_first_sentence():
 @pytest.mark.parametrize("name", sorted(C.TRANSFORMS))
 def test_every_transform_can_be_shown(name):
     alone_impossible = {"palm_beta2", "apply"}
-    text = {"palm_beta2": "palm_beta2 | scale_by_adam"}.get(name, name)
+    company = {
+        "palm_beta2": "palm_beta2 | scale_by_adam",
+        "from_eigenbasis": "to_eigenbasis | from_eigenbasis",
+    }
+    text = company.get(name, name)
     result = heavyball_command("show", text)
     if name in alone_impossible and result.exit_code == 2:
         assert refused(result, name)

@@ -13,7 +13,7 @@ from heavyball.numerics.eigenbasis import Refresh, eigenbasis
 from heavyball.numerics.modes import gram as gram_of
 from heavyball.numerics.modes import rotate
 from heavyball.schedule import Schedule, as_schedule
-from heavyball.transform import Live, State, positive, transform
+from heavyball.transform import Live, State, fraction, positive, transform
 from heavyball.transforms.adam import scale_by_adam
 from heavyball.view import WorkingShape
 
@@ -82,7 +82,11 @@ def _refresh(
     provides=("gate", "step"),
     opaque=("bases", "working"),
     host=("shampoo_beta",),
-    domains={"precondition_frequency": positive, "max_precond_dim": positive},
+    domains={
+        "shampoo_beta": fraction,
+        "precondition_frequency": positive,
+        "max_precond_dim": positive,
+    },
     after=_refresh,
     due=_due,
 )
@@ -177,11 +181,12 @@ class Soap(Within):
     def __repr__(self) -> str:
         chosen = {**self.enter.options, **self.enter.hyper, **self.leave.options}
         given = [n for n in chosen if n in self.enter.given | self.leave.given]
-        inner = () if self.chain == (SOAP_ADAM,) else map(repr, self.chain)
+        inner = () if self.chain is ADAM else map(repr, self.chain)
         return f"{self.name}({', '.join([*inner, *(f'{n}={chosen[n]!r}' for n in given)])})"
 
 
-SOAP_ADAM = scale_by_adam(betas=(0.95, 0.95), eps_placement="biased")
+# a tuple, because a transform at the top of a module is found by its name
+ADAM = (scale_by_adam(betas=(0.95, 0.95), eps_placement="biased"),)
 
 
 def soap_precond(*inner: Any, normalize_grads: bool = False, **options: Any) -> Within:
@@ -190,6 +195,11 @@ def soap_precond(*inner: Any, normalize_grads: bool = False, **options: Any) -> 
     `soap_precond()` is SOAP, `soap_precond(scale_by_laprop)` is LaProp in the eigenbasis. The options
     are those of `to_eigenbasis`, and `normalize_grads` of `from_eigenbasis`.
     """
+    enter = to_eigenbasis(**options)
+    # a schedule that cannot be is refused here rather than at the first step
+    _schedule(enter.options["precondition_frequency"], enter.options["precond_scheduler"])
     leave = from_eigenbasis(normalize_grads=True) if normalize_grads else from_eigenbasis
-    chain = as_chain(inner or SOAP_ADAM, "soap_precond")
-    return Soap("soap_precond", to_eigenbasis(**options), chain, leave)
+    if len(inner) == 1 and isinstance(inner[0], tuple | list):
+        inner = tuple(inner[0])
+    chain = as_chain(inner, "soap_precond") if inner else ADAM
+    return Soap("soap_precond", enter, chain, leave)
