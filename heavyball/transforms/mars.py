@@ -3,10 +3,10 @@
 from torch import Tensor
 
 from heavyball.numerics import norm
-from heavyball.transform import Live, transform, zeros
+from heavyball.transform import Live, positive, transform, zeros
 
 
-@transform(last_grad=zeros.holding("values"))
+@transform(last_grad=zeros.holding("values"), domains={"max_norm": positive})
 def mars(
     update: Tensor,
     last_grad: Tensor,

@@ -1,0 +1,365 @@
+"""Presets and random chains under everything that a gradient may hold; the rules of docs/robustness.md.
+
+Every run is the same: hypothesis draws without a clock, a database or a random seed.
+"""
+
+import warnings
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from models import (
+    CASES,
+    all_params,
+    averages,
+    clones,
+    differences,
+    fill_gradients,
+    parameters,
+    snapshot,
+)
+from torch import Tensor, nn
+
+import heavyball
+from heavyball import chainable as C
+from heavyball.presets import CLIPPINGS
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+SHAPES = (
+    *((), (1,), (7,), (0,), (3, 0), (300,)),
+    *((3, 4), (1, 6), (6, 1), (1, 1), (36, 33)),
+    *((2, 3, 4), (4, 3, 2, 2), (1, 3, 1, 1), (2, 1, 3, 2, 2)),
+)
+RULE = settings(
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],
+)
+
+
+# ---- tensors
+
+
+def contiguous(x: Tensor) -> Tensor:
+    return x.contiguous()
+
+
+def transposed(x: Tensor) -> Tensor:
+    order = [*range(x.ndim)][::-1]
+    return x.permute(order).contiguous().permute(order)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+
+
+def sliced(x: Tensor) -> Tensor:
+    wide = torch.zeros([2 * n for n in x.shape], dtype=x.dtype)
+    view = wide[tuple(slice(0, None, 2) for _ in x.shape)]
+    return view.copy_(x)
+
+
+def expanded(x: Tensor) -> Tensor:
+    """One value for all elements, as `sum` gives it to autograd."""
+    return x.reshape(-1)[:1].reshape([1] * x.ndim).expand(x.shape) if x.numel() else x
+
+
+LAYOUTS = {f.__name__: f for f in (contiguous, transposed, channels_last, sliced)}
+GRADIENT_LAYOUTS = {**LAYOUTS, "expanded": expanded}
+
+
+def powers(shape: tuple[int, ...], made: torch.Generator) -> Tensor:
+    exponents = torch.randint(-40, 41, shape, generator=made)
+    return torch.randn(shape, generator=made, dtype=torch.float64).sign() * 10.0**exponents
+
+
+def filled(kind: str, shape: tuple[int, ...], dtype: torch.dtype, made: torch.Generator) -> Tensor:
+    """Values of a kind, finite in `dtype`."""
+    info = torch.finfo(dtype)
+    draw = torch.randn(shape, generator=made, dtype=torch.float64)
+    found = {
+        "zero": lambda: 0 * draw,
+        "1e-30": lambda: 1e-30 * draw,
+        "1e30": lambda: 1e30 * draw,
+        "subnormal": lambda: draw.sign() * info.smallest_normal / 4,
+        "smallest": lambda: draw.sign() * info.smallest_normal * info.eps,
+        "largest": lambda: draw.sign() * info.max,
+        "one sign": lambda: torch.full(shape, info.max, dtype=torch.float64),
+        "mixed": lambda: powers(shape, made),
+        "normal": lambda: draw,
+    }[kind]()
+    return found.clamp(info.min, info.max).to(dtype)
+
+
+KINDS = ("zero", "1e-30", "1e30", "subnormal", "smallest", "largest", "one sign", "mixed", "normal")
+WEIGHTS = ("normal", "zero", "subnormal", "1e-30")
+runs = st.fixed_dictionaries(
+    {
+        "shape": st.sampled_from(SHAPES),
+        "layout": st.sampled_from(sorted(LAYOUTS)),
+        "grad_layout": st.sampled_from(sorted(GRADIENT_LAYOUTS)),
+        "dtype": st.sampled_from(DTYPES),
+        "weights": st.sampled_from(WEIGHTS),
+        "kinds": st.lists(st.sampled_from(KINDS), min_size=1, max_size=5),
+        "seed": st.integers(0, 1000),
+    }
+)
+
+
+def quietly(make, *args, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a chain without a kernel
+        return make(*args, **options)
+
+
+def not_finite(opt: torch.optim.Optimizer) -> list[str]:
+    """The names under which a snapshot holds an infinity or a NaN."""
+    return [k for k, v in snapshot(opt).items() if not torch.isfinite(v.double()).all()]
+
+
+def run_and_check(make, run: dict) -> None:
+    """Steps with the gradients of a run: all stays finite, and nothing else is touched.
+
+    float16 ends at 65,504. The updates of these chains are at most 50 times a gradient (momentum and
+    Nesterov's look-ahead), or bounded, so that with lr <= 1e-3 five steps move a weight by less than
+    5 * 1e-3 * 50 * 65,504 = 16,376.
+    """
+    made = torch.Generator().manual_seed(run["seed"])
+    dtype, shape = run["dtype"], run["shape"]
+    param = nn.Parameter(LAYOUTS[run["layout"]](filled(run["weights"], shape, dtype, made)))
+    try:
+        opt = make([param])
+    except ValueError as error:  # a shape that a matrix method is not defined for
+        assume("needs a matrix" not in str(error))
+        raise
+    if dtype == torch.float16:
+        opt.param_groups[0]["lr"] = min(opt.param_groups[0]["lr"], 1e-3)
+    strides, place = param.stride(), param.data_ptr()
+    for kind in run["kinds"]:
+        gradient = GRADIENT_LAYOUTS[run["grad_layout"]](filled(kind, shape, dtype, made))
+        before = gradient.clone()
+        param.grad = gradient
+        quietly(opt.step)
+        assert param.grad is gradient
+        assert torch.equal(gradient, before)
+        assert (param.dtype, param.stride(), param.data_ptr()) == (dtype, strides, place)
+        assert not not_finite(opt), (kind, opt)
+    if averages(opt):
+        opt.eval()
+        assert not not_finite(opt)
+
+
+# ---- finite gradients
+
+
+@pytest.mark.parametrize(("compile", "count"), [("auto", 8), (False, 16)], ids=["kernels", "eager"])
+@pytest.mark.parametrize("case", CASES, ids=repr)
+def test_finite_gradients_leave_all_finite(case, compile, count):
+    @settings(RULE, max_examples=count)
+    @given(run=runs)
+    def holds(run):
+        run_and_check(lambda params: case(params, compile=compile), run)
+
+    holds()
+
+
+OPTIONS = st.fixed_dictionaries(
+    {},
+    optional={
+        "caution": st.booleans(),
+        "mars": st.booleans(),
+        "palm": st.booleans(),
+        "warmup_steps": st.just(3),
+        "gradient_clipping": st.sampled_from(sorted(CLIPPINGS)),
+        "update_clipping": st.sampled_from(sorted(CLIPPINGS)),
+        "weight_decay": st.sampled_from([0.1, 1.0]),
+        "lr": st.sampled_from([0.0, 1e-20, 1e-3, 0.1]),
+    },
+)
+
+
+@settings(RULE, max_examples=150)
+@given(name=st.sampled_from(sorted(heavyball.PRESETS)), options=OPTIONS, run=runs)
+def test_finite_gradients_leave_all_finite_with_any_options(name, options, run):
+    def make(params):
+        try:
+            return heavyball.PRESETS[name](params, compile=False, **options)
+        except ValueError:
+            assume(False)  # options that exclude each other
+
+    run_and_check(make, run)
+
+
+def kinds_of(kind: str) -> list[C.Transform]:
+    return [t for t in C.TRANSFORMS.values() if t.kind == kind]
+
+
+plain = st.sampled_from(kinds_of("transform"))
+chains = st.lists(plain, min_size=1, max_size=3)
+
+
+@st.composite
+def random_chain(draw) -> list:
+    """Up to three transforms, perhaps in two branches or behind a router, with a decay and a writer."""
+    chain = list(draw(chains))
+    form = draw(st.sampled_from(["plain", "plain", "parallel", "graft", "route"]))
+    if form == "parallel":
+        chain = [C.parallel(chain, draw(chains), weights=(0.5, -1.5))]
+    elif form == "graft":
+        chain = [C.graft(chain, draw(chains))]
+    elif form == "route":
+        chain = [C.route(C.when(*chain, min_ndim=2), otherwise=tuple(draw(chains)))]
+    chain += draw(st.lists(st.sampled_from(kinds_of("decay")), max_size=1))
+    chain += draw(st.lists(st.sampled_from(kinds_of("writer")), max_size=1))
+    chain += draw(st.lists(st.sampled_from(kinds_of("observer")), max_size=1))
+    return chain
+
+
+def built(params, chain, **options):
+    try:
+        return C.ChainOpt(params, 1e-3, *chain, **options)
+    except ValueError:
+        assume(False)  # a chain that excludes itself, or not for this shape
+
+
+@settings(RULE, max_examples=250)
+@given(chain=random_chain(), run=runs, decay=st.sampled_from([0.0, 0.1]))
+def test_finite_gradients_leave_random_chains_finite(chain, run, decay):
+    def make(params):
+        opt = built(params, chain, compile=False)
+        if "weight_decay" in opt.defaults:
+            opt.param_groups[0]["weight_decay"] = decay
+        return opt
+
+    run_and_check(make, run)
+
+
+@pytest.mark.parametrize("case", CASES, ids=repr)
+def test_after_any_gradients_training_goes_on(case):
+    """Whatever came before, some steps of ordinary gradients move the weights and stay finite."""
+    opt = case(parameters((4, 3), (5,)))
+    for kind in KINDS:
+        made = torch.Generator().manual_seed(0)
+        for p in all_params(opt):
+            p.grad = filled(kind, tuple(p.shape), p.dtype, made)
+        quietly(opt.step)
+    with torch.no_grad():
+        for p in all_params(opt):
+            p.zero_()  # a step of 0.01 is lost beside a weight of 1e15
+    before = clones(all_params(opt))
+    for seed in range(3):
+        fill_gradients(all_params(opt), seed)
+        quietly(opt.step)
+    assert not not_finite(opt)
+    assert all(not torch.equal(p, q) for p, q in zip(all_params(opt), before, strict=True))
+
+
+# ---- gradients that are not finite
+
+
+@pytest.mark.parametrize("compile", ["auto", False], ids=["kernels", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES if not c.skips], ids=repr)
+def test_an_infinity_counts_as_the_bound_of_its_dtype(case, dtype, compile):
+    bound = 2.0**504 if dtype == torch.float64 else 2.0**56
+    ends = []
+    for value in (torch.inf, bound):
+        opt = case(parameters((4, 3), (5,), dtype=dtype), compile=compile)
+        for seed in range(3):
+            fill_gradients(all_params(opt), seed)
+            if seed == 1:
+                all_params(opt)[0].grad[1, 2] = value
+                all_params(opt)[1].grad[0] = -value
+            quietly(opt.step)
+        ends.append(snapshot(opt))
+        assert not not_finite(opt)
+    assert not differences(*ends)
+
+
+def trained(case, compile, poison=None):
+    """Three steps; `poison` is one entry of the first parameter's second gradient."""
+    opt = case(parameters((4, 3), (5,)), compile=compile)
+    for seed in range(3):
+        fill_gradients(all_params(opt), seed)
+        if seed == 1 and poison is not None:
+            all_params(opt)[0].grad[1, 2] = poison
+        quietly(opt.step)
+    return opt
+
+
+alone = [case for case in CASES if case.per_parameter]
+# What looks at more than one entry of a tensor at a time.
+REDUCING = {
+    *("centralize", "orthograd", "mars", "cautious", "graft", "factored_rms", "stable_adamw"),
+    *(t.name for t in CLIPPINGS.values() if "norm" in t.name or "rms" in t.name),
+    *("adaptive_gradient_clip", "l2_normalize", "rms_normalize"),
+}
+
+
+def elementwise(opt) -> bool:
+    nodes = opt.chain.program_for(None, all_params(opt)[0]).flat
+    cautious = any(node.transform.options.get("caution", "none") != "none" for node in nodes)
+    names = {node.transform.name for node in nodes}
+    return not (cautious or names & REDUCING or any(node.transform.whole for node in nodes))
+
+
+@pytest.mark.parametrize("case", alone, ids=repr)
+def test_a_nan_reaches_no_other_parameter_and_no_other_entry_of_an_elementwise_chain(case):
+    bad, good = trained(case, "auto", torch.nan), trained(case, "auto")
+    wrong = differences(snapshot(bad), snapshot(good))
+    assert wrong
+    assert not [key for key in wrong if key.startswith("1")]
+    if elementwise(bad):
+        shots = snapshot(bad), snapshot(good)
+        for key in wrong:
+            changed = (shots[0][key] != shots[1][key]).nonzero().tolist()
+            assert changed == [[1, 2]], key
+
+
+def test_the_elementwise_chains_are_found():
+    found = {case.name for case in alone if elementwise(case(parameters((4, 3))))}
+    assert {"SGD", "AdamW", "NAdam", "RMSprop", "Lion", "SFAdamW", "parallel"} <= found
+    assert not {"FactoredAdamW", "cautious-ema", "graft", "mars-laprop", "stable"} & found
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if not c.skips], ids=repr)
+def test_a_nan_stays_a_nan_unless_only_its_sign_is_used(case):
+    """What is computed from a NaN is one, and the sign of one is 0: that entry is not moved."""
+    opt = trained(case, "auto", torch.nan)
+    found = snapshot(opt)
+    names = {node.transform.name for node in opt.chain.program_for(None, all_params(opt)[0]).flat}
+    if names & {"scale_by_lion", "focus", "sign"} and "scale_by_laprop" not in names:
+        assert not found["0"].isnan().any()
+        means = [v for k, v in found.items() if k.startswith("0.") and "exp_avg" in k]
+        assert any(mean[1, 2].isnan() for mean in means)
+    else:
+        assert found["0"][1, 2].isnan()
+
+
+def nans(opt):
+    return {k: v.isnan().nonzero().tolist() for k, v in snapshot(opt).items()}
+
+
+@pytest.mark.parametrize("case", CASES, ids=repr)
+def test_kernels_and_plain_torch_agree_on_what_is_a_nan(case):
+    with_kernels, eager = trained(case, "auto", torch.nan), trained(case, False, torch.nan)
+    assert nans(with_kernels) == nans(eager)
+
+
+@pytest.mark.parametrize("compile", ["auto", False], ids=["kernels", "eager"])
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES if c.skips], ids=repr)
+def test_skip_not_finite_leaves_out_the_step(case, poison, compile):
+    params = parameters((4, 3), (5,))
+    opt = case(params, compile=compile)
+    fill_gradients(params, 0)
+    opt.step()
+    before = snapshot(opt)
+    fill_gradients(params, 1)
+    params[0].grad[1, 2] = poison
+    opt.step()
+    changed = differences(before, snapshot(opt))
+    # the parameters' own counts of calls, and of the steps left out
+    assert {key.split(".", 1)[-1] for key in changed} == {"step", "skip_not_finite.skipped"}
