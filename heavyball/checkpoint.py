@@ -146,11 +146,19 @@ def migrate(state_dict: Mapping[str, Any], version: int | None = None) -> dict[s
 def _own(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """A copy down to the tensors, which are shared."""
     found = dict(state_dict)
-    found["state"] = {k: dict(v) for k, v in state_dict["state"].items()}
+    found["state"] = {
+        n: {k: _number(v) for k, v in s.items()} for n, s in state_dict["state"].items()
+    }
     found["param_groups"] = [dict(group) for group in state_dict["param_groups"]]
     if isinstance(found.get(DESCRIPTION), dict):
         found[DESCRIPTION] = dict(found[DESCRIPTION])
     return found
+
+
+def _number(value: Any) -> Any:
+    """Numbers as tensors: torch's optimizers load a count of steps in either form."""
+    plain = isinstance(value, int | float) and not isinstance(value, bool)
+    return torch.tensor(value, dtype=torch.float64) if plain else value
 
 
 def rename_transform(state_dict: dict[str, Any], old: str, new: str) -> dict[str, Any]:

@@ -14,8 +14,10 @@ from heavyball.transform import check_live, nonnegative
 def checked_lr(lr: Any) -> float | Tensor:
     """A learning rate: a float, or a tensor of one element, which is used as it is."""
     if isinstance(lr, Tensor):
-        if lr.numel() != 1 or not lr.is_floating_point():
-            raise ValueError(f"lr={lr!r}: expected one floating-point number")
+        if lr.numel() != 1:
+            raise ValueError(f"lr={lr!r}: Tensor lr must be 1-element")  # torch's words
+        if not lr.is_floating_point():
+            raise ValueError(f"lr={lr!r}: expected a floating-point number")
         if not (torch.isfinite(lr).item() and lr.item() >= 0):
             raise ValueError(f"lr={lr!r}: expected in {nonnegative}")
         return lr

@@ -1,0 +1,501 @@
+"""What torch tests of every optimizer of its own, for every preset.
+
+Its tests are TestOptimRenewed of test/test_optim.py over torch.testing._internal.common_optimizers.
+Where each of them is here, or in another file (p: test_presets, o: test_optimizer, r: test_runner):
+
+errors                                     here; p, what_torch_refuses_is_refused
+forloop_goes_right_direction               here; p, training_lowers_the_loss
+param_group_with_lrscheduler...            here; p, a_scheduler_acts_as_the_same_values
+tensor_lr, tensor_lr_num_dim               p, a_learning_rate_given_as_a_tensor; here
+param_groups_weight_decay, param_groups_lr here; p, groups_with_hyper_parameters_of_their_own
+foreach_matches_forloop                    p, foreach_does_not_change_a_bit; here, without gradients
+set_default_dtype_works_with_foreach       here
+mixed_device_dtype                         here, the dtypes
+peak_memory_foreach                        r, foreach_false_holds_the_intermediate_tensors
+step_is_noop_when_params_have_no_grad      here
+step_is_noop_for_zero_grads                here; test_properties
+optimizer_can_be_printed                   here; o, repr_shows
+state_dict_deterministic                   here
+can_load_older_state_dict                  here; for older versions of this library, migrations
+can_load_from_to_named_state_dict          here
+save_load_equality_with_weights_only       p, a_run_interrupted_by_a_checkpoint
+load_nontensor_step                        here
+cpu_load_state_dict                        here, into other dtypes
+deepcopy_copies_all_public_attrs           here; p, copies_train_on
+step_pre_hook, step_post_hook              p, step_hooks_run_around_the_step
+step_all_hooks                             here
+state_dict_pre/post_hook, load_state_dict_pre/post_hook, ..._and_prepend
+                                           here; o, hooks_of_the_user_see_and_may_replace
+non_empty_state                            p, every_state_tensor_keeps_changing
+fused_does_not_step_if_foundinf, grad scaling
+                                           p, grad_scaler_skips_a_step
+test_lrscheduler, SWALR                    p, SCHEDULERS
+complex, complex_2d, rosenbrock_sparse     refused by name: o, a_parameter_that_cannot_be_optimized
+                                           and a_gradient_that_does_not_fit
+foreach_large_tensor, fused_large_tensor   not here: 2^32 elements
+state_dict_with_cuda_params, *_multigpu    not here: an accelerator
+fused_*, capturable, differentiable, defaults_changed_to_foreach
+                                           of torch's own implementations, which ours are not
+"""
+
+import copy
+import inspect
+import warnings
+
+import pytest
+import torch
+from models import (
+    CASES,
+    PRESETS,
+    Tiny,
+    all_params,
+    assert_same,
+    assert_same_optimizers,
+    clones,
+    copies,
+    differences,
+    fill_gradients,
+    loss_of,
+    parameters,
+    plain_group,
+    snapshot,
+    train,
+)
+from torch import nn
+from torch.optim import lr_scheduler
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+import heavyball
+
+every_case = pytest.mark.parametrize("case", CASES, ids=repr)
+every_preset = pytest.mark.parametrize("case", PRESETS, ids=repr)
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*runs without a compiled kernel:RuntimeWarning")
+
+
+# ---- errors
+
+
+def matrix():
+    return nn.Parameter(torch.zeros(1, 1))
+
+
+def twice_in_a_group():
+    p = matrix()
+    return {"params": [p, p]}
+
+
+def twice_in_two_groups():
+    p = matrix()
+    return {"params": [{"params": p}, {"params": p}]}
+
+
+# What torch refuses of each of its optimizers, and in which words.
+ERRORS = {
+    "a tensor": (
+        lambda: {"params": matrix()},
+        TypeError,
+        "params argument given to the optimizer should be an iterable of Tensors or dicts",
+    ),
+    "twice in a group": (
+        twice_in_a_group,
+        UserWarning,
+        "a parameter group with duplicate parameters",
+    ),
+    "twice in two groups": (
+        twice_in_two_groups,
+        ValueError,
+        "some parameters appear in more than one parameter group",
+    ),
+    "two learning rates": (
+        lambda: {"params": [matrix()], "lr": torch.tensor([1e-3, 1e-3])},
+        ValueError,
+        "Tensor lr must be 1-element",
+    ),
+    "some names": (
+        lambda: {"params": [("weight", matrix()), matrix()]},
+        ValueError,
+        "all optimizer params should be with/without names. Some param names are missing",
+    ),
+    "a group with names": (
+        lambda: {"params": [{"params": [matrix()]}, {"params": [("weight", matrix())]}]},
+        ValueError,
+        "all optimizer param groups should be with/without names. cannot add param group with names",
+    ),
+    "nothing": (lambda: {"params": []}, ValueError, "optimizer got an empty parameter list"),
+    "not a tensor": (lambda: {"params": [5.0]}, TypeError, "optimizer can only optimize Tensors"),
+    "not a leaf": (
+        lambda: {"params": [matrix() * 2]},
+        ValueError,
+        "can't optimize a non-leaf Tensor",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+@every_preset
+def test_what_torch_refuses_of_every_optimizer_is_refused_in_its_words(case, name):
+    make, error, words = ERRORS[name]
+    for optimizer in (case, torch.optim.AdamW):
+        if issubclass(error, Warning):
+            with pytest.warns(error, match=words):
+                optimizer(**make())
+        else:
+            with pytest.raises(error, match=words):
+                optimizer(**make())
+
+
+# ---- the direction
+
+
+def quadratic(layout="contiguous"):
+    """A weight and a bias, and the loss that torch's tests use."""
+    made = torch.Generator().manual_seed(2)
+    weight, bias = torch.randn(10, 5, 2, generator=made), torch.randn(10, 2, generator=made)
+    weight, bias = weight[..., 0], bias[..., 0]
+    if layout == "contiguous":
+        weight, bias = weight.contiguous(), bias.contiguous()
+    weight, bias = nn.Parameter(weight), nn.Parameter(bias)
+    x = torch.randn(5, generator=made)
+
+    def loss():
+        return (weight.mv(x) + bias).square().sum()
+
+    return weight, bias, loss
+
+
+def descend(opt, loss, steps=20):
+    """The loss before and after some steps."""
+    start = loss().item()
+    for _ in range(steps):
+        opt.zero_grad()
+        loss().backward()
+        opt.step()
+    return start, loss().item()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "strided"])
+@pytest.mark.parametrize("foreach", [False, True])
+@every_preset
+def test_steps_go_down_with_the_defaults(case, foreach, layout):
+    weight, bias, loss = quadratic(layout)
+    assert weight.is_contiguous() == (layout == "contiguous")
+    start, end = descend(case([weight, bias], foreach=foreach), loss)
+    assert end < start
+
+
+@every_preset
+def test_steps_go_up_with_maximize(case):
+    if "maximize" not in inspect.signature(heavyball.PRESETS[case.name].__init__).parameters:
+        with pytest.raises(TypeError, match="maximize"):
+            case(parameters((2,)), maximize=True)
+        return
+    weight, bias, loss = quadratic()
+    start, end = descend(case([weight, bias], maximize=True), loss)
+    assert end > start
+
+
+@every_preset
+def test_groups_go_down_under_two_schedulers(case):
+    weight, bias, loss = quadratic()
+    opt = case([{"params": [weight]}, {"params": [bias], "lr": 0.01}], lr=1e-3)
+    schedulers = [lr_scheduler.StepLR(opt, 10, 0.9), lr_scheduler.ReduceLROnPlateau(opt)]
+    start = loss().item()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for _ in range(20):
+            opt.zero_grad()
+            value = loss()
+            value.backward()
+            opt.step()
+            schedulers[0].step()
+            schedulers[1].step(value.item())
+    assert loss().item() < start
+    torch.testing.assert_close(
+        [g["lr"] for g in opt.param_groups], [8.1e-4, 8.1e-3], rtol=1e-12, atol=0
+    )
+
+
+@every_preset
+def test_a_group_without_decay_goes_down_beside_one_with(case):
+    weight, bias, loss = quadratic()
+    if "weight_decay" not in case([weight]).defaults:
+        pytest.skip("a preset without decay")
+    opt = case([{"params": [weight], "weight_decay": 0.1}, {"params": [bias], "weight_decay": 0.0}])
+    start, end = descend(opt, loss)
+    assert end < start
+
+
+@every_preset
+def test_a_group_with_hardly_any_learning_rate_stands_still(case):
+    weight, bias, loss = quadratic()
+    irrelevant = nn.Parameter(torch.randn(2))
+    before = irrelevant.detach().clone()
+    # a decay is in units of lr, so it stands still too
+    opt = case([{"params": [weight, bias], "lr": 1e-3}, {"params": [irrelevant]}], lr=1e-28)
+
+    def both():
+        return loss() + irrelevant.sum()
+
+    start = loss().item()
+    descend(opt, both)
+    assert loss().item() < start
+    assert torch.equal(irrelevant, before)
+
+
+# ---- learning rates that are tensors
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 1)])
+@every_preset
+def test_a_learning_rate_of_one_element_may_have_dimensions(case, shape):
+    opt, plain = case(parameters(), lr=torch.full(shape, 2.0**-6)), case(parameters(), lr=2.0**-6)
+    train(opt, range(3))
+    train(plain, range(3))
+    assert not differences(snapshot(opt), snapshot(plain))
+    assert opt.param_groups[0]["lr"].shape == shape
+
+
+# ---- steps that change nothing
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@every_case
+def test_a_step_without_any_gradient_is_none(case, foreach):
+    params = parameters()
+    opt = case(params, foreach=foreach)
+    before = clones(params)
+    assert opt.step(lambda: torch.tensor([1.0])) == 1
+    assert_same(params, before)
+    assert not any(opt.state.values())
+    train(opt, range(2))
+    shot = snapshot(opt)
+    opt.zero_grad()
+    opt.step()
+    assert not differences(shot, snapshot(opt))
+
+
+@every_case
+def test_a_zero_gradient_without_decay_moves_nothing(case):
+    params = parameters()
+    opt = case(params)
+    for group in opt.param_groups:
+        group.update({key: 0.0 for key in group if key.split(".")[-1] == "weight_decay"})
+    before = clones(params)
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        opt.step()
+    assert_same(params, before)
+
+
+# ---- dtypes
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("compile", ["auto", False])
+@every_case
+def test_the_default_dtype_does_not_matter(case, dtype, compile):
+    plain, other = case(parameters(), compile=compile), case(parameters(), compile=compile)
+    train(plain, range(3))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        train(other, range(3))
+    finally:
+        torch.set_default_dtype(before)
+    assert_same_optimizers(plain, other)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.per_parameter], ids=repr)
+def test_dtypes_may_be_mixed(case):
+    dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    params = [parameters((3, 2), dtype=dtype)[0] for dtype in dtypes]
+    apart = copies(params)
+    together = case(params, stochastic_rounding=False)
+    opts = [case([p], stochastic_rounding=False) for p in apart]
+    for seed in range(3):
+        fill_gradients(params, seed)
+        for p, q, opt in zip(params, apart, opts, strict=True):
+            q.grad = p.grad.clone()
+            opt.step()
+        together.step()
+    assert_same(params, apart)
+
+
+# ---- saving and loading
+
+
+@every_case
+def test_equal_training_gives_equal_state_dicts(case):
+    source = case(Tiny().parameters())
+    train(source, range(3))
+    model = Tiny()
+    with torch.no_grad():
+        for p, q in zip(model.parameters(), all_params(source), strict=True):
+            p.copy_(q)
+    target = case(model.parameters())
+    target.load_state_dict(copy.deepcopy(source.state_dict()))
+    for opt in (source, target):
+        train(opt, range(3, 6))
+    one, other = source.state_dict(), target.state_dict()
+    assert one.keys() == other.keys()
+    assert one["param_groups"] == other["param_groups"]
+    assert one["state"].keys() == other["state"].keys()
+    assert_same_optimizers(source, target)
+    # a parameter that stands in two groups has one number
+    target.param_groups.extend(target.param_groups)
+    assert target.state_dict()["param_groups"][-1] == one["param_groups"][-1]
+
+
+@every_case
+def test_a_state_dict_whose_groups_lack_entries_loads_with_the_optimizers_own(case):
+    source = case(parameters())
+    train(source, range(3))
+    values = plain_group(source.param_groups[0])
+    for lost in values:
+        saved = copy.deepcopy(source.state_dict())
+        del saved["param_groups"][0][lost]
+        target = case(copies(all_params(source)))
+        target.load_state_dict(saved)
+        assert plain_group(target.param_groups[0]) == values, lost
+        train(target, [3])
+
+
+@every_case
+def test_named_state_loads_into_unnamed_parameters_and_the_other_way(case):
+    for named in (True, False):
+        model, other = Tiny(), Tiny()
+        source = case(model.named_parameters() if named else model.parameters())
+        train(source, range(2))
+        target = case(other.parameters() if named else other.named_parameters())
+        with torch.no_grad():
+            for p, q in zip(other.parameters(), model.parameters(), strict=True):
+                p.copy_(q)
+        target.load_state_dict(source.state_dict())
+        train(source, [2])
+        train(target, [2])
+        assert not differences(snapshot(source), snapshot(target))
+        # a loaded group brings its names along, as in torch
+        names = [name for name, _ in other.named_parameters()]
+        assert target.param_groups[0]["param_names"] == names
+
+
+@every_case
+def test_a_count_of_steps_saved_as_a_plain_number_loads(case):
+    source = case(parameters())
+    train(source, range(3))
+    saved = copy.deepcopy(source.state_dict())
+    for state in saved["state"].values():
+        state["step"] = state["step"].item()
+    kept = copy.deepcopy(saved)
+    target = case(copies(all_params(source)))
+    target.load_state_dict(saved)
+    assert saved["param_groups"] == kept["param_groups"]
+    assert all(s["step"] == 3.0 and isinstance(s["step"], float) for s in saved["state"].values())
+    train(source, [3])
+    train(target, [3])
+    assert_same_optimizers(source, target)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@every_case
+def test_state_loads_into_parameters_of_another_dtype(case, dtype):
+    source = case(parameters((4, 3), (4,), (2, 3, 2)))
+    train(source, range(3))
+    saved = source.state_dict()
+    kept = copy.deepcopy(saved)
+    target = case(parameters((4, 3), (4,), (2, 3, 2), dtype=dtype))
+    target.load_state_dict(saved)
+    train(target, [3])
+    assert all(p.dtype == dtype and torch.isfinite(p).all() for p in all_params(target))
+    steps = [target.state[p]["step"].item() for p in all_params(target)]
+    assert steps == [4.0] * 3
+    for number, state in kept["state"].items():
+        assert_same(saved["state"][number].values(), state.values())
+
+
+@every_case
+def test_a_copy_has_the_public_attributes_of_the_original(case):
+    opt = case(parameters())
+    train(opt, range(2))
+
+    def public(thing):
+        return {name for name in vars(thing) if not name.startswith("_")}
+
+    assert public(copy.deepcopy(opt)) == public(opt)
+    assert str(opt)
+    assert str(case(parameters()))
+
+
+# ---- hooks
+
+
+@every_preset
+def test_hooks_of_all_optimizers_run_around_those_of_one(case):
+    model, calls = Tiny(), []
+    opt = case(model.parameters())
+
+    def note(name):
+        return lambda *_: calls.append(name)
+
+    handles = [
+        opt.register_step_pre_hook(note("own before")),
+        register_optimizer_step_pre_hook(note("all before")),
+        opt.register_step_post_hook(note("own after")),
+        register_optimizer_step_post_hook(note("all after")),
+    ]
+    try:
+        loss_of(model).backward()
+        opt.step(lambda: calls.append("step"))
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert calls == ["all before", "own before", "step", "own after", "all after"]
+
+
+@every_preset
+def test_hooks_of_saving_and_loading_run_in_the_order_asked_for(case):
+    opt, calls = case(parameters()), []
+    train(opt, range(2))
+
+    def note(name):
+        return lambda *_: calls.append(name)
+
+    handles = [
+        opt.register_state_dict_pre_hook(note("save 2")),
+        opt.register_state_dict_pre_hook(note("save 1"), prepend=True),
+        opt.register_state_dict_post_hook(note("saved 2")),
+        opt.register_state_dict_post_hook(note("saved 1"), prepend=True),
+        opt.register_load_state_dict_pre_hook(note("load 2")),
+        opt.register_load_state_dict_pre_hook(note("load 1"), prepend=True),
+        opt.register_load_state_dict_post_hook(note("loaded 2")),
+        opt.register_load_state_dict_post_hook(note("loaded 1"), prepend=True),
+    ]
+    opt.load_state_dict(opt.state_dict())
+    order = ["save 1", "save 2", "saved 1", "saved 2", "load 1", "load 2", "loaded 1", "loaded 2"]
+    assert calls == order
+    for handle in handles:
+        handle.remove()
+    opt.load_state_dict(opt.state_dict())
+    assert calls == order
+
+
+@every_preset
+def test_a_hook_of_saving_sees_the_dict_and_may_give_another(case):
+    opt = case(parameters())
+    train(opt, range(2))
+    seen = []
+
+    def keep_less(optimizer, saved):
+        assert optimizer is opt
+        seen.append(set(saved))
+        return {**saved, "param_groups": [{**g, "note": 1} for g in saved["param_groups"]]}
+
+    opt.register_state_dict_post_hook(keep_less)
+    saved = opt.state_dict()
+    assert seen[0] >= {"state", "param_groups"}
+    assert saved["param_groups"][0]["note"] == 1
