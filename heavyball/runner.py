@@ -13,32 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from heavyball.calls import call, run_hooks
 from heavyball.chain import Fork, Node, Program
-from heavyball.numerics import saturate, shape_of
+from heavyball.numerics import SCALAR, compute_dtype, saturate, shape_of, working
+from heavyball.states import add_several, working_param, working_state
 from heavyball.storage import create, create_param, drawing, held, held_param
-from heavyball.transform import CONTEXT, WHOLE_CONTEXT, State, keyword_names
-from heavyball.whole import STACKED, Answer, Call, Pieces, due, serve
-
-SCALAR = torch.float64
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the mathematics: float64 stays, everything lower is float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def working(tensor: Tensor) -> Tensor:
-    """A tensor as the mathematics sees it: promoted, and never without a dimension.
-
-    0-d tensors are scalars to torch's type promotion, so a 0-d parameter works as a vector of one.
-    """
-    tensor = tensor.detach().to(compute_dtype(tensor.dtype))
-    return tensor.reshape(1) if tensor.ndim == 0 else tensor
-
-
-def working_param(param: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-    """A parameter as the mathematics sees it, its correction included."""
-    return working(held_param(state, param.detach()).load(compute_dtype(param.dtype)))
+from heavyball.transform import CONTEXT, State, keyword_names
+from heavyball.whole import STACKED, Call, serve
 
 
 class Scalars:
@@ -113,8 +94,7 @@ class Frame:
     job: Job
     env: dict[str, Any]
     new: dict[str, Tensor] = field(default_factory=dict)
-    # nodes with something to do after the write, and what they know
-    hooks: list[tuple[Node, dict[str, Any]]] = field(default_factory=list)
+    hooks: list[Call] = field(default_factory=list)  # what may be to do after the write
     ended: bool = False  # a host decision: nothing behind this point happens for the parameter
 
     def hyper(self, node: Node, name: str) -> Any:
@@ -146,7 +126,7 @@ def add_missing_state(
         if key in state or (key in program.lazy_keys and not lazy_wanted(node, declared, group)):
             continue
         if declared.several:
-            _add_several(program, node, name, param, state)
+            add_several(program, node, name, param, state)
             continue
         tensor = declared.init(working_param(param, state), node.transform.options)
         if tensor is not None:
@@ -154,33 +134,6 @@ def add_missing_state(
             shape = tensor.shape if plain else param.shape
             chosen = program.storage.format_of(key, name, declared, shape, param.shape)
             create(state, key, tensor.reshape(shape), chosen, declared.holds)
-
-
-def _add_several(
-    program: Program, node: Node, name: str, param: Tensor, state: dict[str, Tensor]
-) -> None:
-    keys, declared = pieces(program, node, name, param), node.transform.states[name]
-    if any(key is not None and key not in state for key in keys):
-        made = declared.init(working_param(param, state), node.transform.options)
-        for key, tensor in zip(keys, made, strict=True):
-            if key is not None and key not in state:
-                place = node.state_key(name), name, declared, tensor.shape, param.shape
-                create(state, key, tensor, program.storage.format_of(*place), declared.holds)
-
-
-def pieces(program: Program, node: Node, name: str, param: Tensor) -> tuple[str | None, ...]:
-    """The keys of a state of several tensors, None where there is none for this shape."""
-    place = node.state_key(name), param.shape, param.dtype
-    if place not in program.pieces:
-        init = node.transform.states[name].init
-        made = init(working(param.detach().to("meta")), node.transform.options)
-        if not isinstance(made, tuple):
-            raise TypeError(f"{place[0]}: init returned {type(made).__name__}, expected a tuple")
-        keys = (f"{place[0]}.{i}" for i in range(len(made)))
-        program.pieces[place] = tuple(
-            None if tensor is None else key for key, tensor in zip(keys, made, strict=True)
-        )
-    return program.pieces[place]
 
 
 def lazy_wanted(node: Node, declared: State, group: Mapping[str, Any]) -> bool:
@@ -201,7 +154,7 @@ def execute(nodes: Iterable[Node | Fork], update: Any, frame: Frame) -> Run:
         if isinstance(node, Fork):
             update = yield from _fork(node, update, frame)
         elif node.transform.whole:
-            update = yield from _call(node, update, frame)
+            update = yield from call(node, update, frame)
         else:
             update = yield from _apply(node, update, frame)
         if frame.ended:
@@ -247,115 +200,6 @@ def _arguments(node: Node, frame: Frame) -> dict[str, Any]:
     return arguments
 
 
-def _call(node: Node, update: Tensor, frame: Frame) -> Run:
-    """A whole transform's turn: what it may ask for, and what it has changed."""
-    t, env = node.transform, frame.env
-    if env["gate"] is not None:
-        if not env["gate"]:  # a decision on the host: products are not made for nothing
-            frame.ended = True
-            return update
-        env["gate"] = None
-    old = [whole_state(node, name, frame) for name in t.states]
-    answer: Answer = yield Call(node, frame.job, update, old, _count(env), _known(node, frame))
-    for name, new in zip(t.states, answer.states, strict=True):
-        keep_state(node, name, new, frame)
-    return take_answer(node, answer, frame)
-
-
-def _known(node: Node, frame: Frame) -> dict[str, Any]:
-    t = node.transform
-    known = {n: frame.context(n) for n in t.context if n not in WHOLE_CONTEXT}
-    known |= {n: frame.env.get(n) for n in t.optional}
-    if t.after is not None:
-        known["step"] = frame.env["step"]
-    return known
-
-
-def take_answer(node: Node, answer: Answer, frame: Frame) -> Tensor:
-    """Put what a whole transform provides into the environment; returns its update."""
-    t, env = node.transform, frame.env
-    if due(node, _count(env)):
-        frame.hooks.append((node, {**_known(node, frame), "count": _count(env)}))
-    for name, value in answer.provided.items():
-        if name == "gate":
-            frame.ended |= value is False
-            value = None if isinstance(value, bool) else value
-        elif name == "step":
-            env["count"] = value if isinstance(value, int) else None
-        if isinstance(value, int | float) and name not in t.opaque:
-            value = torch.full((), value, dtype=SCALAR, device=frame.job.param.device)
-        env[name] = value
-    return answer.update
-
-
-def _count(env: dict[str, Any]) -> int:
-    if env["count"] is None:
-        env["count"] = int(env["step"])
-    return env["count"]
-
-
-def whole_state(node: Node, name: str, frame: Frame) -> Pieces:
-    """A state as a whole transform sees it, as it is now."""
-    declared = node.transform.states[name]
-    if not declared.several:
-        new = frame.new.get(node.state_key(name))
-        return _working_state(node, name, frame) if new is None else new
-    keys = pieces(frame.job.program, node, name, frame.job.param)
-    return tuple(None if key is None else _piece(key, frame) for key in keys)
-
-
-def _piece(key: str, frame: Frame) -> Tensor:
-    if key in frame.new:
-        return frame.new[key]
-    kept = held(frame.job.state, key, frame.job.program.holds_of(key))
-    return kept.load(compute_dtype(frame.job.param.dtype))
-
-
-def keep_state(node: Node, name: str, value: Pieces, frame: Frame) -> None:
-    """Note a new state, to be written at the end."""
-    if isinstance(value, tuple):
-        for key, piece in zip(
-            pieces(frame.job.program, node, name, frame.job.param), value, strict=True
-        ):
-            if key is not None and piece is not None:
-                frame.new[key] = piece
-    elif value is not None:
-        frame.new[node.state_key(name)] = value
-
-
-def _finish_hooks(frame: Frame) -> Run:
-    """Run what nodes do after the write, on the new states."""
-    for node, known in frame.hooks:
-        old = [whole_state(node, name, frame) for name in node.transform.states]
-        vectors, squares = rotating(node, frame, "moment"), rotating(node, frame, "square")
-        answer: Answer = yield Call(
-            node,
-            frame.job,
-            frame.env["grad"],
-            old,
-            known["count"],
-            known,
-            after=True,
-            vectors=[frame.new[key] for key in vectors],
-            squares=[frame.new[key] for key in squares],
-        )
-        for name, new in zip(node.transform.states, answer.states, strict=True):
-            keep_state(node, name, new, frame)
-        frame.new.update(zip(vectors, answer.vectors, strict=True))
-        frame.new.update(zip(squares, answer.squares, strict=True))
-
-
-def rotating(node: Node, frame: Frame, holds: str) -> list[str]:
-    """The keys of the states that turn with a node's basis, of those that this step has changed."""
-    keys = [
-        inner.state_key(name)
-        for inner in node.inner
-        for name, declared in inner.transform.states.items()
-        if declared.holds == holds
-    ]
-    return [key for key in keys if key in frame.new]
-
-
 def _apply(node: Node, update: Any, frame: Frame) -> Run:
     t, env = node.transform, frame.env
     arguments = _arguments(node, frame)
@@ -365,7 +209,7 @@ def _apply(node: Node, update: Any, frame: Frame) -> Run:
         share = t.over_all(update, **asked)
         # nothing of a frozen parameter may reach the others
         arguments["total"] = yield node.key, share if gate is None else torch.where(gate, share, 0)
-    old = [_working_state(node, name, frame) for name in t.states]
+    old = [working_state(node, name, frame.job) for name in t.states]
     before = update
     update, new, provided = _results(node, t.update(update, *old, **arguments))
     _check_shapes(node, before, update, old, new)
@@ -392,16 +236,6 @@ def _check_shapes(
         if shape is not None and shape_of(value) != shape:
             got = tuple(value.shape) if isinstance(value, Tensor) else value
             raise ValueError(f"{node.key} returned {name} of shape {got}, expected {tuple(shape)}")
-
-
-def _working_state(node: Node, name: str, frame: Frame) -> Tensor | None:
-    key, declared = node.state_key(name), node.transform.states[name]
-    tensor = frame.job.state.get(key)
-    if tensor is None or declared.is_number:
-        return tensor
-    kept = held(frame.job.state, key, declared.holds)
-    tensor = kept.load(compute_dtype(frame.job.param.dtype))
-    return tensor.reshape(1) if tensor.ndim == 0 else tensor
 
 
 def _results(node: Node, result: Any) -> tuple[Any, tuple, tuple]:
@@ -491,7 +325,7 @@ def start(job: Job, finish: Finish) -> Run:
     step = env["step"]
     yield from execute(job.program.nodes, grad, frame)
     if not frame.ended:
-        yield from _finish_hooks(frame)
+        yield from run_hooks(frame)
         frame.new["param"] = frame.env["param"]
     finish({**frame.new, "step": step})
 
@@ -583,7 +417,7 @@ def average(
     assert node.transform.evaluate is not None
     job = Job(Program(()), param, param, group, state, scalars)
     frame = Frame(job, {})
-    old = [_working_state(node, name, frame) for name in node.transform.states]
+    old = [working_state(node, name, frame.job) for name in node.transform.states]
     names = keyword_names(node.transform.evaluate)
     hyper = {name: frame.hyper(node, name) for name in names}
     current = working_param(param, state)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from heavyball.numerics import host_uniform, normals
+from heavyball.numerics import compute_dtype, host_uniform, normals
+from heavyball.states import Pieces, old_states
 from heavyball.transform import keyword_names
 
 if TYPE_CHECKING:
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 STACKED = 2**15
 # The most elements in one stack, so that its temporary tensors stay small beside the model.
 MOST = 2**22
-
-Pieces = Tensor | tuple[Tensor | None, ...] | None
 
 
 @dataclass(eq=False)
@@ -40,27 +39,39 @@ class Batch:
 class Call:
     """One parameter's turn at a whole transform, or at its `after` where `after` is true.
 
-    old: the states in the order in which they are declared. context: what the function asks for
-    besides options and hyper-parameters; numbers are 0-d tensors.
+    update: None for `after`. count: None where only the tensor `step` knows it. context: what the
+    function asks for besides options and hyper-parameters; numbers are 0-d tensors. gate: whether it
+    is run at all. new: states that this step has changed before.
     """
 
     node: "Node"
     job: "Job"
-    update: Tensor
-    old: list[Pieces]
-    count: int
-    context: dict[str, Any] = field(default_factory=dict)
+    update: Tensor | None
+    count: int | None
+    context: dict[str, Any]
     after: bool = False
+    gate: Tensor | None = None
+    new: dict[str, Tensor] = field(default_factory=dict)
+    old: list[Pieces] = field(default_factory=list)
     vectors: list[Tensor] = field(default_factory=list)
     squares: list[Tensor] = field(default_factory=list)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.job.param.shape or torch.Size([1])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return compute_dtype(self.job.param.dtype)
 
 
 @dataclass(eq=False)
 class Answer:
     """What one parameter got: the update, the new states, and what the transform provides."""
 
-    update: Tensor
+    update: Any
     states: list[Pieces]
+    count: int
     provided: dict[str, Any] = field(default_factory=dict)
     vectors: list[Tensor] = field(default_factory=list)
     squares: list[Tensor] = field(default_factory=list)
@@ -74,34 +85,40 @@ def due(node: "Node", count: int) -> bool:
     return t.due(count, **{n: v for n, v in t.options.items() if n in keyword_names(t.due)})
 
 
-def serve(calls: list[Call], stack: bool) -> list[Answer]:
-    """Answer calls in order; `stack` allows to join parameters of one shape into one call."""
+def serve(calls: list[Call], stack: bool) -> list[Answer | None]:
+    """Answer calls in order, None where the gate is closed.
+
+    stack: allows to join parameters of one shape into one call of the function.
+    """
     answers: dict[int, Answer] = {}
-    for group in _groups(calls, stack):
+    open_calls = [call for call in calls if call.gate is None or call.gate]
+    for call in open_calls:
+        if call.count is None:
+            call.count = int(call.context["step"])
+        call.old = old_states(call)
+    for group in _groups(open_calls, stack):
         answers.update(zip(map(id, group), _answer(group), strict=True))
-    return [answers[id(call)] for call in calls]
+    return [answers.get(id(call)) for call in calls]
 
 
 def _groups(calls: list[Call], stack: bool) -> Iterator[list[Call]]:
     found: dict[Any, list[Call]] = {}
     for number, call in enumerate(calls):
-        shape = call.update.shape
-        small = stack and 0 < shape.numel() <= STACKED
+        small = stack and call.shape.numel() <= STACKED
         found.setdefault(_kind(call) if small else number, []).append(call)
     for group in found.values():
-        most = max(1, MOST // max(1, group[0].update.numel()))
+        most = max(1, MOST // max(1, group[0].shape.numel()))
         for low in range(0, len(group), most):
             yield group[low : low + most]
 
 
 def _kind(call: Call) -> Any:
     """Equal for calls that can be one: shapes, dtype, device, group and decisions on the host."""
-    u = call.update
     shapes = tuple(None if t is None else t.shape for old in call.old for t in _flat(old))
     rotating = len(call.vectors), len(call.squares)
     missing = tuple(name for name, value in call.context.items() if value is None)
     where = (id(call.node), call.after, id(call.job.group), call.count)
-    return (*where, u.shape, u.dtype, u.device, shapes, rotating, missing)
+    return (*where, call.shape, call.dtype, call.job.param.device, shapes, rotating, missing)
 
 
 def _flat(pieces: Pieces) -> tuple[Tensor | None, ...]:
@@ -136,7 +153,7 @@ def _answer(group: list[Call]) -> list[Answer]:
     answers = []
     for i in range(len(group)):
         states = [_cut(new, i, len(group)) for new in parts[1:cut]]
-        answers.append(Answer(_cut(parts[0], i, len(group)), states))
+        answers.append(Answer(_cut(parts[0], i, len(group)), states, group[i].count or 0))
         for name, value in zip(t.provides, parts[cut:], strict=False):
             answers[-1].provided[name] = _number(group[0].node, name, value, i, len(group))
         for name, value in zip(t.opaque, parts[cut + len(t.provides) :], strict=True):
@@ -159,7 +176,8 @@ def _hook(group: list[Call], fn: Any, old: list[Pieces], arguments: dict[str, An
     answers = []
     for i, call in enumerate(group):
         *states, turned, squared = (_cut(new, i, len(group)) for new in result)
-        answers.append(Answer(call.update, states, {}, list(turned), list(squared)))
+        found = Answer(None, states, call.count or 0, {}, list(turned), list(squared))
+        answers.append(found)
     return answers
 
 
@@ -193,14 +211,14 @@ def _context(group: list[Call], name: str) -> Any:
     if name == "noise":
         return Noise(group)
     if name == "chance":
-        return Chance(call.job.group["seed"], call.count)
+        return Chance(call.job.group["seed"], call.count or 0)
     values: list[Any] = [c.context.get(name) for c in group]
     if isinstance(values[0], Batch):
         return _rejoin(values)
     if values[0] is None or name in ("step", "base_lr"):
         return values[0]  # equal for all: the counts are, and they share a group
     if values[0].ndim == 0:
-        return torch.stack(values).reshape(-1, *[1] * call.update.ndim)
+        return torch.stack(values).reshape(-1, *[1] * len(call.shape))
     return _join(values)
 
 
@@ -283,11 +301,13 @@ class Noise:
 
     def __call__(self, shape: tuple[int, ...], salt: int = 0) -> Tensor:
         """A tensor of `shape`, whose first dimension counts the parameters."""
-        like = self._group[0].update
+        first = self._group[0]
         if shape[0] != len(self._group):
             raise ValueError(f"noise of shape {tuple(shape)} for {len(self._group)} parameters")
         rows = [
-            normals(math.prod(shape[1:]), c.job.noise, c.count, salt, like.device).to(like.dtype)
+            normals(
+                math.prod(shape[1:]), c.job.noise, c.count or 0, salt, first.job.param.device
+            ).to(first.dtype)
             for c in self._group
         ]
         return _join(rows).reshape(shape)

@@ -9,6 +9,7 @@ from heavyball.numerics.averages import (
     second_moment,
     second_weight,
 )
+from heavyball.numerics.dtypes import SCALAR, compute_dtype, working
 from heavyball.numerics.measures import count, dot, is_single, norm, rms, saturate, shape_of
 from heavyball.numerics.rounding import (
     host_uniform,
@@ -19,7 +20,9 @@ from heavyball.numerics.rounding import (
 )
 
 __all__ = [
+    "SCALAR",
     "EpsPlacement",
+    "compute_dtype",
     "count",
     "debiased_weight",
     "dot",
@@ -38,4 +41,5 @@ __all__ = [
     "second_weight",
     "shape_of",
     "stream",
+    "working",
 ]

@@ -1,0 +1,100 @@
+"""State tensors as transforms see them: promoted, and gathered where one state is several tensors."""
+
+from typing import TYPE_CHECKING
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from heavyball.chain import Node, Program
+from heavyball.numerics import compute_dtype, working
+from heavyball.storage import create, held, held_param
+
+if TYPE_CHECKING:
+    from heavyball.runner import Job
+    from heavyball.whole import Call
+
+# One state of a transform: a tensor, several, or none for this shape.
+Pieces = Tensor | tuple[Tensor | None, ...] | None
+
+
+def old_states(call: "Call") -> list[Pieces]:
+    """The states of a call's node as they are now, promoted."""
+    return [_whole_state(call, name) for name in call.node.transform.states]
+
+
+def _whole_state(call: "Call", name: str) -> Pieces:
+    node, job = call.node, call.job
+    if not node.transform.states[name].several:
+        new = call.new.get(node.state_key(name))
+        return working_state(node, name, job) if new is None else new
+    keys = pieces(job.program, node, name, job.param)
+    return tuple(None if key is None else _piece(key, call) for key in keys)
+
+
+def _piece(key: str, call: "Call") -> Tensor:
+    if key in call.new:
+        return call.new[key]
+    return loaded(call.job, key)
+
+
+def loaded(job: "Job", key: str) -> Tensor:
+    """A state tensor promoted to the dtype of the mathematics, however it is kept."""
+    return held(job.state, key, job.program.holds_of(key)).load(compute_dtype(job.param.dtype))
+
+
+def working_param(param: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+    """A parameter as the mathematics sees it, its correction included."""
+    return working(held_param(state, param.detach()).load(compute_dtype(param.dtype)))
+
+
+def working_state(node: Node, name: str, job: "Job") -> Tensor | None:
+    """A state of one tensor as the mathematics sees it."""
+    key, declared = node.state_key(name), node.transform.states[name]
+    tensor = job.state.get(key)
+    if tensor is None or declared.is_number:
+        return tensor
+    tensor = held(job.state, key, declared.holds).load(compute_dtype(job.param.dtype))
+    return tensor.reshape(1) if tensor.ndim == 0 else tensor
+
+
+def new_states(node: Node, job: "Job", values: list[Pieces]) -> dict[str, Tensor]:
+    """New states by key."""
+    found: dict[str, Tensor] = {}
+    for name, value in zip(node.transform.states, values, strict=True):
+        if isinstance(value, tuple):
+            keys = pieces(job.program, node, name, job.param)
+            pairs = zip(keys, value, strict=True)
+            found.update((k, v) for k, v in pairs if k is not None and v is not None)
+        elif value is not None and node.state_key(name) in job.state:
+            found[node.state_key(name)] = value
+    return found
+
+
+def add_several(
+    program: Program, node: Node, name: str, param: Tensor, state: dict[str, Tensor]
+) -> None:
+    """Create the tensors of a state that has several, where they are not there yet."""
+    keys = pieces(program, node, name, param)
+    if any(key is not None and key not in state for key in keys):
+        declared = node.transform.states[name]
+        made = declared.init(working_param(param, state), node.transform.options)
+        for key, tensor in zip(keys, made, strict=True):
+            if key is not None and key not in state:
+                place = node.state_key(name), name, declared, tensor.shape, param.shape
+                create(state, key, tensor, program.storage.format_of(*place), declared.holds)
+
+
+def pieces(program: Program, node: Node, name: str, param: Tensor) -> tuple[str | None, ...]:
+    """The keys of a state of several tensors, None where there is none for this shape."""
+    place = node.state_key(name), param.shape, param.dtype
+    if place not in program.pieces:
+        init = node.transform.states[name].init
+        made = init(working(param.detach().to("meta")), node.transform.options)
+        if not isinstance(made, tuple):
+            raise TypeError(f"{place[0]}: init returned {type(made).__name__}, expected a tuple")
+        keys = (f"{place[0]}.{i}" for i in range(len(made)))
+        program.pieces[place] = tuple(
+            None if tensor is None else key for key, tensor in zip(keys, made, strict=True)
+        )
+    return program.pieces[place]
