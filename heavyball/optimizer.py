@@ -325,7 +325,7 @@ class ChainOpt(Optimizer):
         if program.has_whole:
             job.place = place.number
             job.noise = stream_of(group["seed"], place.number) if program.has_noise else 0
-            job.count, job.counts = self._counts.read(state["step"]), self._counts
+            job.counts = self._counts
         return job
 
     def _check_group(self, index: int, group: Mapping[str, Any]) -> None:

@@ -80,11 +80,15 @@ class Job:
     scalars: Scalars
     # of the bits to round the parameter and its state with; None rounds to nearest
     stream: int | None = None
-    # for whole transforms: the stream of their noise, and `step` as a Python number
+    # for whole transforms: the stream of their noise, and who knows `step` as a Python number
     noise: int = 0
     place: int = 0
-    count: int = 0
     counts: Counts | None = None
+
+    @property
+    def count(self) -> int:
+        """How many gradients the parameter had before this one."""
+        return 0 if self.counts is None else self.counts.read(self.state["step"])
 
 
 @dataclass
@@ -381,6 +385,14 @@ def _sum(key: str, shares: Iterable[Tensor | None]) -> dict[str, Tensor]:
 
 def _commit(job: Job, values: dict[str, Tensor]) -> None:
     """Write the new parameter and state into the tensors that hold the old ones."""
+    count = job.count
+    write(job, values, values["step"])
+    if job.counts is not None:
+        job.counts.note(job.state["step"], count + 1)
+
+
+def write(job: Job, values: dict[str, Tensor], step: Tensor) -> None:
+    """Write new values by key, in the formats in which they are kept; `step` makes random bits differ."""
     targets = {key: job.param if key == "param" else job.state[key] for key in values}
     old = {target.untyped_storage().data_ptr() for target in targets.values()}
     # a transform may hand on an old state as another state: save it before it is overwritten
@@ -390,6 +402,8 @@ def _commit(job: Job, values: dict[str, Tensor]) -> None:
     }
     for key, target in targets.items():
         value = safe.pop(key).reshape(target.shape)
+        if _same(target, value):
+            continue  # handed back as it was
         if key == "param":
             kept = held_param(job.state, target)
         elif (holds := job.program.holds_of(key)) is not None:
@@ -397,9 +411,7 @@ def _commit(job: Job, values: dict[str, Tensor]) -> None:
         else:
             target.copy_(value)
             continue
-        kept.store(value, drawing(target, job.stream, key, values["step"]))
-    if job.counts is not None:
-        job.counts.note(job.state["step"], job.count + 1)
+        kept.store(value, drawing(target, job.stream, key, step))
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -1,8 +1,7 @@
 """State tensors as transforms see them: promoted, and gathered where one state is several tensors."""
 
-from typing import TYPE_CHECKING
-
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 

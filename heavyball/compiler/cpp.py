@@ -389,7 +389,8 @@ class Printer:
         lines = []
         for name in stores:
             if self._is_random(name):
-                stream, step = f"row[2] ^ {word_of(name):#x}", self.graph.outputs["step"]
+                stream = f"row[2] ^ {word_of(name):#x}"
+                step = self.graph.outputs.get("step", self.graph.step)
                 n = self.tensors.index(name)
                 lines.append(f"    const uint32_t key{n} = step_key({stream}, s[{step}]);")
         return lines

@@ -15,6 +15,7 @@ from heavyball.compiler.graph import NotPrintableError
 from heavyball.compiler.launch import Kernel, Table, build, check_layout, hyper_values, printer_for
 from heavyball.compiler.toolchain import ToolchainError
 from heavyball.compiler.watch import Snapshot
+from heavyball.compiler.waves import Entry, Parts, Waves, arrange, build_parts, printers
 from heavyball.runner import SCALAR, Job, drive, lazy_wanted, run, share_of
 
 Signature = tuple[Any, ...]
@@ -41,6 +42,7 @@ class Plan:
     tables: list[Table]
     shares: dict[str, list[Table]]
     eager: list[int]
+    whole: Waves
     params: list[Tensor] = field(default_factory=list)
     states: list[Tensor] = field(default_factory=list)
     snapshot: Snapshot | None = None
@@ -60,7 +62,8 @@ class Plan:
         self.snapshot = Snapshot(groups, state)
         place = {id(p): i for i, p in enumerate(self.snapshot.stepped)}
         self.places = [place[id(param)] for param in self.params]
-        for table in [*self.tables, *(t for ts in self.shares.values() for t in ts)]:
+        shares = (t for ts in self.shares.values() for t in ts)
+        for table in [*self.tables, *shares, *self.whole.tables]:
             if table.grad_column is not None:
                 rows = torch.tensor([self.places[i] for i in table.members])
                 self.columns.append((table, rows))
@@ -112,6 +115,7 @@ class Plan:
         sums = {key: total.item() for key, total in totals.items()}
         for table in self.tables:
             table.launch(hyper_values(table.kernel, self.groups, sums))
+        self.whole.run(self.groups, sums)
         torch.autograd.graph.increment_version(self.params)
         for index in self.eager:
             drive(self.jobs[index], totals)
@@ -127,6 +131,7 @@ class Plan:
 
 # Kernels by what they depend on, for all optimizers of the process.
 _known: dict[Signature, Kernel] = {}
+_known_parts: dict[Signature, Parts] = {}
 
 
 class Engine:
@@ -166,7 +171,7 @@ class Engine:
         if self.mode is False or utils.compile_mode is None or twice:
             run(jobs, total_keys, foreach)
             return
-        plan = self._make(jobs, total_keys)
+        plan = self._make(jobs, total_keys, foreach)
         if len(plan.eager) == len(jobs):
             run(jobs, total_keys, foreach)
             return
@@ -175,23 +180,24 @@ class Engine:
         plan.release(range(len(jobs)))
         self._plan = plan
 
-    def _make(self, jobs: list[Job], total_keys: list[str]) -> Plan:
+    def _make(self, jobs: list[Job], total_keys: list[str], foreach: bool | None) -> Plan:
         """Sort jobs into tables; jobs without a kernel are the plan's `eager` ones."""
         groups: list[Mapping[str, Any]] = []
         tables: dict[tuple[str | None, int, torch.device], Table] = {}
-        eager = []
+        eager, entries = [], []
         for index, job in enumerate(jobs):
             if not any(job.group is g for g in groups):
                 groups.append(job.group)
             number = next(i for i, g in enumerate(groups) if g is job.group)
-            if job.program.has_whole:
-                eager.append(index)
-                continue
-            wanted = [None, *(k for k in total_keys if k in job.program.total_keys)]
+            sums: list[str | None] = [k for k in total_keys if k in job.program.total_keys]
+            parts = self._parts(job) if job.program.has_whole else None
+            wanted = sums if job.program.has_whole else [None, *sums]
             kernels = {key: self._kernel(job, key) for key in wanted}
-            if any(kernel is None for kernel in kernels.values()):
+            if None in kernels.values() or (job.program.has_whole and parts is None):
                 eager.append(index)
                 continue
+            if parts is not None:
+                entries.append(Entry(index, job, parts, number))
             for key, kernel in kernels.items():
                 device = job.param.device
                 place = (key, id(kernel), device)
@@ -203,7 +209,8 @@ class Engine:
             table.finish()
         shares = {key: [t for (k, *_), t in tables.items() if k == key] for key in total_keys}
         steps = [t for (k, *_), t in tables.items() if k is None]
-        return Plan(jobs, total_keys, groups, steps, shares, eager)
+        waves = arrange(entries, foreach)
+        return Plan(jobs, total_keys, groups, steps, shares, eager, waves)
 
     def _kernel(self, job: Job, share: str | None) -> Kernel | None:
         """The kernel of a job's program for tensors like its own; None where there is none."""
@@ -228,6 +235,25 @@ class Engine:
             self._refuse(job, error)
             return None
 
+    def _parts(self, job: Job) -> Parts | None:
+        """The segments of a program with whole transforms, compiled; None where there is none."""
+        kind = (*signature(job), "whole")
+        exact = (*kind, job.param.shape)
+        try:
+            check_layout(job)
+            for key in (kind, exact):
+                if key in _known_parts:
+                    return _known_parts[key]
+            if exact in self._refused:
+                raise self._refused[exact]
+            segments, found = printers(job)
+            parts = _known_parts[exact if segments.sized else kind] = build_parts(segments, found)
+            return parts
+        except (NotPrintableError, ToolchainError) as error:
+            self._refused[exact] = error
+            self._refuse(job, error)
+            return None
+
     def _refuse(self, job: Job, error: Exception) -> None:
         message = f"the chain {job.program!r} runs without a compiled kernel: {error}"
         if self.mode is True:
@@ -242,7 +268,9 @@ def sources(jobs: list[Job], total_keys: list[str]) -> list[str]:
         for job in jobs:
             if key is None or key in job.program.total_keys:
                 check_layout(job)
-                found[printer_for(job, key)[0].source()] = None
+                whole = key is None and job.program.has_whole
+                made = printers(job)[1] if whole else [printer_for(job, key)[0]]
+                found.update((printer.source(), None) for printer in made if printer is not None)
     return list(found)
 
 

@@ -1,7 +1,7 @@
 """A chain's program for one tensor as a small graph, recorded by running it once on meta tensors."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from heavyball.chain import Program
+from heavyball.chain import Node, Program
 from heavyball.numerics import measures
 from heavyball.runner import SCALAR, Job, compute_dtype, start, working
 from heavyball.storage import is_companion
-from heavyball.whole import Call
+from heavyball.whole import Answer, Call
 
 
 class NotPrintableError(Exception):
@@ -43,6 +43,32 @@ class Ref:
     index: int
 
 
+@dataclass(eq=False)
+class Question:
+    """A whole transform's turn: nodes that it must be told, and which outputs are known by then.
+
+    context: a node for each name, or an `Opaque` result of an earlier question, or None.
+    step, gate: nodes; gate is None where nothing can stop the step before. counted: whether `step` is
+    the parameter's own count, which the host knows.
+    """
+
+    node: Node
+    update: int
+    context: "dict[str, int | Opaque | None]"
+    step: int
+    counted: bool
+    gate: int | None
+    known: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Opaque:
+    """A result that one whole transform hands to another."""
+
+    question: int
+    name: str
+
+
 @dataclass
 class Graph:
     """Nodes in the order in which they can be computed, and what is written where."""
@@ -51,6 +77,7 @@ class Graph:
     outputs: dict[str, int] = field(default_factory=dict)
     split: int | None = None  # for rows and columns: the dimensions before it are the rows
     tensors: dict[str, str] = field(default_factory=dict)  # the level of what is no number, by name
+    step: int | None = None  # the node of the step, where another graph writes it
 
     def add(self, op: str, args: tuple[Any, ...], level: str, kind: str) -> int:
         value = Value(op, args, level, kind)
@@ -188,6 +215,7 @@ class Recorder(TorchDispatchMode):
             None  # dimensions before it are the rows, once rows or columns appear
         )
         self.watch = SizeWatch()
+        self.questions: list[Question] = []
         self._index: dict[int, int] = {}
         self._alive: list[Tensor] = []
 
@@ -209,6 +237,45 @@ class Recorder(TorchDispatchMode):
     def number(self, op: str, *args: Any) -> Tensor:
         """A new scalar input."""
         return self.bind(torch.empty((), dtype=SCALAR, device="meta"), op, *args)
+
+    def ask(self, call: Call) -> Answer:
+        """Note a whole transform's turn; what it answers are further inputs of the graph."""
+        with self.watch.ignored():
+            return self._ask(call)
+
+    def _ask(self, call: Call) -> Answer:
+        number, t = len(self.questions), call.node.transform
+        place = f"whole.{number}"
+        context = {
+            name: self.find(value) if isinstance(value, Tensor) else value
+            for name, value in call.context.items()
+            if name != "step" or name in t.context
+        }
+        self.questions.append(
+            Question(
+                call.node,
+                self.find(call.update),  # type: ignore[arg-type]
+                context,
+                self.find(call.context["step"]),
+                call.count is not None,
+                None if call.gate is None else self.find(call.gate),
+                {name: self.find(tensor) for name, tensor in call.new.items()},
+            )
+        )
+        provided: dict[str, Any] = {name: Opaque(number, name) for name in t.opaque}
+        for name in t.provides:
+            provided[name] = self._provided(name, f"{place}.{name}")
+        update = self._whole(f"{place}.update")
+        return Answer(update, [None] * len(t.states), call.count, provided)  # type: ignore[arg-type]
+
+    def _whole(self, name: str) -> Tensor:
+        return self.tensor(torch.empty(self.shape, dtype=self.dtype, device="meta"), name)
+
+    def _provided(self, name: str, place: str) -> Tensor:
+        if name == "grad":
+            return self._whole(place)
+        dtype = torch.bool if name == "gate" else SCALAR
+        return self.bind(torch.empty((), dtype=dtype, device="meta"), "number", place)
 
     def find(self, tensor: Tensor) -> int:
         """The node of a tensor that the function returned."""
@@ -422,12 +489,29 @@ def record(
 
     Errors: NotPrintableError, naming the first operation that the printers do not know.
     """
+    recorder, outputs = trace(program, shape, dtype, state, group, share)
+    if recorder.questions and share is None:
+        raise NotPrintableError(f"{recorder.questions[0].node.key} needs whole tensors")
+    recorder.graph.outputs = {name: recorder.find(t) for name, t in outputs.items()}
+    return recorder.graph.live(), recorder.watch.looked
+
+
+def trace(
+    program: Program,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    state: Mapping[str, Tensor],
+    group: Mapping[str, Any],
+    share: str | None = None,
+) -> "tuple[Recorder, dict[str, Tensor]]":
+    """The recorder of one run, and the tensors that the run wants to write; as `record`."""
     compute = compute_dtype(dtype)
     recorder = Recorder(shape if len(shape) else torch.Size([1]), compute)
+    whole = whole_keys(program, state)
     meta = {
         name: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
         for name, t in state.items()
-        if not is_companion(name)
+        if name not in whole and not is_companion(name)
     }
     # "fp32 copies" of what is loaded: promotion is the load's, so the graph sees one dtype
     param = torch.empty(shape, dtype=compute, device="meta")
@@ -454,8 +538,19 @@ def record(
         ) as error:  # a transform that needs values; if it is wrong, it says so eagerly
             raise NotPrintableError(f"{type(error).__name__}: {error}") from error
     recorder.graph.split = recorder.split
-    recorder.graph.outputs = {name: recorder.find(t) for name, t in outputs.items()}
-    return recorder.graph.live(), recorder.watch.looked
+    return recorder, outputs
+
+
+def whole_keys(program: Program, state: Iterable[str]) -> set[str]:
+    """The keys of the states that only whole transforms see."""
+    found: set[str] = set()
+    for node, name, declared in program.states:
+        if node.transform.whole:
+            key = node.state_key(name)
+            found |= {
+                k for k in state if k == key or (declared.several and k.startswith(f"{key}."))
+            }
+    return found
 
 
 def _is_number(program: Program, key: str) -> bool:
@@ -468,15 +563,24 @@ def _run(job: Job, recorder: Recorder, share: str | None) -> dict[str, Tensor]:
     generator = start(job, outputs.update)
     waiting = next(generator, None)
     while waiting is not None:
-        if isinstance(waiting, Call):
-            raise NotPrintableError(f"{waiting.node.key} needs whole tensors")
-        key, tensor = waiting
-        if key == share:
+        if isinstance(waiting, Call) and waiting.after:
+            # what is done after the write is no part of a kernel
+            unchanged = [None] * len(waiting.node.transform.states)
+            answer: Any = Answer(None, unchanged, 0, {}, waiting.vectors, waiting.squares)  # type: ignore[arg-type]
+        elif isinstance(waiting, Call):
+            if share is not None:
+                raise NotPrintableError(
+                    f"{share} sums over all parameters behind {waiting.node.key}, which needs whole "
+                    "tensors"
+                )
+            answer = recorder.ask(waiting)
+        elif waiting[0] == share:
             generator.close()
-            return {"share": tensor}
-        total = recorder.number("total", key)
+            return {"share": waiting[1]}
+        else:
+            answer = recorder.number("total", waiting[0])
         try:
-            waiting = generator.send(total)
+            waiting = generator.send(answer)
         except StopIteration:
             waiting = None
     return outputs
