@@ -61,7 +61,8 @@ class _Planner:
         reduced = [i for i, v in enumerate(self.graph.values) if v.op in REDUCTIONS]
         last = max(
             [self.stage[i] for i in [*self.elements.values(), *self.vectors.values()]]
-            + [self.stage[i] - 1 for i in reduced]
+            + [self.stage[i] - 1 for i in reduced],
+            default=0,  # numbers alone
         )
         # Storing a state as soon as it is known saves computing it again in a later pass. It must
         # wait if it would be rounded, or if something later needs the old one.
