@@ -392,7 +392,7 @@ def _commit(job: Job, values: dict[str, Tensor]) -> None:
 
 
 def write(job: Job, values: dict[str, Tensor], step: Tensor) -> None:
-    """Write new values by key, in the formats in which they are kept; `step` makes random bits differ."""
+    """Write new values by key, in the formats in which they are kept, with the random bits of a step."""
     targets = {key: job.param if key == "param" else job.state[key] for key in values}
     old = {target.untyped_storage().data_ptr() for target in targets.values()}
     # a transform may hand on an old state as another state: save it before it is overwritten
