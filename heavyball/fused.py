@@ -211,8 +211,8 @@ class Singles:
             raise type(single.refusal)(f"{what}: {single.refusal}")
         opt._check_mode(what)
         opt._check_groups(place.index)
-        if not single.engine.step_again(single.groups, opt.state):
-            single.engine.step(opt._jobs([place]), [], opt._foreach, single.groups, opt.state)
+        if not single.engine.step_again(single.groups, opt.__dict__):
+            single.engine.step(opt._jobs([place]), [], opt._foreach, single.groups, opt.__dict__)
         place.param.grad = None
 
     def step_given(self, param: Tensor, group: Mapping[str, Any] | None, index: int | None) -> None:

@@ -33,6 +33,7 @@ from heavyball.checks import (
     overlaps,
 )
 from heavyball.compiler.engine import Engine, sources
+from heavyball.compiler.watch import SHOWN
 from heavyball.formats import Choice, Storage
 from heavyball.fused import FusedBackward, Singles, refuse_rivals, refuse_scaler
 from heavyball.loading import fit
@@ -157,6 +158,17 @@ class ChainOpt(Optimizer):
         if fuse_backward:
             self._fused = FusedBackward(self)
 
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:  # type: ignore[override]
+        """The state tensors of each parameter, by name."""
+        # whoever asks may change it, so the next steps look at every tensor of it
+        self.__dict__[SHOWN] = self.__dict__.get(SHOWN, 0) + 1
+        return self.__dict__["state"]
+
+    @state.setter
+    def state(self, value: defaultdict[Tensor, Any]) -> None:
+        self.__dict__["state"] = value
+
     # ---- groups
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -247,9 +259,13 @@ class ChainOpt(Optimizer):
         refuse_rivals(self)
         if self._fused is not None:
             self._fused.check_left()
-        if not self._engine.step_again(self.param_groups, self.state):
+        if not self._engine.step_again(self.param_groups, self.__dict__):
             self._engine.step(
-                self._jobs(), self._chain.total_keys, self._foreach, self.param_groups, self.state
+                self._jobs(),
+                self._chain.total_keys,
+                self._foreach,
+                self.param_groups,
+                self.__dict__,
             )
         if self._fused is not None:
             self._fused.finish()

@@ -137,7 +137,9 @@ def add_missing_state(
             plain = declared.is_number or param.ndim or node.transform.whole
             shape = tensor.shape if plain else param.shape
             chosen = program.storage.format_of(key, name, declared, shape, param.shape)
-            create(state, key, tensor.reshape(shape), chosen, declared.holds)
+            # a view would hold on to its memory a second time, see `heavyball.compiler.watch.Kept`
+            tensor = tensor if tensor.shape == shape else tensor.reshape(shape).clone()
+            create(state, key, tensor, chosen, declared.holds)
 
 
 def lazy_wanted(node: Node, declared: State, group: Mapping[str, Any]) -> bool:

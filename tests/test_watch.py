@@ -1,6 +1,7 @@
 """A plan is used again only while everything is where it was: each change against the eager path."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -54,6 +55,10 @@ def gradient_turned(opt, p, q) -> None:
 
 def no_gradient(opt, p, q) -> None:
     p.grad = None
+
+
+def gradient_for_another(opt, p, q) -> None:
+    opt.param_groups[0]["params"][0].grad = square(52)
 
 
 def gradient_shared(opt, p, q) -> None:
@@ -136,6 +141,7 @@ CHANGES = [
     gradient_moved,
     gradient_turned,
     no_gradient,
+    gradient_for_another,
     gradient_shared,
     state_replaced,
     state_moved,
@@ -157,9 +163,9 @@ CHANGES = [
 
 def train(change, compiled: bool | str, new_gradients: bool) -> list[torch.Tensor]:
     """Steps before and after a change; the last gradients stay where `new_gradients` is False."""
-    params = [torch.nn.Parameter(square(i)) for i in range(4)]
+    idle, *params = [torch.nn.Parameter(square(i)) for i in range(5)]
     empty = torch.nn.Parameter(torch.zeros(0, 3))
-    groups = [{"params": [empty, *params[:2]]}, {"params": params[2:], "lr": 0.01}]
+    groups = [{"params": [idle, empty, *params[:2]]}, {"params": params[2:], "lr": 0.01}]
     opt = C.ChainOpt(groups, 0.1, C.scale_by_adam, compile=compiled)
     empty.grad = torch.zeros(0, 3)
     for step in range(9):
@@ -169,7 +175,7 @@ def train(change, compiled: bool | str, new_gradients: bool) -> list[torch.Tenso
         if step == 6:
             change(opt, params[1], params[2])
         opt.step()
-    return [t.detach().clone() for p in params for t in (p, *opt.state[p].values())]
+    return [t.detach().clone() for p in (idle, *params) for t in (p, *opt.state[p].values())]
 
 
 @pytest.mark.filterwarnings("ignore:the chain .* runs without a compiled kernel")
@@ -253,3 +259,134 @@ def test_layouts_say_where_the_moving_tensors_are() -> None:
     assert layouts.addresses([square(2), torch.zeros(3)]) is not None
     fixed[1].resize_(1)
     assert layouts.addresses([square(2), torch.zeros(3)]) is None
+
+
+# What a user may keep, and do with it long after.
+def mapping_of(opt, p):
+    return opt.state, lambda state: state[p].update({KEY: torch.zeros(SIDE, SIDE)})
+
+
+def dict_of(opt, p):
+    return opt.state[p], lambda held: held.update({KEY: torch.zeros(SIDE, SIDE)})
+
+
+def dict_in_a_state_dict(opt, p):
+    return opt.state_dict(), lambda d: d["state"][0].update({KEY: torch.zeros(SIDE, SIDE)})
+
+
+def tensor_of(opt, p):
+    return opt.state[p][KEY], lambda held: held.set_(torch.zeros(SIDE, SIDE))
+
+
+def array_of(opt, p):
+    return opt.state[p][KEY].numpy(), lambda held: held.base.set_(torch.zeros(SIDE, SIDE))
+
+
+def weak_reference_to(opt, p):
+    return weakref.ref(opt.state[p][KEY]), lambda ref: ref().set_(torch.zeros(SIDE, SIDE))
+
+
+def memory_of(opt, p):
+    return opt.state[p][KEY].untyped_storage(), replace_memory
+
+
+def view_of(opt, p):
+    return opt.state[p][KEY].view(-1), lambda view: replace_memory(view.untyped_storage())
+
+
+def alias_of(opt, p):
+    return opt.state[p][KEY].data, lambda alias: replace_memory(alias.untyped_storage())
+
+
+def replace_memory(storage) -> None:
+    """Leave the old memory, as moving to shared memory does; the new one holds zeros."""
+    size = storage.nbytes()
+    storage.resize_(0)
+    TAKEN.append(torch.empty(size, dtype=torch.uint8))  # so that the new memory is not the old one
+    storage.resize_(size)
+    storage.fill_(0)
+
+
+TAKEN: list[torch.Tensor] = []
+
+
+@pytest.mark.parametrize("early", [True, False], ids=["kept from the start", "kept later"])
+@pytest.mark.parametrize(
+    "keep",
+    [
+        mapping_of,
+        dict_of,
+        dict_in_a_state_dict,
+        tensor_of,
+        array_of,
+        weak_reference_to,
+        memory_of,
+        view_of,
+        alias_of,
+    ],
+    ids=lambda keep: keep.__name__,
+)
+def test_state_changed_by_an_old_reference_is_noticed(keep, early: bool) -> None:
+    """Without a look at `opt.state` at the time of the change."""
+    ends = []
+    for compiled in (False, True):
+        p = torch.nn.Parameter(square(0))
+        opt = C.ChainOpt([p], 0.1, C.scale_by_adam, compile=compiled)
+        for step in range(120):
+            p.grad = square(step)
+            opt.step()
+            if step == (0 if early else 20):
+                kept, change = keep(opt, p)
+        change(kept)
+        p.grad = square(200)
+        opt.step()
+        ends.append(p.detach().clone())
+    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-5)
+
+
+def sealed(opt) -> bool:
+    """Whether the next step would not look at the state."""
+    return opt._engine._plan.snapshot._kept.sealed
+
+
+def test_state_is_looked_at_only_while_somebody_could_change_it() -> None:
+    p = torch.nn.Parameter(square(0))
+    opt = heavyball.AdamW([p], compile=True)
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            p.grad = square(1)
+            opt.step()
+
+    steps(4)
+    assert sealed(opt)
+    saved = opt.state_dict()
+    steps(10)
+    assert not sealed(opt)
+    del saved
+    steps(watch.MOST_WAITING)
+    assert sealed(opt)
+    opt.state[p]  # the reference is gone at once
+    steps(1)
+    assert not sealed(opt)
+    steps(4)
+    assert sealed(opt)
+    other = copy.copy(opt)  # it has the same state
+    steps(2 * watch.MOST_WAITING)
+    assert not sealed(opt)
+    assert other.state is opt.state
+
+
+def test_state_under_another_name_or_in_another_dict_is_noticed() -> None:
+    p, q = square(0), square(1)
+    state = {p: {"a": torch.ones(1), "b": torch.ones(1)}, q: {"c": torch.ones(1)}}
+    attributes = {"state": state}
+    kept = watch.Kept([p, q], attributes)
+    assert kept.holds(attributes)
+    state[p]["d"] = state[p].pop("b")
+    assert not kept.holds(attributes)
+    state[p]["b"] = state[p].pop("d")
+    assert kept.holds(attributes)
+    moved, last = state[p].pop("b"), state[q].pop("c")
+    state[q].update(b=moved, c=last)  # the same tensors under the same names, in the same order
+    assert not kept.holds(attributes)

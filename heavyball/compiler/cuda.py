@@ -247,7 +247,7 @@ def run_plan(plan: "Plan") -> None:
         totals[key] = _total(plan, key, totals)
     for table in plan.tables:
         _step(table, plan.groups, totals)
-    torch.autograd.graph.increment_version(plan.params + plan.states)
+    torch.autograd.graph.increment_version([*plan.params, *plan.states])
     for index in plan.eager:
         drive(plan.jobs[index], totals)
 

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,7 +44,6 @@ class Plan:
     eager: list[int]
     whole: Waves
     params: list[Tensor] = field(default_factory=list)
-    states: list[Tensor] = field(default_factory=list)
     snapshot: Snapshot | None = None
     # where a gradient's address goes: for each table, the places of its parameters in the snapshot
     columns: list[tuple[Table, Tensor]] = field(default_factory=list)
@@ -55,11 +54,15 @@ class Plan:
 
     def __post_init__(self) -> None:
         self.params = [job.param for job in self.jobs]
-        self.states = [t for job in self.jobs for t in job.state.values()]
 
-    def remember(self, groups: list[dict[str, Any]], state: Mapping[Tensor, Any]) -> None:
+    @property
+    def states(self) -> Iterator[Tensor]:
+        """Every state tensor. They are in no list here: `Kept` counts who refers to them."""
+        return (tensor for job in self.jobs for tensor in job.state.values())
+
+    def remember(self, groups: list[dict[str, Any]], attributes: Mapping[str, Any]) -> None:
         """Note what must still hold when the tables are used again."""
-        self.snapshot = Snapshot(groups, state)
+        self.snapshot = Snapshot(groups, attributes)
         place = {id(p): i for i, p in enumerate(self.snapshot.stepped)}
         self.places = [place[id(param)] for param in self.params]
         shares = (t for ts in self.shares.values() for t in ts)
@@ -85,11 +88,11 @@ class Plan:
             if declared.needed_by in node.transform.hyper
         ]
 
-    def still_holds(self, groups: list[dict[str, Any]], state: Mapping[Tensor, Any]) -> bool:
+    def still_holds(self, groups: list[dict[str, Any]], attributes: Mapping[str, Any]) -> bool:
         """Whether the same tensors are there, laid out as before; gradients may have moved."""
         if self._lazy() != self.lazy or self.seeds != [g["seed"] for g in self.groups]:
             return False
-        addresses = self.snapshot.addresses(groups, state)  # type: ignore[union-attr]
+        addresses = self.snapshot.addresses(groups, attributes)  # type: ignore[union-attr]
         if addresses is None:
             return False
         for table, rows in self.columns:
@@ -146,11 +149,14 @@ class Engine:
         """Look at every tensor anew in the next step."""
         self._plan = None
 
-    def step_again(self, groups: list[dict[str, Any]], state: Mapping[Tensor, Any]) -> bool:
-        """Step as the last time, if everything is where it was then; else do nothing."""
+    def step_again(self, groups: list[dict[str, Any]], attributes: Mapping[str, Any]) -> bool:
+        """Step as the last time, if everything is where it was then; else do nothing.
+
+        attributes: those of the optimizer, see `heavyball.compiler.watch.Snapshot`.
+        """
         if self._plan is None or utils.compile_mode is None:
             return False
-        if not self._plan.still_holds(groups, state):
+        if not self._plan.still_holds(groups, attributes):
             return False
         self._plan.run()
         self._plan.release(self._plan.eager)
@@ -162,7 +168,7 @@ class Engine:
         total_keys: list[str],
         foreach: bool | None,
         groups: list[dict[str, Any]],
-        state: Mapping[Tensor, Any],
+        attributes: Mapping[str, Any],
     ) -> None:
         """Step these parameters, which are those of the groups that have a gradient."""
         self._plan = None
@@ -176,7 +182,7 @@ class Engine:
             run(jobs, total_keys, foreach)
             return
         plan.run()
-        plan.remember(groups, state)
+        plan.remember(groups, attributes)
         plan.release(range(len(jobs)))
         self._plan = plan
 

@@ -9,6 +9,8 @@ import array
 import ctypes
 import functools
 import operator
+import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from typing import Any
@@ -148,27 +150,27 @@ def _kind(tensor: Tensor) -> tuple[Any, ...]:
 
 
 class Snapshot:
-    """The tensors of an optimizer in one step: its parameters, which have gradients, and their state."""
+    """The tensors of an optimizer in one step: its parameters, which have gradients, and their state.
 
-    def __init__(self, groups: list[dict[str, Any]], state: Mapping[Tensor, dict[str, Tensor]]):
+    `attributes` are the optimizer's own, `vars(optimizer)`: "state", and how often it was shown.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], attributes: Mapping[str, Any]):
         self._groups = list(groups)
         self._members = [len(group["params"]) for group in groups]
         self._params = [p for group in groups for p in group["params"]]
         self.stepped = [p for p in self._params if p.grad is not None]
         self._idle = [p for p in self._params if p.grad is None]
-        self._owners = [p for p in self.stepped if state.get(p)]  # all but those without elements
-        self._held = [state[p] for p in self._owners]
-        self._keys, self._sizes = list(chain.from_iterable(self._held)), list(map(len, self._held))
-        self._tensors = list(_values(self._held))
         gradients: list[Tensor] = [p.grad for p in self.stepped]  # type: ignore[misc]
-        self._layouts = Layouts(self.stepped + self._tensors, gradients)
+        self._layouts = Layouts(self.stepped, gradients)
+        self._kept = Kept(self.stepped, attributes)
 
     def gradients(self) -> list[Tensor]:
         """The present gradients of the parameters that had one."""
         return [p.grad for p in self.stepped]  # type: ignore[misc]
 
     def addresses(
-        self, groups: list[dict[str, Any]], state: Mapping[Tensor, dict[str, Tensor]]
+        self, groups: list[dict[str, Any]], attributes: Mapping[str, Any]
     ) -> Tensor | None:
         """The gradients' addresses; None if there are other tensors now, or others in layout."""
         if not _identical(groups, self._groups) or any(p.grad is not None for p in self._idle):
@@ -177,15 +179,84 @@ class Snapshot:
             return None  # a parameter may have gone to the next group
         if not _identical([p for group in groups for p in group["params"]], self._params):
             return None
-        if not all(map(operator.is_, map(state.get, self._owners), self._held)):
-            return None
+        return self._layouts.addresses(self.gradients()) if self._kept.holds(attributes) else None
+
+
+SHOWN = "_state_shown"  # the attribute that counts how often an optimizer's state was asked for
+# What `sys.getrefcount` says of an object that stands in a list, and of one that is an attribute.
+LISTED = next(map(sys.getrefcount, [object()]))
+OWNED = next(map(sys.getrefcount, map(operator.itemgetter(""), [{"": object()}])))
+MOST_WAITING = 64
+
+
+class Kept:
+    """The state of some parameters, which is looked at only while somebody else could change it.
+
+    Most of a step's tensors are state, and touching each of them costs the time of several misses of
+    the cache. State can be reached through the optimizer's `state`, which counts who asks for it, or by
+    a reference from earlier. As long as nobody has asked and there are no such references, it is as it
+    was.
+    """
+
+    def __init__(self, params: list[Tensor], attributes: Mapping[str, Any]):
+        self._state = attributes["state"]
+        self._owners = [p for p in params if self._state.get(p)]  # all but those without elements
+        self._held = [self._state[p] for p in self._owners]
+        self._keys, self._sizes = list(chain.from_iterable(self._held)), list(map(len, self._held))
+        self._tensors = list(_values(self._held))
+        self._layouts = Layouts(self._tensors, [])
+        self._shown = attributes.get(SHOWN, 0)
+        self.sealed = False
+        self._waiting = self._wait = 1
+
+    def holds(self, attributes: Mapping[str, Any]) -> bool:
+        """Whether the state is what and where it was."""
+        unseen = attributes.get(SHOWN, 0) == self._shown and attributes["state"] is self._state
+        if self.sealed and unseen:
+            return True
+        self._shown, self.sealed = attributes.get(SHOWN, 0), False
+        if not self._same(attributes):
+            return False
+        # looking for references costs more than a comparison, so ever more rarely if there are some
+        self._waiting = self._waiting - 1 if unseen else self._wait
+        if self._waiting <= 0:
+            self.sealed = self._alone(attributes)
+            self._wait = 1 if self.sealed else min(2 * self._wait, MOST_WAITING)
+            self._waiting = self._wait
+        return True
+
+    def _same(self, attributes: Mapping[str, Any]) -> bool:
+        get = attributes["state"].get
+        if not all(map(operator.is_, map(get, self._owners), self._held)):
+            return False
         if list(chain.from_iterable(self._held)) != self._keys:
-            return None
+            return False
         if list(map(len, self._held)) != self._sizes:
-            return None
+            return False
         if not all(map(operator.is_, _values(self._held), self._tensors)):
-            return None
-        return self._layouts.addresses(self.gradients())
+            return False
+        return self._layouts.addresses([]) is not None
+
+    def _alone(self, attributes: Mapping[str, Any]) -> bool:
+        """Whether nobody but the optimizer has a reference to its state, nor to the memory of it."""
+        count, uses = sys.getrefcount, getattr(torch._C, "_storage_Use_Count", None)
+        if uses is None:
+            return False
+        # one more is ours; then those of the mapping and of the job, and that of the dict
+        if next(map(count, map(operator.itemgetter("state"), [attributes]))) > OWNED + 1:
+            return False
+        if any(n > LISTED + 2 for n in map(count, self._held)):
+            return False
+        if any(n > LISTED + 1 for n in map(count, self._tensors)):
+            return False
+        if any(map(weakref.getweakrefcount, self._tensors)):
+            return False
+        # the memory is held by the tensor alone, as that of a tensor which nobody else can know
+        other = torch.zeros(1)
+        memory = [t.untyped_storage() for t in (other, *self._tensors)]
+        references = list(map(count, memory))
+        holders = [uses(m._cdata) for m in memory]
+        return max(references) == references[0] and max(holders) == holders[0]
 
 
 def _values(held: list[dict[str, Tensor]]) -> Iterator[Tensor]:
