@@ -30,20 +30,21 @@ def notice(opt: "ChainOpt", programs: dict[Tensor, Program], kinds: dict[Tensor,
     Errors: ValueError naming a parameter that took the place of one with state, or whose state does
         not fit it. Nothing has been changed then.
     """
-    places: dict[Tensor, tuple[int, str, str | None]] = {}
+    places: dict[Tensor, tuple[int, int, str | None]] = {}
     for index, group in enumerate(opt.param_groups):
         for position, (name, param) in enumerate(labelled(index, group)):
-            places.setdefault(param, (index, describe(name, index, position, param), name))
+            places.setdefault(param, (index, position, name))
     changed = [p for p in places if kinds.get(p) != kind(p)]
     gone = [p for p in programs if p not in places]
-    _refuse_replaced(opt, [p for p in changed if p not in programs], gone, places)
+    labels = {p: describe(places[p][2], *places[p][:2], p) for p in changed}
+    _refuse_replaced(opt, [p for p in changed if p not in programs], gone, labels)
     found, expected = {}, {}
     for param in changed:
-        index, label, name = places[param]
-        program = found[param] = opt._program_of(label, name, param)
+        index, _, name = places[param]
+        program = found[param] = opt._program_of(labels[param], name, param)
         if opt.state.get(param):
             group = opt.param_groups[index]
-            expected[param] = _checked(label, program, param, group, opt.state[param])
+            expected[param] = _checked(labels[param], program, param, group, opt.state[param])
     for param, tensors in expected.items():
         convert(opt.state[param], tensors, found[param])
     for param in gone:
@@ -53,7 +54,7 @@ def notice(opt: "ChainOpt", programs: dict[Tensor, Program], kinds: dict[Tensor,
 
 
 def _refuse_replaced(
-    opt: "ChainOpt", new: list[Tensor], gone: list[Tensor], places: Mapping[Tensor, tuple]
+    opt: "ChainOpt", new: list[Tensor], gone: list[Tensor], labels: Mapping[Tensor, str]
 ) -> None:
     """Refuse parameters without state where ones with state have gone: their training would be lost."""
     bare = [p for p in new if not opt.state.get(p)]
@@ -61,9 +62,9 @@ def _refuse_replaced(
     if bare and lost:
         shapes = ", ".join(str(tuple(p.shape)) for p in lost[:3])
         raise ValueError(
-            f"{places[bare[0]][1]} was put into its group by hand, in place of one that has state "
-            f"(of shape {shapes}): give it that state, opt.state[new] = opt.state.pop(old), or let it "
-            "begin anew, del opt.state[old]"
+            f"{labels[bare[0]]} was put into its group by hand, in place of one that has state (of "
+            f"shape {shapes}): give it that state, opt.state[new] = opt.state.pop(old), or let it begin "
+            "anew, del opt.state[old]"
         )
 
 

@@ -146,9 +146,13 @@ def migrate(state_dict: Mapping[str, Any], version: int | None = None) -> dict[s
 
 def _own(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """A copy down to the tensors, which are shared."""
+    for entry in ("state", "param_groups"):
+        if entry not in state_dict:
+            raise ValueError(f"load_state_dict: {entry!r} is missing in the state dict")
     found = dict(state_dict)
     found["state"] = {
-        n: {k: _number(v) for k, v in s.items()} for n, s in state_dict["state"].items()
+        n: {k: _number(v) for k, v in s.items()} if isinstance(s, Mapping) else s
+        for n, s in state_dict["state"].items()
     }
     found["param_groups"] = [dict(group) for group in state_dict["param_groups"]]
     if isinstance(found.get(DESCRIPTION), dict):

@@ -125,7 +125,7 @@ class ChainOpt(Optimizer):
         self._checked_values: dict[int, list[Any]] = {}
         self._programs: dict[Tensor, Program] = {}
         self._kinds: dict[Tensor, Kind] = {}
-        self._fresh: dict[Tensor, list[int]] = {}
+        self._fresh: dict[Tensor, list[tuple[Tensor, int]]] = {}
         self._singles = Singles(self)
         self._fused: FusedBackward | None = None
         self._rivals_checked = 0
@@ -378,13 +378,17 @@ class ChainOpt(Optimizer):
             for param in group["params"]:
                 if param.requires_grad and param.numel() and not self.state.get(param):
                     state = self._state_of(programs[param], param, group)
-                    self._fresh[param] = [tensor._version for tensor in state.values()]
+                    self._fresh[param] = [(tensor, tensor._version) for tensor in state.values()]
         self._engine.forget()
         return self
 
     def _begin_anew(self, param: Tensor, state: dict[str, Tensor]) -> None:
         """Drop untouched state of `init_state`: weights may have been loaded since it was made."""
-        if self._fresh.pop(param) == [tensor._version for tensor in state.values()]:
+        made, found = self._fresh.pop(param), list(state.values())
+        if len(made) == len(found) and all(
+            tensor is own and tensor._version == version
+            for own, (tensor, version) in zip(found, made, strict=True)
+        ):
             state.clear()
 
     # ---- evaluation weights

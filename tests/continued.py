@@ -52,7 +52,20 @@ def build(case: Case, dtype: torch.dtype, compiled: bool, fresh: bool) -> Run:
     opt = case(groups, lr=0.05 if fresh else 0.5, seed=3 if fresh else 4)
     opt.param_groups[0]["lr"] /= 2
     opt.param_groups[0]["warmup_steps"] = 4 if fresh else 0
-    return model, opt, lr_scheduler.CosineAnnealingLR(opt, T_max=9)
+    return model, opt, SCHEDULES[len(case.name) % len(SCHEDULES)](opt)
+
+
+def one_cycle(opt: Any) -> Any:
+    """A schedule that changes momentum or betas too, where there are some."""
+    cycles = "betas" in opt.defaults or "momentum" in opt.defaults
+    return lr_scheduler.OneCycleLR(opt, 0.1, total_steps=9, cycle_momentum=cycles)
+
+
+SCHEDULES = (
+    lambda opt: lr_scheduler.CosineAnnealingLR(opt, T_max=9),
+    lambda opt: lr_scheduler.StepLR(opt, step_size=2),
+    one_cycle,
+)
 
 
 def advance(run: Run, seeds: range) -> None:
