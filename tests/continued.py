@@ -5,6 +5,7 @@ python continued.py SAVED RESULTS: goes on from what `begin` has saved.
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,12 +20,30 @@ from models import (
     random_chain,
     snapshot,
 )
+from torch import nn
 from torch.optim import lr_scheduler
 
+import heavyball
+from heavyball import chainable as C
 from heavyball import utils
 
 STEPS, STOP = 6, 3
-SAMPLE = [*CASES, *(random_chain(seed) for seed in range(16))]
+FORMATS: dict[str, dict[str, Any]] = {
+    "storage bfloat16": {"storage_dtype": "bfloat16"},
+    "storage float16": {"storage_dtype": "float16"},
+    "storage 8bit": {"storage_dtype": "8bit"},
+    "storage bf16+8": {"ecc": "bf16+8"},
+    "storage fp16+16": {"ecc": "fp16+16"},
+    "storage param": {"param_ecc": "bf16+8", "ecc": "bf16+16"},
+}
+
+
+def _in_format(params: Any, *, options: dict[str, Any], **more: Any) -> C.ChainOpt:
+    return heavyball.SFAdamW(params, **options, **more)
+
+
+STORED = [Case(name, partial(_in_format, options=given)) for name, given in FORMATS.items()]
+SAMPLE = [*CASES, *(random_chain(seed) for seed in range(16)), *STORED]
 # With kernels: one of each kind, since each must be built.
 COMPILED = ("AdamW", "SFAdamW", "guarded")
 
@@ -34,8 +53,9 @@ Run = tuple[Any, ...]
 def runs() -> Iterator[tuple[str, Case, torch.dtype, str, bool]]:
     """Every run by its name: an optimizer, a dtype, the mode to stop in, and whether in kernels."""
     for case in SAMPLE:
-        modes = ("train", "eval") if averages(case(parameters((2, 2)))) else ("train",)
-        for dtype in (torch.float32, torch.bfloat16):
+        shown = case(parameters((2, 2), dtype=torch.bfloat16))
+        modes = ("train", "eval") if averages(shown) else ("train",)
+        for dtype in (torch.float32, torch.bfloat16)[case.name == "storage param" :]:
             for mode in modes:
                 for compiled in (False, True):
                     if not compiled or case.name in COMPILED:
@@ -47,6 +67,8 @@ def build(case: Case, dtype: torch.dtype, compiled: bool, fresh: bool) -> Run:
     """A model, its optimizer and its schedule; if not `fresh`, with values that must be replaced."""
     utils.compile_mode = "auto" if compiled else None
     model = Tiny(seed=0 if fresh else 7, dtype=dtype)
+    if case in STORED:  # large enough for 8-bit codes
+        model.large = nn.Parameter(torch.full((66, 65), 0.5, dtype=dtype))
     named = list(model.named_parameters())
     groups = [{"params": named[:2]}, {"params": named[2:]}]
     opt = case(groups, lr=0.05 if fresh else 0.5, seed=3 if fresh else 4)

@@ -65,6 +65,46 @@ def test_a_preset_may_be_named_or_given_and_its_options_count(name):
             assert memory_plan(model, preset, **options).state_bytes == expected
 
 
+FORMATS = [
+    {"storage_dtype": "bfloat16"},
+    {"storage_dtype": "float16"},
+    {"storage_dtype": "8bit"},
+    {"ecc": "bf16+8"},
+    {"ecc": "fp16+16"},
+    {"param_ecc": "bf16+8"},
+    {"param_ecc": "bf16+16", "ecc": "bf16+16"},
+]
+
+
+@pytest.mark.parametrize("name", heavyball.PRESETS)
+def test_formats_of_fewer_bits_are_planned_to_the_byte(name):
+    shapes = (*SHAPES, (66, 65))  # the last is large enough for 8-bit codes
+    for options in FORMATS:
+        params = parameters(*shapes, dtype=torch.bfloat16)
+        opt = heavyball.PRESETS[name](params, **options)
+        plan = memory_plan(params, name, **options)
+        assert plan.state_bytes == held(opt), options
+        corrections = plan.per_transform.get("param", 0)
+        each = {"bf16+8": 1, "bf16+16": 2}.get(options.get("param_ecc"), 0)
+        assert corrections == each * sum(p.numel() for p in params)
+        opt.eval()
+        assert opt.state_bytes() == plan.state_bytes + plan.evaluation_bytes
+
+
+def test_a_format_of_fewer_bits_takes_fewer_bytes():
+    def bytes_each(**options):
+        plan = memory_plan([torch.empty(1024, 1024, device="meta")], "AdamW", **options)
+        return (plan.state_bytes - 8) / 1024**2
+
+    assert bytes_each() == 8
+    assert bytes_each(storage_dtype="bfloat16") == 4
+    assert bytes_each(storage_dtype={"exp_avg": "bfloat16"}) == 6
+    assert bytes_each(ecc="bf16+8") == 6
+    assert bytes_each(ecc="fp16+16") == 8
+    # codes, and a bfloat16 scale for each 32 of them
+    assert bytes_each(storage_dtype="8bit") == 2 * (1 + 2 / 32)
+
+
 # ---- what may be given
 
 

@@ -88,6 +88,17 @@ def test_several_are_compared_smallest_first():
     assert math.isclose(330.2, ELEMENTS["vit-b-16"] * 4 / 2**20, abs_tol=0.05)
 
 
+def test_formats_of_fewer_bits_are_planned():
+    words = ["AdamW", "--dtype", "bfloat16", "--model", "resnet-18"]
+    for option, value in (("storage_dtype", "8bit"), ("ecc", "bf16+8"), ("param_ecc", "bf16+16")):
+        result = heavyball_command(*words, f"--{option.replace('_', '-')}", value)
+        assert result.exit_code == 0, result.output
+        params = architecture("resnet-18", torch.bfloat16)
+        plan = memory_plan(params, "AdamW", **{option: value})
+        assert f"{plan.state_bytes:,}" in result.stdout
+        assert plan.state_bytes != memory_plan(params, "AdamW").state_bytes
+
+
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
@@ -96,6 +107,8 @@ def test_several_are_compared_smallest_first():
         (["AdamW", "--model", "gpt2"], ["gpt2-124m"]),
         (["scale_by_adam | scale_by_lino"], ["scale_by_lion"]),
         (["torch.AdamW"], ["torch"]),
+        (["--ecc", "bf16"], ["ecc", "bf16+8"]),
+        (["--param-ecc", "bf16+8", "--dtype", "float32"], ["param_ecc"]),
     ],
 )
 def test_what_cannot_be_planned_is_refused_in_one_line(words, parts):

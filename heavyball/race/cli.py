@@ -178,14 +178,18 @@ def show(chain: str, source: bool) -> None:
     show_default=True,
     help="The dtype of the parameters.",
 )
-def plan_memory(optimizers: tuple[str, ...], model: str, dtype: str) -> None:
+@click.option("--storage-dtype", help="How state is kept: float32, bfloat16, float16 or 8bit.")
+@click.option("--ecc", help="State as a value and a correction: bf16+8, bf16+16, fp16+8, fp16+16.")
+@click.option("--param-ecc", help="The same for parameters of that 16-bit dtype.")
+def plan_memory(optimizers: tuple[str, ...], model: str, dtype: str, **options: str | None) -> None:
     """Show how much state presets or chains take for a well-known architecture; all presets if
     none is named. Nothing is allocated."""
     from heavyball.race.planning import plans, tables
     from heavyball.race.report import console
 
+    given = {name: value for name, value in options.items() if value is not None}
     with clean_errors():
-        for table in tables(plans(optimizers, model, dtype, {}), model, dtype):
+        for table in tables(plans(optimizers, model, dtype, given), model, dtype):
             console().print(table)
 
 

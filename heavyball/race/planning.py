@@ -30,7 +30,7 @@ def plans(
     Errors: RaceError naming what cannot be planned.
     """
     params = architecture(model, DTYPES[dtype])
-    found = {}
+    found, left = {}, []
     for text in texts or PRESETS:
         try:
             found[text] = memory_plan(params, text, **options)
@@ -38,7 +38,11 @@ def plans(
             message = f"{text}: {one_line(error)}"
             if texts:
                 raise RaceError(message) from None
-            warnings.warn(f"left out {message}", stacklevel=2)
+            left.append(message)
+    if not found:
+        raise RaceError(left[0])
+    for message in left:
+        warnings.warn(f"left out {message}", stacklevel=2)
     return found
 
 
