@@ -406,14 +406,14 @@ class ChainOpt(Optimizer):
         """
         if not isinstance(mode, bool):
             raise TypeError(f"train(mode={mode!r}): expected True or False")
-        for group in self.param_groups:
-            if group.get("train_mode", mode) == mode:
-                continue
+        changing = [g for g in self.param_groups if g.get("train_mode", mode) != mode]
+        programs = self._all_programs() if changing else {}
+        for group in changing:
             for param in group["params"]:
                 if mode:
                     self._restore_weights(param)
                 else:
-                    self._average_weights(param, group)
+                    self._average_weights(programs[param], param, group)
             group["train_mode"] = mode
         return self
 
@@ -431,9 +431,9 @@ class ChainOpt(Optimizer):
         finally:
             self.train(before)
 
-    def _average_weights(self, param: Tensor, group: Mapping[str, Any]) -> None:
+    def _average_weights(self, program: Program, param: Tensor, group: Mapping[str, Any]) -> None:
         state = self.state.get(param)
-        for node in self._all_programs()[param].evaluators:
+        for node in program.evaluators:
             if state:
                 value = average(node, param, state, group, Scalars())
                 state[SAVED_WEIGHTS] = param.detach().clone()
