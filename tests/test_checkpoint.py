@@ -153,9 +153,9 @@ def test_a_tensor_of_another_kind_is_refused():
     source = adam(parameters((3,)))
     train(source, [0])
     saved = copy.deepcopy(source.state_dict())
-    for wrong in (torch.zeros(3, dtype=torch.int8), 0.5):
+    for wrong in (torch.zeros(3, dtype=torch.int8), 0.5, "text"):
         saved["state"][0]["scale_by_adam.exp_avg"] = wrong
-        with pytest.raises(ValueError, match=r"scale_by_adam.exp_avg' is .*expected"):
+        with pytest.raises(ValueError, match=r"scale_by_adam.exp_avg' .*expected"):
             adam(parameters((3,))).load_state_dict(saved)
 
 
