@@ -333,7 +333,10 @@ def start(job: Job, finish: Finish) -> Run:
     if not frame.ended:
         yield from run_hooks(frame)
         frame.new["param"] = frame.env["param"]
-    finish({**frame.new, "step": step})
+    new = {**frame.new, "step": step}
+    # what only led to the new values is not kept beside the temporary tensors of writing them
+    del frame, env, grad, raw
+    finish(new)
 
 
 def _start(job: Job) -> Run:
@@ -394,7 +397,10 @@ def _commit(job: Job, values: dict[str, Tensor]) -> None:
 
 
 def write(job: Job, values: dict[str, Tensor], step: Tensor) -> None:
-    """Write new values by key, in the formats in which they are kept, with the random bits of a step."""
+    """Write new values by key in the formats in which they are kept; empties `values`.
+
+    step: of which the random bits are.
+    """
     targets = {key: job.param if key == "param" else job.state[key] for key in values}
     old = {target.untyped_storage().data_ptr() for target in targets.values()}
     # a transform may hand on an old state as another state: save it before it is overwritten
@@ -402,6 +408,7 @@ def write(job: Job, values: dict[str, Tensor], step: Tensor) -> None:
         k: v.clone() if v.untyped_storage().data_ptr() in old and not _same(targets[k], v) else v
         for k, v in values.items()
     }
+    values.clear()  # each is freed when it is written
     for key, target in targets.items():
         value = safe.pop(key).reshape(target.shape)
         if _same(target, value):

@@ -20,6 +20,8 @@ from heavyball.transform import Holds
 CORRECTION, SCALE = ":correction", ":scale"
 COMPANIONS = (CORRECTION, SCALE)
 PARAM = "param"
+# Blocks of codes that are encoded at a time.
+PART = 2**10
 
 
 @dataclass(frozen=True)
@@ -71,16 +73,23 @@ class Held:
         assert self.scale is not None
         old = packing.blocks(packing.in_memory_order(self.main, self.main))
         new = packing.blocks(packing.in_memory_order(value, self.main))
-        # Values that did not change must keep their bits, as where a step was skipped.
-        same = (packing.decode(old, self.scale) == new).all(1)
         drawn = None
         if bits is not None:
             drawn = packing.blocks(packing.in_memory_order(bits(), self.main))
-        scale = packing.scales(new)
-        codes = packing.encode(new, scale, self.main.dtype, drawn)
-        codes = torch.where(same[:, None], old, codes).view(-1)[: value.numel()]
-        self.scale.copy_(torch.where(same, self.scale, scale))
-        self.main.copy_(packing.from_memory_order(codes, self.main))
+        codes = torch.empty_like(old)
+        for low in range(
+            0, len(new), PART
+        ):  # or temporary tensors would be many times the parameter
+            here = slice(low, low + PART)
+            # Values that did not change must keep their bits, as where a step was skipped.
+            same = (packing.decode(old[here], self.scale[here]) == new[here]).all(1)
+            scale = packing.scales(new[here])
+            drawn_here = None if drawn is None else drawn[here]
+            made = packing.encode(new[here], scale, self.main.dtype, drawn_here)
+            codes[here] = torch.where(same[:, None], old[here], made)
+            self.scale[here] = torch.where(same, self.scale[here], scale)
+        row = codes.view(-1)[: value.numel()]
+        self.main.copy_(packing.from_memory_order(row, self.main))
 
 
 def _nearest_half(value: Tensor) -> Tensor:

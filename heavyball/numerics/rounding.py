@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 WORD = 0xFFFFFFFF
+PART = 2**15
 ODD = 0x9E3779B1  # 2^32 over the golden ratio, which spreads consecutive numbers
 
 
@@ -26,8 +27,13 @@ def stream(seed: int, number: int) -> int:
 def random_bits(like: Tensor, stream: int, step: Tensor) -> Tensor:
     """Sixteen random bits for every element of `like`, as int32, counted in the order of memory."""
     key = mix((stream + step.to(torch.int64) * ODD) & WORD)
-    index = torch.arange(like.numel(), dtype=torch.int64, device=like.device)
-    bits = (mix(((index * ODD) & WORD) ^ key) & 0xFFFF).to(torch.int32)
+    size, device = like.numel(), like.device
+    bits = torch.empty(size, dtype=torch.int32, device=device)
+    # in parts that stay in the cache: words of 64 bits would be the most memory that a step needs
+    part = PART if device.type == "cpu" else 64 * PART
+    for low in range(0, size, part):
+        index = torch.arange(low, min(low + part, size), dtype=torch.int64, device=device)
+        bits[low : low + part] = mix(((index * ODD) & WORD) ^ key) & 0xFFFF
     order = sorted(range(like.ndim), key=lambda axis: -like.stride()[axis])
     back = sorted(range(like.ndim), key=lambda axis: order[axis])
     return bits.reshape([like.shape[axis] for axis in order]).permute(back)
@@ -69,6 +75,5 @@ def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
 
     Source: section 3 of Zamirai et al. 2020, https://arxiv.org/abs/2010.06192.
     """
-    word = x.contiguous().view(torch.int32)
-    rounded = ((word + bits) & -0x10000).view(torch.float32)
-    return torch.where(torch.isfinite(x), rounded, x).to(torch.bfloat16)
+    word = (x.contiguous().view(torch.int32) + bits).bitwise_and_(-0x10000)
+    return torch.where(torch.isfinite(x), word.view(torch.float32), x).to(torch.bfloat16)
