@@ -46,9 +46,9 @@ def rehearse(task: Task, contender: Contender, seed: int, settings: Settings) ->
     Errors: RaceError with the label and the reason if any of it is refused.
     """
     for lr in contender.lrs[::-1]:
-        with _seeded(seed):
+        with seeded(seed):
             run = _Run(task, contender, lr, seed, settings)
-    with _seeded(seed):
+    with seeded(seed):
         try:
             run.step(1, task.batches(seed, settings.batch_size))
         except REFUSALS as error:
@@ -68,7 +68,7 @@ def train(
     Initial weights, the order of the data and dropout depend on the seed alone, so every contender
     meets the same. A run ends early when a loss is not finite.
     """
-    with _seeded(seed):
+    with seeded(seed):
         run = _Run(task, contender, lr, seed, settings)
         finite = run.evaluate(0)
         batches = task.batches(seed, settings.batch_size)
@@ -83,7 +83,7 @@ def train(
 
 
 @contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
