@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from models import same_bits
 from torch import Tensor
 
 from heavyball.numerics import packing
-from models import same_bits
 
 HALVES = (torch.bfloat16, torch.float16)
 WHOLES = (torch.int8, torch.int16)

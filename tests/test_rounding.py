@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
+from models import same_bits
 
 import heavyball
 from heavyball.numerics import random_bits, round_stochastically, stream
-from models import same_bits
 
 C = heavyball.chainable
 EVERY = torch.arange(2**16, dtype=torch.int32)

@@ -7,13 +7,13 @@ import warnings
 
 import pytest
 import torch
+from models import same_bits, snapshot
 from torch import nn
 
 import heavyball
 from heavyball.checkpoint import expected_state
 from heavyball.runner import working_param
 from heavyball.storage import CORRECTION, SCALE, held
-from models import same_bits, snapshot
 
 C = heavyball.chainable
 
