@@ -24,9 +24,12 @@ def old_states(call: "Call") -> list[Pieces]:
 
 def _whole_state(call: "Call", name: str) -> Pieces:
     node, job = call.node, call.job
-    if not node.transform.states[name].several:
+    declared = node.transform.states[name]
+    if not declared.several:
         new = call.new.get(node.state_key(name))
         return working_state(node, name, job) if new is None else new
+    if not node.transform.options.get(declared.needed_by or "", True):
+        return None
     keys = pieces(job.program, node, name, job.param)
     return tuple(None if key is None else _piece(key, call) for key in keys)
 

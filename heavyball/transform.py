@@ -4,6 +4,7 @@
 """
 
 import difflib
+import functools
 import importlib
 import inspect
 import math
@@ -486,6 +487,7 @@ def transform(
     return declare if fn is None else declare(fn)
 
 
+@functools.lru_cache(maxsize=1024)
 def keyword_names(fn: Callable[..., Any] | None) -> tuple[str, ...]:
     return () if fn is None else tuple(inspect.getfullargspec(fn).kwonlyargs)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from heavyball.numerics import compute_dtype, host_uniform, normals
+from heavyball.numerics import compute_dtype, generator, host_uniform, normals
 from heavyball.states import Pieces, old_states
 from heavyball.transform import keyword_names
 
@@ -294,23 +294,39 @@ def _cut_opaque(value: Any, index: int) -> Any:
 
 
 class Noise:
-    """Standard normals, hashed from the seed, each parameter's place, its step and a salt."""
+    """Standard normals, drawn from the seed, each parameter's place, its step and a salt."""
 
     def __init__(self, group: list[Call]):
         self._group = group
+        self._device = group[0].job.param.device
 
     def __call__(self, shape: tuple[int, ...], salt: int = 0) -> Tensor:
         """A tensor of `shape`, whose first dimension counts the parameters."""
-        first = self._group[0]
-        if shape[0] != len(self._group):
-            raise ValueError(f"noise of shape {tuple(shape)} for {len(self._group)} parameters")
+        size, dtype = self._size(shape), self._group[0].dtype
         rows = [
-            normals(
-                math.prod(shape[1:]), c.job.noise, c.count or 0, salt, first.job.param.device
-            ).to(first.dtype)
+            normals(size, c.job.noise, c.count or 0, salt, self._device, dtype) for c in self._group
+        ]
+        return _join(rows).reshape(shape)
+
+    def bits(self, shape: tuple[int, ...], salt: int = 0) -> Tensor:
+        """Sixteen random bits for every element of `shape`, as int32, to round with."""
+        size = self._size(shape)
+        rows = [
+            torch.randint(
+                1 << 16,
+                (size,),
+                dtype=torch.int32,
+                device=self._device,
+                generator=generator(c.job.noise, c.count or 0, salt, self._device),
+            )
             for c in self._group
         ]
         return _join(rows).reshape(shape)
+
+    def _size(self, shape: tuple[int, ...]) -> int:
+        if shape[0] != len(self._group):
+            raise ValueError(f"noise of shape {tuple(shape)} for {len(self._group)} parameters")
+        return math.prod(shape[1:])
 
 
 class Chance:

@@ -12,6 +12,7 @@ from heavyball.numerics.averages import (
 from heavyball.numerics.dtypes import SCALAR, compute_dtype, working
 from heavyball.numerics.measures import count, dot, is_single, norm, rms, saturate, shape_of
 from heavyball.numerics.rounding import (
+    generator,
     host_uniform,
     normals,
     random_bits,
@@ -27,6 +28,7 @@ __all__ = [
     "debiased_weight",
     "dot",
     "ema",
+    "generator",
     "host_uniform",
     "is_single",
     "lerp",

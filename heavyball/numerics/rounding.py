@@ -4,6 +4,8 @@ The bits are the optimizer's own: they leave torch's generators alone, are the s
 and in compiled kernels, and need no state besides the step.
 """
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
@@ -12,8 +14,11 @@ PART = 2**15
 ODD = 0x9E3779B1  # 2^32 over the golden ratio, which spreads consecutive numbers
 
 
-def mix(x: Tensor) -> Tensor:
-    """Scramble 32-bit words held in int64 (the finalizer of MurmurHash3)."""
+Word = TypeVar("Word", int, Tensor)
+
+
+def mix(x: Word) -> Word:
+    """Scramble 32-bit words, held in int64 or in a Python int (the finalizer of MurmurHash3)."""
     x = ((x ^ (x >> 16)) * 0x85EBCA6B) & WORD
     x = ((x ^ (x >> 13)) * 0xC2B2AE35) & WORD
     return x ^ (x >> 16)
@@ -21,7 +26,7 @@ def mix(x: Tensor) -> Tensor:
 
 def stream(seed: int, number: int) -> int:
     """The word from which the bits of one parameter come: `number` is its place in the optimizer."""
-    return int(mix((mix(torch.tensor(seed & WORD)) + number * ODD) & WORD))
+    return mix((mix(seed & WORD) + number * ODD) & WORD)
 
 
 def random_bits(like: Tensor, stream: int, step: Tensor) -> Tensor:
@@ -39,31 +44,40 @@ def random_bits(like: Tensor, stream: int, step: Tensor) -> Tensor:
     return bits.reshape([like.shape[axis] for axis in order]).permute(back)
 
 
-def _words(size: int, stream: int, count: int, salt: int, device: torch.device) -> Tensor:
-    """32 random bits for each of `size` numbers, held in int64."""
+def _key(stream: int, count: int, salt: int, number: int = 0) -> int:
+    """32 random bits from a parameter's stream, its step, a salt and a number."""
     key = stream + count * ODD
-    for part in (salt, salt >> 32):  # twice mixed: none of the keys that rounding uses
-        key = int(mix(torch.tensor((key ^ ((part * 0x85EBCA6B + 0x27D4EB2F) & WORD)) & WORD)))
-    index = torch.arange(size, dtype=torch.int64, device=device)
-    return mix(mix((index * ODD) & WORD) ^ key)
+    for part in (salt, salt >> 32, number):  # mixed again: none of the keys that rounding uses
+        key = mix((key ^ ((part * 0x85EBCA6B + 0x27D4EB2F) & WORD)) & WORD)
+    return key
 
 
-def normals(size: int, stream: int, count: int, salt: int, device: torch.device) -> Tensor:
-    """Standard normals (float64) hashed from a parameter's stream, its step and a salt.
+def generator(stream: int, count: int, salt: int, device: torch.device) -> torch.Generator:
+    """A generator of its own for a parameter's stream, its step and a salt.
 
-    Box and Muller: sqrt(-2 log u) cos(2 pi v) with u in (0, 1], v in [0, 1), and the sine for the other
-    half; a normal is at most 6.7 in size, the root of 2 log 2^32.
+    For random numbers whose exact values matter to no other implementation: torch draws a normal in
+    8 ns on a CPU, where hashing its bits takes 100 ns with torch's operations.
     """
-    half = (size + 1) // 2
-    u, v = _words(2 * half, stream, count, salt, device).to(torch.float64).reshape(2, half)
-    length = (-2 * ((u + 1) / 2**32).log()).sqrt()
-    angle = v * (2 * torch.pi / 2**32)
-    return torch.cat([length * angle.cos(), length * angle.sin()])[:size]
+    seed = _key(stream, count, salt) << 32 | _key(stream, count, salt, 1)
+    return torch.Generator(device).manual_seed(seed & (2**63 - 1))
+
+
+def normals(
+    size: int,
+    stream: int,
+    count: int,
+    salt: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Standard normals from a parameter's stream, its step and a salt."""
+    drawn = generator(stream, count, salt, device)
+    return torch.randn(size, dtype=dtype, device=device, generator=drawn)
 
 
 def host_uniform(seed: int, count: int, salt: int) -> float:
     """A Python number in [0, 1), hashed from the seed, a count and a salt."""
-    return int(_words(1, stream(seed, -1), count, salt, torch.device("cpu"))) / 2**32
+    return mix(_key(stream(seed, -1), count, salt)) / 2**32
 
 
 def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
