@@ -56,8 +56,12 @@ from heavyball.transforms.nadam import scale_by_nadam
 from heavyball.transforms.orthograd import orthograd
 from heavyball.transforms.palm import palm_beta2
 from heavyball.transforms.parameter_ema import parameter_ema
+from heavyball.transforms.psgd import psgd_kron
+from heavyball.transforms.psgd_lra import psgd_lra
+from heavyball.transforms.psgd_pro import psgd_pro
 from heavyball.transforms.rms import scale_by_exp_avg_sq, scale_by_rms
 from heavyball.transforms.schedule_free import schedule_free
+from heavyball.transforms.shampoo import shampoo
 from heavyball.transforms.sign import sign
 from heavyball.transforms.skip import skip_not_finite
 from heavyball.transforms.soap import from_eigenbasis, soap_precond, to_eigenbasis
@@ -126,6 +130,9 @@ __all__ = [
     "palm_decay",
     "parallel",
     "parameter_ema",
+    "psgd_kron",
+    "psgd_lra",
+    "psgd_pro",
     "rms_normalize",
     "route",
     "scalar",
@@ -140,6 +147,7 @@ __all__ = [
     "scale_by_normuon",
     "scale_by_rms",
     "schedule_free",
+    "shampoo",
     "shared",
     "sign",
     "skip_not_finite",

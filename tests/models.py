@@ -129,6 +129,8 @@ class Case:
     per_parameter: no parameter's step depends on another parameter.
     idle: entries of the group that have no effect as the optimizer is configured.
     skips: a step with a NaN in a gradient changes nothing.
+    noisy: random numbers are drawn by a parameter's place in the optimizer.
+    low: how the names of states begin that are asked to be held in bfloat16.
     """
 
     name: str
@@ -136,6 +138,8 @@ class Case:
     per_parameter: bool = True
     idle: tuple[str, ...] = ()
     skips: bool = False
+    noisy: bool = False
+    low: str = ""
 
     def __call__(self, params: Any, *args: Any, **options: Any) -> Any:
         return self.make(params, *args, **options)
@@ -157,6 +161,9 @@ PRESET_ARGUMENTS: dict[str, dict[str, Any]] = {
     "SFAdamW": {"weight_decay": 0.1},
     "PaLMSFAdamW": {"weight_decay": 0.1},
     "FactoredAdamW": {"min_dim": 2},
+    "PSGDKron": {"weight_decay": 0.1},
+    "PSGDLRA": {"rank": 2, "precond_init_scale": 2.0},
+    "Shampoo": {"weight_decay": 0.1, "eps": 0.01},
 }
 # PaLM's schedule stands in for beta2
 PRESET_IDLE = {
@@ -169,13 +176,17 @@ PRESETS = [
         name,
         partial(preset, **PRESET_ARGUMENTS.get(name, {})),
         idle=PRESET_IDLE.get(name, ()),
+        noisy="PSGD" in name,
     )
     for name, preset in heavyball.PRESETS.items()
 ]
 
 
-def _variant(name: str, preset: str, **arguments: Any) -> Case:
-    return Case(name, partial(heavyball.PRESETS[preset], **arguments))
+def _variant(
+    name: str, preset: str, *, noisy: bool = False, low: str = "", **arguments: Any
+) -> Case:
+    make = partial(heavyball.PRESETS[preset], **arguments)
+    return Case(name, make, noisy=noisy, low=low)
 
 
 VARIANTS = [
@@ -183,6 +194,21 @@ VARIANTS = [
     _variant("SGD-nesterov", "SGD", momentum=0.9, nesterov=True, maximize=True),
     _variant("AdamW-amsgrad", "AdamW", amsgrad=True, caution=True, warmup_steps=3),
     _variant("RMSprop-centered", "RMSprop", momentum=0.9, centered=True),
+    _variant(
+        "PSGDKron-small",
+        "PSGDKron",
+        noisy=True,
+        low="psgd_kron.",
+        q_dtype="bfloat16",
+        merge_dims=True,
+        momentum_into_precond_update=False,
+        max_size_triangular=3,
+        preconditioner_update_probability=0.6,
+        cached=True,
+    ),
+    _variant(
+        "PSGDPRO-quad", "PSGDPRO", noisy=True, method="quad", split=True, max_size_triangular=3
+    ),
     _variant("ADOPT-decouple", "ADOPT", decouple=True, weight_decay=0.1, mars=True),
 ]
 
@@ -240,6 +266,24 @@ CHAINS = [
         C.adamc(weight_decay=0.05),
     ),
     _chain("schedule-free-sign", C.exp_avg, C.sign, C.schedule_free(caution="cautious")),
+    _chain(
+        "psgd-schedule-free",
+        C.mars,
+        C.psgd_kron(decision="cumulative"),
+        C.cautious,
+        C.schedule_free,
+        noisy=True,
+    ),
+    _chain(
+        "psgd-routed",
+        C.route(
+            C.when(C.exp_avg, C.psgd_kron(delayed=True), min_ndim=2), otherwise=C.scale_by_adam
+        ),
+        C.clip_by_global_norm,
+        per_parameter=False,
+        noisy=True,
+    ),
+    _chain("shampoo", C.exp_avg, C.shampoo(beta2=0.9, precondition_frequency=2)),
     _chain("twice", C.exp_avg, C.exp_avg(beta=0.5), C.decay_to_ema(weight_decay=0.1)),
 ]
 CASES = [*PRESETS, *VARIANTS, *CHAINS]

@@ -1,0 +1,123 @@
+"""Shampoo: divide every axis by a root of its own covariance."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heavyball.numerics import debiased_weight
+from heavyball.numerics.kron import gram
+from heavyball.numerics.memory import warn_if_large
+from heavyball.numerics.roots import inverse_root
+from heavyball.transform import Live, State, closed_fraction, nonnegative, transform
+from heavyball.view import WorkingShape, working_shape
+
+ADVICE = "a smaller max_precond_dim (longer axes are left alone), or split=True, takes less"
+
+
+@functools.lru_cache(maxsize=4096)
+def _view(shape: tuple[int, ...], limit: int, merge_dims: bool, split: bool) -> WorkingShape:
+    return working_shape(shape, "right" if merge_dims else "none", limit, split)
+
+
+def view_of(shape: Sequence[int], options: Mapping[str, Any]) -> WorkingShape:
+    """How Shampoo sees a tensor of this shape."""
+    names = "max_precond_dim", "merge_dims", "split"
+    return _view(tuple(shape), *(options[name] for name in names))
+
+
+def axes_of(block: Sequence[int], limit: int) -> list[int]:
+    """The axes of a block that are preconditioned."""
+    return [axis for axis, size in enumerate(block) if 1 < size <= limit]
+
+
+def _matrices(make: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+    def init(param: Tensor, options: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        limit = options["max_precond_dim"]
+        blocks = view_of(param.shape, options).blocks
+        sizes = [block[axis] for block in blocks for axis in axes_of(block, limit)]
+        bytes_of_both = 2 * sum(n * n for n in sizes) * param.element_size()
+        warn_if_large("shampoo", param, bytes_of_both, ADVICE)
+        return tuple(make(n, dtype=param.dtype, device=param.device) for n in sizes)
+
+    return init
+
+
+def _zeros(size: int, **how: Any) -> Tensor:
+    return torch.zeros(size, size, **how)
+
+
+def _problem(shape: torch.Size, options: Mapping[str, Any]) -> str | None:
+    for name in ("precondition_frequency", "max_precond_dim"):
+        if options[name] < 1:
+            raise ValueError(f"{name}={options[name]!r}: expected at least 1")
+    return None
+
+
+@transform(
+    whole=True,
+    host=("beta2", "eps"),
+    requires=_problem,
+    domains={"beta2": closed_fraction, "eps": nonnegative},
+    grams=State(_matrices(_zeros), "zero matrices, one for each axis", several=True),
+    roots=State(_matrices(torch.eye), "identities, one for each axis", several=True),
+)
+def shampoo(
+    update: Tensor,
+    grams: tuple[Tensor, ...],
+    roots: tuple[Tensor, ...],
+    *,
+    grad: Tensor,
+    count: int,
+    beta2: Live = 1.0,
+    eps: Live = 1e-12,
+    precondition_frequency: int = 1,
+    max_precond_dim: int = 1024,
+    merge_dims: bool = False,
+    split: bool = False,
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Multiply every axis by the inverse root of the sum of its gradients' Gram matrices.
+
+    L_i <- L_i + G G^T for the unfolding G of the gradient along axis i (beta2 = 1), or for beta2 < 1
+        the mean of those with weights beta2^(t-j)
+    u'  = u x_1 (L_1 + eps I)^(-1/(2n)) ... x_n (L_n + eps I)^(-1/(2n)), n preconditioned axes
+
+    The roots are made anew at the first step and then at every step that `precondition_frequency`
+    divides. Axes of one element or of more than `max_precond_dim` are left alone; with none left the
+    update passes as it is. merge_dims: multiply axes together from the right, as far as the product
+    is at most `max_precond_dim`. split: cut longer axes into blocks with matrices of their own.
+
+    Shapes: all (*).
+    Units: with beta2 < 1 the result has none; its size falls with the rank of the gradients, so the
+        size is usually taken from elsewhere: `graft(shampoo, scale_by_adam)`.
+    Source: Gupta, Koren and Singer 2018, Algorithm 2, https://arxiv.org/abs/1802.09568. Departures:
+        eps is added where a root is made (for a sum that is the same), and the mean is unbiased.
+    """
+    options = {"max_precond_dim": max_precond_dim, "merge_dims": merge_dims, "split": split}
+    view = view_of(update.shape[1:], options)
+    weight = 1.0 if beta2 == 1 else debiased_weight(beta2, count)  # type: ignore[arg-type]
+    kept = 1.0 if beta2 == 1 else 1 - weight
+    refreshes = count == 1 or count % precondition_frequency == 0
+    old, old_roots = iter(grams), iter(roots)
+    outputs, new, new_roots = [], [], []
+    for x, seen, block in zip(
+        view.blocks_of(update), view.blocks_of(grad), view.blocks, strict=True
+    ):
+        axes = axes_of(block, max_precond_dim)
+        for axis in axes:
+            matrix = kept * next(old) + weight * gram(seen, axis, False)
+            root = next(old_roots)
+            if refreshes:
+                root = inverse_root(matrix, 2 * len(axes), eps, root)
+            new.append(matrix)
+            new_roots.append(root)
+            rows = x.movedim(axis + 1, -1)
+            x = (
+                (rows.reshape(len(x), -1, x.shape[axis + 1]) @ root)
+                .reshape(rows.shape)
+                .movedim(-1, axis + 1)
+            )
+        outputs.append(x)
+    return view.whole_of(outputs), tuple(new), tuple(new_roots)
