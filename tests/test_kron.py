@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from oracles import EPS, examples, grid, h_grads, summary
 from torch import Tensor
 
 from heavyball.numerics import kron
 from heavyball.numerics.contract import contract
-from tests.oracles import EPS, examples, grid, h_grads, summary
 
 SHAPES = [(7,), (1,), (5, 3), (3, 1), (2, 3, 4), (3, 2, 2, 2), (2, 2, 3, 1, 2)]
 LAYOUTS = [None, "one_diag", "all_diag", "one_triu"]

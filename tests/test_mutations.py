@@ -5,6 +5,7 @@ as they are.
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +38,8 @@ from transforms import (
     test_orthograd,
     test_palm,
     test_parameter_ema,
+    test_psgd,
+    test_psgd_others,
     test_rms,
     test_schedule_free,
     test_sign,
@@ -666,6 +669,50 @@ def row_squares_that_are_not_kept(right: Wrong) -> Wrong:
     return lambda u, state, **kw: (right(u, state, **kw)[0], 2 * state)
 
 
+def update_is_p_times_what_came_in() -> None:
+    test_psgd.test_update_is_p_times_what_came_in(True, False)
+
+
+@mutant("psgd_kron", update_is_p_times_what_came_in)
+def factors_that_are_used_a_step_late(right: Wrong) -> Wrong:
+    return lambda *a, delayed, **kw: right(*a, delayed=True, **kw)
+
+
+@mutant("psgd_kron", update_is_p_times_what_came_in)
+def noise_in_the_update(right: Wrong) -> Wrong:
+    return lambda u, *a, noise, **kw: right(u + 1e-6 * noise(u.shape), *a, noise=noise, **kw)
+
+
+@mutant("psgd_kron", lambda: test_psgd.test_every_parameter_is_fitted_at_the_same_steps(True))
+def a_draw_for_every_parameter(right: Wrong) -> Wrong:
+    def wrong(u: Any, *a: Any, chance: Any, **kw: Any) -> tuple:
+        return right(u, *a, chance=lambda salt=0: (chance(salt) + u.numel() / 7) % 1, **kw)
+
+    return wrong
+
+
+@mutant("psgd_lra", test_psgd_others.test_low_rank_update_is_p_times_what_came_in)
+def a_product_with_the_diagonal_alone(right: Wrong) -> Wrong:
+    return lambda u, left, *a, **kw: (right(u, 0 * left, *a, **kw)[0], left, *a)
+
+
+@mutant(
+    "psgd_pro",
+    lambda: test_psgd_others.test_updates_become_white(
+        C.psgd_pro(precond_lr=0.1, preconditioner_update_probability=1.0)
+    ),
+)
+def square_factors_that_are_never_fitted(right: Wrong) -> Wrong:
+    return lambda u, factors, loads, **kw: (right(u, factors, loads, **kw)[0], factors, loads)
+
+
+@mutant(
+    "shampoo", lambda: test_psgd_others.test_shampoo_is_the_roots_of_sums_of_gradients(1.0, (4, 3))
+)
+def sums_that_are_not_kept(right: Wrong) -> Wrong:
+    return lambda u, grams, roots, **kw: (right(u, grams, roots, **kw)[0], grams, roots)
+
+
 DECAYS = {
     "decoupled": lambda: test_decay.test_with_gradients_each_step_is_decay_and_descent("decoupled"),
     "independent": lambda: test_decay.test_without_a_gradient_the_weights_shrink_by_a_product(
@@ -683,6 +730,8 @@ DECAYS = {
 
 
 def install(monkeypatch: pytest.MonkeyPatch, name: str, wrong: Wrong) -> None:
+    # the runner gives a function what its signature asks for
+    wrong.__signature__ = inspect.signature(getattr(C, name).update)  # type: ignore[attr-defined]
     changed = dataclasses.replace(getattr(C, name), update=wrong)
     monkeypatch.setattr(C, name, changed)
     monkeypatch.setitem(C.TRANSFORMS, name, changed)

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from models import parameters, snapshot, train
+from oracles import chain, grid, h_grads, m_start, of_one, summary, walk
 from torch import Tensor
 
 import heavyball
 from heavyball import chainable as C
 from heavyball import whole
 from heavyball.numerics import kron, memory
-from tests.models import parameters, snapshot, train
-from tests.oracles import chain, grid, h_grads, m_start, of_one, summary, walk
 
 with pytest.MonkeyPatch.context() as patched:
     # kron_torch compiles its functions where it defines them

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from models import parameters, train
+from oracles import chain, gradients, starts, walk
 from scipy.linalg import fractional_matrix_power
 from torch import Tensor
 
@@ -13,9 +15,7 @@ from heavyball import chainable as C
 from heavyball.numerics import roots
 from heavyball.transforms import psgd_lra as lra
 from heavyball.transforms import psgd_pro as pro
-from tests.models import parameters, train
-from tests.oracles import chain, gradients, starts, walk
-from tests.transforms.test_psgd import Draws
+from transforms.test_psgd import Draws
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
