@@ -21,6 +21,9 @@ from heavyball.storage import create, create_param, drawing, held, held_param
 from heavyball.transform import CONTEXT, State, keyword_names
 from heavyball.whole import STACKED, Call, serve
 
+# Dtypes of state that do not have the range of float64.
+NARROW = (torch.float32, torch.bfloat16, torch.float16)
+
 
 class Scalars:
     """The live hyper-parameters of one group as 0-d tensors, refilled where they changed."""
@@ -84,11 +87,21 @@ class Job:
     noise: int = 0
     place: int = 0
     counts: Counts | None = None
+    # whether something is kept that has not the range of float64
+    narrow: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.narrow = has_narrow(self.state)
 
     @property
     def count(self) -> int:
         """How many gradients the parameter had before this one."""
         return 0 if self.counts is None else self.counts.read(self.state["step"])
+
+
+def has_narrow(state: Mapping[str, Tensor]) -> bool:
+    """Whether state (or its scales) is of a dtype with the range of float32 or less."""
+    return any(tensor.dtype in NARROW for tensor in state.values())
 
 
 @dataclass
@@ -316,7 +329,7 @@ def start(job: Job, finish: Finish) -> Run:
     raw = working(job.grad)
     if raw.dtype != compute_dtype(job.param.dtype):
         raw = raw.to(compute_dtype(job.param.dtype))
-    grad = saturate(raw)
+    grad = saturate(raw, job.narrow)
     device = job.param.device
     env = {
         "step": job.state["step"] + 1,

@@ -192,6 +192,47 @@ def test_finite_gradients_leave_all_finite_with_any_options(name, options, run):
     run_and_check(make, run)
 
 
+FORMATS = [
+    *({"storage_dtype": name} for name in ("bfloat16", "float16", "8bit", "float32")),
+    *({"ecc": name} for name in ("bf16+8", "bf16+16", "fp16+8", "fp16+16")),
+]
+PARAM_FORMATS = {torch.bfloat16: ("bf16+8", "bf16+16"), torch.float16: ("fp16+8", "fp16+16")}
+
+
+@settings(RULE, max_examples=150)
+@given(
+    case=st.sampled_from(CASES),
+    options=st.sampled_from(FORMATS),
+    corrected=st.booleans(),
+    run=runs,
+    shape=st.sampled_from((*SHAPES, (4097,), (64, 70))),  # 8-bit codes begin at 4,096 elements
+)
+def test_finite_gradients_leave_all_finite_in_every_format(case, options, corrected, run, shape):
+    formats = PARAM_FORMATS.get(run["dtype"], ())
+
+    def make(params):
+        if corrected and formats:
+            options["param_ecc"] = formats[run["seed"] % 2]
+        try:
+            return case(params, compile=False, **options)
+        except ValueError:
+            assume(False)  # a format that a preset has already, or not for this dtype
+
+    options = dict(options)
+    run_and_check(make, {**run, "shape": shape})
+
+
+@pytest.mark.parametrize("options", FORMATS, ids=str)
+def test_float64_weights_with_state_of_fewer_bits_take_any_gradient(options):
+    """With kernels too: their second moment would be 2^1008 otherwise."""
+    opt = heavyball.AdamW(parameters((64, 70), dtype=torch.float64), **options)
+    for kind in ("largest", "normal", "1e30", "one sign"):
+        made = torch.Generator().manual_seed(0)
+        opt.param_groups[0]["params"][0].grad = filled(kind, (64, 70), torch.float64, made)
+        quietly(opt.step)
+        assert not not_finite(opt), kind
+
+
 def kinds_of(kind: str) -> list[C.Transform]:
     return [t for t in C.TRANSFORMS.values() if t.kind == kind]
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from heavyball.chain import Node, Program
 from heavyball.numerics import measures
-from heavyball.runner import SCALAR, Job, compute_dtype, start, working
+from heavyball.runner import SCALAR, Job, compute_dtype, has_narrow, start, working
 from heavyball.storage import is_companion
 from heavyball.whole import Answer, Call
 
@@ -518,6 +518,7 @@ def trace(
     grad = torch.empty(shape, dtype=compute, device="meta")
     live = {**group, "warmup_steps": 1.0}
     job = Job(program, param, grad, live, {}, _Hypers(recorder))  # type: ignore[arg-type]
+    job.narrow = has_narrow(state)
     for name, tensor in meta.items():
         if tensor.ndim == 0 and _is_number(program, name):
             job.state[name] = recorder.bind(tensor, "number", name)

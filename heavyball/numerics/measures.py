@@ -71,11 +71,13 @@ def dot(x: Tensor, y: Tensor) -> Tensor:
     return (x * y).sum(dtype=torch.float64)
 
 
-def saturate(x: Tensor) -> Tensor:
+def saturate(x: Tensor, narrow: bool = False) -> Tensor:
     """Clamp to +-2^56 (float64: +-2^504), so that the square of a sum of several stays finite.
+
+    narrow: what is computed in float64 is kept in fewer bits, with the range of float32.
 
     A gradient of 1e30 would otherwise make a float32 second moment infinite for good. An infinite
     entry becomes the bound; NaN stays.
     """
-    bound = 2.0**504 if x.dtype == torch.float64 else 2.0**56
+    bound = 2.0**504 if x.dtype == torch.float64 and not narrow else 2.0**56
     return x.clamp(-bound, bound)
