@@ -79,6 +79,18 @@ def test_a_gram_matrix_is_that_of_the_unfolding(batch: int, shape: tuple) -> Non
         torch.testing.assert_close(found, 0.9 * start + 0.1 * full, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("shape", [(600, 7), (512, 300), (5, 515)])
+def test_a_large_gram_matrix_made_of_panels_is_the_whole_product(shape: tuple) -> None:
+    x = normal(2, *shape)
+    for axis, n in enumerate(shape):
+        start = normal(2, n, n, seed=1)
+        start = start + start.mT
+        matrix = x if axis == 0 else x.mT
+        found = gram(x, axis, start, 0.9)
+        expected = 0.9 * start + 0.1 * matrix @ matrix.mT
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-11)
+
+
 def test_large_matrices_one_by_one_are_the_batched_product() -> None:
     a, b = normal(2, 257, 300), normal(2, 300, 256)
     torch.testing.assert_close(product(a, b), torch.bmm(a, b), rtol=1e-12, atol=1e-11)
@@ -179,6 +191,17 @@ def test_hard_matrices_give_orthogonal_bases(way: str, dtype: torch.dtype) -> No
         basis, order = E.refreshed(matrix, basis, way)  # type: ignore[arg-type]
         assert_orthogonal(basis)
         assert torch.equal(order.sort(-1)[0], torch.arange(16).expand(6, 16))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_scale_of_a_matrix_does_not_matter(way: str) -> None:
+    matrix = with_spectrum(torch.linspace(9, 1, 6, dtype=torch.float64))[0].float()
+    old = orthogonal(1, 6, seed=3, dtype=torch.float32)
+    expected, order = E.refreshed(matrix, old, way)  # type: ignore[arg-type]
+    for power in (-60, 110):  # the squares of 2^110 are not finite in float32
+        basis, same = E.refreshed(2.0**power * matrix, old, way)  # type: ignore[arg-type]
+        assert torch.equal(same, order)
+        torch.testing.assert_close(basis, expected, rtol=0, atol=CLOSE[torch.float32])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -29,8 +29,9 @@ def eigenbasis(matrix: Tensor, fallback: Tensor | None = None) -> Tensor:
     A decomposition that does not converge is tried again in float64; where that fails too, the result
     is `fallback` (the identity if None), and a warning says so once.
     """
-    fallback = _identity(matrix) if fallback is None else fallback
-    return _decomposed(_by_eigh, matrix, fallback)
+    return _decomposed(
+        _by_eigh, matrix, lambda: _identity(matrix) if fallback is None else fallback
+    )
 
 
 def refreshed(matrix: Tensor, basis: Tensor, way: Refresh) -> tuple[Tensor, Tensor]:
@@ -49,21 +50,20 @@ def refreshed(matrix: Tensor, basis: Tensor, way: Refresh) -> tuple[Tensor, Tens
 
     Shapes: matrix, basis (B, n, n); order (B, n).
     """
-    image = product(matrix, basis)
-    sizes = (basis * image).sum(-2)
+    # the image transposed: sorting rows is copying them, and LAPACK wants columns one after the other
+    image = product(basis.mT, matrix)
+    sizes = (basis.mT * image).sum(-1)
     # a matrix that cannot be used must not reorder its basis; stable, so that ties stay in place
     known = _usable(matrix)
     sizes = torch.where(known[:, 0, 0, None], sizes, 0)
     order = sizes.argsort(dim=-1, descending=True, stable=True)
-    columns = order[:, None, :].expand_as(basis)
-    basis = basis.gather(-1, columns)
     if way == "eigh":
-        return _decomposed(_by_eigh, matrix, basis), order
-    image = image.gather(-1, columns)
+        return _decomposed(_by_eigh, matrix, lambda: _columns(basis, order)), order
+    image = _columns(image.mT, order)
     if way == "svd":
-        return _decomposed(_by_svd, image, basis), order
-    new = _by_qr(image) if way == "qr" else _by_polar(basis, image)
-    return torch.where(known & _usable(new), new, basis), order
+        return _decomposed(_by_svd, image, lambda: _columns(basis, order)), order
+    new = _by_qr(image) if way == "qr" else _by_polar(_columns(basis, order), image)
+    return _where(known & _usable(new), new, lambda: _columns(basis, order)), order
 
 
 def carry(x: Tensor, old: Sequence[Tensor | None], new: Sequence[Tensor | None]) -> Tensor:
@@ -96,6 +96,20 @@ def reorder(x: Tensor, orders: Sequence[Tensor | None]) -> Tensor:
     return x
 
 
+def _columns(x: Tensor, order: Tensor) -> Tensor:
+    """The columns of matrices in an order of their own each."""
+    if len(x) == 1:
+        return x[0].mT.index_select(0, order[0]).mT[None]
+    return x.gather(-1, order[:, None, :].expand_as(x))
+
+
+def _where(wanted: Tensor, x: Tensor, other: Callable[[], Tensor]) -> Tensor:
+    """x where it is wanted, else `other()`. On the CPU looking costs less than choosing."""
+    if not wanted.is_cuda and bool(wanted.all()):
+        return x
+    return torch.where(wanted, x, other())
+
+
 def _identity(like: Tensor) -> Tensor:
     n = like.shape[-1]
     return torch.eye(n, dtype=like.dtype, device=like.device).expand(len(like), n, n)
@@ -103,11 +117,16 @@ def _identity(like: Tensor) -> Tensor:
 
 def _usable(matrix: Tensor) -> Tensor:
     """Whether all entries are finite, per matrix (B, 1, 1); no value comes back from the device."""
-    return torch.isfinite(matrix.abs().amax((-2, -1), keepdim=True))
+    # in the order of memory: a transposed one takes ten times as long
+    matrix = matrix if matrix.is_contiguous() else matrix.mT
+    largest = torch.linalg.vector_norm(matrix, ord=torch.inf, dim=(-2, -1), keepdim=True)
+    return torch.isfinite(largest)
 
 
 def _by_eigh(matrix: Tensor) -> Tensor:
-    return torch.linalg.eigh(matrix + TINY * _identity(matrix))[1].flip(-1)
+    shifted = matrix.clone()
+    shifted.diagonal(dim1=-2, dim2=-1).add_(TINY)
+    return torch.linalg.eigh(shifted)[1].flip(-1)
 
 
 def _by_svd(matrix: Tensor) -> Tensor:
@@ -121,26 +140,38 @@ def _by_qr(matrix: Tensor) -> Tensor:
 
 def _by_polar(basis: Tensor, image: Tensor) -> Tensor:
     rotated = product(basis.mT, image)
-    sizes = torch.linalg.vector_norm(rotated, dim=-2, keepdim=True)
-    # a column of zeros is not turned: 0 / 1
-    lower = (rotated / torch.where(sizes > 0, sizes, 1.0)).tril(-1)
+    # over the largest first, since the squares of 1e30 would not be finite
+    rotated = _over(rotated, rotated.abs().amax((-2, -1), keepdim=True))
+    lower = _over(rotated, torch.linalg.vector_norm(rotated, dim=-2, keepdim=True)).tril(-1)
     # I + (L - L^T) has no singular value below 1, so the polar factor is well conditioned
     turned = basis + product(basis, lower - lower.mT)
     return newton_schulz(turned, "polar_express", POLAR_STEPS)
 
 
-def _decomposed(fn: Callable[[Tensor], Tensor], matrix: Tensor, fallback: Tensor) -> Tensor:
-    """`fn` of every matrix that it can be had of, and `fallback` elsewhere."""
+def _over(x: Tensor, size: Tensor) -> Tensor:
+    """x / size, and x where the size is zero: what has no size is not turned."""
+    return x / torch.where(size > 0, size, 1.0)
+
+
+def _decomposed(
+    fn: Callable[[Tensor], Tensor], matrix: Tensor, fallback: Callable[[], Tensor]
+) -> Tensor:
+    """`fn` of every matrix that it can be had of, and `fallback()` elsewhere."""
     known = _usable(matrix)
     # LAPACK raises on NaN, and with one matrix the whole batch would be lost
-    found = _attempt(fn, torch.where(known, matrix, _identity(matrix)))
+    found = _attempt(fn, _where(known, matrix, lambda: _identity(matrix)))
     if found is not None:
-        return torch.where(known & _usable(found), found, fallback)
+        return _where(known & _usable(found), found, fallback)
     if len(matrix) > 1:
-        rows = zip(matrix.split(1), fallback.split(1), strict=True)
-        return torch.cat([_decomposed(fn, one, old) for one, old in rows])
+        rows = zip(matrix.split(1), fallback().split(1), strict=True)
+        parts = [_decomposed(fn, one, functools.partial(_self, old)) for one, old in rows]
+        return torch.cat(parts)
     _report(fn.__name__.removeprefix("_by_"))
-    return fallback
+    return fallback()
+
+
+def _self(x: Tensor) -> Tensor:
+    return x
 
 
 def _attempt(fn: Callable[[Tensor], Tensor], matrix: Tensor) -> Tensor | None:

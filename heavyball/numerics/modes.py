@@ -10,6 +10,9 @@ from torch import Tensor
 # From this size on, one product at a time runs at the floor and needs no more memory than its result;
 # below it a batched product is faster on the CPU.
 ONE_BY_ONE = 256
+# Gram matrices of twice this size or more are made of panels of so many rows, each up to the diagonal,
+# and mirrored. Measured: 0.65 to 0.8 of the time of the whole product, which makes both halves.
+PANEL = 256
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -79,6 +82,8 @@ def _contraction(
 def gram(x: Tensor, axis: int, start: Tensor, beta: float) -> Tensor:
     """`beta start + (1 - beta) X X^T` with X the unfolding of x along an axis (0 for the first).
 
+    Only the lower triangle of `start` is looked at where it is large: it must be symmetric.
+
     Shapes: x (B, n_0, .., n_k); start and the result (B, n_axis, n_axis).
     """
     if x.ndim == 2:
@@ -87,4 +92,20 @@ def gram(x: Tensor, axis: int, start: Tensor, beta: float) -> Tensor:
         x = x.mT
     elif x.ndim > 3:
         x = x.movedim(axis + 1, 1).flatten(2)
-    return add_product(start, x, x.mT, beta, 1 - beta)
+    if x.is_cuda or x.shape[1] < 2 * PANEL:
+        return add_product(start, x, x.mT, beta, 1 - beta)
+    result = torch.empty_like(start)
+    for out, old, matrix in zip(result, start, x, strict=True):
+        _symmetric(out, old, matrix, beta)
+    return result
+
+
+def _symmetric(out: Tensor, start: Tensor, x: Tensor, beta: float) -> None:
+    """Write `beta start + (1 - beta) x x^T` for a symmetric start."""
+    for low in range(0, len(x), PANEL):
+        high = min(low + PANEL, len(x))
+        panel = out[low:high, :high]
+        torch.addmm(
+            start[low:high, :high], x[low:high], x[:high].mT, beta=beta, alpha=1 - beta, out=panel
+        )
+        out[:low, low:high].copy_(panel[:, :low].mT)
