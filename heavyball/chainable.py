@@ -60,6 +60,7 @@ from heavyball.transforms.psgd import psgd_kron
 from heavyball.transforms.psgd_lra import psgd_lra
 from heavyball.transforms.psgd_pro import psgd_pro
 from heavyball.transforms.rms import scale_by_exp_avg_sq, scale_by_rms
+from heavyball.transforms.scale_lr import scale_lr
 from heavyball.transforms.schedule_free import schedule_free
 from heavyball.transforms.shampoo import shampoo
 from heavyball.transforms.sign import sign
@@ -146,6 +147,7 @@ __all__ = [
     "scale_by_nadam",
     "scale_by_normuon",
     "scale_by_rms",
+    "scale_lr",
     "schedule_free",
     "shampoo",
     "shared",

@@ -41,6 +41,7 @@ from transforms import (
     test_psgd,
     test_psgd_others,
     test_rms,
+    test_scale_lr,
     test_schedule_free,
     test_sign,
     test_skip,
@@ -658,6 +659,11 @@ def momentum_that_is_debiased(right: Wrong) -> Wrong:
         right(u, b, momentum=momentum, nesterov=False)[0],
         b,
     )
+
+
+@mutant("scale_lr", test_scale_lr.test_the_factor_is_live_and_follows_the_groups_lr)
+def an_lr_that_stays(right: Wrong) -> Wrong:
+    return lambda u, *, lr, factor: (u, lr)
 
 
 @mutant(

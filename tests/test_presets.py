@@ -786,6 +786,27 @@ EXPLICIT["Shampoo"] = (
 )
 ARGUMENTS = {"SGD": {"momentum": 0.9}, "FactoredAdamW": {"min_dim": 2}}
 PSGD = tuple(name for name in heavyball.PRESETS if "PSGD" in name)
+
+
+def routed(rule):
+    """The rule for matrices, AdamW with a lr of its own for the rest, PaLM's schedule with AdamW."""
+
+    def elements(*schedule):
+        adam = C.scale_by_adam(betas=(0.9, 0.95), eps=1e-8)
+        rest = (*schedule, adam, C.scale_lr(factor=3e-4 / 0.02))
+        return (C.route(C.when(rule, min_ndim=2), otherwise=rest),)
+
+    return elements
+
+
+for _name, _rule in {
+    "Muon": C.muon(momentum=0.95, eps=1e-7),
+    "NorMuon": C.scale_by_normuon(momentum=0.95, beta2=0.95, eps=1e-7),
+}.items():
+    IN_BASIS[_name] = (routed(_rule), routed(_rule), None)
+    EXPLICIT[_name] = (0.02, None, None, 0.0, 0.95)
+
+BETAS = {"Muon": "adamw_betas", "NorMuon": "adamw_betas"}
 NO_SECOND_MOMENT = (
     "SGD",
     "RMSprop",
@@ -988,7 +1009,7 @@ def test_betas_outside_the_unit_interval_raise(name, betas):
             preset(name, parameters(), **({"beta": betas[0]} if name in PSGD else {"betas": betas}))
         return
     with pytest.raises(ValueError, match=r"beta.*=.*(1\.0|-0\.1|nan).*expected .*[\[(]0, 1\)"):
-        preset(name, parameters(), betas=betas)
+        preset(name, parameters(), **{BETAS.get(name, "betas"): betas})
 
 
 def test_every_preset_takes_the_common_options_and_documents_itself():

@@ -65,6 +65,7 @@ CHAINS: dict[str, Callable[[], tuple]] = {
     "parallel": lambda: (C.parallel(C.scale_by_adam, C.scale_by_lion, weights=(0.5, 0.5)),),
     "graft": lambda: (C.graft(C.scale_by_adam, C.exp_avg), C.schedule_free),
     "muon": lambda: (anywhere(C.muon), C.cautious),
+    "another lr": lambda: (C.exp_avg, C.scale_lr(factor=0.5), C.adamc(weight_decay=0.1)),
     "muon, momentum alone": lambda: (C.muon_momentum(nesterov=False), C.cautious_decay),
     "orthogonalize": lambda: (C.exp_avg, anywhere(C.orthogonalize(method="quintic-5")), C.exp_avg),
     "normuon": lambda: (C.accumulate(k=2), anywhere(C.scale_by_normuon), C.clip_by_global_norm),

@@ -15,6 +15,7 @@ from heavyball.presets.first_order import (
     RMSprop,
     SFAdamW,
 )
+from heavyball.presets.muon import Muon, NorMuon
 from heavyball.presets.psgd import (
     PSGDLRA,
     PSGDPRO,
@@ -70,6 +71,8 @@ PRESETS: dict[str, type[Preset]] = {
         PSGDLRA,
         PSGDPRO,
         Shampoo,
+        Muon,
+        NorMuon,
     )
 }
 
@@ -93,7 +96,9 @@ __all__ = [
     "Focus",
     "LaProp",
     "Lion",
+    "Muon",
     "NAdam",
+    "NorMuon",
     "PSGDKron",
     "PaLMSFAdamW",
     "PaLMSOAP",
