@@ -131,14 +131,14 @@ def _element(place: int, node: Any, state: dict[str, Any]) -> Text:
 
 
 def _states(node: Any, state: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    for name, rule in node.transform.states.items():
-        held = state.get(node.state_key(name))
-        example = "not held here"
-        if held is not None:
-            dtype = str(held.dtype).removeprefix("torch.")
-            example = f"here {dtype} {tuple(held.shape)}"
+    for name, rule in node.transform.all_states.items():
+        key = node.state_key(name)
+        several = [k for k in state if rule.several and k.startswith(f"{key}.")]
+        held = [state[k] for k in (key, *several) if k in state]
+        shown = [f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in held]
+        example = f"here {' and '.join(shown)}" if held else "not held here"
         yield "state", f"{name}: {rule}; {example}"
-    if not node.transform.states:
+    if not node.transform.all_states:
         yield "state", "none"
 
 
