@@ -79,6 +79,8 @@ class Program:
         self.has_whole = any(n.transform.whole for n in self.flat)
         self.has_noise = any(n.transform.asks_for("noise") for n in self.flat)
         self.evaluators = tuple(n for n in self.flat if n.transform.evaluate is not None)
+        self.rate = next((n for n in self.flat if n.transform.kind == "rate"), None)
+        self.common = frozenset(self.rate.transform.common) if self.rate else frozenset()
         self.states = tuple(
             (n, name, declared)
             for n in self.flat
@@ -87,11 +89,11 @@ class Program:
         )
         # the keys of states of several tensors, by state, shape and dtype of the parameter
         self.pieces: dict[Any, tuple[str | None, ...]] = {}
-        # state that comes only when a hyper-parameter asks for it
+        # state that comes only when a hyper-parameter asks for it, or goes before the end
         self.lazy_keys = {
             n.state_key(name) + part
             for n, name, s in self.states
-            if s.needed_by in n.transform.hyper
+            if s.needed_by in n.transform.hyper or s.until is not None
             for part in ("", *COMPANIONS)
         }
         # what each state holds, numbers excepted
@@ -124,7 +126,7 @@ def _identity(node: Node | Fork) -> Any:
     except TypeError:
         options = (("unhashable", t),)
     states = tuple((name, state.holds) for name, state in t.states.items())
-    declared = (t.kind, states, t.provides, tuple(t.hyper))
+    declared = (t.kind, states, t.provides, tuple(t.hyper), tuple(t.common), t.gives)
     inner = tuple(n.key for n in node.inner)
     return (t.update, t.over_all, options, declared, node.key, tuple(node.hyper.items()), inner)
 
@@ -192,6 +194,7 @@ class Chain:
         # bound in any case, so drop what no program uses
         used = {key for p in self._programs.values() for n in p.flat for key, _ in n.hyper.values()}
         self.hyper = {key: value for key, value in self.hyper.items() if key in used}
+        self.rate = self._only_rate(owner)
 
     def __repr__(self) -> str:
         if len(self._programs) == 1:
@@ -204,6 +207,20 @@ class Chain:
     def __deepcopy__(self, memo: dict) -> "Chain":
         return self
 
+    def _only_rate(self, owner: str) -> Node | None:
+        """The element that decides on the learning rate, of which a chain can have one."""
+        rates = [n for n in _every(self._nodes) if n.transform.kind == "rate"]
+        if len(rates) > 1:
+            names = " and ".join(n.key for n in rates)
+            raise ValueError(f"{owner}: {names} both decide on the learning rate")
+        for name in rates[0].transform.common if rates else ():
+            if name in self.hyper or name in RESERVED or name in BOOKKEEPING:
+                raise ValueError(
+                    f"{rates[0].key} keeps {name!r} in the parameter group, where "
+                    f"{self.hyper[name].owner if name in self.hyper else 'the optimizer'} has it too"
+                )
+        return rates[0] if rates else None
+
     @property
     def programs(self) -> tuple[Program, ...]:
         return tuple(self._programs.values())
@@ -211,7 +228,8 @@ class Chain:
     @property
     def total_keys(self) -> list[str]:
         """Keys of the elements that sum over all parameters, in the order of the chain."""
-        return [n.key for n in _every(self._nodes) if n.transform.over_all is not None]
+        nodes = _rate_first(tuple(_every(self._nodes)))
+        return [n.key for n in flatten(nodes) if n.transform.over_all is not None]
 
     def program_for(self, name: str | None, param: Tensor) -> Program:
         """The program of one parameter; raises where no rule of a router matches it."""
@@ -307,7 +325,8 @@ class Chain:
         return self._programs[picks]
 
     def _complete(self, nodes: tuple[Node | Fork, ...]) -> tuple[Node | Fork, ...]:
-        """Add the default decay and write, and move observers behind the write."""
+        """Add the default decay and write; move observers behind the write, a rate to the front."""
+        nodes = _rate_first(nodes)
         kinds = [_kind(node) for node in nodes]
         body = [n for n, kind in zip(nodes, kinds, strict=True) if kind != "observer"]
         observers = [n for n, kind in zip(nodes, kinds, strict=True) if kind == "observer"]
@@ -334,6 +353,23 @@ BOOKKEEPING = (
     "base_momentum",
     "swa_lr",
 )
+
+
+def _rate_first(nodes: tuple[Node | Fork, ...]) -> tuple[Node | Fork, ...]:
+    """Put a rate before everything whose state it rescales.
+
+    It stays behind what must come first (a skipped step has no part in its sums) and behind what
+    replaces the gradient that it looks at.
+    """
+    place = next((i for i, n in enumerate(nodes) if _kind(n) == "rate"), None)
+    if place is None:
+        return nodes
+    start = 0
+    for i, node in enumerate(nodes[:place]):
+        if isinstance(node, Node):
+            t = node.transform
+            start = i + 1 if t.before_state or "grad" in t.provides else start
+    return (*nodes[:start], nodes[place], *nodes[start:place], *nodes[place + 1 :])
 
 
 def _kind(node: Node | Fork) -> str:
@@ -398,7 +434,8 @@ def check(nodes: tuple[Node | Fork, ...]) -> None:
         raise ValueError(
             f"{' and '.join(averages)}: only one can decide which weights are evaluated"
         )
-    _check_path((), nodes, set(CONTEXT))
+    common = {name for n in flatten(nodes) for name in n.transform.common}
+    _check_path((), nodes, set(CONTEXT) | common)
 
 
 def _check_order(nodes: tuple[Node | Fork, ...]) -> None:
@@ -448,7 +485,7 @@ def _check_path(
             path = (*path, *inner, node.merge)
             continue
         t = node.transform
-        known = context | ({"total"} if t.over_all else set())
+        known = context | ({"total"} if t.over_all and not t.finish else set())
         opaque = {name for other in path for name in other.transform.opaque}
         known = known | set(WHOLE_CONTEXT) if t.whole else known - opaque
         for name in t.context:

@@ -41,7 +41,10 @@ from heavyball.transforms.decay import (
     independent,
     l1_decay,
     palm_decay,
+    regularized,
+    separate_decay,
 )
+from heavyball.transforms.delayed import delayed_rms
 from heavyball.transforms.descend import descend
 from heavyball.transforms.exp_avg import exp_avg
 from heavyball.transforms.factored import factored_rms
@@ -52,10 +55,12 @@ from heavyball.transforms.lion import scale_by_lion
 from heavyball.transforms.mars import mars
 from heavyball.transforms.momentum import heavyball_momentum, nesterov_momentum
 from heavyball.transforms.muon import muon, muon_momentum, orthogonalize, scale_by_normuon
+from heavyball.transforms.muon_pp import adaptive_orthogonalize, scale_by_tensor_rms
 from heavyball.transforms.nadam import scale_by_nadam
 from heavyball.transforms.orthograd import orthograd
 from heavyball.transforms.palm import palm_beta2
 from heavyball.transforms.parameter_ema import parameter_ema
+from heavyball.transforms.prodigy import prodigy_d, prodigy_plus_d
 from heavyball.transforms.psgd import psgd_kron
 from heavyball.transforms.psgd_lra import psgd_lra
 from heavyball.transforms.psgd_pro import psgd_pro
@@ -96,6 +101,7 @@ __all__ = [
     "accumulate",
     "adamc",
     "adaptive_gradient_clip",
+    "adaptive_orthogonalize",
     "apply",
     "cautious",
     "cautious_decay",
@@ -108,6 +114,7 @@ __all__ = [
     "coupled",
     "decay_to_ema",
     "decoupled",
+    "delayed_rms",
     "descend",
     "exp_avg",
     "factored_rms",
@@ -131,9 +138,12 @@ __all__ = [
     "palm_decay",
     "parallel",
     "parameter_ema",
+    "prodigy_d",
+    "prodigy_plus_d",
     "psgd_kron",
     "psgd_lra",
     "psgd_pro",
+    "regularized",
     "rms_normalize",
     "route",
     "scalar",
@@ -147,8 +157,10 @@ __all__ = [
     "scale_by_nadam",
     "scale_by_normuon",
     "scale_by_rms",
+    "scale_by_tensor_rms",
     "scale_lr",
     "schedule_free",
+    "separate_decay",
     "shampoo",
     "shared",
     "sign",

@@ -14,6 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from heavyball.chain import Program
 from heavyball.checks import Place
 from heavyball.compiler.engine import Engine
+from heavyball.together import Pending
 
 if TYPE_CHECKING:
     from heavyball.optimizer import ChainOpt
@@ -105,6 +106,8 @@ class FusedBackward:
                 f"{label} is in {len(owners)} optimizers that step inside backward(), and only one of "
                 "them could: remove() the other's hooks"
             )
+        if param in self._stepped and opt._fused_ends_itself:
+            self.begin()
         if param in self._stepped:
             raise RuntimeError(
                 f"{label} has a second gradient before step(), but was stepped with the first: with "
@@ -177,6 +180,7 @@ class Singles:
     def __init__(self, opt: "ChainOpt"):
         self._opt = weakref.proxy(opt)
         self._known: dict[Tensor, Single] = {}
+        self.pending = Pending(opt._together)
 
     def forget(self) -> None:
         """Look for every parameter anew: groups have changed."""
@@ -211,9 +215,12 @@ class Singles:
             raise type(single.refusal)(f"{what}: {single.refusal}")
         opt._check_mode(what)
         opt._check_groups(place.index)
-        if not single.engine.step_again(single.groups, opt.__dict__):
-            single.engine.step(opt._jobs([place]), [], opt._foreach, single.groups, opt.__dict__)
+        self.pending.before(place.param, opt.param_groups)
+        if not single.engine.step_again(single.groups, opt.__dict__, self.pending):
+            jobs = opt._jobs([place])
+            single.engine.step(jobs, [], opt._foreach, single.groups, opt.__dict__, self.pending)
         place.param.grad = None
+        self.pending.after(opt.param_groups)
 
     def step_given(self, param: Tensor, group: Mapping[str, Any] | None, index: int | None) -> None:
         """`ChainOpt.step_parameter`."""

@@ -40,6 +40,7 @@ from heavyball.loading import fit
 from heavyball.report import optimizer_repr, routing_table
 from heavyball.runner import Counts, Job, Scalars, add_missing_state, average
 from heavyball.storage import CORRECTION, PARAM, stream_of
+from heavyball.together import Together
 from heavyball.transform import check_live, finite, nearest, nonnegative
 
 
@@ -122,6 +123,7 @@ class ChainOpt(Optimizer):
         self._compile = compile
         self._stochastic_rounding = stochastic_rounding
         self._engine = Engine(compile)
+        self._together = Together(self._chain)
         self._checked_values: dict[int, list[Any]] = {}
         self._programs: dict[Tensor, Program] = {}
         self._kinds: dict[Tensor, Kind] = {}
@@ -169,6 +171,9 @@ class ChainOpt(Optimizer):
     def state(self, value: defaultdict[Tensor, Any]) -> None:
         self.__dict__["state"] = value
 
+    # whether a second gradient of a parameter begins a new step, with `fuse_backward`
+    _fused_ends_itself = False
+
     # ---- groups
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -207,6 +212,7 @@ class ChainOpt(Optimizer):
             raise
         self._programs.update(found)
         self._kinds.update((param, kind(param)) for param in found)
+        self._together.begin(len(self.param_groups) - 1, self.param_groups)
         self._engine.forget()
         self._rivals_checked = -1
 
@@ -259,17 +265,33 @@ class ChainOpt(Optimizer):
         refuse_rivals(self)
         if self._fused is not None:
             self._fused.check_left()
-        if not self._engine.step_again(self.param_groups, self.__dict__):
+        if not self._engine.step_again(self.param_groups, self.__dict__, self._together):
             self._engine.step(
                 self._jobs(),
                 self._chain.total_keys,
                 self._foreach,
                 self.param_groups,
                 self.__dict__,
+                self._together,
             )
+        self._singles.pending.close(self.param_groups)
+        self._give_up_state()
         if self._fused is not None:
             self._fused.finish()
         return loss
+
+    def _give_up_state(self) -> None:
+        """Free the state that its group does not need any more."""
+        rate = self._chain.rate
+        if rate is None:
+            return
+        for name, declared in rate.transform.states.items():
+            for group in self.param_groups if declared.until else ():
+                if declared.given_up(rate.transform.options, group):
+                    for param in group["params"]:
+                        if self.state.get(param, {}).pop(rate.state_key(name), None) is not None:
+                            self._engine.forget()
+                            self._singles.forget()
 
     @torch.no_grad()
     def step_parameter(
@@ -303,6 +325,7 @@ class ChainOpt(Optimizer):
                 found = [frozen(group.get(key)) for key in keys]
                 if found != self._checked_values.get(index):
                     self._check_group(index, group)
+                    self._together.begin_again(index, self.param_groups)
                     self._checked_values[index] = found
 
     def _places(self) -> Iterator[Place]:
@@ -335,7 +358,8 @@ class ChainOpt(Optimizer):
         param, group, scalars = place.param, place.group, self._scalars[place.index]
         state = self._state_of(program, param, group)
         job = Job(program, param, param.grad, group, state, scalars)  # type: ignore[arg-type]
-        rounded = param.dtype == torch.bfloat16 or self._chain.storage.is_random
+        kept = (param, *state.values())
+        rounded = self._chain.storage.is_random or any(t.dtype == torch.bfloat16 for t in kept)
         if rounded and self._stochastic_rounding:
             job.stream = stream_of(group["seed"], place.number)
         if program.has_whole:
@@ -459,7 +483,7 @@ class ChainOpt(Optimizer):
     # ---- saving and copying
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("_chain", "_foreach", "_compile", "_stochastic_rounding")
+        kept = ("_chain", "_foreach", "_compile", "_stochastic_rounding", "_fused_ends_itself")
         state = {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
         # hooks belong to the parameters of this optimizer; a copy registers its own
         return {**state, "_fuse_backward": self._fused is not None}
@@ -472,6 +496,7 @@ class ChainOpt(Optimizer):
         self._counts = Counts()
         self._checked_values = {}
         self._fresh = {}
+        self._together = Together(self._chain)
         self._engine = Engine(self._compile)
         self._singles = Singles(self)
         self._rivals_checked = -1
@@ -492,7 +517,8 @@ class ChainOpt(Optimizer):
         for own, group in zip(self.param_groups, loaded, strict=True):
             if "param_names" in own:
                 group["param_names"] = own["param_names"]
-            for key in self.defaults:
+            common = self._chain.rate.transform.common if self._chain.rate else ()
+            for key in (*self.defaults, *common):
                 if key in own:
                     group.setdefault(key, own[key])
 
@@ -550,6 +576,7 @@ class ChainOpt(Optimizer):
         """Undo torch's cast of state to the parameter's dtype, and share no memory with the dict."""
         programs = self._all_programs()
         for saved, group in zip(loading["param_groups"], self.param_groups, strict=True):
+            self._together.settle(group)
             for number, param in zip(saved["params"], group["params"], strict=True):
                 state = self.state[param] if loading["state"].get(number) else {}
                 for key, value in loading["state"].get(number, {}).items():

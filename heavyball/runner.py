@@ -87,6 +87,8 @@ class Job:
     noise: int = 0
     place: int = 0
     counts: Counts | None = None
+    # shares of sums that are needed after the step, by their names
+    gave: dict[str, Tensor] = field(default_factory=dict)
     # whether something is kept that has not the range of float64
     narrow: bool = field(init=False)
 
@@ -117,9 +119,14 @@ class Frame:
     def hyper(self, node: Node, name: str) -> Any:
         key, index = node.hyper[name]
         value = self.job.scalars.get(self.job.group, key, self.job.param.device)
-        return value if index is None else value[index]
+        value = value if index is None else value[index]
+        # it has the unit of the gradient, as moments have
+        scaled = name == "eps" and value is not None and "eps_change" in self.env
+        return value * self.env["eps_change"] if scaled else value
 
     def context(self, name: str) -> Any:
+        if name in self.job.program.common and name not in self.env:
+            return self.job.scalars.get(self.job.group, name, self.job.param.device)
         if name == "lr" and "lr" not in self.env:
             return self.env["base_lr"] * self._warmup()
         return self.env[name]
@@ -156,18 +163,23 @@ def add_missing_state(
 
 
 def lazy_wanted(node: Node, declared: State, group: Mapping[str, Any]) -> bool:
-    """Whether the hyper-parameter that asks for a state is not zero in this group."""
+    """Whether a state that may be missing is needed by this group."""
+    if declared.given_up(node.transform.options, group):
+        return False
+    if declared.needed_by not in node.transform.hyper:
+        return True
     key, index = node.hyper[declared.needed_by or ""]
     return bool(group[key] if index is None else group[key][index])
 
 
-# What a run waits for: the sum of its share and the others', or an answer to calls.
-Request = tuple[str, Tensor] | Call
+Shares = tuple[Tensor, ...]
+# What a run waits for: the sums of its shares and the others', or an answer to calls.
+Request = tuple[str, Shares] | Call
 Run = Generator[Request, Any, Any]
 
 
 def execute(nodes: Iterable[Node | Fork], update: Any, frame: Frame) -> Run:
-    """Run nodes in order; yields (key, share) wherever a sum over all parameters is needed, and a
+    """Run nodes in order; yields (key, shares) wherever sums over all parameters are needed, and a
     call wherever a transform needs the whole tensor."""
     for node in nodes:
         if isinstance(node, Fork):
@@ -223,12 +235,16 @@ def _apply(node: Node, update: Any, frame: Frame) -> Run:
     t, env = node.transform, frame.env
     arguments = _arguments(node, frame)
     gate = env["gate"]
+    old = [_in_present_unit(node, name, frame) for name in t.states]
     if t.over_all is not None:
-        asked = {n: frame.context(n) if n in CONTEXT else arguments[n] for n in t.over_all_context}
-        share = t.over_all(update, **asked)
-        # nothing of a frozen parameter may reach the others
-        arguments["total"] = yield node.key, share if gate is None else torch.where(gate, share, 0)
-    old = [working_state(node, name, frame.job) for name in t.states]
+        known = {**dict(zip(t.states, old, strict=True)), **arguments}
+        asked = {n: frame.context(n) if n in CONTEXT else known[n] for n in t.over_all_context}
+        shares = t.over_all(update, **asked)
+        total = yield node.key, _gated(shares if t.finish else (shares,), gate)
+        if t.finish:
+            arguments = _arguments(node, frame)  # the group's numbers are new now
+        else:
+            arguments["total"] = total
     before = update
     update, new, provided = _results(node, t.update(update, *old, **arguments))
     _check_shapes(node, before, update, old, new)
@@ -236,13 +252,28 @@ def _apply(node: Node, update: Any, frame: Frame) -> Run:
         if before is not None:
             kept = after if gate is None else torch.where(gate, after, before)
             frame.new[node.state_key(name)] = kept
-    for name, value in zip(t.provides, provided, strict=True):
+    for place, share in enumerate(_gated(provided[len(t.provides) :], gate)):
+        frame.new[share_name(node.key, place)] = share
+    for name, value in zip(t.provides, provided[: len(t.provides)], strict=True):
         env[name] = _both(gate, value) if name == "gate" else value
         if name in ("gate", "step"):
             env["count"] = None  # no longer known on the host
     if t.kind == "writer":
         update = env["param"] = update if gate is None else torch.where(gate, update, env["param"])
     return update
+
+
+# What the runner and kernels call a share of a sum over all parameters.
+SHARE = "share:"
+
+
+def share_name(key: str, place: int) -> str:
+    return f"{SHARE}{key}:{place}"
+
+
+def _gated(shares: Shares, gate: Tensor | None) -> Shares:
+    """Nothing of a frozen parameter may reach the others."""
+    return shares if gate is None else tuple(torch.where(gate, s, 0) for s in shares)
 
 
 def _check_shapes(
@@ -257,46 +288,73 @@ def _check_shapes(
             raise ValueError(f"{node.key} returned {name} of shape {got}, expected {tuple(shape)}")
 
 
+def _in_present_unit(node: Node, name: str, frame: Frame) -> Tensor | None:
+    """A state; its unit, the one in which the learning rate is 1, may have changed since last step."""
+    declared, tensor = node.transform.states[name], working_state(node, name, frame.job)
+    change = frame.env.get("unit_change")
+    if tensor is None or change is None or declared.is_number:
+        return tensor
+    if declared.holds not in ("moment", "square"):
+        return tensor
+    return tensor * (change if declared.holds == "moment" else change**2)
+
+
 def _results(node: Node, result: Any) -> tuple[Any, tuple, tuple]:
     """Split what a transform returned into the update, its new state and what it provides."""
     t = node.transform
     parts = result if isinstance(result, tuple) else (result,)
-    expected = 1 + len(t.states) + len(t.provides)
+    expected = 1 + len(t.states) + len(t.provides) + len(t.gives)
     if len(parts) != expected or not isinstance(parts[0], Tensor):
-        names = ", ".join(["update", *t.states, *t.provides])
+        names = ", ".join(["update", *t.states, *t.provides, *t.gives])
         got = ", ".join(type(part).__name__ for part in parts)
         raise TypeError(f"{node.key} returned ({got}), expected {expected} values: {names}")
     cut = 1 + len(t.states)
     return parts[0], parts[1:cut], parts[cut:]
 
 
-def run(jobs: list[Job], total_keys: list[str], foreach: bool | None = None) -> None:
+# Makes new numbers of the groups from the shares of their jobs.
+Finisher = Callable[[list[tuple[Job, Shares]]], None]
+
+
+def run(
+    jobs: list[Job],
+    total_keys: list[str],
+    foreach: bool | None = None,
+    finisher: Finisher | None = None,
+) -> None:
     """Step every job's parameter.
 
     Parameters run one after the other where they can. Where the chain needs sums over all of them, or
     small ones can share a call of a whole transform, their intermediate tensors are kept while they
     wait for each other. With `foreach=False` the part before a sum runs again after it instead, so
     that at most one parameter's intermediate tensors exist at a time. Same results either way.
+
+    finisher: takes the shares of an element that has a `finish`.
     """
     if foreach is False or not total_keys:
         totals: dict[str, Tensor] = {}
         for key in total_keys:
-            totals.update(_sum(key, (share_of(job, key, totals) for job in jobs)))
+            found = [(job, share_of(job, key, totals)) for job in jobs]
+            totals.update(_meet(key, [(j, s) for j, s in found if s is not None], finisher))
         small = [] if foreach is False else [job for job in jobs if _stacks(job)]
         if small:
-            _run_together(small, [])
+            _run_together(small, [], finisher)
         for job in jobs:
             if not (small and _stacks(job)):
                 drive(job, totals)
-        return
-    _run_together(jobs, total_keys)
+    else:
+        _run_together(jobs, total_keys, finisher)
+    left = take_given(jobs)
+    if left:
+        assert finisher is not None
+        finisher(left)
 
 
 def _stacks(job: Job) -> bool:
     return job.program.has_whole and 0 < job.param.numel() <= STACKED
 
 
-def _run_together(jobs: list[Job], total_keys: list[str]) -> None:
+def _run_together(jobs: list[Job], total_keys: list[str], finisher: Finisher | None) -> None:
     runs = {id(job): _start(job) for job in jobs}
     waiting = {id(job): next(runs[id(job)], None) for job in jobs}
 
@@ -315,7 +373,8 @@ def _run_together(jobs: list[Job], total_keys: list[str]) -> None:
     answer_calls()
     for key in total_keys:
         members = [job for job in jobs if (share := waiting[id(job)]) and share[0] == key]  # type: ignore[index]
-        totals = _sum(key, (waiting[id(job)][1] for job in members))  # type: ignore[index]
+        shares = [(job, waiting[id(job)][1]) for job in members]  # type: ignore[index]
+        totals = _meet(key, shares, finisher)  # type: ignore[arg-type]
         for job in members:
             answer(job, totals[key].to(job.param.device))
         answer_calls()
@@ -356,8 +415,8 @@ def _start(job: Job) -> Run:
     return start(job, functools.partial(_commit, job))
 
 
-def share_of(job: Job, key: str, totals: Mapping[str, Tensor]) -> Tensor | None:
-    """A job's share of one sum, given the sums before it; None where its program has no part in it."""
+def share_of(job: Job, key: str, totals: Mapping[str, Tensor]) -> Shares | None:
+    """A job's shares of one element's sums, given the sums before it; None where it has no part."""
     if key not in job.program.total_keys:
         return None
     run = start(job, lambda values: None)
@@ -392,17 +451,36 @@ def drive(job: Job, totals: Mapping[str, Tensor]) -> None:
             request = None
 
 
-def _sum(key: str, shares: Iterable[Tensor | None]) -> dict[str, Tensor]:
+def _meet(
+    key: str, found: list[tuple[Job, Shares]], finisher: Finisher | None
+) -> dict[str, Tensor]:
+    """The sum of all shares; where an element makes numbers of the group from them, that is done."""
+    if not found:
+        return {}
+    rate = found[0][0].program.rate
+    if rate is not None and rate.key == key:
+        assert finisher is not None
+        finisher(found)
+        return {key: torch.zeros((), dtype=SCALAR)}
     total = None
-    for share in shares:
-        if share is not None:
-            share = share.to(SCALAR)
-            total = share if total is None else total + share.to(total.device)
-    return {} if total is None else {key: total}
+    for _, (share,) in found:
+        share = share.to(SCALAR)
+        total = share if total is None else total + share.to(total.device)
+    assert total is not None
+    return {key: total}
+
+
+def take_given(jobs: Iterable[Job]) -> list[tuple[Job, Shares]]:
+    """The shares that a step has left behind, each once."""
+    found = [(job, tuple(job.gave.values())) for job in jobs if job.gave]
+    for job, _ in found:
+        job.gave = {}
+    return found
 
 
 def _commit(job: Job, values: dict[str, Tensor]) -> None:
     """Write the new parameter and state into the tensors that hold the old ones."""
+    job.gave = {key: values.pop(key) for key in list(values) if key.startswith(SHARE)}
     count = job.count
     write(job, values, values["step"])
     if job.counts is not None:

@@ -22,7 +22,7 @@ from torch import Tensor
 # tensor (or a tuple of them) when the function runs.
 Live: TypeAlias = Any
 
-Kind = Literal["transform", "decay", "writer", "observer"]
+Kind = Literal["transform", "decay", "writer", "observer", "rate"]
 
 # What the runner offers to any transform that names it as a keyword-only argument.
 CONTEXT = {
@@ -53,9 +53,13 @@ class State:
     """How one state begins: `init(param, options)` gives a tensor, or None where there is none.
 
     holds: what it is, so that `storage.py` knows which formats lose nothing that matters; a "moment"
-        and a "square" also turn with the basis that they are kept in, see `within`.
+        and a "square" also turn with the basis that they are kept in, see `within`, and are in the unit
+        of the gradient and in its square, see `unit_change` in the runner.
     several: for transforms of whole tensors: `init` gives a tuple of tensors (or None), kept as
         `<key>.0`, `<key>.1`, ... It also runs on meta tensors.
+    slice_by: the option k of a state with an entry for every k-th element, see `numerics.every`.
+    until: (option, counter): it is given up one step before the group's counter reaches the option;
+        0 keeps it for good.
     """
 
     init: Callable[[Tensor, Mapping[str, Any]], Any]
@@ -64,6 +68,8 @@ class State:
     is_number: bool = False
     holds: Holds = "values"
     several: bool = False
+    slice_by: str | None = None
+    until: tuple[str, str] | None = None
 
     def needs(self, name: str) -> "State":
         """The same state, held only while the option or hyper-parameter `name` is not zero."""
@@ -72,6 +78,17 @@ class State:
     def holding(self, what: Holds) -> "State":
         """The same state, declared to hold something else."""
         return replace(self, holds=what)
+
+    def gone_at(self, option: str, counter: str) -> "State":
+        """The same state, given up one step before the group's `counter` reaches the option."""
+        return replace(self, until=(option, counter), rule=f"{self.rule}, until {option}")
+
+    def given_up(self, options: Mapping[str, Any], group: Mapping[str, Any]) -> bool:
+        """Whether the steps of this group have come to the point where the state is not needed."""
+        if self.until is None:
+            return False
+        option, counter = self.until
+        return bool(options[option]) and group.get(counter, 0) + 1 >= options[option]
 
     def __str__(self) -> str:
         return self.rule
@@ -108,7 +125,8 @@ class Interval:
     def __contains__(self, value: float) -> bool:
         above = value > self.low if self.low_open else value >= self.low
         below = value < self.high if self.high_open else value <= self.high
-        return math.isfinite(value) and above and below
+        known = math.isfinite(value) or (value == self.high and not self.high_open)
+        return known and above and below
 
     def __str__(self) -> str:
         left, right = "(["[not self.low_open], "])"[self.high_open]
@@ -229,6 +247,18 @@ def _is_union(annotation: Any) -> bool:
     return typing.get_origin(annotation) in (typing.Union, types.UnionType)
 
 
+@dataclass(frozen=True)
+class Member:
+    """One group as `finish` sees it.
+
+    sums: what its parameters gave, added up; None if none of them had a gradient in this step.
+    values: the element's common numbers (after this step, for its count) and hyper-parameters.
+    """
+
+    sums: tuple[Tensor, ...] | None
+    values: Mapping[str, Any]
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Transform:
     """One element of a chain: a pure function and what it declares.
@@ -253,7 +283,7 @@ class Transform:
     excludes: dict[str, str]
     before_state: str
     modifier: bool
-    over_all: Callable[..., Tensor] | None
+    over_all: Callable[..., Any] | None
     over_all_context: tuple[str, ...]
     evaluate: Callable[..., Tensor] | None
     requires: Callable[[torch.Size, Mapping[str, Any]], str | None] | None = None
@@ -263,6 +293,9 @@ class Transform:
     after: Callable[..., Any] | None = None
     due: Callable[..., bool] | None = None
     lead: "Transform | None" = None
+    common: dict[str, str | float] = field(default_factory=dict)
+    gives: tuple[str, ...] = ()
+    finish: Callable[..., Any] | None = None
     given: frozenset[str] = field(default_factory=frozenset)
 
     @property
@@ -311,6 +344,8 @@ class Transform:
         """Whether `value` makes `name` a live hyper-parameter, and its checked value."""
         default = self.defaults[name]
         try:
+            if default is None and value is not None and _may_be_live(self.annotations[name]):
+                default = 0.0
             if not _is_live(default):
                 value = _check_option(name, value, default, self.annotations[name])
                 if name in self.domains and value is not None and value not in self.domains[name]:
@@ -336,6 +371,11 @@ class Transform:
         # The module holds the Transform where pickle would look for the function.
         given = {n: v for n, v in {**self.hyper, **self.options}.items() if n in self.given}
         return _restore, (self.update.__module__, self.update.__qualname__, given)
+
+
+def _may_be_live(annotation: Any) -> bool:
+    """Whether the annotation is `Live | None`, of a hyper-parameter that is None unless given."""
+    return Any in typing.get_args(annotation) and _allows_none(annotation)
 
 
 def _restore(module: str, qualname: str, given: dict[str, Any]) -> Transform:
@@ -365,7 +405,7 @@ def transform(
     excludes: Mapping[str, str] | None = None,
     before_state: str = "",
     modifier: bool = False,
-    over_all: Callable[..., Tensor] | None = None,
+    over_all: Callable[..., Any] | None = None,
     evaluate: Callable[..., Tensor] | None = None,
     requires: Callable[[torch.Size, Mapping[str, Any]], str | None] | None = None,
     whole: bool = False,
@@ -374,6 +414,9 @@ def transform(
     after: Callable[..., Any] | None = None,
     due: Callable[..., bool] | None = None,
     lead: Transform | None = None,
+    common: Mapping[str, str | float] | None = None,
+    gives: tuple[str, ...] = (),
+    finish: Callable[..., Any] | None = None,
     **states: State,
 ) -> Any:
     """Declare a transform: `@transform(mean=zeros)` above a function of one tensor.
@@ -384,7 +427,8 @@ def transform(
     hyper-parameters and arrive as 0-d tensors; every other default is a fixed option.
 
     kind: "decay" goes right before the write, "writer" returns the new parameter in place of an
-        update, "observer" runs after the write.
+        update, "observer" runs after the write, "rate" decides on the learning rate: wherever it is
+        written, it runs before every element whose state it may have to rescale.
     provides: names of further results, context for the elements behind it. `gate` (a 0-d bool that
         freezes everything behind while it is false), `step`, `lr` and `grad` are replaced for them.
     domains: the interval of a hyper-parameter; without one, a float lies in [0, inf), one whose name
@@ -393,7 +437,13 @@ def transform(
     before_state: why the transform must stand before every transform that holds state, if it must.
     modifier: acts only through what it provides, so something behind it must ask for that.
     over_all: `fn(update, ...)`, one tensor's share of a sum over all parameters; the sum arrives as
-        the context `total`.
+        the context `total`. With `finish` it is a tuple of shares, and there is no `total`.
+    common: numbers of the parameter group, each with a hyper-parameter that it begins at, or a float;
+        an int counts the group's steps. They are entries of the group and context for every element.
+    gives: names of further results, behind those of `provides`: shares of sums over all parameters
+        that are not needed in this step. Only with `finish`.
+    finish: `fn(members, options)` makes the new common numbers from the sums, see `together.py`: of
+        `over_all` before the step goes on, of `gives` after it.
     evaluate: `fn(param, *states, hyper-parameters)`, the weights to evaluate with.
     requires: `fn(shape, options)`, why a parameter of this shape cannot have the transform, or None;
         asked when the parameter is added.
@@ -478,7 +528,14 @@ def transform(
             after=after,
             due=due,
             lead=lead,
+            common=dict(common or {}),
+            gives=gives,
+            finish=finish,
         )
+        if bool(finish) != bool(common) or (gives and (over_all or not finish)):
+            raise TypeError(
+                f"{fn.__name__}: `common` and `finish` go together, with either `over_all` or `gives`"
+            )
         for name, value in defaults.items():
             result._checked(name, value)
         object.__setattr__(result, "__doc__", fn.__doc__)

@@ -108,6 +108,10 @@ def assert_near(found, roundings: int = 64) -> None:
 
 
 def chain_of(name: str) -> tuple:
+    if name == "prodigy_plus_d":  # there are no kernels for slices on CUDA
+        return (C.prodigy_plus_d(slice_p=1, d0=0.1),)
+    if name == "prodigy_d":
+        return (C.prodigy_d(d0=0.1),)
     return (C.TRANSFORMS[name], C.scale_by_adam) if name == "palm_beta2" else (C.TRANSFORMS[name],)
 
 

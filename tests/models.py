@@ -131,6 +131,7 @@ class Case:
     skips: a step with a NaN in a gradient changes nothing.
     noisy: random numbers are drawn by a parameter's place in the optimizer.
     low: how the names of states begin that are asked to be held in bfloat16.
+    still: states that a few steps may leave as they are.
     """
 
     name: str
@@ -140,6 +141,7 @@ class Case:
     skips: bool = False
     noisy: bool = False
     low: str = ""
+    still: tuple[str, ...] = ()
 
     def __call__(self, params: Any, *args: Any, **options: Any) -> Any:
         return self.make(params, *args, **options)
@@ -164,12 +166,19 @@ PRESET_ARGUMENTS: dict[str, dict[str, Any]] = {
     "PSGDKron": {"weight_decay": 0.1},
     "PSGDLRA": {"rank": 2, "precond_init_scale": 2.0},
     "Shampoo": {"weight_decay": 0.1, "eps": 0.01},
+    "Prodigy": {"weight_decay": 0.1, "d0": 1e-2},
+    "ProdigyPlusScheduleFree": {"weight_decay": 0.1, "d0": 0.1},
 }
+# one d for all parameters
+PRESET_TOGETHER = ("Prodigy", "ProdigyPlusScheduleFree")
 # PaLM's schedule stands in for beta2
 PRESET_IDLE = {
     "SGD": ("dampening",),
     "RMSprop": ("dampening",),
     **{name: ("betas[1]",) for name in heavyball.PRESETS if "PaLM" in name},
+    # half of infinity; what acts on d alone, one step later, or where d has moved
+    "Prodigy": ("growth_rate",),
+    "ProdigyPlusScheduleFree": ("d_coef", "threshold"),
 }
 PRESETS = [
     Case(
@@ -177,6 +186,9 @@ PRESETS = [
         partial(preset, **PRESET_ARGUMENTS.get(name, {})),
         idle=PRESET_IDLE.get(name, ()),
         noisy="PSGD" in name,
+        per_parameter=name not in PRESET_TOGETHER,
+        # the first weights, and the d of the last step while d has not moved
+        still=("p0", "unit") if name in PRESET_TOGETHER else (),
     )
     for name, preset in heavyball.PRESETS.items()
 ]

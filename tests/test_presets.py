@@ -278,7 +278,7 @@ def test_training_lowers_the_loss_and_every_state_tensor_keeps_changing(case):
         if step < 9:
             shots.append(snapshot(opt))
     assert len(shots[0]) >= 2 * len(all_params(opt))  # each has at least a count
-    assert not frozen_entries(shots)
+    assert not [key for key in frozen_entries(shots) if not key.endswith(case.still or " ")]
     # a learning rate of 0.02 is a step of 1 to 3 per cent for most of these, so sixty of them must do
     # far more than this; plain SGD's are the smallest
     assert loss_of(model).item() < 0.9 * start
@@ -552,7 +552,8 @@ def test_state_of_bf16_parameters_is_float32_before_and_after_loading(case):
                 for key, value in state.items()
                 if value.dtype != (torch.float32 if value.ndim else torch.float64)
             }
-            assert not wrong
+            # the one state that is narrowed by default: a sum of gradients, rounded stochastically
+            assert wrong.keys() <= {"prodigy_plus_d.s"}
 
 
 @every_case
@@ -729,6 +730,25 @@ EXPLICIT = {
         ),
         None,
         1e-2,
+        0.9,
+    ),
+    "Prodigy": (
+        1.0,
+        lambda: (C.scale_by_adam(betas=(0.9, 0.999), eps=1e-8, correct_bias=False), C.prodigy_d),
+        None,
+        0.0,
+        0.9,
+    ),
+    "ProdigyPlusScheduleFree": (
+        1.0,
+        lambda: (
+            C.factored_rms(beta2=0.99, eps=1e-8, min_dim_mode="any", correct_bias=False),
+            C.prodigy_plus_d(narrow_sums=True),
+            C.clip_update_rms,
+            C.separate_decay,
+        ),
+        C.schedule_free(beta=0.9, weight_at="now"),
+        0.0,
         0.9,
     ),
 }
@@ -957,7 +977,7 @@ def test_an_option_changes_the_training(name, options):
     ("wrong", "meant"),
     [
         ("warmup_step", "warmup_steps"),
-        ("cautious", "caution"),
+        ("cauton", "caution"),
         ("gradient_clip", "gradient_clipping"),
         ("weight_deacy", "weight_decay"),
         ("mars_gama", "mars_gamma"),

@@ -72,6 +72,13 @@ FORMS = {
     "to_float": "{0} ? {T}(1) : {T}(0)",
     "to_bool": "{0} != 0",
 }
+# How many values there are of each level; {k} is how far those of a slice are apart.
+SIZES = {
+    "numel": "(double)row[0]",
+    "rows": "(double)(row[0] / row[3])",
+    "columns": "(double)row[3]",
+    "slices": "(double)((row[0] + {k} - 1) / {k})",
+}
 LOGIC = ("and", "or", "not")
 
 PRELUDE = """\
@@ -147,13 +154,13 @@ class Printer:
         self.graph, self.dtypes, self.random, self.roots = graph, dtypes, random, roots
         self.type = CTYPES[compute]
         self.plan: Schedule = schedule(graph, dtypes, compute)
-        ops = {"load": [], "number": [], "hyper": [], "total": []}  # type: dict[str, list]
+        ops = {"load": [], "pick": [], "number": [], "hyper": [], "total": []}  # type: dict[str, list]
         for value in graph.values:
             if value.op in ops and value.args not in ops[value.op]:
                 ops[value.op].append(value.args)
         self.hypers: list[tuple[str, int]] = ops["hyper"]
         self.totals: list[str] = [args[0] for args in ops["total"]]
-        tensors = {args[0] for args in ops["load"]} | {
+        tensors = {args[0] for args in ops["load"] + ops["pick"]} | {
             n for n in graph.outputs if n not in self.plan.numbers
         }
         self.tensors = sorted(self._with_companions(tensors))
@@ -253,10 +260,8 @@ class Printer:
                 text = (
                     f"hyper[row[1] * {width} + {len(self.hypers) + self.totals.index(v.args[0])}]"
                 )
-            elif v.op in ("numel", "rows", "columns"):
-                text = {"numel": "(double)row[0]", "rows": "(double)(row[0] / row[3])"}.get(
-                    v.op, "(double)row[3]"
-                )
+            elif v.op in SIZES:
+                text = SIZES[v.op].format(k=self.graph.every)
             elif v.op == "const":
                 text = _literal(v.args[0])
             else:
@@ -269,11 +274,14 @@ class Printer:
             f"static inline void pass_{k}(const int64_t* row, const double* s,"
             " int64_t low, int64_t high, double* part) {"
         ]
+        of_slice, summed = self._split_reductions(planned)
         body, used = self._body(planned)
-        lines += self._pointers(planned) + self._keys(planned.stores)
-        lines += [self._constant(i) for i in sorted(used)]
+        sliced, used_there = self._slice(planned, of_slice)
+        lines += self._pointers(planned) + self._keys({**planned.stores, **planned.slice_stores})
+        lines += [self._constant(i) for i in sorted(used | used_there)]
         lines += [f"    {self._sum_type(i)} r{i} = {self._neutral(i)};" for i in planned.reductions]
-        walk = [f"    #pragma omp simd{self._clauses(planned.reductions)}"]
+        lines += [line.format(low="low", high="high") for line in sliced]
+        walk = [f"    #pragma omp simd{self._clauses(summed)}"]
         walk += ["    for (int64_t i = low; i < high; ++i) {"]
         walk += [f"        {line}" for line in body]
         walk += ["    }"]
@@ -306,10 +314,50 @@ class Printer:
                 lines.append(f"    encode<{how}>({place}, {key}, base);")
         return [*lines, "    }"]
 
+    def _split_reductions(self, planned: Pass) -> tuple[list[int], list[int]]:
+        """The sums of a pass over its slice, and those over its elements."""
+        values = self.graph.values
+        level = {i: values[values[i].args[0].index].level for i in planned.reductions}
+        of_slice = [i for i in planned.reductions if level[i] == "slice"]
+        return of_slice, [i for i in planned.reductions if level[i] != "slice"]
+
+    def _slice(self, planned: Pass, reductions: list[int]) -> tuple[list[str], set[int]]:
+        """The loop over every k-th element between {{low}} and {{high}}, and the numbers it reads.
+
+        It comes before the loop over all of them, which may write what it looks at.
+        """
+        if not planned.slices:
+            return [], set()
+        names, used, body = self._names(), set[int](), list[str]()
+        k = self.graph.every
+        for i in planned.slices:
+            v = self.graph.values[i]
+            if v.op in ("load", "pick"):
+                place = "i" if v.op == "load" else f"(i * {k})"
+                text = self._load(v.args[0], self._local, place)
+            else:
+                used |= {a.index for a in v.args if isinstance(a, Ref)}
+                text = self._expression(v, names, "T")
+            body.append(f"const {_kind(self.graph, i)} {names[i]} = {text};")
+        body += [self._accumulate(i, names) for i in reductions]
+        for name, i in planned.slice_stores.items():
+            used.add(i)
+            body.append(self._store(name, names[i], self._local))
+        clauses = self._clauses(reductions)
+        lines = [
+            f"    #pragma omp simd{clauses}",
+            f"    for (int64_t i = ({{low}} + {k - 1}) / {k}; i < ({{high}} + {k - 1}) / {k}; ++i) {{{{",  # type: ignore[operator]
+            *(f"        {line}" for line in body),
+            "    }}",
+        ]
+        return lines, {i for i in used if self.graph.values[i].level == "scalar"}
+
     def _pointers(self, planned: Pass) -> list[str]:
         lines = []
-        touched = {*planned.loads, *planned.reloads.values(), *planned.stores}
-        for name in sorted(self._with_companions(touched)):
+        values = self.graph.values
+        picked = {values[i].args[0] for i in planned.slices if values[i].op in ("load", "pick")}
+        touched = {*planned.loads, *planned.reloads.values(), *planned.stores, *picked}
+        for name in sorted(self._with_companions(touched | set(planned.slice_stores))):
             kind, index = CTYPES[self.dtypes[name]], self.tensors.index(name)
             lines.append(f"    {kind}* __restrict t{index} = {self._tensor(name)};")
         return lines
@@ -327,7 +375,7 @@ class Printer:
 
     def _names(self) -> dict[int, str]:
         """How a loop body calls each value, by where the value lives."""
-        prefix = {"scalar": "c", "element": "v", "row": "k", "col": "w"}
+        prefix = {"scalar": "c", "element": "v", "row": "k", "col": "w", "slice": "q"}
         return {i: f"{prefix[v.level]}{i}" for i, v in enumerate(self.graph.values)}
 
     def _body(self, planned: Pass) -> tuple[list[str], set[int]]:
@@ -344,7 +392,7 @@ class Printer:
                 used |= {a.index for a in v.args if isinstance(a, Ref)}
                 text = self._expression(v, names, "T")
             lines.append(f"const {_kind(self.graph, i)} v{i} = {text};")
-        for i in planned.reductions:
+        for i in self._split_reductions(planned)[1]:
             lines.append(self._accumulate(i, names))
         for name, i in planned.stores.items():
             used.add(i)
@@ -354,14 +402,16 @@ class Printer:
     def _local(self, name: str) -> str:
         return f"t{self.tensors.index(name)}"
 
-    def _load(self, name: str, pointer: Callable[[str], str]) -> str:
+    def _load(self, name: str, pointer: Callable[[str], str], place: str = "i") -> str:
         """One value as the mathematics sees it, however it is kept."""
         if name + SCALE in self.dtypes:
             text = f"q{self.tensors.index(name)}[i - base]"
         elif name + CORRECTION in self.dtypes:
-            text = f"load_corrected({pointer(name)} + i, {pointer(name + CORRECTION)} + i)"
+            text = (
+                f"load_corrected({pointer(name)} + {place}, {pointer(name + CORRECTION)} + {place})"
+            )
         else:
-            text = f"load({pointer(name)} + i)"
+            text = f"load({pointer(name)} + {place})"
         return f"squared({text})" if name in self.roots else text
 
     def _store(self, name: str, value: str, pointer: Callable[[str], str]) -> str:

@@ -54,6 +54,12 @@ class MatrixPrinter(Printer):
             if values[i].level == target and values[values[i].args[0].index].level == source
         ]
 
+    def _to_scalar(self, planned: Pass) -> list[int]:
+        """The sums that a block of rows leaves behind, in the order of its parts."""
+        return self._reduced(planned, "element", "scalar") + self._reduced(
+            planned, "slice", "scalar"
+        )
+
     # ---- one per row, one per column
 
     def _vectors(self, name: str, planned: Pass | None, level: str) -> str:
@@ -119,8 +125,11 @@ class MatrixPrinter(Printer):
         to_scalar = self._reduced(planned, "element", "scalar")
         to_row = self._reduced(planned, "element", "row")
         to_col = self._reduced(planned, "element", "col")
+        of_slice = self._reduced(planned, "slice", "scalar")
         body, used = self._body(planned)
         body = [line for line in body if not line.startswith("r")]
+        sliced, used_there = self._slice(planned, of_slice)
+        used |= used_there
         names = self._names()
         body += [self._accumulate(i, names) for i in to_scalar + to_row]
         body += [self._accumulate(i, names).replace(f"r{i} +=", f"part_{i}[c] +=") for i in to_col]
@@ -133,14 +142,21 @@ class MatrixPrinter(Printer):
             f"static inline void pass_{k}(const int64_t* row, const double* s, T* memory,"
             " int64_t low, int64_t high, double* part, double* sums) {"
         )
-        lines += [*self._memory(), *self._pointers(planned), *self._keys(planned.stores)]
+        lines += [
+            *self._memory(),
+            *self._pointers(planned),
+            *self._keys({**planned.stores, **planned.slice_stores}),
+        ]
         lines += [self._constant(i) for i in sorted(used)]
         lines += [
             f"    double* __restrict part_{i} = sums + {n} * COLS;\n"
             f"    for (int64_t c = 0; c < COLS; ++c) part_{i}[c] = 0;"
             for n, i in enumerate(to_col)
         ]
-        lines += [f"    {self._sum_type(i)} r{i} = {self._neutral(i)};" for i in to_scalar]
+        lines += [
+            f"    {self._sum_type(i)} r{i} = {self._neutral(i)};" for i in to_scalar + of_slice
+        ]
+        lines += [line.format(low="low * COLS", high="high * COLS") for line in sliced]
         if planned.stores or to_scalar or to_row or to_col:
             lines += ["    for (int64_t r = low; r < high; ++r) {"]
             lines += [f"        const {_kind(self.graph, i)} k{i} = m{i}[r];" for i in sorted(rows)]
@@ -155,7 +171,7 @@ class MatrixPrinter(Printer):
             lines += ["        }"]
             lines += [f"        m{i}[r] = (T)r{i};" for i in to_row]
             lines += ["    }"]
-        lines += [f"    part[{n}] = r{i};" for n, i in enumerate(to_scalar)]
+        lines += [f"    part[{n}] = r{i};" for n, i in enumerate(to_scalar + of_slice)]
         return "\n".join([*lines, "}\n"])
 
     def _vectors_read(self, planned: Pass) -> tuple[set[int], set[int]]:
@@ -171,7 +187,7 @@ class MatrixPrinter(Printer):
     def _join_blocks(self, planned: Pass) -> str:
         """Add up what the blocks of rows left behind, in their order."""
         lines = []
-        for n, i in enumerate(self._reduced(planned, "element", "scalar")):
+        for n, i in enumerate(self._to_scalar(planned)):
             is_max = self.graph.values[i].op == "amax"
             step = f"if (s[{i}] < p[{n}]) s[{i}] = p[{n}];" if is_max else f"s[{i}] += p[{n}];"
             lines.append(f"s[{i}] = {self._neutral(i)};")
@@ -198,7 +214,7 @@ class MatrixPrinter(Printer):
 
     def _driver(self) -> str:
         passes = self.plan.passes
-        parts = max([len(self._reduced(p, "element", "scalar")) for p in passes] + [1])
+        parts = max([len(self._to_scalar(p)) for p in passes] + [1])
         sums = max([len(self._reduced(p, "element", "col")) for p in passes] + [1])
         whole, shared = [], []
         for k, planned in enumerate(passes):

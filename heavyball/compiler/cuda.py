@@ -15,7 +15,8 @@ from heavyball.compiler.launch import Kernel, Table, hyper_values
 from heavyball.compiler.toolchain import ToolchainError
 from heavyball.compiler.triton_matrix import TritonMatrixPrinter, memory_size
 from heavyball.compiler.triton_printer import CHUNK, DEVICES, WARPS, TritonPrinter
-from heavyball.runner import SCALAR, drive, share_of
+from heavyball.runner import SCALAR, drive, share_of, take_given
+from heavyball.together import Pending, Together
 
 if TYPE_CHECKING:
     from heavyball.compiler.engine import Plan
@@ -161,12 +162,9 @@ class DeviceTable(Table):
         """Cut the tensors into chunks and make the buffers."""
         kernel, count = self.kernel, len(self.rows)
         flat = kernel.split is None
-        if "share" in kernel.numbers:
-            self.shares = torch.zeros(count, dtype=SCALAR, device=self.device)
+        self.give_shares_room(self.device)
+        if self.shares is not None:
             self.positions = _sent(torch.tensor(self.members), self.device)
-            column = kernel.leading + len(kernel.tensors) + kernel.numbers.index("share")
-            for index, row in enumerate(self.rows):
-                row[column] = self.shares[index].data_ptr()
         pieces = [-(-row[0] // CHUNK) for row in self.rows] if flat else self._tiles()
         chunks = [(index, part) for index, n in enumerate(pieces) for part in range(n)]
         self.fixed = torch.tensor(self.rows, dtype=torch.int64)
@@ -240,16 +238,27 @@ class DeviceTable(Table):
             self.hyper.tensor[:, place].copy_(totals[key], non_blocking=True)
 
 
-def run_plan(plan: "Plan") -> None:
+def run_plan(plan: "Plan", together: "Together | Pending", groups: list[dict[str, Any]]) -> None:
     """Step every parameter of a plan that has tables on a device; sums stay on the device too."""
+    device = next(t.device for t in plan.tables if isinstance(t, DeviceTable))
     totals: dict[str, Tensor] = {}
     for key in plan.total_keys:
-        totals[key] = _total(plan, key, totals)
+        for table in plan.shares[key]:
+            _step(table, plan.groups, totals)
+        shares = _collected(plan, plan.shares[key], device, key, totals)
+        totals[key] = (
+            shares[0].sum() if len(shares) else torch.zeros((), dtype=SCALAR, device=device)
+        )
+        if together.node is not None and key == together.node.key:
+            together.renew(groups, _by_group(plan, shares))
     for table in plan.tables:
         _step(table, plan.groups, totals)
     torch.autograd.graph.increment_version([*plan.params, *plan.states])
     for index in plan.eager:
         drive(plan.jobs[index], totals)
+    left = _collected(plan, plan.tables, device, None, totals)
+    if left.numel():
+        together.renew(groups, _by_group(plan, left))
 
 
 def _step(table: Table, groups: list[Mapping[str, Any]], totals: Mapping[str, Tensor]) -> None:
@@ -260,21 +269,46 @@ def _step(table: Table, groups: list[Mapping[str, Any]], totals: Mapping[str, Te
         table.launch(hyper_values(table.kernel, groups, sums))
 
 
-def _total(plan: "Plan", key: str, totals: Mapping[str, Tensor]) -> Tensor:
-    """The sum of every job's share, added in the order of the parameters."""
-    device = next(t.device for t in plan.tables if isinstance(t, DeviceTable))
-    shares = torch.zeros(len(plan.jobs), dtype=SCALAR, device=device)
-    for table in plan.shares[key]:
-        _step(table, plan.groups, totals)
-        if isinstance(table, DeviceTable):
-            places, found = table.positions, table.shares
-        else:
-            places, found = _sent(torch.tensor(table.members), device), table.shares
-        assert places is not None
-        assert found is not None
-        shares.index_copy_(0, places.to(device), found.to(device))
+def _collected(
+    plan: "Plan",
+    tables: list[Table],
+    device: torch.device,
+    key: str | None,
+    totals: Mapping[str, Tensor],
+) -> Tensor:
+    """Every job's shares, a row for each sum, in the order of the parameters.
+
+    key: the element whose shares the eager jobs are asked for; None takes those left by the step.
+    """
+    eager: dict[int, tuple[Tensor, ...]] = {}
     for index in plan.eager:
-        share = share_of(plan.jobs[index], key, totals)
-        if share is not None:
-            shares[index].copy_(share)
-    return shares.sum()
+        job = plan.jobs[index]
+        found = share_of(job, key, totals) if key is not None else None
+        for _, given in take_given([job] if key is None else []):
+            found = given
+        if found:
+            eager[index] = found
+    widths = [t.shares.shape[1] for t in tables if t.shares is not None]
+    width = max([*widths, *map(len, eager.values())], default=0)
+    shares = torch.zeros(len(plan.jobs), width, dtype=SCALAR, device=device)
+    for table in tables:
+        if table.shares is not None:
+            places = table.positions if isinstance(table, DeviceTable) else None
+            places = _sent(torch.tensor(table.members), device) if places is None else places
+            shares.index_copy_(0, places.to(device), table.shares.to(device))
+    for index, found in eager.items():
+        for place, share in enumerate(found):
+            shares[index, place].copy_(share)
+    return shares.T
+
+
+def _by_group(plan: "Plan", shares: Tensor) -> dict[int, tuple[Tensor, ...]]:
+    """The sums of the shares of each group's jobs, which follow each other."""
+    sums, first = dict[int, tuple[Tensor, ...]](), 0
+    while first < len(plan.jobs):
+        group, end = plan.jobs[first].group, first
+        while end < len(plan.jobs) and plan.jobs[end].group is group:
+            end += 1
+        sums[id(group)] = tuple(shares[:, first:end].sum(1).unbind())
+        first = end
+    return sums

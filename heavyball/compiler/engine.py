@@ -1,5 +1,6 @@
 """Steps an optimizer's parameters through kernels, and says what is left for the eager runner."""
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,7 +17,8 @@ from heavyball.compiler.launch import Kernel, Table, build, check_layout, hyper_
 from heavyball.compiler.toolchain import ToolchainError
 from heavyball.compiler.watch import Snapshot
 from heavyball.compiler.waves import Entry, Parts, Waves, arrange, build_parts, printers
-from heavyball.runner import SCALAR, Job, drive, lazy_wanted, run, share_of
+from heavyball.runner import SCALAR, SHARE, Job, drive, lazy_wanted, run, share_of, take_given
+from heavyball.together import Pending, Together
 
 Signature = tuple[Any, ...]
 
@@ -101,35 +103,60 @@ class Plan:
             self.jobs[index].grad = self.params[index].grad  # type: ignore[assignment]
         return True
 
-    def run(self) -> None:
-        """Step every parameter."""
+    def run(self, together: Together | Pending, groups: list[dict[str, Any]]) -> None:
+        """Step every parameter; `groups` are all of the optimizer's."""
         if any(isinstance(table, cuda.DeviceTable) for table in self.tables):
-            cuda.run_plan(self)
+            cuda.run_plan(self, together, groups)
             return
         totals: dict[str, Tensor] = {}
         for key in self.total_keys:
             found = self._shares(key, totals)
             for index in self.eager:
-                share = share_of(self.jobs[index], key, totals)
-                if share is not None:
-                    found[index] = share.item()
-            # in the order of the parameters, whoever computed them
-            totals[key] = torch.tensor(sum(found[i] for i in sorted(found)), dtype=SCALAR)
+                shares = share_of(self.jobs[index], key, totals)
+                if shares is not None:
+                    found[index] = [share.item() for share in shares]
+            totals[key] = torch.zeros((), dtype=SCALAR)
+            if together.node is not None and key == together.node.key:
+                self._finish(found, together, groups)
+            else:
+                # in the order of the parameters, whoever computed them
+                totals[key].fill_(sum(found[i][0] for i in sorted(found)))
         sums = {key: total.item() for key, total in totals.items()}
+        left: dict[int, list[float]] = {}
         for table in self.tables:
             table.launch(hyper_values(table.kernel, self.groups, sums))
+            left.update(table.found_shares())
         self.whole.run(self.groups, sums)
         torch.autograd.graph.increment_version(self.params)
         for index in self.eager:
             drive(self.jobs[index], totals)
+            for _, shares in take_given([self.jobs[index]]):
+                left[index] = [share.item() for share in shares]
+        self._finish(left, together, groups)
 
-    def _shares(self, key: str, totals: Mapping[str, Tensor]) -> dict[int, float]:
+    def _shares(self, key: str, totals: Mapping[str, Tensor]) -> dict[int, list[float]]:
         sums = {k: t.item() for k, t in totals.items()}
-        found: dict[int, float] = {}
+        found: dict[int, list[float]] = {}
         for table in self.shares[key]:
             table.launch(hyper_values(table.kernel, self.groups, sums))
-            found.update(zip(table.members, table.shares.tolist(), strict=True))  # type: ignore[union-attr]
+            found.update(table.found_shares())
         return found
+
+    def _finish(
+        self,
+        found: dict[int, list[float]],
+        together: Together | Pending,
+        groups: list[dict[str, Any]],
+    ) -> None:
+        """Renew the numbers of the groups from the shares of the jobs."""
+        sums: dict[int, list[float]] = {}
+        for index in sorted(found):
+            place, shares = id(self.jobs[index].group), found[index]
+            before = sums.get(place, [0.0] * len(shares))
+            sums[place] = [a + b for a, b in zip(before, shares, strict=True)]
+        if sums:
+            made = {k: tuple(torch.tensor(v, dtype=SCALAR).unbind()) for k, v in sums.items()}
+            together.renew(groups, made)
 
 
 # Kernels by what they depend on, for all optimizers of the process.
@@ -149,7 +176,12 @@ class Engine:
         """Look at every tensor anew in the next step."""
         self._plan = None
 
-    def step_again(self, groups: list[dict[str, Any]], attributes: Mapping[str, Any]) -> bool:
+    def step_again(
+        self,
+        groups: list[dict[str, Any]],
+        attributes: Mapping[str, Any],
+        together: Together | Pending,
+    ) -> bool:
         """Step as the last time, if everything is where it was then; else do nothing.
 
         attributes: those of the optimizer, see `heavyball.compiler.watch.Snapshot`.
@@ -158,7 +190,7 @@ class Engine:
             return False
         if not self._plan.still_holds(groups, attributes):
             return False
-        self._plan.run()
+        self._plan.run(together, groups)
         self._plan.release(self._plan.eager)
         return True
 
@@ -169,19 +201,21 @@ class Engine:
         foreach: bool | None,
         groups: list[dict[str, Any]],
         attributes: Mapping[str, Any],
+        together: Together | Pending,
     ) -> None:
         """Step these parameters, which are those of the groups that have a gradient."""
+        finisher = functools.partial(together.finish, groups)
         self._plan = None
         # the same parameter twice is stepped twice, one after the other
         twice = len({id(job.param) for job in jobs}) < len(jobs)
         if self.mode is False or utils.compile_mode is None or twice:
-            run(jobs, total_keys, foreach)
+            run(jobs, total_keys, foreach, finisher)
             return
         plan = self._make(jobs, total_keys, foreach)
         if len(plan.eager) == len(jobs):
-            run(jobs, total_keys, foreach)
+            run(jobs, total_keys, foreach, finisher)
             return
-        plan.run()
+        plan.run(together, groups)
         plan.remember(groups, attributes)
         plan.release(range(len(jobs)))
         self._plan = plan
@@ -290,7 +324,8 @@ def _add_row(table: Table, index: int, job: Job, group: int) -> None:
             table.grad_column = len(row)
         tensor = {"param": job.param, "grad": job.grad}.get(name)
         row.append((job.state[name] if tensor is None else tensor).data_ptr())
-    row += [0 if name == "share" else job.state[name].data_ptr() for name in kernel.numbers]
+    numbers = (None if n.startswith(SHARE) else job.state[n] for n in kernel.numbers)
+    row += [0 if number is None else number.data_ptr() for number in numbers]
     table.members.append(index)
     table.rows.append(row)
 

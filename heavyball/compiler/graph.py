@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from heavyball.chain import Node, Program
 from heavyball.numerics import measures
-from heavyball.runner import SCALAR, Job, compute_dtype, has_narrow, start, working
+from heavyball.runner import SCALAR, Job, compute_dtype, has_narrow, share_name, start, working
 from heavyball.storage import is_companion
 from heavyball.whole import Answer, Call
 
@@ -26,7 +26,8 @@ class Value:
     """One node: an operation on earlier nodes (their numbers) and constants.
 
     level: "scalar" for a number per tensor (float64), "element" for one per element, "row" and "col"
-        for one per row and per column, where the tensor is seen as a matrix.
+        for one per row and per column, where the tensor is seen as a matrix; "slice" for one per
+        k-th element, see `numerics.every`.
     kind: "float" or "bool".
     """
 
@@ -75,6 +76,7 @@ class Graph:
 
     values: list[Value] = field(default_factory=list)
     outputs: dict[str, int] = field(default_factory=dict)
+    every: int | None = None  # for slices: how far their elements are apart
     split: int | None = None  # for rows and columns: the dimensions before it are the rows
     tensors: dict[str, str] = field(default_factory=dict)  # the level of what is no number, by name
     step: int | None = None  # the node of the step, where another graph writes it
@@ -100,7 +102,7 @@ class Graph:
                 needed.add(index)
                 todo += [a.index for a in self.values[index].args if isinstance(a, Ref)]
         moved: dict[int, int] = {}
-        kept = Graph(split=self.split, tensors=self.tensors)
+        kept = Graph(every=self.every, split=self.split, tensors=self.tensors)
         for index in sorted(needed):
             v = self.values[index]
             args = tuple(Ref(moved[a.index]) if isinstance(a, Ref) else a for a in v.args)
@@ -214,6 +216,8 @@ class Recorder(TorchDispatchMode):
         self.split: int | None = (
             None  # dimensions before it are the rows, once rows or columns appear
         )
+        # no tensor of a chain has this shape, so what has it is a slice
+        self.slice_shape = torch.Size([self.numel + 1])
         self.watch = SizeWatch()
         self.questions: list[Question] = []
         self._index: dict[int, int] = {}
@@ -295,10 +299,38 @@ class Recorder(TorchDispatchMode):
         with self.watch.ignored():
             return tensor.numel() == 1
 
+    def every(self, tensor: Tensor, k: int) -> Tensor:
+        """What `numerics.every` gives: what the elements are made of, for every k-th of them."""
+        if self.graph.every not in (None, k):
+            raise NotPrintableError(
+                f"slices of every {self.graph.every}-th and every {k}-th element"
+            )
+        self.graph.every = k
+        index = self._sliced(self.find(tensor), k)
+        found = torch.empty(self.slice_shape, dtype=tensor.dtype, device="meta")
+        self._name(found, index)
+        return found
+
+    def _sliced(self, index: int, k: int) -> int:
+        value = self.graph.values[index]
+        if value.level == "scalar":
+            return index
+        if value.level != "element":
+            raise NotPrintableError(f"a slice of what is one per {value.level}")
+        if value.op == "load":
+            return self.graph.add("pick", value.args, "slice", value.kind)
+        args = tuple(Ref(self._sliced(a.index, k)) if isinstance(a, Ref) else a for a in value.args)
+        return self.graph.add(value.op, args, "slice", value.kind)
+
     def shape_of(self, tensor: Tensor) -> torch.Size:
         """What `numerics.shape_of` gives."""
         with self.watch.ignored():
             return tensor.shape
+
+    def is_loaded(self, name: str, index: int) -> bool:
+        """Whether a value is the tensor of this name as it was, so that there is nothing to write."""
+        value = self.graph.values[index]
+        return value.op == "load" and value.args == (name,) and name != "param"
 
     def _name(self, tensor: Tensor, index: int) -> None:
         self._index[id(tensor)] = index
@@ -308,6 +340,8 @@ class Recorder(TorchDispatchMode):
         """Where a tensor's values belong; what a reduction leaves may be float64, as its sums are."""
         if tensor.ndim == 0:
             return "scalar"
+        if tensor.shape == self.slice_shape:
+            return "slice"
         if tensor.numel() == self.numel:
             if not reduced and tensor.dtype not in (self.dtype, torch.bool):
                 raise NotPrintableError(f"elements of {tensor.dtype} beside {self.dtype}")
@@ -450,6 +484,7 @@ DIRECTIONS = {
     ("element", "col"): "rows",
     ("row", "scalar"): "rows",
     ("col", "scalar"): "columns",
+    ("slice", "scalar"): "slices",
 }
 
 
@@ -492,7 +527,8 @@ def record(
     recorder, outputs = trace(program, shape, dtype, state, group, share)
     if recorder.questions and share is None:
         raise NotPrintableError(f"{recorder.questions[0].node.key} needs whole tensors")
-    recorder.graph.outputs = {name: recorder.find(t) for name, t in outputs.items()}
+    found = {name: recorder.find(t) for name, t in outputs.items()}
+    recorder.graph.outputs = {n: i for n, i in found.items() if not recorder.is_loaded(n, i)}
     return recorder.graph.live(), recorder.watch.looked
 
 
@@ -508,8 +544,11 @@ def trace(
     compute = compute_dtype(dtype)
     recorder = Recorder(shape if len(shape) else torch.Size([1]), compute)
     whole = whole_keys(program, state)
+    slices = _slices(program)
     meta = {
-        name: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+        name: torch.empty(recorder.slice_shape, dtype=t.dtype, device="meta")
+        if name in slices
+        else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
         for name, t in state.items()
         if name not in whole and not is_companion(name)
     }
@@ -528,7 +567,7 @@ def trace(
     job.param, job.grad = working(param), working(grad)
     recorder.tensor(job.param, "param")
     recorder.tensor(job.grad, "grad")
-    sizes = measures.Sizes(recorder.count, recorder.single, recorder.shape_of)
+    sizes = measures.Sizes(recorder.count, recorder.single, recorder.shape_of, recorder.every)
     with torch.no_grad(), measures.answering(sizes), recorder.watch, recorder:
         try:
             outputs = _run(job, recorder, share)
@@ -554,6 +593,15 @@ def whole_keys(program: Program, state: Iterable[str]) -> set[str]:
     return found
 
 
+def _slices(program: Program) -> set[str]:
+    """The states with an entry for every k-th element, for a k above 1."""
+    return {
+        n.state_key(name)
+        for n, name, declared in program.states
+        if declared.slice_by is not None and n.transform.options[declared.slice_by] > 1
+    }
+
+
 def _is_number(program: Program, key: str) -> bool:
     numbers = {n.state_key(name) for n, name, declared in program.states if declared.is_number}
     return key in numbers or key == "step"
@@ -577,7 +625,7 @@ def _run(job: Job, recorder: Recorder, share: str | None) -> dict[str, Tensor]:
             answer = recorder.ask(waiting)
         elif waiting[0] == share:
             generator.close()
-            return {"share": waiting[1]}
+            return {share_name(share, place): t for place, t in enumerate(waiting[1])}
         else:
             answer = recorder.number("total", waiting[0])
         try:

@@ -16,7 +16,7 @@ from heavyball.compiler.graph import NotPrintableError, record
 from heavyball.compiler.triton_matrix import TritonMatrixPrinter
 from heavyball.compiler.triton_printer import DEVICES as TRITON_DEVICES
 from heavyball.compiler.triton_printer import TritonPrinter
-from heavyball.runner import Job, compute_dtype
+from heavyball.runner import SCALAR, SHARE, Job, compute_dtype
 from heavyball.storage import is_root
 
 _forked = False
@@ -113,10 +113,14 @@ def printer_for(job: Job, share: str | None = None) -> tuple[Printer, bool]:
     """
     param, state = job.param, job.state
     graph, sized = record(job.program, param.shape, param.dtype, state, job.group, share)
-    dtypes = {"param": param.dtype, "grad": job.grad.dtype, "share": torch.float64}
+    dtypes = {"param": param.dtype, "grad": job.grad.dtype}
     dtypes |= {k: t.dtype for k, t in state.items()}
     if graph.split is not None and not param.is_contiguous():
         raise NotPrintableError("rows or columns of a parameter that is not contiguous")
+    if graph.every is not None and not param.is_contiguous():
+        raise NotPrintableError("every k-th element of a parameter that is not contiguous")
+    if graph.every is not None and param.device.type in TRITON_DEVICES:
+        raise NotPrintableError("every k-th element, on CUDA")
     printer: type[Printer] = Printer if graph.split is None else MatrixPrinter
     if param.device.type in TRITON_DEVICES:
         printer = TritonPrinter if graph.split is None else TritonMatrixPrinter
@@ -162,19 +166,31 @@ class Table:
             large.append((index, first, len(chunks)))
         batches = _batches(large, chunks) if flat else []
         self.count = len(batches) if flat else len(self.rows) - self.small
-        if "share" in self.kernel.numbers:
-            self.shares = torch.empty(len(self.rows), dtype=torch.float64)
-            column = (
-                self.kernel.leading + len(self.kernel.tensors) + self.kernel.numbers.index("share")
-            )
-            for index, row in enumerate(self.rows):
-                row[column] = self.shares[index].data_ptr()
+        self.give_shares_room(torch.device("cpu"))
         self.fixed = torch.tensor(self.rows, dtype=torch.int64)
         self.large = torch.tensor(large, dtype=torch.int64)
         self.chunks = torch.tensor(chunks, dtype=torch.int64)
         self.batches = torch.tensor(batches, dtype=torch.int64)
         self.scratch = torch.empty(len(large) * self.kernel.values, dtype=torch.float64)
         self.parts = torch.empty(len(chunks) * self.kernel.parts, dtype=torch.float64)
+
+    def give_shares_room(self, device: torch.device) -> None:
+        """Make the memory in which each tensor leaves its shares of sums over all parameters."""
+        numbers = self.kernel.numbers
+        # the place of a share is the end of its name
+        names = sorted((n for n in numbers if n.startswith(SHARE)), key=_place)
+        if names:
+            self.shares = torch.zeros(len(self.rows), len(names), dtype=SCALAR, device=device)
+            first = self.kernel.leading + len(self.kernel.tensors)
+            for index, row in enumerate(self.rows):
+                for place, name in enumerate(names):
+                    row[first + numbers.index(name)] = self.shares[index, place].data_ptr()
+
+    def found_shares(self) -> dict[int, list[float]]:
+        """The shares that the last launch has left, by the numbers of the jobs."""
+        if self.shares is None:
+            return {}
+        return dict(zip(self.members, self.shares.tolist(), strict=True))
 
     def launch(self, hyper: Tensor) -> None:
         """Run the kernel over the table."""
@@ -190,6 +206,10 @@ class Table:
             self.parts.data_ptr(),  # type: ignore[union-attr]
             threads(self.elements),
         )
+
+
+def _place(name: str) -> int:
+    return int(name.rsplit(":", 1)[1])
 
 
 def _batches(large: list[tuple[int, ...]], chunks: list[tuple[int, ...]]) -> list[tuple[int, ...]]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from heavyball.compiler.graph import Graph, Ref
+from heavyball.compiler.graph import Graph, NotPrintableError, Ref
 
 REDUCTIONS = ("sum", "amax")
 
@@ -24,6 +24,10 @@ class Pass:
     reductions: list[int] = field(default_factory=list)  # sums that it leaves behind
     stores: dict[str, int] = field(default_factory=dict)  # tensors that it writes
     vector_stores: dict[str, int] = field(default_factory=dict)  # tensors of a row or a column
+    slices: list[int] = field(
+        default_factory=list
+    )  # nodes of the first pass, for every k-th element
+    slice_stores: dict[str, int] = field(default_factory=dict)  # and the tensors made of them
 
 
 @dataclass
@@ -71,6 +75,9 @@ class _Planner:
             for name, i in self.elements.items()
             if name in self.exact and self.stage[i] < last
         }
+        slices = [i for i, v in enumerate(self.graph.values) if v.level == "slice"]
+        if any(self.stage[i] for i in slices):
+            raise NotPrintableError("a slice that depends on a sum over the elements")
         while True:
             passes = [self._pass(k, last, early, reduced) for k in range(last + 1)]
             clash = {n for k, p in enumerate(passes) for n in p.loads if early.get(n, last) < k}
@@ -81,6 +88,10 @@ class _Planner:
             planned.scalars = self._scalars(k)
             planned.rows, planned.cols = self._along("row", k), self._along("col", k)
             planned.vector_stores = {n: i for n, i in self.vectors.items() if self.stage[i] == k}
+        passes[0].slices = slices
+        passes[0].slice_stores = {
+            n: i for n, i in self.graph.outputs.items() if self.graph.tensors.get(n) == "slice"
+        }
         after = [i for k in range(last + 1, max(self.stage) + 1) for i in self._scalars(k)]
         return Schedule(passes, after, self.numbers, self._kept())
 

@@ -43,6 +43,9 @@ def printers(job: Job) -> tuple[Segments, list[Printer | None]]:
     param, state = job.param, job.state
     if param.device.type != "cpu":
         raise NotPrintableError(f"whole transforms on {param.device.type}")
+    rate = job.program.rate
+    if rate is not None and rate.transform.gives:
+        raise NotPrintableError(f"{rate.key}, whose sums are taken after the step, beside them")
     segments = cut(job.program, param.shape, param.dtype, state, job.group)
     compute = compute_dtype(param.dtype)
     dtypes = {"param": param.dtype, "grad": job.grad.dtype}

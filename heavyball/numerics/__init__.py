@@ -5,12 +5,13 @@ from heavyball.numerics.averages import (
     debiased_weight,
     ema,
     lerp,
+    quotient,
     root,
     second_moment,
     second_weight,
 )
 from heavyball.numerics.dtypes import SCALAR, compute_dtype, working
-from heavyball.numerics.measures import count, dot, is_single, norm, rms, saturate, shape_of
+from heavyball.numerics.measures import count, dot, every, is_single, norm, rms, saturate, shape_of
 from heavyball.numerics.rounding import (
     generator,
     host_uniform,
@@ -28,12 +29,14 @@ __all__ = [
     "debiased_weight",
     "dot",
     "ema",
+    "every",
     "generator",
     "host_uniform",
     "is_single",
     "lerp",
     "norm",
     "normals",
+    "quotient",
     "random_bits",
     "rms",
     "root",

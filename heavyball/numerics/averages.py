@@ -23,21 +23,30 @@ def debiased_weight(beta: Tensor, step: Tensor) -> Tensor:
     return (1 - beta) / (1 - beta**step)
 
 
-def ema(average: Tensor, value: Tensor, beta: Tensor, step: Tensor) -> Tensor:
-    """One step of the unbiased exponential moving average; `step` counts from 1."""
-    return lerp(average, value, debiased_weight(beta, step))
+def ema(average: Tensor, value: Tensor, beta: Tensor, step: Tensor, debias: bool = True) -> Tensor:
+    """One step of the exponential moving average, unbiased by default; `step` counts from 1."""
+    return lerp(average, value, debiased_weight(beta, step) if debias else 1 - beta)
 
 
-def second_weight(beta2: Tensor, step: Tensor, scheduled_beta2: Tensor | None) -> Tensor:
+def second_weight(
+    beta2: Tensor, step: Tensor, scheduled_beta2: Tensor | None, debias: bool = True
+) -> Tensor:
     """The weight of the newest value in a second moment: the chain's `scheduled_beta2` rules."""
-    return debiased_weight(beta2, step) if scheduled_beta2 is None else 1 - scheduled_beta2
+    if scheduled_beta2 is not None:
+        return 1 - scheduled_beta2
+    return debiased_weight(beta2, step) if debias else 1 - beta2
 
 
 def second_moment(
-    average: Tensor, value: Tensor, beta2: Tensor, step: Tensor, scheduled_beta2: Tensor | None
+    average: Tensor,
+    value: Tensor,
+    beta2: Tensor,
+    step: Tensor,
+    scheduled_beta2: Tensor | None,
+    debias: bool = True,
 ) -> Tensor:
-    """One step of the unbiased mean of `value^2`."""
-    return lerp(average, value.square(), second_weight(beta2, step, scheduled_beta2))
+    """One step of the mean of `value^2`, unbiased by default."""
+    return lerp(average, value.square(), second_weight(beta2, step, scheduled_beta2, debias))
 
 
 def root(
@@ -59,3 +68,17 @@ def root(
         assert bias is not None
         return square.sqrt() + eps / bias.sqrt()
     return square.sqrt() + eps
+
+
+def quotient(
+    update: Tensor, deviation: Tensor, eps: Tensor | None, bound: Tensor | None = None
+) -> Tensor:
+    """`update / (deviation + eps)`; with eps None the arc tangent `b atan2(update, b deviation)`.
+
+    bound: b, by default 1. The arc tangent stays below b pi / 2, and is 0 at 0 / 0.
+    """
+    if eps is not None:
+        return update / (deviation + eps)
+    if bound is None:
+        return torch.atan2(update, deviation)
+    return bound * torch.atan2(update, bound * deviation)

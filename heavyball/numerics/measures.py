@@ -16,6 +16,7 @@ class Sizes:
     count: Callable[[Tensor], int | Tensor]
     is_single: Callable[[Tensor], bool]
     shape: Callable[[Tensor], torch.Size]
+    every: Callable[[Tensor, int], Tensor]
 
 
 _sizes: contextvars.ContextVar[Sizes | None] = contextvars.ContextVar("sizes", default=None)
@@ -42,6 +43,14 @@ def shape_of(x: Tensor | None) -> torch.Size | None:
         return None
     sizes = _sizes.get()
     return x.shape if sizes is None else sizes.shape(x)
+
+
+def every(x: Tensor, k: int) -> Tensor:
+    """Every k-th element, in the order of the dimensions, beginning with the first."""
+    sizes = _sizes.get()
+    if k == 1:
+        return x
+    return x.flatten()[::k] if sizes is None else sizes.every(x, k)
 
 
 @contextlib.contextmanager

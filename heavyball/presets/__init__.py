@@ -16,6 +16,7 @@ from heavyball.presets.first_order import (
     SFAdamW,
 )
 from heavyball.presets.muon import Muon, NorMuon
+from heavyball.presets.prodigy import Prodigy, ProdigyPlusScheduleFree
 from heavyball.presets.psgd import (
     PSGDLRA,
     PSGDPRO,
@@ -73,6 +74,8 @@ PRESETS: dict[str, type[Preset]] = {
         Shampoo,
         Muon,
         NorMuon,
+        Prodigy,
+        ProdigyPlusScheduleFree,
     )
 }
 
@@ -107,6 +110,8 @@ __all__ = [
     "PrecondScheduleSOAP",
     "Preset",
     "PresetOptions",
+    "Prodigy",
+    "ProdigyPlusScheduleFree",
     "PurePSGD",
     "RMSprop",
     "SFAdamW",

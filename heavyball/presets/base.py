@@ -28,8 +28,8 @@ CLIPPINGS: dict[str, Transform] = {
 Clipping = str | Transform | Callable[[Tensor], Tensor] | None
 
 
-class PresetOptions(TypedDict, total=False):
-    """Options that every preset takes.
+class OptionsButRounding(TypedDict, total=False):
+    """Options that every preset takes, but for `stochastic_rounding`, which some name themselves.
 
     warmup_steps: lr grows linearly over this many steps.
     caution: drop update entries that disagree with the gradient (`cautious`); with `schedule_free`,
@@ -54,12 +54,17 @@ class PresetOptions(TypedDict, total=False):
     beta2_scale: float
     foreach: bool | None
     compile: bool | str
-    stochastic_rounding: bool
     seed: int
     fuse_backward: bool
     storage_dtype: Choice
     ecc: Choice
     param_ecc: str | None
+
+
+class PresetOptions(OptionsButRounding, total=False):
+    """Options that every preset takes; `stochastic_rounding` is as in `ChainOpt`."""
+
+    stochastic_rounding: bool
 
 
 DEFAULTS: dict[str, Any] = {

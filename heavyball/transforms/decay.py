@@ -36,6 +36,19 @@ def coupled(update: Tensor, *, param: Tensor, weight_decay: Live = 0.0) -> Tenso
     return update + weight_decay * param
 
 
+@transform(provides=("grad",))
+def regularized(
+    update: Tensor, *, grad: Tensor, param: Tensor, weight_decay: Live = 0.0
+) -> tuple[Tensor, Tensor]:
+    """`coupled` for everything behind: what compares with the gradient sees the decay in it too.
+
+    u' = u + wd p, and g' = g + wd p
+
+    Source: `decouple=False` of prodigyopt, whose estimate takes the decay for part of the gradient.
+    """
+    return update + weight_decay * param, grad + weight_decay * param
+
+
 @transform(kind="decay", lr_max=scalar(0.0))
 def independent(
     update: Tensor,
@@ -87,6 +100,23 @@ def adamc(
 def _peak(lr_max: Tensor, base_lr: Tensor, peak_lr: Tensor) -> tuple[Tensor, Tensor]:
     lr_max = torch.maximum(lr_max, base_lr)
     return lr_max, torch.where(peak_lr > 0, peak_lr, lr_max)
+
+
+@transform(kind="decay", provides=("shrink",), modifier=True)
+def separate_decay(
+    update: Tensor, *, param: Tensor, lr: Tensor, weight_decay: Live = 0.0, by_lr: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Decay that is no part of the update: what masks or normalizes that leaves it alone.
+
+    p <- p - lr wd p - lr u;  by_lr=False: p <- p - wd p - lr u, whatever the learning rate
+
+    Before `schedule_free` it acts at y: z gets all of it, y as much of it as of the update. Only
+    `descend` and `schedule_free` know of it.
+
+    Units: `weight_decay` is per unit of `lr` and step, or with by_lr=False per step.
+    Source: `weight_decay_by_lr` of prodigy-plus-schedule-free.
+    """
+    return update, (lr * weight_decay if by_lr else weight_decay) * param
 
 
 @transform(kind="decay")

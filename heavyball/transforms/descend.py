@@ -6,11 +6,11 @@ from heavyball.transform import transform
 
 
 @transform(kind="writer")
-def descend(update: Tensor, *, param: Tensor, lr: Tensor) -> Tensor:
+def descend(update: Tensor, *, param: Tensor, lr: Tensor, shrink: Tensor | None = None) -> Tensor:
     """Take one step against the update.
 
-    p <- p - lr u
+    p <- p - lr u, and minus what `separate_decay` takes off
 
     Units: `lr` times the update's unit is the parameter's.
     """
-    return param - lr * update
+    return param - lr * update if shrink is None else param - lr * update - shrink

@@ -6,8 +6,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from heavyball.numerics import lerp, root, second_moment, second_weight
-from heavyball.transform import Live, State, transform
+from heavyball.numerics import ema, lerp, quotient, second_weight
+from heavyball.transform import Live, State, fraction, transform, zeros
 
 
 def factored_axes(shape: torch.Size, min_dim: int, mode: str) -> tuple[int, int] | None:
@@ -39,24 +39,34 @@ def _full(param: Tensor, options: Mapping[str, Any]) -> Tensor | None:
     return torch.zeros_like(param) if _axes(param, options) is None else None
 
 
+ROW, COL = _mean_state(0), _mean_state(1)
+FULL = State(_full, "zeros like the parameter, if not factored", holds="square")
+
+
 @transform(
-    row=_mean_state(0),
-    col=_mean_state(1),
-    exp_avg_sq=State(_full, "zeros like the parameter, if not factored", holds="square"),
+    row=ROW,
+    col=COL,
+    exp_avg_sq=FULL,
+    exp_avg=zeros.needs("momentum"),
+    domains={"momentum": fraction},
 )
 def factored_rms(
     update: Tensor,
     row: Tensor | None,
     col: Tensor | None,
     exp_avg_sq: Tensor | None,
+    exp_avg: Tensor | None,
     *,
     step: Tensor,
     scheduled_beta2: Tensor | None = None,
     beta2: Live = 0.99,
-    eps: Live = 1e-8,
+    eps: Live | None = 1e-8,
+    momentum: Live = 0.0,
     min_dim: int = 32,
     min_dim_mode: Literal["second", "any"] = "second",
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    correct_bias: bool = True,
+    clip_threshold: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """`scale_by_exp_avg_sq` with n + m numbers of state for an n x m matrix.
 
     row, col = unbiased means with beta2 of the means of u^2 over the largest axis and over the second
@@ -64,7 +74,10 @@ def factored_rms(
     u' = u / (sqrt(V) + eps)
 
     Tensors whose second largest axis (`min_dim_mode="any"`: whose largest) is shorter than `min_dim`
-    keep a full second moment; further axes are batch axes.
+    keep a full second moment; further axes are batch axes. `eps` None and `correct_bias` are those of
+    `scale_by_exp_avg_sq`.
+
+    momentum: above 0, the mean of u with this beta takes the place of u above the root.
 
     Shapes: all (*).
     Units: the result has none.
@@ -72,14 +85,42 @@ def factored_rms(
         optax. timm and prodigy-plus-schedule-free 1.9.0 average a row over a wrong axis where the
         largest axis comes first, and lose the row factor there.
     """
-    if exp_avg_sq is not None:
-        exp_avg_sq = second_moment(exp_avg_sq, update, beta2, step, scheduled_beta2)
-        return update / root(exp_avg_sq, eps, "outside"), None, None, exp_avg_sq
-    largest, second = factored_axes(update.shape, min_dim, min_dim_mode)  # type: ignore[misc]
+    new = next_square(
+        update,
+        (row, col, exp_avg_sq),
+        second_weight(beta2, step, scheduled_beta2, correct_bias),
+        min_dim,
+        min_dim_mode,
+    )
+    deviation = factored_root(new, update.shape, min_dim, min_dim_mode)
+    if exp_avg is not None:
+        update = exp_avg = ema(exp_avg, update, momentum, step, correct_bias)
+    return quotient(update, deviation, eps, clip_threshold), *new, exp_avg
+
+
+Square = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def next_square(update: Tensor, square: Square, weight: Tensor, min_dim: int, mode: str) -> Square:
+    """One step of a second moment: the means of its rows and columns, or all of it."""
+    row, col, full = square
+    if full is not None:
+        return None, None, lerp(full, update.square(), weight)
     assert row is not None
     assert col is not None
-    square, weight = update.square(), second_weight(beta2, step, scheduled_beta2)
-    row = lerp(row, square.mean(largest, keepdim=True), weight)
-    col = lerp(col, square.mean(second, keepdim=True), weight)
+    largest, second = factored_axes(update.shape, min_dim, mode)  # type: ignore[misc]
+    new = update.square()
+    row = lerp(row, new.mean(largest, keepdim=True), weight)
+    return row, lerp(col, new.mean(second, keepdim=True), weight), None
+
+
+def factored_root(square: Square, shape: torch.Size, min_dim: int, mode: str) -> Tensor:
+    """The root of a second moment; of means, the root of row col / mean(row)."""
+    row, col, full = square
+    if full is not None:
+        return full.sqrt()
+    assert row is not None
+    assert col is not None
+    _, second = factored_axes(shape, min_dim, mode)  # type: ignore[misc]
     scale = row / row.mean(second, keepdim=True).clamp(min=1e-30)
-    return update / (scale.sqrt() * col.sqrt() + eps), row, col, None
+    return scale.sqrt() * col.sqrt()

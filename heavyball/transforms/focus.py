@@ -9,7 +9,7 @@ SIGNS = "focus replaces the preconditioner, and its update is made of signs"
 
 
 @transform(
-    exp_avg=zeros,
+    exp_avg=zeros.needs("momentum"),
     param_avg=zeros.holding("weights"),
     provides=("decayed",),
     excludes={
@@ -20,18 +20,21 @@ SIGNS = "focus replaces the preconditioner, and its update is made of signs"
 )
 def focus(
     update: Tensor,
-    exp_avg: Tensor,
+    exp_avg: Tensor | None,
     param_avg: Tensor,
     *,
     step: Tensor,
     param: Tensor,
     betas: Live = (0.9, 0.999),
     gamma: Live = 0.1,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    momentum: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Follow the sign of the momentum and be drawn to the averaged weights.
 
     m <- beta1 m + (1 - beta1) g;  q = unbiased mean of p_1..p_t with weights beta2^(t-i)
     u = sign(m) + gamma sign(p - q); `decoupled` decay behind it decays by q instead of p
+
+    momentum: False takes the sign of g itself, and keeps no m.
 
     Shapes: all (*).
     Units: |u| <= 1 + gamma, so `lr` is the size of every entry's step.
@@ -39,6 +42,7 @@ def focus(
         unbiased by its weights, so that p - q is exactly 0 at t = 1; the authors divide by
         1 - beta2^t, which leaves a rounding error there, and its sign moves the weights.
     """
-    exp_avg = lerp(exp_avg, update, 1 - betas[0])
+    exp_avg = None if exp_avg is None else lerp(exp_avg, update, 1 - betas[0])
     param_avg = ema(param_avg, param, betas[1], step)
-    return exp_avg.sign() + gamma * (param - param_avg).sign(), exp_avg, param_avg, param_avg
+    direction = update if exp_avg is None else exp_avg
+    return direction.sign() + gamma * (param - param_avg).sign(), exp_avg, param_avg, param_avg

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from heavyball.numerics import EpsPlacement, lerp, root, second_moment
+from heavyball.numerics import EpsPlacement, lerp, quotient, root, second_moment
 from heavyball.transform import Live, squares, transform, zeros
 
 
@@ -15,19 +15,26 @@ def scale_by_exp_avg_sq(
     step: Tensor,
     scheduled_beta2: Tensor | None = None,
     beta2: Live = 0.99,
-    eps: Live = 1e-8,
+    eps: Live | None = 1e-8,
     eps_placement: EpsPlacement = "outside",
+    correct_bias: bool = True,
+    clip_threshold: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Adam without its first moment.
 
     v_t = unbiased mean of u_1^2..u_t^2 with weights beta2^(t-i);  u' = u / (sqrt(v) + eps)
 
+    eps: None takes the arc tangent b atan2(u, b sqrt(v)) instead; b is 1, or what `prodigy_plus_d` says.
+    correct_bias: False leaves out the bias correction.
+
     Shapes: all (*).
     Units: the result has none; on the first step it is the sign of u.
     Source: Kingma and Ba 2015 with beta1 = 0, https://arxiv.org/abs/1412.6980.
     """
-    exp_avg_sq = second_moment(exp_avg_sq, update, beta2, step, scheduled_beta2)
-    bias = 1 - beta2**step
+    exp_avg_sq = second_moment(exp_avg_sq, update, beta2, step, scheduled_beta2, correct_bias)
+    if eps is None:
+        return quotient(update, exp_avg_sq.sqrt(), None, clip_threshold), exp_avg_sq
+    bias = 1 - beta2**step if correct_bias else torch.ones_like(step)
     return update / root(exp_avg_sq, eps, eps_placement, bias), exp_avg_sq
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from heavyball.numerics import lerp
 from heavyball.transform import Live, copy_of_param, open_fraction, scalar, transform
-from heavyball.transforms.cautious import mask_disagreeing
+from heavyball.transforms.cautious import CautiousScale, mask_disagreeing
 
 
 def averaged_iterate(
@@ -40,6 +40,9 @@ def schedule_free(
     weight_lr_power: Live = 2.0,
     c: Live = 0.0,
     caution: Literal["none", "cautious", "grams"] = "none",
+    caution_scale: CautiousScale = "mean",
+    weight_at: Literal["peak", "now"] = "peak",
+    shrink: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Step from z, average the steps in x, and take gradients in between, at y.
 
@@ -52,7 +55,8 @@ def schedule_free(
 
     c: above 0, c_t is min(1, c (1 - beta) c_t), a longer average.
     caution: masks (or gives signs to) the whole change of y by u, never z; `cautious` and `grams` as
-        elements before this one act on u instead.
+        elements before this one act on u instead. `caution_scale` is the `scale` of `cautious`.
+    weight_at: "now" weighs a step by its own lr_t, not by the largest so far.
 
     Shapes: all (*).
     Units: `lr` as in the chain before; there is no schedule but a warm-up.
@@ -62,13 +66,16 @@ def schedule_free(
         kept per parameter, so one whose gradients begin late is averaged from its own first step.
     """
     lr_max = torch.maximum(lr_max, lr)
-    weight = step**r * lr_max**weight_lr_power
+    weight = step**r * (lr_max if weight_at == "peak" else lr) ** weight_lr_power
     weight_sum = weight_sum + weight
     share = torch.where(weight_sum > 0, weight / weight_sum, 0.0)
     share = torch.where(c > 0, (c * (1 - beta) * share).clamp(max=1), share)
-    change = share * (param - z) + lr * (1 - beta * (1 - share)) * update
+    forward = 1 - beta * (1 - share)
+    change = share * (param - z) + lr * forward * update
     if caution == "cautious":
-        change = mask_disagreeing(change, update)
+        change = mask_disagreeing(change, update, caution_scale)
     elif caution == "grams":
         change = update.sign() * change.abs()
-    return param - change, z - lr * update, weight_sum, lr_max
+    if shrink is None:
+        return param - change, z - lr * update, weight_sum, lr_max
+    return param - change - forward * shrink, z - lr * update - shrink, weight_sum, lr_max

@@ -36,13 +36,19 @@ def stable_adamw(
 
 
 @transform(domains={"threshold": positive})
-def clip_update_rms(update: Tensor, *, threshold: Live = 1.0) -> Tensor:
+def clip_update_rms(
+    update: Tensor, *, clip_threshold: Tensor | None = None, threshold: Live = 1.0
+) -> Tensor:
     """Scale an update down to the root mean square `threshold`.
 
     u' = u / max(1, RMS(u) / threshold)
+
+    With `prodigy_plus_d`, `threshold` is multiplied by 50 until d has moved.
 
     Shapes: all (*).
     Units: `threshold` has the unit of u; behind a preconditioner it is about 1.
     Source: Shazeer and Stern 2018, section 6, https://arxiv.org/abs/1804.04235.
     """
+    if clip_threshold is not None:
+        threshold = threshold * clip_threshold
     return update / (rms(update) / threshold).clamp(min=1)

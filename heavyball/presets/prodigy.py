@@ -1,0 +1,207 @@
+"""Presets that find their learning rate themselves."""
+
+from typing import Any, Unpack
+
+from torch import Tensor
+
+from heavyball import chainable as C
+from heavyball.presets.base import OptionsButRounding, Preset, PresetOptions, flag
+from heavyball.transform import shared
+
+# A smallest axis that no tensor has: all of the second moment is kept.
+NEVER = 2**62
+
+
+class Prodigy(Preset):
+    """Adam whose learning rate is the estimated distance to the solution; the authors' defaults.
+
+    `lr` is a factor, to be left at 1 or scheduled from 1 down; `d_coef` tunes.
+
+    Units: the step is `lr` d per element, d in weight units, see `opt.d`.
+    Source: Mishchenko and Defazio 2023, Algorithm 4, https://arxiv.org/abs/2306.06101, as in
+        prodigyopt 1.1.2; `decouple=False` makes `weight_decay` part of the gradient.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        beta3: float | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        decouple: bool = True,
+        use_bias_correction: bool = False,
+        safeguard_warmup: bool = False,
+        d0: float = 1e-6,
+        d_coef: float = 1.0,
+        growth_rate: float = float("inf"),
+        slice_p: int = 1,
+        split_groups: bool = False,
+        **options: Unpack[PresetOptions],
+    ):
+        b = shared("betas", betas)
+        rate = C.prodigy_d(
+            betas=b,
+            beta3=beta3,
+            d0=d0,
+            d_coef=d_coef,
+            growth_rate=growth_rate,
+            slice_p=slice_p,
+            safeguard_warmup=safeguard_warmup,
+            use_bias_correction=use_bias_correction,
+            split_groups=split_groups,
+        )
+        chain: tuple = (C.scale_by_adam(betas=b, eps=eps, correct_bias=False), rate)
+        if not flag("decouple", decouple):
+            chain, weight_decay = (C.regularized(weight_decay=weight_decay), *chain), 0.0
+        self.build(params, lr, chain, options, beta1=b[0], weight_decay=weight_decay)
+
+
+def _exclude(first: str, second: str, reason: str, remedy: str) -> None:
+    raise ValueError(f"{first} and {second} exclude each other: {reason}; pass {remedy}")
+
+
+class ProdigyPlusScheduleFree(Preset):
+    """Schedule-free descent that finds its learning rate; prodigy-plus-schedule-free's arguments.
+
+    Call `eval()` before evaluating or saving the model, `train()` before training on. See
+    docs/prodigy.md for what the options do, and for what differs from the original.
+    `fused_back_pass` is `heavyball.fuse_backward`, where a second gradient of a parameter begins a
+    new step by itself, since trainers that step in hooks of their own do not call `step()`.
+
+    Units: the step is `lr` d per element, d in weight units, see `opt.d`; leave `lr` at 1.
+    Errors: ValueError where two options exclude each other, with the reason and what to pass.
+    Source: prodigy-plus-schedule-free 1.9.0 (`schedulefree_c` and `d_limiter`: 2.0.1), after
+        https://arxiv.org/abs/2306.06101 and https://arxiv.org/abs/2405.15682.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1.0,
+        betas: tuple[float, float] = (0.9, 0.99),
+        beta3: float | None = None,
+        weight_decay: float = 0.0,
+        weight_decay_by_lr: bool = True,
+        use_bias_correction: bool = False,
+        d0: float = 1e-6,
+        d_coef: float = 1.0,
+        prodigy_steps: int = 0,
+        use_speed: bool = False,
+        eps: float | None = 1e-8,
+        split_groups: bool = True,
+        split_groups_mean: bool = True,
+        factored: bool = True,
+        factored_fp32: bool = True,
+        fused_back_pass: bool = False,
+        use_stableadamw: bool = True,
+        use_muon_pp: bool = False,
+        use_cautious: bool = False,
+        use_grams: bool = False,
+        use_adopt: bool = False,
+        use_orthograd: bool = False,
+        use_focus: bool = False,
+        stochastic_rounding: bool = True,
+        *,
+        use_schedulefree: bool = True,
+        schedulefree_c: float = 0.0,
+        d_limiter: bool = False,
+        **options: Unpack[OptionsButRounding],
+    ):
+        given = {name: value for name, value in locals().items() if isinstance(value, bool)}
+        chosen = {name: flag(name, value) for name, value in given.items()}
+        _check_pairs(chosen, eps)
+        if schedulefree_c and not use_schedulefree:
+            raise ValueError(
+                f"schedulefree_c={schedulefree_c!r} has no effect with use_schedulefree=False"
+            )
+        b = shared("betas", betas)
+        rate = C.prodigy_plus_d(
+            betas=b,
+            beta3=beta3,
+            d0=d0,
+            d_coef=d_coef,
+            prodigy_steps=prodigy_steps,
+            use_speed=use_speed,
+            d_limiter=d_limiter,
+            use_bias_correction=use_bias_correction,
+            after_first=use_adopt,
+            narrow_sums=True,
+            split_groups=split_groups,
+            split_groups_mean=split_groups_mean,
+        )
+        chain: list[Any] = [*_directions(chosen, b, eps), rate]
+        if use_stableadamw:
+            chain.append(C.clip_update_rms)
+        caution = "cautious" if use_cautious else "grams" if use_grams else "none"
+        writer = C.schedule_free(beta=b[0], caution=caution, weight_at="now", c=schedulefree_c)
+        if not use_schedulefree:
+            chain += [C.cautious] if use_cautious else [C.grams] if use_grams else []
+        chain.append(C.separate_decay(weight_decay=weight_decay, by_lr=weight_decay_by_lr))
+        passed: PresetOptions = {**options, "stochastic_rounding": stochastic_rounding}
+        self._fused_ends_itself = fused_back_pass
+        if fused_back_pass:
+            passed["fuse_backward"] = True
+        self.build(
+            params,
+            lr,
+            tuple(chain),
+            passed,
+            beta1=b[0],
+            writer=writer if use_schedulefree else None,
+        )
+
+
+def _directions(chosen: dict[str, bool], betas: Any, eps: float | None) -> list[Any]:
+    """What turns the gradient into a direction: for matrices another one with `use_muon_pp`."""
+    elements = [C.orthograd] if chosen["use_orthograd"] else []
+    elements += _direction(chosen, betas, eps)
+    if not chosen["use_muon_pp"]:
+        return elements
+    size = C.scale_by_tensor_rms(
+        beta2=betas[1], correct_bias=chosen["use_bias_correction"], first_only=chosen["use_speed"]
+    )
+    # documented in the original, though not done there: no orthograd before it
+    return [C.route(C.when((C.adaptive_orthogonalize, size), min_ndim=2), otherwise=elements)]
+
+
+def _direction(chosen: dict[str, bool], betas: Any, eps: float | None) -> list[Any]:
+    correct_bias, plain = chosen["use_bias_correction"], not chosen["use_schedulefree"]
+    if chosen["use_focus"]:
+        return [C.focus(betas=betas, gamma=0.1, momentum=plain)]
+    min_dim = 32 if chosen["factored"] else NEVER
+    arguments: dict[str, Any] = {"beta2": betas[1], "eps": eps, "correct_bias": correct_bias}
+    if chosen["use_adopt"]:
+        delayed = C.delayed_rms(min_dim=min_dim, min_dim_mode="any", **arguments)
+        return [delayed, C.exp_avg(beta=betas[0])] if plain else [delayed]
+    if chosen["factored"] or plain:
+        momentum = betas[0] if plain else 0.0
+        return [C.factored_rms(momentum=momentum, min_dim=min_dim, min_dim_mode="any", **arguments)]
+    return [C.scale_by_exp_avg_sq(**arguments)]
+
+
+def _check_pairs(chosen: dict[str, bool], eps: float | None) -> None:
+    """Refuse what the original prints a line about and switches off."""
+    if chosen["use_cautious"] and chosen["use_grams"]:
+        reason = "both decide by the sign of the update what becomes of an entry"
+        _exclude("use_cautious=True", "use_grams=True", reason, "one of them")
+    if eps is None and chosen["use_stableadamw"]:
+        reason = "the arc tangent already bounds the update"
+        _exclude("eps=None", "use_stableadamw=True", reason, "use_stableadamw=False")
+    if chosen["use_muon_pp"] and not chosen["use_schedulefree"]:
+        reason = "the orthogonalized direction has no first moment of its own"
+        _exclude("use_muon_pp=True", "use_schedulefree=False", reason, "one of them")
+    if chosen["use_focus"]:
+        if chosen["factored"]:
+            reason = "focus has no second moment that could be factored"
+            _exclude("use_focus=True", "factored=True", reason, "factored=False")
+        if chosen["use_muon_pp"]:
+            reason = "focus replaces the direction"
+            _exclude("use_focus=True", "use_muon_pp=True", reason, "one of them")
+        if eps is None:
+            reason = "focus divides by nothing, so there is no arc tangent to take"
+            _exclude("use_focus=True", "eps=None", reason, "a number for eps")
+        if chosen["use_adopt"]:
+            reason = "focus has no second moment that ADOPT could delay"
+            _exclude("use_focus=True", "use_adopt=True", reason, "one of them")

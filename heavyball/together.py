@@ -1,0 +1,176 @@
+"""Numbers that the parameters of a group decide on together, such as Prodigy's d.
+
+They belong to the group, not to a parameter: entries of it that are saved with it, 0-d float64 tensors
+on the device of its first parameter (an int counts its steps). A parameter that joins late sees the
+present ones, and one without a gradient has no part in them.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heavyball.chain import Chain
+from heavyball.runner import SCALAR, Job, Scalars
+from heavyball.transform import Member
+
+Sums = dict[int, tuple[Tensor, ...]]
+
+
+def sums_of(found: list[tuple[Job, tuple[Tensor, ...]]]) -> Sums:
+    """What the jobs of each group gave, added up, by the group's identity."""
+    sums: Sums = {}
+    for job, shares in found:
+        shares = tuple(s.detach().to(SCALAR).reshape(()) for s in shares)
+        place = id(job.group)
+        if place in sums:
+            shares = tuple(a + b.to(a.device) for a, b in zip(sums[place], shares, strict=True))
+        sums[place] = shares
+    return sums
+
+
+class Together:
+    """Makes and renews the common numbers of an optimizer's groups. Nothing waits for the device."""
+
+    def __init__(self, chain: Chain):
+        self.node = chain.rate
+        self._scalars: list[Scalars] = []
+
+    def begin(self, index: int, groups: list[dict[str, Any]]) -> None:
+        """Give a new group its numbers."""
+        if self.node is None or not groups[index]["params"]:
+            return
+        group, t = groups[index], self.node.transform
+        others = [g for i, g in enumerate(groups) if i != index and set(t.common) <= g.keys()]
+        for name, first in t.common.items():
+            if others and not t.options.get("split_groups", True):
+                value = others[0][name]
+                group[name] = value.clone() if isinstance(value, Tensor) else value
+            elif isinstance(first, int):
+                group[name] = first
+            else:
+                value = self._hyper(group, first) if isinstance(first, str) else first
+                group[name] = torch.full((), value, dtype=SCALAR)
+        self.settle(group)
+
+    def begin_again(self, index: int, groups: list[dict[str, Any]]) -> None:
+        """Give a group that has not stepped its numbers anew: a hyper-parameter has changed."""
+        for name, first in self.node.transform.common.items() if self.node else ():
+            if isinstance(first, int) and groups[index].get(name) == 0:
+                self.begin(index, groups)
+
+    def settle(self, group: dict[str, Any]) -> None:
+        """Bring a group's numbers to where its parameters are, in memory of their own."""
+        for name in self.node.transform.common if self.node else ():
+            value = group.get(name)
+            if isinstance(value, Tensor) and group["params"]:
+                device = group["params"][0].device
+                group[name] = value.detach().to(device, SCALAR, copy=True).reshape(())
+
+    def _hyper(self, group: Mapping[str, Any], name: str) -> float:
+        assert self.node is not None
+        key, index = self.node.hyper[name]
+        return group[key] if index is None else group[key][index]
+
+    def finish(
+        self, groups: list[dict[str, Any]], found: list[tuple[Job, tuple[Tensor, ...]]]
+    ) -> None:
+        """Renew the numbers of every group from what its jobs gave."""
+        self.renew(groups, sums_of(found))
+
+    def renew(self, groups: list[dict[str, Any]], sums: Sums) -> None:
+        """The same, given the sums of each group by its identity."""
+        assert self.node is not None
+        t = self.node.transform
+        assert t.finish is not None
+        home = next(s[0].device for s in sums.values())
+        while len(self._scalars) < len(groups):
+            self._scalars.append(Scalars())
+        whole = [i for i, g in enumerate(groups) if set(t.common) <= g.keys()]
+        for i in whole:
+            for name, first in t.common.items():
+                if isinstance(first, int) and id(groups[i]) in sums:
+                    groups[i][name] += 1
+        members = [self._member(groups[i], self._scalars[i], sums, home) for i in whole]
+        for i, values in zip(whole, t.finish(members, t.options), strict=True):
+            for name, value in values.items():
+                if isinstance(value, Tensor):
+                    groups[i][name].copy_(value)
+                else:
+                    groups[i][name] = value
+
+    def _member(
+        self,
+        group: dict[str, Any],
+        scalars: Scalars,
+        sums: Sums,
+        home: torch.device,
+    ) -> Member:
+        assert self.node is not None
+        t = self.node.transform
+        values: dict[str, Any] = {}
+        for name in t.common:
+            value = group[name]
+            values[name] = value.to(home) if isinstance(value, Tensor) else value
+        for name, (key, index) in self.node.hyper.items():
+            value = scalars.get(group, key, home)
+            values[name] = value if index is None else value[index]
+        mine = sums.get(id(group))
+        return Member(None if mine is None else tuple(s.to(home) for s in mine), values)
+
+
+class Pending:
+    """Takes the place of a `Together` while parameters are stepped one at a time.
+
+    What they give waits until the step ends, and is then added in the order of the parameters.
+    """
+
+    def __init__(self, together: Together):
+        self._together = together
+        self._given: dict[Tensor, Sums] = {}
+        self.param: Tensor | None = None  # the one that is stepped now
+
+    @property
+    def node(self) -> Any:
+        return self._together.node
+
+    def finish(
+        self, groups: list[dict[str, Any]], found: list[tuple[Job, tuple[Tensor, ...]]]
+    ) -> None:
+        """Keep what the parameter gave."""
+        self.renew(groups, sums_of(found))
+
+    def renew(self, groups: list[dict[str, Any]], sums: Sums) -> None:
+        """The same, given it by its group."""
+        assert self.param is not None
+        self._given[self.param] = sums
+
+    def before(self, param: Tensor, groups: list[dict[str, Any]]) -> None:
+        """A parameter is about to be stepped: if it was before, that step has ended."""
+        if param in self._given:
+            self.close(groups)
+        self.param = param
+
+    def after(self, groups: list[dict[str, Any]]) -> None:
+        """End the step if no parameter is left to wait for."""
+        if self._given and all(
+            p in self._given or not p.requires_grad for g in groups for p in g["params"]
+        ):
+            self.close(groups)
+
+    def close(self, groups: list[dict[str, Any]]) -> None:
+        """The step has ended: renew the numbers of the groups."""
+        total: Sums = {}
+        for group in groups:
+            for param in group["params"]:
+                for place, shares in self._given.pop(param, {}).items():
+                    before = total.get(place)
+                    total[place] = (
+                        shares
+                        if before is None
+                        else tuple(a + b.to(a.device) for a, b in zip(before, shares, strict=True))
+                    )
+        self._given = {}
+        if total:
+            self._together.renew(groups, total)

@@ -1,0 +1,57 @@
+"""The orthogonalized direction of prodigy-plus-schedule-free, and the size that it is divided by."""
+
+import torch
+from torch import Tensor
+
+from heavyball.numerics import lerp, rms, second_weight
+from heavyball.transform import Live, scalar, transform
+from heavyball.transforms.muon import as_matrices, needs_matrix, orthogonal
+
+
+@transform(whole=True, requires=needs_matrix)
+def adaptive_orthogonalize(update: Tensor, *, steps: int = 6, eps: Live = 1e-7) -> Tensor:
+    """Orthogonalize a matrix, and shrink the result where the matrix itself is small.
+
+    O = NS(u), as `orthogonalize` with "quintic";  u' = clamp(<u, O>, -1, 1) O
+
+    Shapes: two or more dimensions; an n-d kernel is one matrix (size of axis 0, rest).
+    Units: the result has none, but follows the gradient's size below a trace norm of 1.
+    Errors: ValueError for a parameter of fewer than two dimensions.
+    Source: `use_muon_pp` of prodigy-plus-schedule-free 1.9.0; the factor is from
+        https://github.com/leloykun/adaptive-muon. Departure: products in the dtype of the mathematics.
+    """
+    x = as_matrices(update, False)
+    result = orthogonal(x, "quintic", steps, eps)
+    along = (x * result).sum((-2, -1), keepdim=True).clamp(-1, 1)
+    return (result * along).reshape(update.shape)
+
+
+@transform(square=scalar(0.0))
+def scale_by_tensor_rms(
+    update: Tensor,
+    square: Tensor,
+    *,
+    step: Tensor,
+    unit_change: Tensor | None = None,
+    beta2: Live = 0.99,
+    eps: Live = 1e-8,
+    correct_bias: bool = False,
+    first_only: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Divide a tensor by its running root mean square, one number for all of it.
+
+    r <- beta2 r + (1 - beta2) max(RMS(u), 1e-8)^2;  u' = u / (sqrt(r) + eps)
+
+    correct_bias: correct the bias of r. first_only: r is that of the first step for good.
+
+    Shapes: all (*).
+    Units: the result has none.
+    Source: `use_muon_pp` of prodigy-plus-schedule-free 1.9.0, where r is rounded to bfloat16.
+    """
+    size = rms(update).clamp(min=1e-8).square()
+    if first_only:
+        square = torch.where(step == 1, size, square)
+    else:
+        old = square if unit_change is None else square * unit_change**2
+        square = lerp(old, size, second_weight(beta2, step, None, correct_bias))
+    return update / (square.sqrt() + eps), square

@@ -1,0 +1,325 @@
+"""Prodigy: how far the solution is, estimated while training, in place of a learning rate."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heavyball.numerics import dot, every
+from heavyball.transform import Interval, Live, Member, State, positive, scalar, transform
+
+COUNT = Interval(1, float("inf"))
+
+
+def _first_weights(param: Tensor, options: Mapping[str, Any]) -> Tensor:
+    return every(param, options["slice_p"]).clone(memory_format=torch.contiguous_format)
+
+
+def _no_sums(param: Tensor, options: Mapping[str, Any]) -> Tensor:
+    like = every(param, options["slice_p"])
+    return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+
+
+FIRST = State(
+    _first_weights, "every slice_p-th of the first weights", holds="values", slice_by="slice_p"
+)
+SUMS = State(_no_sums, "zeros, one for each of p0", holds="values", slice_by="slice_p")
+# the d of the parameter's last step, in which its moments are expressed
+UNIT = scalar(0.0)
+
+
+def _narrow_sums(param: Tensor, options: Mapping[str, Any]) -> Tensor:
+    sums = _no_sums(param, options)
+    return (
+        sums.to(torch.bfloat16) if options["narrow_sums"] and sums.dtype != torch.float64 else sums
+    )
+
+
+NARROW_SUMS = State(_narrow_sums, SUMS.rule, holds="values", slice_by="slice_p")
+
+
+def _beta3(beta3: Tensor | None, betas: Any) -> Tensor:
+    return betas[1].sqrt() if beta3 is None else beta3
+
+
+def _change(unit: Tensor, d: Tensor) -> Tensor:
+    return torch.where(unit > 0, unit / d, 1.0)
+
+
+def _pools(members: Sequence[Member], split: bool) -> list[list[int]]:
+    """The groups that share a d, of those with a gradient; the others' d stands still."""
+    active = [i for i, m in enumerate(members) if m.sums is not None]
+    if split:
+        return [[i] for i in active]
+    return [active] if active else []
+
+
+def _added(members: Sequence[Member], pool: list[int]) -> tuple[Tensor, ...]:
+    found = [members[i].sums for i in pool]
+    return tuple(torch.stack(parts).sum() for parts in zip(*found, strict=True))  # type: ignore[arg-type]
+
+
+# ---- the authors' Prodigy
+
+
+def _correction(step: Tensor, betas: Any, use_bias_correction: bool) -> Tensor | float:
+    if not use_bias_correction:
+        return 1.0
+    return (1 - betas[1] ** step).sqrt() / (1 - betas[0] ** step)
+
+
+def _next_sums(
+    s: Tensor,
+    gradient: Tensor,
+    d: Tensor,
+    d0: Tensor,
+    dlr: Tensor,
+    beta3: Tensor,
+    safeguard_warmup: bool,
+) -> Tensor:
+    new = beta3 * s + d / d0 * (d if safeguard_warmup else dlr) * gradient
+    return torch.where(dlr > 0, new, s)
+
+
+def _shares(
+    update: Tensor,
+    *,
+    p0: Tensor,
+    s: Tensor,
+    step: Tensor,
+    param: Tensor,
+    grad: Tensor,
+    lr: Tensor,
+    d: Tensor,
+    betas: Any,
+    beta3: Tensor | None,
+    d0: Tensor,
+    slice_p: int,
+    safeguard_warmup: bool,
+    use_bias_correction: bool,
+) -> tuple[Tensor, Tensor]:
+    gradient = every(grad, slice_p)
+    dlr = d * lr * _correction(step, betas, use_bias_correction)
+    s = _next_sums(s, gradient, d, d0, dlr, _beta3(beta3, betas), safeguard_warmup)
+    size = torch.where(dlr > 0, s.abs().sum(dtype=torch.float64), 0.0)
+    return d / d0 * dlr * dot(gradient, p0 - every(param, slice_p)), size
+
+
+def _estimate(members: Sequence[Member], options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    new: list[dict[str, Any]] = [{"d_before": m.values["d"].clone()} for m in members]
+    for pool in _pools(members, options["split_groups"]):
+        added, size = _added(members, pool)
+        v = members[pool[0]].values
+        beta3 = _beta3(v.get("beta3"), (None, v["betas"][1]))
+        numerator = torch.where(size > 0, beta3 * v["d_numerator"] + added, v["d_numerator"])
+        d, d_hat = v["d"], torch.where(size > 0, v["d_coef"] * numerator / size, v["d"])
+        d_max = torch.maximum(v["d_max"], d_hat)
+        d = torch.where(d == v["d0"], torch.maximum(d, d_hat), d)
+        grown = torch.minimum(d_max, d * v["growth_rate"])
+        d = torch.where(size > 0, grown, v["d"])
+        everyone = pool if options["split_groups"] else range(len(members))
+        for i in everyone:
+            new[i] |= {"d": d, "d_max": d_max, "d_numerator": numerator}
+    return new
+
+
+@transform(
+    kind="rate",
+    p0=FIRST,
+    s=SUMS,
+    unit=UNIT,
+    provides=("lr", "unit_change", "eps_change"),
+    domains={
+        "d0": positive,
+        "d_coef": positive,
+        "growth_rate": Interval(1, float("inf"), high_open=False),
+        "slice_p": COUNT,
+    },
+    common={"d": "d0", "d_before": "d0", "d_max": "d0", "d_numerator": 0.0, "d_steps": 0},
+    over_all=_shares,
+    finish=_estimate,
+)
+def prodigy_d(
+    update: Tensor,
+    p0: Tensor,
+    s: Tensor,
+    unit: Tensor,
+    *,
+    step: Tensor,
+    param: Tensor,
+    grad: Tensor,
+    lr: Tensor,
+    d: Tensor,
+    d_before: Tensor,
+    betas: Live = (0.9, 0.999),
+    beta3: Live | None = None,
+    d0: Live = 1e-6,
+    d_coef: Live = 1.0,
+    growth_rate: Live = float("inf"),
+    slice_p: int = 1,
+    safeguard_warmup: bool = False,
+    use_bias_correction: bool = False,
+    split_groups: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Multiply the learning rate by the distance to the solution, estimated as in Prodigy.
+
+    with the d of before the step, of everything behind: lr' = d lr
+    N <- beta3 N + (d / d0) lr' <g, p_1 - p>;  s <- beta3 s + (d / d0) lr' g
+    d^ = d_coef N / ||s||_1, N and the norm over all parameters with a gradient
+    d_max <- max(d_max, d^);  d <- min(d_max, d growth_rate); while d is d0, first d <- max(d, d^)
+
+    Moments behind it weigh each gradient with the d of its step, and `eps` has the unit of the new d,
+    as the authors' Adam has them: m is kept as m / d, so what it holds is multiplied by d_old / d_new.
+
+    beta3: None is sqrt(betas[1]).
+    slice_p: N and s look at every slice_p-th element.
+    safeguard_warmup: s adds (d / d0) d g, so that a warm-up of `lr` does not raise d.
+    use_bias_correction: lr' is also multiplied by sqrt(1 - beta2^t) / (1 - beta1^t), for moments
+        without a correction of their own.
+    split_groups: a d for each group. Groups of different `lr` keep their ratio either way.
+
+    Shapes: all (*).
+    Units: `lr` is a factor around 1; d has the unit of the weights.
+    Source: Mishchenko and Defazio 2023, Algorithm 4, https://arxiv.org/abs/2306.06101, as in the
+        authors' package prodigyopt 1.1.2. Departures: each group's own `lr` weighs its gradients;
+        while s is 0 everywhere a step is an ordinary one.
+    """
+    dlr = d_before * lr * _correction(step, betas, use_bias_correction)
+    rest = (safeguard_warmup,)
+    s = _next_sums(s, every(grad, slice_p), d_before, d0, dlr, _beta3(beta3, betas), *rest)
+    return update, p0, s, d_before, dlr, _change(unit, d_before), d / d_before
+
+
+# ---- the plus form
+
+
+def _rectification(step: Tensor, beta2: Tensor) -> Tensor:
+    """The factor of RAdam, 0 where the variance of the second moment is unbounded."""
+    power = beta2**step
+    longest = 2 / (1 - beta2) - 1
+    length = longest - 2 * step * power / (1 - power)
+    square = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
+    return torch.where(length > 4, square.clamp(min=0).sqrt(), 0.0)
+
+
+def _estimate_plus(members: Sequence[Member], options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    new: list[dict[str, Any]] = [{"d": m.values["d"]} for m in members]
+    for pool in _pools(members, options["split_groups"]):
+        v = members[pool[0]].values
+        if options["prodigy_steps"] and v["d_steps"] >= options["prodigy_steps"]:
+            continue
+        added, size = _added(members, pool)
+        numerator = _beta3(v.get("beta3"), v["betas"]) * v["d_numerator"]
+        # What speaks against the direction so far counts only once d has moved, and does not add up.
+        against = torch.where(v["d"] > v["d0"], torch.minimum(numerator, added), numerator)
+        numerator = torch.where(added < 0, against, numerator + added)
+        if options["d_limiter"]:
+            most = v["d"] * 2**0.25
+            d_hat = v["d_coef"] * torch.minimum(torch.atan2(numerator, size), most)
+        else:
+            # an arc tangent, which is 0 at 0 / 0 and bounded
+            d_hat = torch.atan2(v["d_coef"] * numerator, size)
+        d = torch.maximum(v["d"], d_hat)
+        if options["use_speed"]:
+            d = torch.minimum(d, v["d"] ** 0.975)
+        everyone = pool if options["split_groups"] else range(len(members))
+        for i in everyone:
+            new[i] |= {"d": d, "d_numerator": numerator}
+    stepped = [i for i, m in enumerate(members) if m.values["d_steps"]]
+    if options["split_groups"] and options["split_groups_mean"] and len(members) > 1:
+        mean = len(stepped) / torch.stack([1 / new[i]["d"] for i in stepped]).sum()
+        for i in stepped:
+            new[i]["d_step"] = mean
+    else:
+        for values in new:
+            values["d_step"] = values["d"]
+    return new
+
+
+@transform(
+    kind="rate",
+    p0=FIRST.gone_at("prodigy_steps", "d_steps"),
+    s=NARROW_SUMS.gone_at("prodigy_steps", "d_steps"),
+    unit=UNIT,
+    provides=("lr", "unit_change", "clip_threshold"),
+    domains={
+        "d0": positive,
+        "d_coef": positive,
+        "slice_p": COUNT,
+        "prodigy_steps": Interval(0, float("inf")),
+    },
+    common={"d": "d0", "d_step": "d0", "d_numerator": 0.0, "d_steps": 0},
+    gives=("numerator", "denominator"),
+    finish=_estimate_plus,
+)
+def prodigy_plus_d(
+    update: Tensor,
+    p0: Tensor | None,
+    s: Tensor | None,
+    unit: Tensor,
+    *,
+    step: Tensor,
+    param: Tensor,
+    grad: Tensor,
+    lr: Tensor,
+    d: Tensor,
+    d_step: Tensor,
+    betas: Live = (0.9, 0.99),
+    beta3: Live | None = None,
+    d0: Live = 1e-6,
+    d_coef: Live = 1.0,
+    slice_p: int = 11,
+    prodigy_steps: int = 0,
+    use_speed: bool = False,
+    d_limiter: bool = False,
+    use_bias_correction: bool = False,
+    after_first: bool = False,
+    narrow_sums: bool = False,
+    split_groups: bool = True,
+    split_groups_mean: bool = True,
+) -> tuple[Tensor, ...]:
+    """Prodigy's estimate as in prodigy-plus-schedule-free: one pass, and the new d from the next step.
+
+    of everything behind: lr' = d lr
+    n = sum sqrt(d) <g, p_1 - p>;  s <- beta3 s + sqrt(d) g, over every slice_p-th element
+    N <- beta3 N, then N + n if n >= 0, or min(N, n) if n < 0 and d > d0
+    d <- max(d, atan2(d_coef N, ||s||_1))
+
+    Moments behind it are kept in units of d, as in `prodigy_d`; `eps` therefore acts as d eps.
+
+    beta3: None is sqrt(betas[1]).
+    prodigy_steps: at this step of the group its d stands still for good, and p0 and s are freed.
+    use_speed: n is the sum of d0 sqrt(d) sign(<g, p_1 - p>), s takes d0 sqrt(d) sign(g), and d grows
+        at most to d^0.975, whatever the size of weights and gradients.
+    d_limiter: d grows at most by the factor 2^(1/4) d_coef in a step.
+    use_bias_correction: RAdam's factor for lr', 0 in the first steps of a parameter.
+    after_first: leave out a parameter's first gradient, as a moment that starts with it alone does.
+    narrow_sums: keep s of float32 weights in bfloat16, rounded stochastically: 2 bytes per 11 elements
+        less. p0 is never narrowed, since p_1 - p is its difference to what it is nearly equal to.
+    split_groups: a d for each group; split_groups_mean: with it, lr' takes the harmonic mean of the d
+        of all groups that have stepped.
+
+    Shapes: all (*).
+    Units: `lr` is a factor around 1; d has the unit of the weights.
+    Source: prodigy-plus-schedule-free 1.9.0, after https://arxiv.org/abs/2306.06101; `d_limiter` is
+        from 2.0.1. Departures: p0 and s are not rounded to bfloat16; a parameter's moments are
+        rescaled by the d of its own last step, also where it has had no gradient in between.
+    """
+    rect = _rectification(step, betas[1]) if use_bias_correction else 1.0
+    # the larger updates of the first steps, where d has not moved, tell it which way to go
+    threshold = torch.where(d <= d0, 1.0 if use_speed else 50.0, 1.0)
+    provided = (d_step * lr * rect, _change(unit, d), threshold)
+    if s is None or p0 is None:
+        none = torch.zeros_like(d)
+        return update, None, None, d, *provided, none, none  # type: ignore[return-value]
+    gradient, x = every(grad, slice_p), d.sqrt()
+    along = dot(gradient, p0 - every(param, slice_p))
+    if use_speed:
+        along, gradient, x = along.sign(), gradient.sign(), d0 * x
+    new = _beta3(beta3, betas) * s + x * gradient
+    size = new.abs().sum(dtype=torch.float64)
+    if after_first:
+        new = torch.where(step > 1, new, s)
+        size = torch.where(step > 1, size, 0.0)
+    return update, p0, new, d, *provided, x * along, size
