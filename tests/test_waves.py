@@ -102,6 +102,48 @@ def test_kernels_between_products_do_what_the_plain_chain_does(name):
     assert_near(pair(CHAINS[name], shapes, dtype, missing={(0, 0), (1, 4), (2, 0)}))
 
 
+SOAP = C.soap_precond(precondition_frequency=2)
+IN_BASIS = {
+    "soap": (SOAP,),
+    "laprop": (C.soap_precond(C.scale_by_laprop, precondition_frequency=1), C.cautious),
+    "schedule-free": (
+        C.mars,
+        C.soap_precond(C.palm_beta2, C.scale_by_exp_avg_sq, precondition_frequency=2),
+        C.schedule_free,
+    ),
+    "accumulate": (C.accumulate(k=2), SOAP),
+    "twice": (C.soap_precond(C.exp_avg), SOAP),
+    "clipped": (C.clip_by_global_norm(max_norm=0.5), SOAP, C.clip_by_rms),
+    "split": (C.soap_precond(split=True, max_precond_dim=4, spread_refreshes=True),),
+}
+
+
+@pytest.mark.parametrize("name", IN_BASIS)
+def test_kernels_around_a_basis_do_what_the_plain_chain_does(name):
+    # square, so that no basis has columns that no gradient decides on
+    shapes = ((5, 5), (5, 5), (8, 8), (3, 3, 3), (7,), ())
+    assert_near(pair(IN_BASIS[name], shapes, torch.float64, steps=7, missing={(0, 0), (3, 1)}))
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_branch_that_may_end_the_step_is_run_as_it_is_written(order):
+    """The other branch sees the gradient that only set up the basis."""
+    chain = C.graft(*(SOAP, C.exp_avg(beta=0.5))[::order])
+    param = torch.nn.Parameter(torch.zeros(4, 4))
+    gradients = [values((4, 4), seed, torch.float32) for seed in range(3)]
+    opt = C.ChainOpt([param], 0.01, chain)
+    engine._warned.clear()
+    param.grad = gradients[0]
+    with pytest.warns(
+        RuntimeWarning, match="to_eigenbasis may end the step in one branch of graft"
+    ):
+        opt.step()
+    for param.grad in gradients[1:]:
+        opt.step()
+    mean = (0.25 * gradients[0] + 0.5 * gradients[1] + gradients[2]) / 1.75
+    torch.testing.assert_close(opt.state[param]["exp_avg"], mean)
+
+
 @pytest.mark.parametrize("name", ["muon", "route", "accumulate"])
 def test_bfloat16_parameters_are_rounded_alike(name):
     assert_near(pair(CHAINS[name], ALL, torch.bfloat16))

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heavyball.chain import Program
-from heavyball.compiler.graph import Graph, Opaque, Question, Ref, Value, trace
+from heavyball.chain import Fork, Program, flatten
+from heavyball.compiler.graph import Graph, NotPrintableError, Opaque, Question, Ref, Value, trace
 from heavyball.compiler.stages import REDUCTIONS
 from heavyball.runner import compute_dtype
 
@@ -67,6 +67,7 @@ def cut(
 
     Errors: NotPrintableError, as `record`.
     """
+    _check_branches(program)
     recorder, tensors = trace(program, shape, dtype, state, group)
     graph = recorder.graph
     graph.outputs = {name: recorder.find(t) for name, t in tensors.items()}
@@ -74,6 +75,17 @@ def cut(
     found = _Cutter(graph, recorder.questions, exact).segments()
     found.sized = recorder.watch.looked
     return found
+
+
+def _check_branches(program: Program) -> None:
+    """Refuse a step that may end in one branch of a fork while the others still see the gradient."""
+    for fork in program.nodes:
+        if not isinstance(fork, Fork):
+            continue
+        for node in flatten((fork,)):
+            if node.transform.whole and "gate" in node.transform.provides:
+                name = fork.merge.key
+                raise NotPrintableError(f"{node.key} may end the step in one branch of {name}")
 
 
 class _Cutter:

@@ -573,6 +573,28 @@ def test_skipped_steps_leave_no_trace() -> None:
     assert torch.equal(ours, plain)
 
 
+# ---- in company
+
+
+def test_the_other_branch_of_a_graft_sees_the_first_gradient() -> None:
+    p = torch.nn.Parameter(normal((5, 4), 99))
+    opt = C.ChainOpt([p], 0.01, C.graft(C.soap_precond(), C.exp_avg(beta=0.5)), compile=False)
+    gradients = [normal((5, 4), seed) for seed in range(3)]
+    run(opt, p, gradients)
+    mean = (0.25 * gradients[0] + 0.5 * gradients[1] + gradients[2]) / 1.75
+    torch.testing.assert_close(opt.state[p]["exp_avg"], mean)
+
+
+@pytest.mark.parametrize("shape", [(24, 10), (5, 4, 3), (7,), ()])
+@pytest.mark.parametrize("options", [{}, {"split": True, "max_precond_dim": 8}], ids=str)
+def test_the_memory_plan_is_what_is_held(shape: tuple, options: dict) -> None:
+    p = torch.nn.Parameter(normal(shape, 99, torch.float32))
+    opt = heavyball.SOAP([p], **options)
+    run(opt, p, [normal(shape, 0)])
+    plan = heavyball.memory_plan([torch.nn.Parameter(p.detach().to("meta"))], "SOAP", **options)
+    assert plan.state_bytes == opt.state_bytes()
+
+
 # ---- how it is written
 
 
