@@ -14,6 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from heavyball.chain import Program
 from heavyball.checks import Place
 from heavyball.compiler.engine import Engine
+from heavyball.compiler.row import Row
 from heavyball.together import Pending
 
 if TYPE_CHECKING:
@@ -100,19 +101,18 @@ class FusedBackward:
             self._handles.pop(param).remove()
             owners.discard(self)
             return
-        label = single.place.label
         if len(owners) > 1:
             raise RuntimeError(
-                f"{label} is in {len(owners)} optimizers that step inside backward(), and only one of "
-                "them could: remove() the other's hooks"
+                f"{single.place.label} is in {len(owners)} optimizers that step inside backward(), "
+                "and only one of them could: remove() the other's hooks"
             )
         if param in self._stepped and opt._fused_ends_itself:
             self.begin()
         if param in self._stepped:
             raise RuntimeError(
-                f"{label} has a second gradient before step(), but was stepped with the first: with "
-                "fuse_backward, call step() after every backward(); to accumulate gradients, put "
-                "`accumulate` into the chain"
+                f"{single.place.label} has a second gradient before step(), but was stepped with the "
+                "first: with fuse_backward, call step() after every backward(); to accumulate "
+                "gradients, put `accumulate` into the chain"
             )
         opt._singles.step(single, "backward()")
         self._stepped.add(param)
@@ -164,6 +164,7 @@ class Single:
     # what the engine sees as the groups of a step
     groups: list[dict[str, Any]]
     refusal: ValueError | None
+    row: Row | None = None
 
     def holds(self, opt: "ChainOpt") -> bool:
         """Whether the parameter still stands where it stood."""
@@ -211,16 +212,29 @@ class Singles:
     def step(self, single: Single, what: str) -> None:
         """Step one parameter with its gradient, and free the gradient."""
         opt, place = self._opt, single.place
-        if single.refusal is not None:
-            raise type(single.refusal)(f"{what}: {single.refusal}")
-        opt._check_mode(what)
-        opt._check_groups(place.index)
-        self.pending.before(place.param, opt.param_groups)
-        if not single.engine.step_again(single.groups, opt.__dict__, self.pending):
-            jobs = opt._jobs([place])
-            single.engine.step(jobs, [], opt._foreach, single.groups, opt.__dict__, self.pending)
+        training = place.group.get("train_mode", True)
+        if not (training and single.row is not None and self._again(single, single.row)):
+            if single.refusal is not None:
+                raise type(single.refusal)(f"{what}: {single.refusal}")
+            opt._check_mode(what)
+            opt._check_groups(place.index)
+            self.pending.before(place.param, opt.param_groups)
+            self._anew(single)
         place.param.grad = None
         self.pending.after(opt.param_groups)
+
+    def _again(self, single: Single, row: Row) -> bool:
+        attributes = self._opt.__dict__
+        return row.again(attributes["state"], lambda: self._opt._check_groups(single.place.index))
+
+    def _anew(self, single: Single) -> None:
+        opt, engine = self._opt, single.engine
+        if not engine.step_again(single.groups, opt.__dict__, self.pending):
+            jobs = opt._jobs([single.place])
+            engine.step(jobs, [], opt._foreach, single.groups, opt.__dict__, self.pending)
+        if self.pending.node is None:  # else each parameter gives something to all
+            keys = ("lr", "warmup_steps", "seed", *opt._chain.hyper)
+            single.row = Row.of(engine.plan, keys)
 
     def step_given(self, param: Tensor, group: Mapping[str, Any] | None, index: int | None) -> None:
         """`ChainOpt.step_parameter`."""

@@ -182,6 +182,117 @@ def test_accumulation_inside_the_chain_works():
     assert not differences(*ends)
 
 
+def set_value(key, value):
+    def change(opt):
+        opt.param_groups[0][key] = copy.deepcopy(value)
+
+    return change
+
+
+def shorten_betas(opt):
+    opt.param_groups[0]["betas"][0] *= 0.5  # a list, in place
+
+
+def halve_tensor(opt):
+    opt.param_groups[0]["lr"].mul_(0.5)
+
+
+def move_state(opt):
+    for state in opt.state.values():
+        state.update({key: value.clone() for key, value in state.items()})
+
+
+def reset_state(opt):
+    for state in opt.state.values():
+        for key in state:
+            state[key].data = torch.zeros_like(state[key])
+
+
+def move_parameters(opt):
+    for p in all_params(opt):
+        p.data = p.data.clone()
+
+
+def transpose_parameters(opt):
+    for p in all_params(opt):
+        if p.ndim == 2:
+            p.data = p.data.T.contiguous().T
+
+
+def without_kernels(opt):
+    heavyball.utils.compile_mode = None
+
+
+def with_kernels(opt):
+    heavyball.utils.compile_mode = "auto"
+
+
+# What happens between steps: preset, arguments, dtype, and a change for each step.
+CHANGES = {
+    "schedule": ("AdamW", {}, [set_value("lr", lr) for lr in (0.1, 0.05, 0.05, 0.0)]),
+    "decay": ("AdamW", {}, [set_value("weight_decay", wd) for wd in (0.0, 0.1)]),
+    "list": ("AdamW", {}, [set_value("betas", [0.5, 0.9]), shorten_betas, shorten_betas]),
+    "tensor": ("AdamW", {"lr": torch.tensor(0.5)}, [halve_tensor, halve_tensor]),
+    "to a tensor": ("AdamW", {}, [set_value("lr", torch.tensor(0.5)), halve_tensor]),
+    "seed": ("AdamW", {}, [set_value("seed", 3), set_value("seed", 4)]),
+    "momentum": ("SGD", {}, [set_value("momentum", m) for m in (0.9, 0.0, 0.5)]),
+    "warm-up": ("AdamW", {}, [set_value("warmup_steps", n) for n in (5, 2)]),
+    "other state": ("SFAdamW", {}, [move_state, reset_state]),
+    "parameters": ("SFAdamW", {}, [move_parameters, transpose_parameters]),
+    "kernels": ("AdamW", {}, [without_kernels, with_kernels]),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_changes_between_steps_acts_as_in_the_ordinary_step(name, dtype):
+    preset, arguments, changes = CHANGES[name]
+    ends = []
+    for fuse in (False, True):
+        params = parameters((4, 3), (5,), dtype=dtype)
+        opt = heavyball.PRESETS[preset](params, **copy.deepcopy(arguments), fuse_backward=fuse)
+        steps = fused_steps if fuse else ordinary_steps
+        steps(opt, range(2))
+        shots = [snapshot(opt)]
+        for seed, change in enumerate(changes):
+            change(opt)
+            steps(opt, [10 + seed, 20 + seed])
+            shots.append(snapshot(opt))
+        ends.append(shots)
+    for one, other in zip(*ends, strict=True):
+        assert not differences(one, other)
+
+
+def test_gradients_of_another_layout_are_stepped_alike():
+    ends = []
+    for fuse in (False, True):
+        (param,) = parameters((4, 3))
+        opt = heavyball.AdamW([param], 0.1, fuse_backward=fuse)
+        for seed in range(6):
+            opt.zero_grad()
+            (twin,) = copies([param])
+            fill_gradients([twin], seed)
+            weight = twin.grad
+            # a product with a transposed tensor has a transposed gradient; a sum has an expanded one
+            loss = param.sum() if seed == 4 else (param.T * weight.T.contiguous()).sum()
+            (loss if seed % 2 else (param * weight).sum()).backward()
+            opt.step()
+        ends.append(snapshot(opt))
+    assert not differences(*ends)
+
+
+def test_little_python_runs_for_a_parameter_that_is_stepped_again(monkeypatch):
+    """The whole engine is only for what has changed; else one row of a table is launched again."""
+    opt = heavyball.AdamW(parameters(), fuse_backward=True)
+    fused_steps(opt, range(2))
+    monkeypatch.setattr(type(opt._engine), "step_again", lambda *_: pytest.fail("the engine ran"))
+    monkeypatch.setattr(opt, "_jobs", lambda *_: pytest.fail("jobs were made"))
+    opt.param_groups[0]["lr"] = 0.5
+    before = snapshot(opt)
+    pull(all_params(opt), 2).backward()
+    assert len(differences(before, snapshot(opt))) == 4 * len(all_params(opt))
+
+
 # ---- when it happens
 
 

@@ -172,6 +172,11 @@ class Engine:
         self._refused: dict[Signature, Exception] = {}
         self._plan: Plan | None = None
 
+    @property
+    def plan(self) -> Plan | None:
+        """The tables of the last step, if they can be used again."""
+        return self._plan
+
     def forget(self) -> None:
         """Look at every tensor anew in the next step."""
         self._plan = None

@@ -194,7 +194,11 @@ class Table:
 
     def launch(self, hyper: Tensor) -> None:
         """Run the kernel over the table."""
-        self.kernel.run(
+        self.kernel.run(*self.arguments(hyper), threads(self.elements))
+
+    def arguments(self, hyper: Tensor) -> tuple[int, ...]:
+        """What the kernel is called with, but for the number of threads."""
+        return (
             self.fixed.data_ptr(),  # type: ignore[union-attr]
             self.small,
             self.large.data_ptr(),  # type: ignore[union-attr]
@@ -204,7 +208,6 @@ class Table:
             hyper.data_ptr(),
             self.scratch.data_ptr(),  # type: ignore[union-attr]
             self.parts.data_ptr(),  # type: ignore[union-attr]
-            threads(self.elements),
         )
 
 
