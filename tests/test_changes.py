@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import random
 from collections.abc import Callable
 
 import pytest
@@ -392,3 +393,128 @@ def test_many_steps_notice_nothing_and_cost_no_new_programs():
     train(opt, range(3, 6))
     assert calls == []
     assert params[0] in opt.state
+
+
+# ---- one after the other, as it comes
+
+
+class Edited:
+    """An optimizer whose groups and parameters are changed by hand, at random but repeatably."""
+
+    def __init__(self, seed, compiled):
+        self.draw = random.Random(seed)
+        self.params = parameters((4, 4), (4,), (2, 3), ())
+        groups = [{"params": self.params[:2]}, {"params": self.params[2:], "lr": 0.25}]
+        self.opt = heavyball.SFAdamW(groups, 0.125, weight_decay=0.1, compile=compiled)
+        self.removed: list[dict] = []
+
+    def edit(self):
+        """One change; which one, the draw decides."""
+        names = sorted(name for name in vars(Edited) if name.startswith("do_"))
+        name = self.draw.choice(names)
+        getattr(self, name)(self.draw.choice(self.opt.param_groups), self.opt)
+        return name
+
+    def any_param(self, group):
+        return self.draw.randrange(len(group["params"])) if group["params"] else None
+
+    def do_nothing(self, group, opt):
+        pass
+
+    def do_other_memory(self, group, opt):
+        for p in group["params"]:
+            p.data = p.data.clone()
+
+    def do_other_order(self, group, opt):
+        for p in group["params"]:
+            if p.ndim == 2:
+                grad, p.grad = p.grad, None
+                p.data = p.data.T.contiguous().T
+                p.grad = grad
+
+    def do_other_dtype(self, group, opt):
+        to = self.draw.choice([torch.float32, torch.float64, torch.bfloat16])
+        for p in group["params"]:
+            p.grad = None
+            p.data = p.data.to(to)
+
+    def do_other_rate(self, group, opt):
+        group["lr"] = self.draw.choice([0.0, 0.0625, 0.5])
+
+    def do_other_dict(self, group, opt):
+        place = next(i for i, g in enumerate(opt.param_groups) if g is group)
+        opt.param_groups[place] = {**group, "params": list(group["params"])}
+        group["lr"] = -1.0  # whoever still looks at it will notice
+
+    def do_move(self, group, opt):
+        place = self.any_param(group)
+        if place is not None:
+            param = group["params"].pop(place)
+            self.draw.choice(opt.param_groups)["params"].append(param)
+
+    def do_remove(self, group, opt):
+        if len(opt.param_groups) > 1:
+            self.removed.append(group)
+            opt.param_groups[:] = [g for g in opt.param_groups if g is not group]
+
+    def do_return(self, group, opt):
+        if self.removed:
+            opt.param_groups.append(self.removed.pop())
+
+    def do_add(self, group, opt):
+        opt.add_param_group({"params": [nn.Parameter(torch.full((3, 2), 0.5))]})
+
+    def do_append(self, group, opt):
+        group["params"].append(nn.Parameter(torch.full((5,), 0.5)))
+
+    def do_replace(self, group, opt):
+        place = self.any_param(group)
+        if place is not None:
+            old, new = group["params"][place], nn.Parameter(group["params"][place].detach().clone())
+            group["params"][place] = new
+            if old in opt.state:
+                state = opt.state.pop(old)
+                if self.draw.random() < 0.5:
+                    opt.state[new] = state
+
+    def do_average(self, group, opt):
+        with opt.averaged():
+            pass
+
+    def do_save(self, group, opt):
+        opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+
+    def do_init(self, group, opt):
+        opt.init_state()
+
+
+@pytest.mark.filterwarnings("ignore:the chain")
+@pytest.mark.parametrize("seed", range(12))
+def test_kernels_follow_every_change_that_plain_steps_follow(seed):
+    plain, kernels = Edited(seed, False), Edited(seed, "auto")
+    done = []
+    for step in range(24):
+        done.append(plain.edit())
+        assert kernels.edit() == done[-1]
+        for each in (plain, kernels):
+            params = [p for group in each.opt.param_groups for p in group["params"]]
+            fill_gradients(params, step)
+            for p in params[step % 5 :: 5]:
+                p.grad = None
+            each.opt.step()
+        found, expected = snapshot(kernels.opt), snapshot(plain.opt)
+        assert found.keys() == expected.keys(), done
+        for key, value in expected.items():
+            # bfloat16 is rounded at random, and a last bit may decide otherwise
+            bound = 0.04 if value.dtype == torch.bfloat16 else 1e-4
+            torch.testing.assert_close(
+                found[key],
+                value,
+                rtol=bound,
+                atol=bound,
+                msg=lambda m, key=key: f"{done} {key} {m}",
+            )
+            with torch.no_grad():
+                place, _, name = key.partition(".")
+                target = [p for g in kernels.opt.param_groups for p in g["params"]][int(place)]
+                (kernels.opt.state[target][name] if name else target).copy_(value)

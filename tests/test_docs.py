@@ -101,7 +101,7 @@ for step in (1, 2, 3):
 """
 
 
-@pytest.mark.parametrize("moment", ["save", "fsync", "replace", "never"])
+@pytest.mark.parametrize("moment", ["save", "replace", "never"])
 def test_the_checkpoints_of_the_page_survive_a_process_that_is_killed(
     moment: str, tmp_path: Path
 ) -> None:

@@ -17,8 +17,8 @@ SHAPES = ((40, 33), (64,), (), (3, 4, 3, 3), (0, 5), (1,), (2, 1), (130, 2))
 every_case = pytest.mark.parametrize("case", CASES, ids=repr)
 
 
-def held(opt, steps=2):
-    train(opt, range(steps))
+def held(opt):
+    train(opt, range(1))
     return opt.state_bytes()
 
 
@@ -36,7 +36,7 @@ class NoMemory(TorchDispatchMode):
 
 
 @every_case
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_plan_is_what_is_held_to_the_byte(case, dtype):
     params = parameters(*SHAPES, dtype=dtype)
     opt = case(params)
@@ -66,13 +66,9 @@ def test_a_preset_may_be_named_or_given_and_its_options_count(name):
 
 
 FORMATS = [
-    {"storage_dtype": "bfloat16"},
-    {"storage_dtype": "float16"},
+    {"storage_dtype": "float16", "param_ecc": "bf16+8"},
     {"storage_dtype": "8bit"},
-    {"ecc": "bf16+8"},
-    {"ecc": "fp16+16"},
-    {"param_ecc": "bf16+8"},
-    {"param_ecc": "bf16+16", "ecc": "bf16+16"},
+    {"ecc": "bf16+8", "param_ecc": "bf16+16"},
 ]
 
 

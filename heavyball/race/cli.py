@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from heavyball.race.errors import RaceError, one_line
+from heavyball.race.shapes import ARCHITECTURES
 from heavyball.race.tasks import TASKS
 
 INTERRUPTED = 130
@@ -170,7 +171,13 @@ def show(chain: str, source: bool) -> None:
 
 @cli.command("plan")
 @click.argument("optimizers", nargs=-1, metavar="[OPTIMIZER|CHAIN]...")
-@click.option("--model", "-m", default="gpt2-124m", show_default=True, help="An architecture.")
+@click.option(
+    "--model",
+    "-m",
+    default="gpt2-124m",
+    show_default=True,
+    help=f"An architecture: {', '.join(ARCHITECTURES)}.",
+)
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16", "float64"]),
