@@ -2,6 +2,7 @@
 
 import copy
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -63,7 +64,8 @@ def test_a_run_goes_on_in_a_new_process_as_if_it_had_not_stopped(tmp_path):
     utils.compile_mode = before
     torch.save(saved, tmp_path / "saved")
     command = [sys.executable, continued.__file__, tmp_path / "saved", tmp_path / "results"]
-    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     resumed = torch.load(tmp_path / "results", weights_only=True)
     assert resumed.keys() == endings.keys()
