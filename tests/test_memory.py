@@ -23,12 +23,13 @@ def held(opt):
 
 
 class NoMemory(TorchDispatchMode):
-    """Fails where a tensor is made that has memory."""
+    """Fails where a tensor is made that has memory, unless it is one number, as groups may hold."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for value in result if isinstance(result, tuple | list) else (result,):
-            assert not isinstance(value, torch.Tensor) or value.device.type == "meta", func
+            if isinstance(value, torch.Tensor) and value.ndim:
+                assert value.device.type == "meta", func
         return result
 
 
@@ -222,7 +223,7 @@ def test_what_is_no_parameter_is_refused(given):
 
 
 @every_case
-def test_a_plan_makes_no_tensor_with_memory_and_changes_nothing(case):
+def test_a_plan_makes_no_array_and_changes_nothing(case):
     model = Tiny()
     before = [(id(p), p._version, p.requires_grad, p.grad) for p in model.parameters()]
     with NoMemory():
