@@ -56,6 +56,10 @@ CHAINS = {
     "everything told": (C.palm_beta2, C.exp_avg, squared_whole, C.scale_by_adam),
     "numbers": (keeps_last, provides_numbers, squared_whole, C.scale_by_adam, C.cautious),
     "gates": (test_whole.enters, C.scale_by_adam, C.exp_avg, C.cautious),
+    "soap": (C.soap_precond(precondition_frequency=2), C.cautious, C.schedule_free),
+    "prodigy": (C.prodigy_d(d0=1e-2, slice_p=3), anywhere(C.muon), C.cautious),
+    # its sums are taken after the step
+    "prodigy plus": (C.prodigy_plus_d(d0=1e-2), anywhere(C.orthogonalize), C.schedule_free),
     "rms": (C.scale_by_exp_avg_sq, anywhere(C.orthogonalize), C.adamc(weight_decay=0.1)),
 }
 

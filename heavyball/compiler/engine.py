@@ -126,7 +126,7 @@ class Plan:
         for table in self.tables:
             table.launch(hyper_values(table.kernel, self.groups, sums))
             left.update(table.found_shares())
-        self.whole.run(self.groups, sums)
+        left.update(self.whole.run(self.groups, sums))
         torch.autograd.graph.increment_version(self.params)
         for index in self.eager:
             drive(self.jobs[index], totals)

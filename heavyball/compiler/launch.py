@@ -178,7 +178,7 @@ class Table:
         """Make the memory in which each tensor leaves its shares of sums over all parameters."""
         numbers = self.kernel.numbers
         # the place of a share is the end of its name
-        names = sorted((n for n in numbers if n.startswith(SHARE)), key=_place)
+        names = sorted((n for n in numbers if n.startswith(SHARE)), key=place_of)
         if names:
             self.shares = torch.zeros(len(self.rows), len(names), dtype=SCALAR, device=device)
             first = self.kernel.leading + len(self.kernel.tensors)
@@ -211,7 +211,7 @@ class Table:
         )
 
 
-def _place(name: str) -> int:
+def place_of(name: str) -> int:
     return int(name.rsplit(":", 1)[1])
 
 

@@ -19,9 +19,10 @@ from torch import Tensor
 from heavyball.chain import Fork, Program, flatten
 from heavyball.compiler.graph import Graph, NotPrintableError, Opaque, Question, Ref, Value, trace
 from heavyball.compiler.stages import REDUCTIONS
-from heavyball.runner import compute_dtype
+from heavyball.runner import SHARE, compute_dtype
 
-FREE = ("const", "hyper", "total", "numel", "rows", "columns")
+INPUTS = ("load", "pick", "number")
+FREE = ("const", "hyper", "total", "numel", "rows", "columns", "slices")
 
 
 @dataclass
@@ -170,7 +171,7 @@ class _Cutter:
     def _cheap(self, index: int, k: int) -> bool:
         """Whether segment k can compute a node again from what it may read anyway."""
         value = self.graph.values[index]
-        if value.op in ("load", "number"):
+        if value.op in INPUTS:
             return self._untouched(value.args[0], k)
         if value.op in REDUCTIONS:
             return False
@@ -183,7 +184,7 @@ class _Cutter:
     def _possible(self, index: int, k: int) -> bool:
         """Whether segment k can compute a node at all, sums included."""
         value = self.graph.values[index]
-        if value.op in ("load", "number"):
+        if value.op in INPUTS:
             return self._untouched(value.args[0], k)
         return all(self._possible(a.index, k) for a in value.args if isinstance(a, Ref))
 
@@ -215,7 +216,7 @@ class _Cutter:
         roots = self.roots[k]
         if not roots:
             return None
-        part = Graph(split=self.graph.split)
+        part = Graph(split=self.graph.split, every=self.graph.every)
         moved: dict[int, int] = {}
         for name, index in roots.items():
             made = self._copy(index, k, part, moved)
@@ -239,7 +240,7 @@ class _Cutter:
         if stored is not None:
             moved[index] = self._read(stored, value, part)
             return moved[index]
-        if value.op == "load":
+        if value.op in ("load", "pick"):
             part.tensors[value.args[0]] = self.graph.tensors[value.args[0]]
         args = tuple(
             Ref(self._copy(a.index, k, part, moved)) if isinstance(a, Ref) else a
@@ -267,4 +268,4 @@ class _Cutter:
 
 
 def _is_temporary(name: str) -> bool:
-    return name.startswith(("call.", "carry.", "whole."))
+    return name.startswith(("call.", "carry.", "whole.", SHARE))

@@ -17,9 +17,9 @@ from heavyball.calls import rotating
 from heavyball.compiler.cpp import Printer
 from heavyball.compiler.cpp_matrix import MatrixPrinter
 from heavyball.compiler.graph import NotPrintableError, Opaque
-from heavyball.compiler.launch import Kernel, Table, build, hyper_values
+from heavyball.compiler.launch import Kernel, Table, build, hyper_values, place_of
 from heavyball.compiler.segments import Segments, Told, cut
-from heavyball.runner import Job, compute_dtype, working, write
+from heavyball.runner import SHARE, Job, compute_dtype, working, write
 from heavyball.states import loaded, new_states, working_param
 from heavyball.storage import is_root
 from heavyball.whole import STACKED, Answer, Call, due, serve
@@ -43,9 +43,6 @@ def printers(job: Job) -> tuple[Segments, list[Printer | None]]:
     param, state = job.param, job.state
     if param.device.type != "cpu":
         raise NotPrintableError(f"whole transforms on {param.device.type}")
-    rate = job.program.rate
-    if rate is not None and rate.transform.gives:
-        raise NotPrintableError(f"{rate.key}, whose sums are taken after the step, beside them")
     segments = cut(job.program, param.shape, param.dtype, state, job.group)
     compute = compute_dtype(param.dtype)
     dtypes = {"param": param.dtype, "grad": job.grad.dtype}
@@ -104,6 +101,7 @@ class Wave:
         self.buffers = sorted(names)
         numbers = sorted({n for e in entries for n in e.parts.segments.numbers})
         self.columns = {name: i for i, name in enumerate(numbers)}
+        self.shares = sorted((n for n in numbers if n.startswith(SHARE)), key=place_of)
         self.numbers = torch.zeros(len(entries), max(len(numbers), 1), dtype=torch.float64)
         self.elements = 0
         for row, entry in enumerate(entries):
@@ -163,6 +161,13 @@ class Wave:
             write(entry.job, entry.pending, entry.job.state["step"])
             entry.forget()
         self.scratch = {}
+
+    def found_shares(self) -> dict[int, list[float]]:
+        """The shares of sums that the last step has left, by the numbers of the jobs."""
+        columns = [self.columns[name] for name in self.shares]
+        found = self.numbers[:, columns].tolist()
+        entries = (e for e in self.entries if columns and not e.ended)
+        return {entry.index: found[entry.row] for entry in entries}
 
     def _ask(self, k: int, stack: bool) -> None:
         asking = [
@@ -283,6 +288,9 @@ class SegmentTable(Table):
         self.rows.append(row)
         self.entries.append(entry)
 
+    def give_shares_room(self, device: torch.device) -> None:
+        """Nothing: the shares of a wave are among its numbers."""
+
     def finish(self) -> None:
         super().finish()
         self.order = [self.entries[i] for i in self.members]
@@ -330,8 +338,11 @@ class Waves:
     def tables(self) -> list[Table]:
         return [table for wave in self.waves for table in wave.tables]
 
-    def run(self, groups: list[Mapping[str, Any]], sums: Mapping[str, float]) -> None:
-        """Step them, wave by wave."""
+    def run(
+        self, groups: list[Mapping[str, Any]], sums: Mapping[str, float]
+    ) -> dict[int, list[float]]:
+        """Step them, wave by wave; returns the shares of sums that are taken after the step."""
+        left: dict[int, list[float]] = {}
         scratch: dict[tuple[str, torch.dtype], Tensor] = {}
         for wave in self.waves:
             mine = {}
@@ -342,6 +353,8 @@ class Waves:
                     scratch[place] = torch.empty(size, dtype=wave.dtype)
                 mine[name] = scratch[place]
             wave.run(groups, sums, mine, self.stack)
+            left.update(wave.found_shares())
+        return left
 
 
 def arrange(entries: list[Entry], foreach: bool | None) -> Waves:
