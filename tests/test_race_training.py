@@ -134,6 +134,17 @@ def test_the_training_loss_is_the_mean_since_the_last_evaluation():
     assert record["curve"]["train_loss"] == [None, 1.5, 3.5, 5.0]
 
 
+def test_the_estimate_of_the_distance_is_kept_for_those_that_make_one():
+    settings = Settings(steps=4, batch_size=32, eval_every=2)
+    task = open_task("digits")
+    prodigy, adam = (
+        train(task, from_optimizer(name), lr, 0, settings)["curve"]["d"]
+        for name, lr in (("Prodigy", 1.0), ("AdamW", 0.01))
+    )
+    assert adam == [None] * 3
+    assert 1e-6 < prodigy[1] < prodigy[2]
+
+
 def test_evaluation_is_at_the_averaged_weights_and_training_goes_on_from_the_others():
     task = open_task("rosenbrock")
     steps, lr = 20, 0.05

@@ -31,13 +31,18 @@ class Settings:
 
 @dataclass
 class Curve:
-    """What an evaluation found, one entry for each; `train_loss` is the mean since the last one."""
+    """What an evaluation found, one entry for each.
+
+    train_loss: the mean since the last one.
+    d: the first group's estimated distance, of an optimizer that finds its learning rate.
+    """
 
     step: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     train_loss: list[float | None] = field(default_factory=list)
     test_loss: list[float] = field(default_factory=list)
     measure: list[float] = field(default_factory=list)
+    d: list[float | None] = field(default_factory=list)
 
 
 def rehearse(task: Task, contender: Contender, seed: int, settings: Settings) -> None:
@@ -134,6 +139,8 @@ class _Run:
         curve.train_loss.append(statistics.fmean(self.losses) if self.losses else None)
         curve.test_loss.append(loss)
         curve.measure.append(measure)
+        distance = self.optimizer.param_groups[0].get("d")
+        curve.d.append(None if distance is None else float(distance))
         self.losses.clear()
         return True
 
