@@ -14,6 +14,7 @@ from heavyball.compiler.graph import record
 from heavyball.compiler.triton_matrix import TritonMatrixPrinter
 from heavyball.compiler.triton_printer import TritonPrinter
 from heavyball.runner import compute_dtype
+from heavyball.storage import is_root
 
 triton = pytest.importorskip("triton", reason="Triton's wheels are for Linux only")
 C = heavyball.chainable
@@ -46,7 +47,8 @@ def printers(chain: tuple, dtype: torch.dtype, **options) -> list[TritonPrinter]
         graph, _ = record(job.program, param.shape, dtype, job.state, job.group, share)
         random = job.stream is not None
         printer = TritonPrinter if graph.split is None else TritonMatrixPrinter
-        found.append(printer(graph, dtypes, compute_dtype(dtype), random))
+        roots = frozenset(k for k in graph.tensors if is_root(dtypes[k], job.program.holds_of(k)))
+        found.append(printer(graph, dtypes, compute_dtype(dtype), random, roots))
     return found
 
 
@@ -80,6 +82,26 @@ CHAINS = (
 def test_compiles_for_a_gpu(chain: tuple, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     for printer in printers(chain[1:], chain[0]):
+        for text in ptx_of(printer):
+            assert ".target sm_90" in text
+
+
+@pytest.mark.parametrize(
+    ("dtype", "chain", "form"),
+    [
+        (torch.float32, C.scale_by_adam, {"storage_dtype": "bfloat16"}),
+        (torch.float64, C.scale_by_adam, {"storage_dtype": "float16"}),
+        (torch.bfloat16, C.scale_by_adam, {"ecc": "bf16+8", "param_ecc": "bf16+16"}),
+        (torch.float16, C.scale_by_adam, {"ecc": "fp16+16", "param_ecc": "fp16+8"}),
+        (torch.float32, C.factored_rms(min_dim=2), {"ecc": {"row": "bf16+8", "col": "fp16+8"}}),
+        (torch.float32, C.factored_rms(min_dim=2), {"storage_dtype": {"row": "bfloat16"}}),
+    ],
+)
+def test_formats_of_fewer_bits_compile_too(
+    dtype: torch.dtype, chain, form: dict, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for printer in printers((chain,), dtype, **form):
         for text in ptx_of(printer):
             assert ".target sm_90" in text
 

@@ -13,7 +13,7 @@ static inline uint32_t least_of(const f16*) { return 0x38800000u; }
 static inline float unit(float kept, uint32_t least) {
     uint32_t word = word_of(kept) & 0x7f800000u;
     word = word < least ? least : word;
-    return float_of(word > 0x7f000000u ? 0x7f000000u : word);
+    return float_of(word > 0x7e800000u ? 0x7e800000u : word);
 }
 static inline void store_finite(bf16* p, float v) {
     const uint32_t word = word_of(v);
@@ -25,12 +25,12 @@ static inline void store_finite(bf16* p, float v) {
 
 template <class M> static inline float load_corrected(const M* p, const int8_t* c) {
     const float kept = load(p);
-    const float part = (float)*c / 127.0f * half_of(p);
+    const float part = (float)*c * (1.0f / 127.0f) * half_of(p);
     return *c == 0 ? kept : kept + part * unit(kept, least_of(p));
 }
 template <class M> static inline float load_corrected(const M* p, const int16_t* c) {
     const float kept = load(p);
-    const double part = (double)*c / 32767.0 * (double)half_of(p);
+    const double part = (double)*c * (1.0 / 32767.0) * (double)half_of(p);
     return *c == 0 ? kept : (float)((double)kept + part * (double)unit(kept, least_of(p)));
 }
 template <class W, class M, class C>
@@ -40,7 +40,9 @@ static inline void split(M* p, C* c, float v, W levels) {
     uint16_t bits;
     std::memcpy(&bits, &kept, 2);
     const float back = load(&kept);
-    W ratio = ((W)v - (W)back) / (W)unit(back, least_of(p)) / (W)half_of(p);
+    // the unit is a power of two from 2^-126 to 2^126, and so is its inverse
+    const float inverse = float_of(0x7f000000u - word_of(unit(back, least_of(p))));
+    W ratio = ((W)v - (W)back) * (W)inverse * (W(1) / (W)half_of(p));
     ratio = ratio > 1 ? W(1) : ratio < -1 ? W(-1) : ratio;
     W count = std::ceil(std::fabs(ratio) * levels - W(0.5));
     const W most = (bits & 1) ? levels - 1 : levels;
@@ -69,13 +71,12 @@ static inline float raised_root(float v) {
 
 CODES = """\
 static inline float decoded(int8_t code, float scale) {
-    const float part = (float)code / 127.0f;
+    const float part = (float)code * (1.0f / 127.0f);
     return part / (2.0f - std::fabs(part)) * scale;
 }
 static inline float decoded(uint8_t code, float scale) { return (float)code * (scale / 255.0f); }
 static inline float position(const int8_t*, float size, float scale) {
-    const float ratio = size / scale;
-    return 254.0f * ratio / (1.0f + ratio);
+    return 254.0f * size / (scale + size);
 }
 static inline float position(const uint8_t*, float size, float scale) {
     return size / (scale / 255.0f);

@@ -9,7 +9,7 @@ def half_step(kept):
         word = tl.where(word < 0x00800000, tl.full([], 0x00800000, tl.uint32), word)
     else:
         word = tl.where(word < 0x38800000, tl.full([], 0x38800000, tl.uint32), word)
-    word = tl.where(word > 0x7F000000, tl.full([], 0x7F000000, tl.uint32), word)
+    word = tl.where(word > 0x7E800000, tl.full([], 0x7E800000, tl.uint32), word)
     return word.to(tl.float32, bitcast=True)
 
 
@@ -22,10 +22,10 @@ def corrected(kept, rest):
     else:
         half = 0.00048828125
     if rest.dtype == tl.int8:
-        part = tl.div_rn(rest.to(tl.float32), tl.full([], 127.0, tl.float32)) * half
+        part = rest.to(tl.float32) * tl.full([], 1 / 127, tl.float32) * half
         moved = back + part * unit
     else:
-        wide = rest.to(tl.float64) / tl.full([], 32767.0, tl.float64) * half
+        wide = rest.to(tl.float64) * tl.full([], 1 / 32767, tl.float64) * half
         moved = (back.to(tl.float64) + wide * unit.to(tl.float64)).to(tl.float32)
     return tl.where(rest == 0, back, moved)
 

@@ -13,7 +13,8 @@ LEVELS = {torch.int8: 127, torch.int16: 32767}
 # of two under which that distance no longer shrinks.
 HALF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 LEAST = {torch.bfloat16: 0x00800000, torch.float16: 0x38800000}
-EXPONENT, LARGEST_UNIT = 0x7F800000, 0x7F000000
+# The last binade takes the steps of the one before it, so that a kernel can multiply by the inverse.
+EXPONENT, LARGEST_UNIT = 0x7F800000, 0x7E800000
 BLOCK = 32
 SIGNED, UNSIGNED = 127, 255
 
@@ -61,7 +62,8 @@ def join(kept: Tensor, correction: Tensor) -> Tensor:
     """
     back = kept.to(torch.float32)
     wide = torch.float64 if correction.dtype == torch.int16 else torch.float32
-    part = correction.to(wide) / LEVELS[correction.dtype] * HALF[kept.dtype]
+    inverse = torch.tensor(1 / LEVELS[correction.dtype], dtype=wide)
+    part = correction.to(wide) * inverse * HALF[kept.dtype]
     moved = (back.to(wide) + part * _unit(back, kept.dtype).to(wide)).to(torch.float32)
     return torch.where(correction == 0, back, moved)  # adding zero would lose the sign of -0
 
@@ -120,8 +122,7 @@ def encode(x: Tensor, scale: Tensor, dtype: torch.dtype, bits: Tensor | None) ->
     """
     size, wide = x.abs(), scale.to(torch.float32)[:, None]
     if dtype == torch.int8:
-        ratio = size / wide
-        position, top = 2 * SIGNED * ratio / (1 + ratio), SIGNED
+        position, top = 2 * SIGNED * size / (wide + size), SIGNED
     else:
         position, top = size / (wide / UNSIGNED), UNSIGNED
     code = position.round() if bits is None else (position + bits / 2**16).floor()
@@ -136,6 +137,6 @@ def decode(codes: Tensor, scale: Tensor) -> Tensor:
     """The values of blocks of codes, which `encode` made."""
     code, wide = codes.to(torch.float32), scale.to(torch.float32)[:, None]
     if codes.dtype == torch.int8:
-        part = code / SIGNED
+        part = code * torch.tensor(1 / SIGNED)
         return part / (2 - part.abs()) * wide
     return code * (wide / UNSIGNED)
