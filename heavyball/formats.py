@@ -144,7 +144,8 @@ class Storage:
         chosen, by_name = self.choose(key, name, declared)
         if chosen is None or (chosen.is_codes and shape.numel() < SMALLEST):
             return None
-        return chosen if by_name or shape == param else None
+        # the factors of a square matrix have its shape
+        return chosen if by_name or (shape == param and not declared.several) else None
 
     def check_param(self, label: str, param: Tensor) -> None:
         """Refuse a parameter that `param_ecc` is not for."""

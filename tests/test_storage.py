@@ -146,6 +146,20 @@ def test_dtypes_of_torch_name_formats_too_and_float32_of_float64_parameters() ->
     assert opt.state[params[0]]["exp_avg"].dtype == torch.float64
 
 
+def test_factors_of_a_preconditioner_stay_though_they_have_the_shape_of_a_square_matrix() -> None:
+    p = nn.Parameter(tensor((64, 64), 0))
+    opt = heavyball.SOAP([p], storage_dtype="bfloat16", compile=False)
+    for step in range(2):
+        p.grad = tensor((64, 64), step + 1)
+        opt.step()
+    dtypes = {k: t.dtype for k, t in opt.state[p].items()}
+    assert dtypes["to_eigenbasis.gram.0"] == dtypes["to_eigenbasis.basis.1"] == torch.float32
+    assert dtypes["scale_by_adam.exp_avg"] == torch.bfloat16
+    opt = heavyball.SOAP([p], storage_dtype={"gram": "bfloat16"}, compile=False)
+    opt.step()
+    assert opt.state[p]["to_eigenbasis.gram.1"].dtype == torch.bfloat16
+
+
 # ---- refusals
 
 
@@ -193,7 +207,7 @@ def test_a_parameter_of_another_dtype_is_refused_later_too() -> None:
 
 def test_every_preset_takes_the_formats() -> None:
     for name, preset in heavyball.PRESETS.items():
-        p = nn.Parameter(tensor((64, 64), 0, torch.bfloat16))
+        p = nn.Parameter(tensor((64, 66), 0, torch.bfloat16))
         opt = preset([p], storage_dtype="bfloat16", param_ecc="bf16+16", compile=False)
         p.grad = torch.ones_like(p)
         opt.step()
