@@ -45,11 +45,15 @@ from transforms import (
     test_schedule_free,
     test_sign,
     test_skip,
+    test_soap,
     test_stable,
 )
 
+from heavyball import basis as basis_module
 from heavyball import chain as chain_module
 from heavyball import chainable as C
+from heavyball.numerics.modes import rotate
+from heavyball.transforms import soap as soap_module
 
 Wrong = Callable[..., Any]
 MUTANTS: dict[str, tuple[str, Callable[[Wrong], Wrong], tuple[Callable[[], object], ...]]] = {}
@@ -719,6 +723,72 @@ def sums_that_are_not_kept(right: Wrong) -> Wrong:
     return lambda u, grams, roots, **kw: (right(u, grams, roots, **kw)[0], grams, roots)
 
 
+def soap_tests() -> tuple[Callable[[], object], ...]:
+    shape, options, working, rotated = test_soap.CASES[0]
+    return (
+        lambda: test_soap.test_golden_values(1),
+        lambda: test_soap.test_the_dense_formulation(shape, options, working, rotated, "qr"),
+    )
+
+
+@mutant("from_eigenbasis", *soap_tests())
+def the_way_there_in_place_of_the_way_back(right: Wrong) -> Wrong:
+    def wrong(u: Any, *, bases: Any, working: Any, normalize_grads: bool) -> Any:
+        return basis_module.each_block(working, u, rotate, bases)
+
+    return wrong
+
+
+@mutant("to_eigenbasis", *soap_tests())
+def steps_that_count_the_first_gradient(right: Wrong) -> Wrong:
+    def wrong(*states: Any, count: int, **kw: Any) -> tuple:
+        update, gram, basis, gate, step, *handed = right(*states, count=count, **kw)
+        return update, gram, basis, gate, step + 1, *handed
+
+    return wrong
+
+
+@mutant("to_eigenbasis", *soap_tests(), test_soap.test_the_first_gradient_only_sets_up_the_basis)
+def a_first_gradient_that_is_used(right: Wrong) -> Wrong:
+    def wrong(*states: Any, count: int, **kw: Any) -> tuple:
+        return right(*right(*states, count=1, **kw)[:3] if count == 1 else states, count=2, **kw)
+
+    return wrong
+
+
+@mutant("to_eigenbasis", test_soap.test_the_first_gradient_only_sets_up_the_basis)
+def a_preconditioner_with_another_memory(right: Wrong) -> Wrong:
+    return lambda *a, shampoo_beta, **kw: right(*a, shampoo_beta=0.5, **kw)
+
+
+# What a refresh does to the moments is not in the function, and is replaced where it stands.
+IN_REFRESHES: dict[str, tuple[Any, str, Any]] = {
+    "a first moment left in the old basis": (basis_module, "carry", lambda x, old, new: x),
+    "a second moment left in the old order": (basis_module, "reorder", lambda x, orders: x),
+    "bases that are never refreshed": (
+        soap_module,
+        "refresh_pieces",
+        lambda gram, basis, way, rows: (basis, tuple(None for _ in basis)),
+    ),
+    "refreshes a step late": (
+        soap_module,
+        "_schedule",
+        lambda *a: soap_module.as_schedule(3, None),
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", IN_REFRESHES)
+def test_a_mistake_in_a_refresh_is_noticed(monkeypatch: pytest.MonkeyPatch, mistake: str) -> None:
+    module, name, wrong = IN_REFRESHES[mistake]
+    # the order of the columns changes only where the spectrum does
+    test = soap_tests()[1 if name == "reorder" else 0]
+    test()
+    monkeypatch.setattr(module, name, wrong)
+    with pytest.raises(AssertionError):
+        test()
+
+
 DECAYS = {
     "decoupled": lambda: test_decay.test_with_gradients_each_step_is_decay_and_descent("decoupled"),
     "independent": lambda: test_decay.test_without_a_gradient_the_weights_shrink_by_a_product(
@@ -741,8 +811,9 @@ def install(monkeypatch: pytest.MonkeyPatch, name: str, wrong: Wrong) -> None:
     changed = dataclasses.replace(getattr(C, name), update=wrong)
     monkeypatch.setattr(C, name, changed)
     monkeypatch.setitem(C.TRANSFORMS, name, changed)
-    if hasattr(chain_module, name):
-        monkeypatch.setattr(chain_module, name, changed)
+    for module in (chain_module, soap_module):
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, changed)
 
 
 def notice(monkeypatch: pytest.MonkeyPatch, name: str, wrong: Wrong, test: Callable) -> None:
