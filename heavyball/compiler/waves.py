@@ -357,6 +357,16 @@ class Waves:
         return left
 
 
+def _elements(job: Job) -> int:
+    """What a parameter adds to a wave: its own elements, or those of the matrices kept with it.
+
+    New matrices wait for the end of their wave, and can be many times the parameter.
+    """
+    shape = job.param.shape
+    matrices = sum(t.numel() for t in job.state.values() if t.shape != shape)
+    return max(job.param.numel(), matrices)
+
+
 def arrange(entries: list[Entry], foreach: bool | None) -> Waves:
     """Put parameters into waves; small ones of one shape next to each other, to share calls."""
     places: dict[Any, int] = {}
@@ -371,7 +381,7 @@ def arrange(entries: list[Entry], foreach: bool | None) -> Waves:
     waves: list[list[Entry]] = []
     size = 0
     for entry in sorted(entries, key=order):
-        numel, dtype = entry.job.param.numel(), compute_dtype(entry.job.param.dtype)
+        numel, dtype = _elements(entry.job), compute_dtype(entry.job.param.dtype)
         fresh = not waves or compute_dtype(waves[-1][0].job.param.dtype) != dtype
         if fresh or foreach is False or size + numel > WAVE:
             waves.append([])
