@@ -1,5 +1,6 @@
 """Steps an optimizer's parameters through kernels, and says what is left for the eager runner."""
 
+import contextlib
 import functools
 import math
 import warnings
@@ -12,8 +13,18 @@ from torch import Tensor
 
 from heavyball import utils
 from heavyball.compiler import cuda
+from heavyball.compiler.cpp import Printer
 from heavyball.compiler.graph import NotPrintableError
-from heavyball.compiler.launch import Kernel, Table, build, check_layout, hyper_values, printer_for
+from heavyball.compiler.launch import (
+    Kernel,
+    OrderError,
+    Table,
+    build,
+    check_layout,
+    hyper_values,
+    printer_for,
+)
+from heavyball.compiler.staging import Copied, copied, orders, settle, stage
 from heavyball.compiler.toolchain import ToolchainError
 from heavyball.compiler.watch import Snapshot
 from heavyball.compiler.waves import Entry, Parts, Waves, arrange, build_parts, printers
@@ -45,6 +56,7 @@ class Plan:
     shares: dict[str, list[Table]]
     eager: list[int]
     whole: Waves
+    copies: list[Copied] = field(default_factory=list)
     params: list[Tensor] = field(default_factory=list)
     snapshot: Snapshot | None = None
     # where a gradient's address goes: for each table, the places of its parameters in the snapshot
@@ -105,6 +117,15 @@ class Plan:
 
     def run(self, together: Together | Pending, groups: list[dict[str, Any]]) -> None:
         """Step every parameter; `groups` are all of the optimizer's."""
+        for made in self.copies:
+            made.fill()
+        try:
+            self._run(together, groups)
+        finally:
+            for made in self.copies:
+                made.finish()
+
+    def _run(self, together: Together | Pending, groups: list[dict[str, Any]]) -> None:
         if any(isinstance(table, cuda.DeviceTable) for table in self.tables):
             cuda.run_plan(self, together, groups)
             return
@@ -229,15 +250,17 @@ class Engine:
         """Sort jobs into tables; jobs without a kernel are the plan's `eager` ones."""
         groups: list[Mapping[str, Any]] = []
         tables: dict[tuple[str | None, int, torch.device], Table] = {}
-        eager, entries = [], []
+        eager, entries, copies = [], [], dict[int, Copied]()
         for index, job in enumerate(jobs):
             if not any(job.group is g for g in groups):
                 groups.append(job.group)
             number = next(i for i, g in enumerate(groups) if g is job.group)
             sums: list[str | None] = [k for k in total_keys if k in job.program.total_keys]
-            parts = self._parts(job) if job.program.has_whole else None
-            wanted = sums if job.program.has_whole else [None, *sums]
-            kernels = {key: self._kernel(job, key) for key in wanted}
+            if job.program.has_whole:
+                parts, work, made = self._parts(job), job, None
+                kernels = {key: self._kernel(job, key) for key in sums}
+            else:
+                parts, (work, made, kernels) = None, self._in_order(job, [None, *sums])
             if None in kernels.values() or (job.program.has_whole and parts is None):
                 eager.append(index)
                 continue
@@ -249,13 +272,41 @@ class Engine:
                 if place not in tables:
                     tables[place] = cuda.table(kernel, device)  # type: ignore[arg-type]
                 table = tables[place]
-                _add_row(table, index, job, number)
+                _add_row(table, index, work, number)
+            if made is not None:
+                copies[index] = made
         for table in tables.values():
             table.finish()
+        for index, made in copies.items():
+            made.place(list(tables.values()), index)
         shares = {key: [t for (k, *_), t in tables.items() if k == key] for key in total_keys}
         steps = [t for (k, *_), t in tables.items() if k is None]
         waves = arrange(entries, foreach)
-        return Plan(jobs, total_keys, groups, steps, shares, eager, waves)
+        return Plan(jobs, total_keys, groups, steps, shares, eager, waves, [*copies.values()])
+
+    def _in_order(
+        self, job: Job, wanted: list[str | None]
+    ) -> tuple[Job, Copied | None, dict[str | None, Kernel | None]]:
+        """A job with tensors that kernels can walk through, what of them are copies, and the kernels."""
+        if job.param.device.type != "cpu":
+            return job, None, {key: self._kernel(job, key) for key in wanted}
+        for strides in orders(job):
+            try:
+                work = stage(job, strides)
+                kernels = {key: self._kernel(work, key) for key in wanted}
+            except NotPrintableError as error:
+                self._refuse(job, error)
+                break
+            except OrderError:
+                continue
+            if None not in kernels.values():
+                settle(job, work)
+            return work, copied(job, work, strides), kernels
+        else:
+            self._refuse(
+                job, NotPrintableError("rows or columns of a parameter that is not contiguous")
+            )
+        return job, None, {None: None}
 
     def _kernel(self, job: Job, share: str | None) -> Kernel | None:
         """The kernel of a job's program for tensors like its own; None where there is none."""
@@ -312,11 +363,19 @@ def sources(jobs: list[Job], total_keys: list[str]) -> list[str]:
     for key in (*total_keys, None):
         for job in jobs:
             if key is None or key in job.program.total_keys:
-                check_layout(job)
                 whole = key is None and job.program.has_whole
-                made = printers(job)[1] if whole else [printer_for(job, key)[0]]
+                made = printers(job)[1] if whole else [_printer_in_order(job, key)]
                 found.update((printer.source(), None) for printer in made if printer is not None)
     return list(found)
+
+
+def _printer_in_order(job: Job, share: str | None) -> Printer:
+    for strides in orders(job) if job.param.device.type == "cpu" else [job.param.stride()]:
+        with contextlib.suppress(OrderError):
+            work = stage(job, strides)
+            check_layout(work)
+            return printer_for(work, share)[0]
+    raise NotPrintableError("rows or columns of a parameter that is not contiguous")
 
 
 def _add_row(table: Table, index: int, job: Job, group: int) -> None:

@@ -102,23 +102,32 @@ def check_layout(job: Job) -> None:
     if not dense(param):
         raise NotPrintableError("a parameter whose elements do not fill a block of memory")
     shaped = [t for t in job.state.values() if t.shape == param.shape]
-    if any(t.stride() != param.stride() for t in (job.grad, *shaped)):
+    if not all(_alike(t, param) for t in (job.grad, *shaped)):
         raise NotPrintableError("a gradient or state whose layout is not the parameter's")
+
+
+def _alike(tensor: Tensor, param: Tensor) -> bool:
+    strides = zip(tensor.stride(), param.stride(), param.shape, strict=True)
+    return not tensor.is_neg() and all(a == b or n == 1 for a, b, n in strides)
+
+
+class OrderError(Exception):
+    """A kernel for contiguous tensors, and a parameter that is not."""
 
 
 def printer_for(job: Job, share: str | None = None) -> tuple[Printer, bool]:
     """The printer of a job's program, and whether it is for tensors of this very shape.
 
-    Errors: NotPrintableError with the reason.
+    Errors: NotPrintableError with the reason; OrderError if contiguous tensors would have one.
     """
     param, state = job.param, job.state
     graph, sized = record(job.program, param.shape, param.dtype, state, job.group, share)
     dtypes = {"param": param.dtype, "grad": job.grad.dtype}
     dtypes |= {k: t.dtype for k, t in state.items()}
     if graph.split is not None and not param.is_contiguous():
-        raise NotPrintableError("rows or columns of a parameter that is not contiguous")
+        raise OrderError
     if graph.every is not None and not param.is_contiguous():
-        raise NotPrintableError("every k-th element of a parameter that is not contiguous")
+        raise OrderError
     if graph.every is not None and param.device.type in TRITON_DEVICES:
         raise NotPrintableError("every k-th element, on CUDA")
     printer: type[Printer] = Printer if graph.split is None else MatrixPrinter
