@@ -208,6 +208,18 @@ def test_one_program_serves_every_shape_and_every_hyper_parameter(monkeypatch) -
 _real_build = toolchain._build
 
 
+def test_several_kernels_are_compiled_at_the_same_time(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("HEAVYBALL_CACHE", str(tmp_path))
+    monkeypatch.setattr(launch, "_kernels", {})
+    monkeypatch.setattr(engine, "_known", {})
+    both = threading.Barrier(2, timeout=60)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(toolchain, "_build", lambda s, p: (both.wait(), _real_build(s, p)))
+    shapes = ((3,), (40, 36), (50,), (41, 36))
+    assert_near(pair((C.factored_rms,), shapes))
+    assert len(list(tmp_path.glob("*.so"))) == 2
+
+
 def test_gradients_may_move_and_tensors_may_be_replaced() -> None:
     ends = []
     for compiled in (False, True):

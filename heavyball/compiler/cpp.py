@@ -87,6 +87,8 @@ PRELUDE = """\
 #include <cstring>
 #include <limits>
 
+// Called for small and for large tensors: inlined, everything would be compiled twice.
+#define PART static __attribute__((noinline))
 typedef _Float16 f16;
 struct bf16 { uint16_t bits; };
 
@@ -245,9 +247,7 @@ class Printer:
     # ---- functions
 
     def _scalars(self, name: str, nodes: list[int]) -> str:
-        lines = [
-            f"static inline void {name}(const int64_t* row, const double* hyper, double* s) {{"
-        ]
+        lines = [f"PART void {name}(const int64_t* row, const double* hyper, double* s) {{"]
         names = {i: f"s[{i}]" for i in range(len(self.graph.values))}
         width = len(self.hypers) + len(self.totals)
         for i in nodes:
@@ -271,7 +271,7 @@ class Printer:
 
     def _pass(self, k: int, planned: Pass) -> str:
         lines = [
-            f"static inline void pass_{k}(const int64_t* row, const double* s,"
+            f"PART void pass_{k}(const int64_t* row, const double* s,"
             " int64_t low, int64_t high, double* part) {"
         ]
         of_slice, summed = self._split_reductions(planned)
@@ -468,7 +468,7 @@ class Printer:
         return f"r{i} += {name};"
 
     def _numbers(self) -> str:
-        lines = ["static inline void write_numbers(const int64_t* row, const double* s) {"]
+        lines = ["PART void write_numbers(const int64_t* row, const double* s) {"]
         lines += [f"    *{self._number(n)} = s[{i}];" for n, i in self.plan.numbers.items()]
         return "\n".join([*lines, "}\n"])
 

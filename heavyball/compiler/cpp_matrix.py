@@ -64,7 +64,7 @@ class MatrixPrinter(Printer):
 
     def _vectors(self, name: str, planned: Pass | None, level: str) -> str:
         along = "ROWS" if level == "row" else "COLS"
-        head = f"static inline void {name}(const int64_t* row, double* s, T* memory) {{"
+        head = f"PART void {name}(const int64_t* row, double* s, T* memory) {{"
         lines = [head, *self._memory()]
         nodes = [] if planned is None else (planned.rows if level == "row" else planned.cols)
         sums = [] if planned is None else self._reduced(planned, level, "scalar")
@@ -139,7 +139,7 @@ class MatrixPrinter(Printer):
             self._vectors(f"cols_{k}", planned, "col"),
         ]
         lines.append(
-            f"static inline void pass_{k}(const int64_t* row, const double* s, T* memory,"
+            f"PART void pass_{k}(const int64_t* row, const double* s, T* memory,"
             " int64_t low, int64_t high, double* part, double* sums) {"
         )
         lines += [

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from heavyball import utils
-from heavyball.compiler import cuda
+from heavyball.compiler import cuda, toolchain
 from heavyball.compiler.cpp import Printer
 from heavyball.compiler.graph import NotPrintableError
 from heavyball.compiler.launch import (
@@ -191,6 +191,7 @@ class Engine:
     def __init__(self, mode: str | bool):
         self.mode = mode
         self._refused: dict[Signature, Exception] = {}
+        self._printed: dict[Signature, tuple[Any, bool]] = {}  # while tables are made
         self._plan: Plan | None = None
 
     @property
@@ -251,6 +252,7 @@ class Engine:
         groups: list[Mapping[str, Any]] = []
         tables: dict[tuple[str | None, int, torch.device], Table] = {}
         eager, entries, copies = [], [], dict[int, Copied]()
+        self._prepare(jobs, total_keys)
         for index, job in enumerate(jobs):
             if not any(job.group is g for g in groups):
                 groups.append(job.group)
@@ -281,6 +283,7 @@ class Engine:
             made.place(list(tables.values()), index)
         shares = {key: [t for (k, *_), t in tables.items() if k == key] for key in total_keys}
         steps = [t for (k, *_), t in tables.items() if k is None]
+        self._printed.clear()
         waves = arrange(entries, foreach)
         return Plan(jobs, total_keys, groups, steps, shares, eager, waves, [*copies.values()])
 
@@ -308,6 +311,50 @@ class Engine:
             )
         return job, None, {None: None}
 
+    def _prepare(self, jobs: list[Job], total_keys: list[str]) -> None:
+        """Compile all new kernels at the same time; what has none is found out later."""
+        found: dict[str, None] = {}
+        self._printed.clear()
+        for job in jobs:
+            if job.param.device.type != "cpu":
+                continue
+            sums = [key for key in total_keys if key in job.program.total_keys]
+            for key in ("whole" if job.program.has_whole else None, *sums):
+                kind = (*signature(job), key)
+                exact = (*kind, job.param.shape)
+                skip = kind in _known or exact in _known or kind in _known_parts
+                if (
+                    skip
+                    or exact in _known_parts
+                    or exact in self._refused
+                    or self._has(kind, exact)
+                ):
+                    continue
+                with contextlib.suppress(NotPrintableError, OrderError):
+                    check_layout(job)
+                    printed = self._print(job, key)[0]
+                    made = printed[1] if key == "whole" else [printed]
+                    found.update((p.source(), None) for p in made if p is not None)
+        toolchain.prepare(found)
+
+    def _has(self, kind: Signature, exact: Signature) -> bool:
+        return kind in self._printed or exact in self._printed
+
+    def _print(self, job: Job, share: str | None) -> tuple[Any, bool]:
+        """What `printer_for` says, or `printers` for "whole", asked once while tables are made."""
+        kind = (*signature(job), share)
+        exact = (*kind, job.param.shape)
+        for key in (kind, exact):
+            if key in self._printed:
+                return self._printed[key]
+        if share == "whole":
+            found = printers(job)
+            printed: tuple[Any, bool] = found, found[0].sized
+        else:
+            printed = printer_for(job, share)
+        self._printed[exact if printed[1] else kind] = printed
+        return printed
+
     def _kernel(self, job: Job, share: str | None) -> Kernel | None:
         """The kernel of a job's program for tensors like its own; None where there is none."""
         # On CUDA kernels have been checked in Triton's interpreter only, so they are for who asks.
@@ -322,7 +369,7 @@ class Engine:
                     return _known[key]
             if exact in self._refused:
                 raise self._refused[exact]
-            printer, sized = printer_for(job, share)
+            printer, sized = self._print(job, share)
             make: Callable[[Any], Kernel] = cuda.build if cuda.serves(job.param.device) else build
             kernel = _known[exact if sized else kind] = make(printer)
             return kernel
@@ -342,8 +389,8 @@ class Engine:
                     return _known_parts[key]
             if exact in self._refused:
                 raise self._refused[exact]
-            segments, found = printers(job)
-            parts = _known_parts[exact if segments.sized else kind] = build_parts(segments, found)
+            (segments, found), sized = self._print(job, "whole")
+            parts = _known_parts[exact if sized else kind] = build_parts(segments, found)
             return parts
         except (NotPrintableError, ToolchainError) as error:
             self._refused[exact] = error

@@ -10,6 +10,8 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 FLAGS = (
@@ -82,14 +84,31 @@ def _machine() -> str:
     return "\n".join(parts)
 
 
+def _path(source: str) -> Path:
+    directory = cache_directory()
+    key = hashlib.sha256(f"{_machine()}\n{source}".encode()).hexdigest()[:32]
+    return directory / f"{key}.so"
+
+
+def prepare(sources: Collection[str]) -> None:
+    """Compile at the same time what is not on the disk. What fails is left for `load` to say so."""
+
+    def make(source: str) -> None:
+        with contextlib.suppress(ToolchainError):
+            if not _intact(path := _path(source)):
+                _build(source, path)
+
+    if len(sources) > 1:
+        with ThreadPoolExecutor(min(len(sources), os.cpu_count() or 1)) as pool:
+            list(pool.map(make, sources))
+
+
 def load(source: str) -> ctypes.CDLL:
     """The compiled library of a source, from the disk if it is there undamaged.
 
     Errors: ToolchainError with the compiler's first line of complaint.
     """
-    directory = cache_directory()
-    key = hashlib.sha256(f"{_machine()}\n{source}".encode()).hexdigest()[:32]
-    path = directory / f"{key}.so"
+    path = _path(source)
     if _intact(path):
         with contextlib.suppress(OSError):
             return ctypes.CDLL(str(path))
