@@ -32,6 +32,7 @@ from heavyball.runner import SCALAR, SHARE, Job, drive, lazy_wanted, run, share_
 from heavyball.together import Pending, Together
 
 Signature = tuple[Any, ...]
+NOT_CONTIGUOUS = "rows or columns of a parameter that is not contiguous"
 
 
 def signature(job: Job) -> Signature:
@@ -260,7 +261,7 @@ class Engine:
             sums: list[str | None] = [k for k in total_keys if k in job.program.total_keys]
             if job.program.has_whole:
                 parts, work, made = self._parts(job), job, None
-                kernels = {key: self._kernel(job, key) for key in sums}
+                kernels = self._as_it_lies(job, sums)
             else:
                 parts, (work, made, kernels) = None, self._in_order(job, [None, *sums])
             if None in kernels.values() or (job.program.has_whole and parts is None):
@@ -292,7 +293,7 @@ class Engine:
     ) -> tuple[Job, Copied | None, dict[str | None, Kernel | None]]:
         """A job with tensors that kernels can walk through, what of them are copies, and the kernels."""
         if job.param.device.type != "cpu":
-            return job, None, {key: self._kernel(job, key) for key in wanted}
+            return job, None, self._as_it_lies(job, wanted)
         for strides in orders(job):
             try:
                 work = stage(job, strides)
@@ -306,10 +307,15 @@ class Engine:
                 settle(job, work)
             return work, copied(job, work, strides), kernels
         else:
-            self._refuse(
-                job, NotPrintableError("rows or columns of a parameter that is not contiguous")
-            )
+            self._refuse(job, NotPrintableError(NOT_CONTIGUOUS))
         return job, None, {None: None}
+
+    def _as_it_lies(self, job: Job, wanted: list[str | None]) -> dict[str | None, Kernel | None]:
+        try:
+            return {key: self._kernel(job, key) for key in wanted}
+        except OrderError:
+            self._refuse(job, NotPrintableError(NOT_CONTIGUOUS))
+            return {None: None}
 
     def _prepare(self, jobs: list[Job], total_keys: list[str]) -> None:
         """Compile all new kernels at the same time; what has none is found out later."""
@@ -322,13 +328,8 @@ class Engine:
             for key in ("whole" if job.program.has_whole else None, *sums):
                 kind = (*signature(job), key)
                 exact = (*kind, job.param.shape)
-                skip = kind in _known or exact in _known or kind in _known_parts
-                if (
-                    skip
-                    or exact in _known_parts
-                    or exact in self._refused
-                    or self._has(kind, exact)
-                ):
+                asked = (_known, _known_parts, self._refused, self._printed)
+                if any(k in place for k in (kind, exact) for place in asked):
                     continue
                 with contextlib.suppress(NotPrintableError, OrderError):
                     check_layout(job)
@@ -336,9 +337,6 @@ class Engine:
                     made = printed[1] if key == "whole" else [printed]
                     found.update((p.source(), None) for p in made if p is not None)
         toolchain.prepare(found)
-
-    def _has(self, kind: Signature, exact: Signature) -> bool:
-        return kind in self._printed or exact in self._printed
 
     def _print(self, job: Job, share: str | None) -> tuple[Any, bool]:
         """What `printer_for` says, or `printers` for "whole", asked once while tables are made."""
@@ -422,7 +420,7 @@ def _printer_in_order(job: Job, share: str | None) -> Printer:
             work = stage(job, strides)
             check_layout(work)
             return printer_for(work, share)[0]
-    raise NotPrintableError("rows or columns of a parameter that is not contiguous")
+    raise NotPrintableError(NOT_CONTIGUOUS)
 
 
 def _add_row(table: Table, index: int, job: Job, group: int) -> None:
