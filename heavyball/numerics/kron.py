@@ -103,6 +103,26 @@ def transposed_product(factor: Tensor, x: Tensor, *, base: int = BLOCK) -> Tenso
     return out
 
 
+def product_of_triangles(one: Tensor, other: Tensor, *, base: int = BLOCK) -> Tensor:
+    """`T Q` for upper triangular T and Q, of which a third of the operations is not with zeros."""
+    size = one.shape[-1]
+    if size < 2 * base:
+        return one @ other
+    half = size // 2
+    out = torch.zeros_like(other, memory_format=torch.contiguous_format)
+    out[:, :half, :half] = product_of_triangles(
+        one[:, :half, :half], other[:, :half, :half], base=base
+    )
+    out[:, half:, half:] = product_of_triangles(
+        one[:, half:, half:], other[:, half:, half:], base=base
+    )
+    corner = triangular_product(one[:, :half, :half], other[:, :half, half:], base=base)
+    # the other one is triangular from the right: (T Q)^T = Q^T T^T
+    right = transposed_product(other[:, half:, half:], one[:, :half, half:].mT, base=base).mT
+    torch.add(corner, right, out=out[:, :half, half:])
+    return out
+
+
 Product = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -190,14 +210,43 @@ def solve_transposed(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
     return x
 
 
+def unfolded(x: Tensor, axis: int) -> Tensor:
+    """The matrix whose rows are the slices of x along one axis."""
+    rows = x if x.ndim == 3 and axis == 0 else x.movedim(axis + 1, 1)
+    return rows.reshape(x.shape[0], x.shape[axis + 1], -1)
+
+
 def gram(x: Tensor, axis: int, diagonal: bool) -> Tensor:
     """`X X^T` for the unfolding X of x along one axis, or only its diagonal."""
     if diagonal:
         others = tuple(d for d in range(1, x.ndim) if d != axis + 1)
         return x.square() if not others else x.square().sum(dim=others)
-    rows = x if x.ndim == 3 and axis == 0 else x.movedim(axis + 1, 1)
-    rows = rows.reshape(x.shape[0], x.shape[axis + 1], -1)
+    rows = unfolded(x, axis)
     return rows @ rows.mT
+
+
+def upper_gram(rows: Tensor, *, base: int = BLOCK) -> Tensor:
+    """The upper triangle of `X X^T`, with little more than the half of the operations.
+
+    Below the diagonal are zeros and, in blocks of fewer than `2 base` rows, other numbers.
+    """
+    size = rows.shape[1]
+    if size < 2 * base:
+        return rows @ rows.mT
+    out = rows.new_zeros(rows.shape[0], size, size)
+    _fill_upper_gram(out, rows, base)
+    return out
+
+
+def _fill_upper_gram(out: Tensor, rows: Tensor, base: int) -> None:
+    size = rows.shape[1]
+    if size < 2 * base:
+        torch.bmm(rows, rows.mT, out=out)
+        return
+    half = size // 2
+    torch.bmm(rows[:, :half], rows[:, half:].mT, out=out[:, :half, half:])
+    _fill_upper_gram(out[:, :half, :half], rows[:, :half], base)
+    _fill_upper_gram(out[:, half:, half:], rows[:, half:], base)
 
 
 # ---- fitting
@@ -220,6 +269,30 @@ def norm_lower_bound(matrix: Tensor) -> Tensor:
     x = matrix @ matrix.gather(-1, place)
     x = x / torch.linalg.vector_norm(x, dim=-2, keepdim=True).clamp(min=tiny)
     return largest * torch.linalg.vector_norm(matrix @ x, dim=-2, keepdim=True)
+
+
+def upper_norm_lower_bound(upper: Tensor) -> Tensor:
+    """The same for positive semi-definite matrices of which only the upper triangle is given.
+
+    The largest entry of such a matrix is on its diagonal.
+    """
+    tiny = torch.finfo(upper.dtype).tiny
+    largest = upper.diagonal(dim1=-2, dim2=-1).amax(dim=-1)[:, None, None]
+    upper = upper / largest.clamp(min=tiny)
+    diagonal = upper.diagonal(dim1=-2, dim2=-1)[..., None]
+
+    def times(x: Tensor) -> Tensor:
+        return upper @ x + upper.mT @ x - diagonal * x
+
+    squares = torch.linalg.vector_norm(upper, dim=-2).square()
+    squares = squares + torch.linalg.vector_norm(upper, dim=-1).square() - diagonal[..., 0].square()
+    place = squares.argmax(dim=-1)[:, None, None].expand(-1, upper.shape[-2], 1)
+    # a column of the symmetric matrix is one of the triangle and a row of it
+    x = upper.gather(-1, place) + upper.mT.gather(-1, place)
+    x = x.scatter(1, place[:, :1], diagonal.gather(1, place[:, :1]))
+    x = times(x)
+    x = x / torch.linalg.vector_norm(x, dim=-2, keepdim=True).clamp(min=tiny)
+    return largest * torch.linalg.vector_norm(times(x), dim=-2, keepdim=True)
 
 
 def damped(x: Tensor, noise: Tensor) -> Tensor:
@@ -249,16 +322,16 @@ def fitted(factors: Sequence[Tensor], x: Tensor, noise: Tensor, lr: Tensor | flo
     inverse = solve_transposed(noise, factors)
     new = []
     for axis, factor in enumerate(factors):
-        one = gram(image, axis, _is_diagonal(factor))
-        two = gram(inverse, axis, _is_diagonal(factor))
-        tiny = torch.finfo(one.dtype).tiny
+        tiny = torch.finfo(factor.dtype).tiny
         if _is_diagonal(factor):
+            one, two = gram(image, axis, True), gram(inverse, axis, True)
             bound = (one + two).amax(dim=-1, keepdim=True).clamp(min=tiny)
             new.append(factor - factor * (one - two) * (lr / bound))
         else:
-            bound = norm_lower_bound(one + two).clamp(min=tiny)
-            change = one.sub_(two).triu_().mul_(lr / bound)
-            new.append(factor - triangular_product(change, factor))
+            one, two = (upper_gram(unfolded(x, axis)).triu_() for x in (image, inverse))
+            bound = upper_norm_lower_bound(one + two).clamp(min=tiny)
+            change = one.sub_(two).mul_(lr / bound)
+            new.append(factor - product_of_triangles(change, factor))
     informative = x.flatten(1).abs().amax(dim=1) > 0
     return usable(new, factors, informative)
 
@@ -325,6 +398,11 @@ def to_line(matrix: Tensor) -> Tensor:
 def from_line(line: Tensor) -> Tensor:
     """The upper triangular matrices whose triangles are given row after row."""
     size = line_size(line.shape[-1])
+    if line.device.type == "cpu":
+        # elsewhere this would take a table of 64-bit places
+        mask = torch.ones(size, size, dtype=torch.bool).triu_()
+        found = line.new_zeros(line.shape[0], size, size)
+        return found.masked_scatter_(mask, line)
     row = torch.arange(size, dtype=torch.int32, device=line.device)[:, None]
     # below the diagonal it points somewhere into the line, and triu drops what it finds there
     place = row * (2 * size - row - 1) // 2 + row.mT
