@@ -5,7 +5,7 @@ factor of axis i is upper triangular, (batch, s_i, s_i), or diagonal, (batch, s_
 to its arguments.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -16,8 +16,8 @@ from heavyball.numerics.rounding import round_stochastically
 
 MemorySaveMode = Literal["one_diag", "smart_one_diag", "all_diag", "one_triu", None]
 
-# Below this size a triangular product costs no more as a full one.
-BLOCK = 96
+# Rows of a triangle in one product: fewer leave out more of its zeros, but are slower to multiply with.
+BLOCK = 128
 
 
 def triangular_axes(
@@ -74,52 +74,50 @@ def _spread(diagonal: Tensor, axis: int, ndim: int) -> Tensor:
     return diagonal.reshape(diagonal.shape[0], *(-1 if i == axis else 1 for i in range(ndim - 1)))
 
 
-def triangular_product(factor: Tensor, x: Tensor, *, base: int = BLOCK) -> Tensor:
-    """`Q x` for upper triangular Q, without most of the products with its zeros.
+def _places(size: int) -> Iterator[tuple[int, int]]:
+    """Where blocks of rows begin and end."""
+    return ((low, min(low + BLOCK, size)) for low in range(0, size, BLOCK))
 
-    Halving it once saves a quarter of the operations, halving on nears a half.
-    """
+
+def _empty(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def triangular_product(factor: Tensor, x: Tensor) -> Tensor:
+    """`Q x` for upper triangular Q, a block of rows at a time, without most of Q's zeros."""
     size = factor.shape[-1]
-    if size < 2 * base:
+    if size < 2 * BLOCK:
         return factor @ x
-    half = size // 2
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    top = triangular_product(factor[:, :half, :half], x[:, :half], base=base)
-    torch.baddbmm(top, factor[:, :half, half:], x[:, half:], out=out[:, :half])
-    out[:, half:] = triangular_product(factor[:, half:, half:], x[:, half:], base=base)
+    out = _empty(x)
+    for low, high in _places(size):
+        torch.bmm(factor[:, low:high, low:], x[:, low:], out=out[:, low:high])
     return out
 
 
-def transposed_product(factor: Tensor, x: Tensor, *, base: int = BLOCK) -> Tensor:
-    """`Q^T x` for upper triangular Q, without most of the products with its zeros."""
+def transposed_product(factor: Tensor, x: Tensor) -> Tensor:
+    """`Q^T x` for upper triangular Q, a block of rows at a time, without most of Q's zeros."""
     size = factor.shape[-1]
-    if size < 2 * base:
+    if size < 2 * BLOCK:
         return factor.mT @ x
-    half = size // 2
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    bottom = transposed_product(factor[:, half:, half:], x[:, half:], base=base)
-    torch.baddbmm(bottom, factor[:, :half, half:].mT, x[:, :half], out=out[:, half:])
-    out[:, :half] = transposed_product(factor[:, :half, :half], x[:, :half], base=base)
+    out = _empty(x)
+    for low, high in _places(size):
+        torch.bmm(factor[:, :high, low:high].mT, x[:, :high], out=out[:, low:high])
     return out
 
 
-def product_of_triangles(one: Tensor, other: Tensor, *, base: int = BLOCK) -> Tensor:
-    """`T Q` for upper triangular T and Q, of which a third of the operations is not with zeros."""
+def product_of_triangles(one: Tensor, other: Tensor) -> Tensor:
+    """`T Q` for upper triangular T and Q, with less than a third of the operations of a full product."""
     size = one.shape[-1]
-    if size < 2 * base:
+    if size < 2 * BLOCK:
         return one @ other
     half = size // 2
+    top, low = slice(None, half), slice(half, None)
     out = torch.zeros_like(other, memory_format=torch.contiguous_format)
-    out[:, :half, :half] = product_of_triangles(
-        one[:, :half, :half], other[:, :half, :half], base=base
-    )
-    out[:, half:, half:] = product_of_triangles(
-        one[:, half:, half:], other[:, half:, half:], base=base
-    )
-    corner = triangular_product(one[:, :half, :half], other[:, :half, half:], base=base)
+    out[:, top, top] = product_of_triangles(one[:, top, top], other[:, top, top])
+    out[:, low, low] = product_of_triangles(one[:, low, low], other[:, low, low])
     # the other one is triangular from the right: (T Q)^T = Q^T T^T
-    right = transposed_product(other[:, half:, half:], one[:, :half, half:].mT, base=base).mT
-    torch.add(corner, right, out=out[:, :half, half:])
+    corner = transposed_product(other[:, low, low], one[:, top, low].mT).mT
+    out[:, top, low] = corner.add_(triangular_product(one[:, top, top], other[:, top, low]))
     return out
 
 
@@ -225,28 +223,15 @@ def gram(x: Tensor, axis: int, diagonal: bool) -> Tensor:
     return rows @ rows.mT
 
 
-def upper_gram(rows: Tensor, *, base: int = BLOCK) -> Tensor:
-    """The upper triangle of `X X^T`, with little more than the half of the operations.
-
-    Below the diagonal are zeros and, in blocks of fewer than `2 base` rows, other numbers.
-    """
+def upper_gram(rows: Tensor) -> Tensor:
+    """The upper triangle of `X X^T`, with little more than half of the operations."""
     size = rows.shape[1]
-    if size < 2 * base:
-        return rows @ rows.mT
-    out = rows.new_zeros(rows.shape[0], size, size)
-    _fill_upper_gram(out, rows, base)
-    return out
-
-
-def _fill_upper_gram(out: Tensor, rows: Tensor, base: int) -> None:
-    size = rows.shape[1]
-    if size < 2 * base:
-        torch.bmm(rows, rows.mT, out=out)
-        return
-    half = size // 2
-    torch.bmm(rows[:, :half], rows[:, half:].mT, out=out[:, :half, half:])
-    _fill_upper_gram(out[:, :half, :half], rows[:, :half], base)
-    _fill_upper_gram(out[:, half:, half:], rows[:, half:], base)
+    if size < 2 * BLOCK:
+        return (rows @ rows.mT).triu_()
+    out = rows.new_empty(rows.shape[0], size, size)
+    for low, high in _places(size):
+        torch.bmm(rows[:, low:high], rows[:, low:].mT, out=out[:, low:high, low:])
+    return out.triu_()
 
 
 # ---- fitting
@@ -328,7 +313,7 @@ def fitted(factors: Sequence[Tensor], x: Tensor, noise: Tensor, lr: Tensor | flo
             bound = (one + two).amax(dim=-1, keepdim=True).clamp(min=tiny)
             new.append(factor - factor * (one - two) * (lr / bound))
         else:
-            one, two = (upper_gram(unfolded(x, axis)).triu_() for x in (image, inverse))
+            one, two = (upper_gram(unfolded(y, axis)) for y in (image, inverse))
             bound = upper_norm_lower_bound(one + two).clamp(min=tiny)
             change = one.sub_(two).mul_(lr / bound)
             new.append(factor - product_of_triangles(change, factor))
