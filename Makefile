@@ -2,6 +2,7 @@
 # make test    install into .venv and run the tests
 # make bench   measure optimizer steps, write docs/measurements.md (on a quiet machine)
 # make bench-peers   the same for other libraries, installed into .venv-peers
+# make psgd-efficiency   memory and time of PSGD's factors, write docs/psgd_efficiency.md
 # make bench-duels   our optimizers by turns with theirs, the same installation
 # make lint    formatting, lint and types
 # make docs    write the generated parts of README.md and docs/ again
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test bench bench-peers bench-duels lint docs clean
+.PHONY: demo test bench psgd-efficiency bench-peers bench-duels lint docs clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "heavyball needs Python 3.11, this is " + sys.version.split()[0] + "; try make PYTHON=python3.11")'
@@ -30,6 +31,9 @@ test: $(VENV)/installed-test
 
 bench: $(VENV)/installed-race
 	$(BIN)/python -m heavyball.race.bench --threads 2 --out docs/measurements.md
+
+psgd-efficiency: $(VENV)/installed-race
+	$(BIN)/python -m heavyball.race.bench.psgd --threads 2 --out docs/psgd_efficiency.md
 
 PEERS := .venv-peers
 $(PEERS)/installed: heavyball/race/bench/peers.txt constraints.txt

@@ -278,3 +278,26 @@ def test_every_duel_is_for_a_shape_set_and_names_its_library():
         assert set(chosen.goals) <= set(shapes.SETS)
         library = chosen.theirs.library
         assert library == "torch" or f"\n{library.lower()}==" in known
+
+
+def test_the_ways_to_keep_psgd_factors_are_measured_and_drawn(tmp_path):
+    from heavyball.race.bench import psgd
+
+    page = tmp_path / "page.md"
+    options = ["--size", "24", "--size", "40", "--steps", "1", "--out", str(page)]
+    done = CliRunner().invoke(psgd.main, [*options, "--assets", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    text = page.read_text()
+    for size in (24, 40):
+        triangle, full = size * (size + 1), 2 * size * size
+        # numbers of four bytes, or of two
+        for way, expected in (
+            ("square matrices", 4 * full),
+            ("lines (default)", 4 * triangle),
+            ("lines, bfloat16", 2 * triangle),
+            ("square matrices, cached", 8 * full),
+            ("lines, cached", 4 * (triangle + full)),
+            ("all diagonal", 8 * size),
+        ):
+            assert f"| {size} | {way} | {expected / 1e6:.3g} | {expected / 4 / full:.3f} |" in text
+    assert all((tmp_path / f"psgd_{name}.png").stat().st_size > 5000 for name in ("memory", "time"))

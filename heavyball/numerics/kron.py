@@ -247,7 +247,7 @@ def norm_lower_bound(matrix: Tensor) -> Tensor:
     Source: psgd_torch's norm_lower_bound for symmetric matrices, as in the Kron optimizer.
     """
     tiny = torch.finfo(matrix.dtype).tiny
-    largest = matrix.abs().amax(dim=(-2, -1), keepdim=True)
+    largest = largest_entry(matrix)[:, None, None]
     matrix = matrix / largest.clamp(min=tiny)
     norms = torch.linalg.vector_norm(matrix, dim=-2, keepdim=True)
     place = norms.argmax(dim=-1, keepdim=True).expand(-1, matrix.shape[-2], 1)
@@ -263,7 +263,12 @@ def upper_norm_lower_bound(upper: Tensor) -> Tensor:
     """
     tiny = torch.finfo(upper.dtype).tiny
     largest = upper.diagonal(dim1=-2, dim2=-1).amax(dim=-1)[:, None, None]
-    upper = upper / largest.clamp(min=tiny)
+    return largest * _unit_bound(upper / largest.clamp(min=tiny))
+
+
+def _unit_bound(upper: Tensor) -> Tensor:
+    """The bound for matrices whose largest entry is 1."""
+    tiny = torch.finfo(upper.dtype).tiny
     diagonal = upper.diagonal(dim1=-2, dim2=-1)[..., None]
 
     def times(x: Tensor) -> Tensor:
@@ -277,14 +282,18 @@ def upper_norm_lower_bound(upper: Tensor) -> Tensor:
     x = x.scatter(1, place[:, :1], diagonal.gather(1, place[:, :1]))
     x = times(x)
     x = x / torch.linalg.vector_norm(x, dim=-2, keepdim=True).clamp(min=tiny)
-    return largest * torch.linalg.vector_norm(times(x), dim=-2, keepdim=True)
+    return torch.linalg.vector_norm(times(x), dim=-2, keepdim=True)
+
+
+def largest_entry(x: Tensor) -> Tensor:
+    """max |x| of each member of a batch, without a temporary tensor."""
+    return torch.linalg.vector_norm(x.flatten(1), ord=float("inf"), dim=1)
 
 
 def damped(x: Tensor, noise: Tensor) -> Tensor:
     """`x + sqrt(2^-23) mean|x| noise`, a new tensor, so that no noise reaches the update."""
-    others = tuple(range(1, x.ndim))
-    size = x.abs().mean(dim=others, keepdim=True)
-    return torch.addcmul(x, noise, size * 2.0**-11.5)
+    size = torch.linalg.vector_norm(x.flatten(1), ord=1, dim=1) / max(x[0].numel(), 1)
+    return torch.addcmul(x, noise, (size * 2.0**-11.5).reshape(-1, *[1] * (x.ndim - 1)))
 
 
 def fitted(factors: Sequence[Tensor], x: Tensor, noise: Tensor, lr: Tensor | float) -> list[Tensor]:
@@ -314,10 +323,14 @@ def fitted(factors: Sequence[Tensor], x: Tensor, noise: Tensor, lr: Tensor | flo
             new.append(factor - factor * (one - two) * (lr / bound))
         else:
             one, two = (upper_gram(unfolded(y, axis)) for y in (image, inverse))
-            bound = upper_norm_lower_bound(one + two).clamp(min=tiny)
-            change = one.sub_(two).mul_(lr / bound)
-            new.append(factor - product_of_triangles(change, factor))
-    informative = x.flatten(1).abs().amax(dim=1) > 0
+            # large tensors of our own are written over: on a CPU a new one costs as much as its use
+            total = one + two
+            largest = total.diagonal(dim1=-2, dim2=-1).amax(dim=-1)[:, None, None].clamp(min=tiny)
+            bound = (largest * _unit_bound(total.div_(largest))).clamp(min=tiny)
+            del total
+            change = product_of_triangles(one.sub_(two).mul_(lr / bound), factor)
+            new.append(torch.sub(factor, change, out=change))
+    informative = largest_entry(x) > 0
     return usable(new, factors, informative)
 
 
@@ -325,7 +338,7 @@ def usable(
     new: Sequence[Tensor], old: Sequence[Tensor], condition: Tensor | None = None
 ) -> list[Tensor]:
     """The new factors where all of them are finite (and the condition holds), else all old ones."""
-    good = torch.stack([q.flatten(1).isfinite().all(dim=1) for q in new]).all(dim=0)
+    good = torch.stack([largest_entry(q).isfinite() for q in new]).all(dim=0)
     if condition is not None:
         good = good & condition
     if good.device.type == "cpu" and bool(good.all()):
@@ -338,7 +351,7 @@ def usable(
 
 def balanced(factors: Sequence[Tensor]) -> list[Tensor]:
     """The factors scaled to one and the same largest entry, their geometric mean, so P is unchanged."""
-    sizes = torch.stack([q.flatten(1).abs().amax(dim=1) for q in factors])
+    sizes = torch.stack([largest_entry(q) for q in factors])
     sizes = sizes.clamp(min=torch.finfo(sizes.dtype).tiny)
     scales = sizes.log().mean(dim=0).exp() / sizes
     new = [q * s.reshape(-1, *[1] * (q.ndim - 1)) for q, s in zip(factors, scales, strict=True)]
