@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from heavyball.advice import Advice
 from heavyball.chain import BOOKKEEPING, Chain, Program
 from heavyball.changes import Kind, kind, notice
 from heavyball.checkpoint import (
@@ -124,6 +125,7 @@ class ChainOpt(Optimizer):
         self._stochastic_rounding = stochastic_rounding
         self._engine = Engine(compile)
         self._together = Together(self._chain)
+        self._advice = Advice(self._chain)
         self._checked_values: dict[int, list[Any]] = {}
         self._programs: dict[Tensor, Program] = {}
         self._kinds: dict[Tensor, Kind] = {}
@@ -265,6 +267,8 @@ class ChainOpt(Optimizer):
         refuse_rivals(self)
         if self._fused is not None:
             self._fused.check_left()
+        if self._advice.active:
+            self._advice.before(self.param_groups)
         if not self._engine.step_again(self.param_groups, self.__dict__, self._together):
             self._engine.step(
                 self._jobs(),
@@ -497,6 +501,8 @@ class ChainOpt(Optimizer):
         self._checked_values = {}
         self._fresh = {}
         self._together = Together(self._chain)
+        if "_advice" not in self.__dict__:
+            self._advice = Advice(self._chain)
         self._engine = Engine(self._compile)
         self._singles = Singles(self)
         self._rivals_checked = -1
@@ -591,6 +597,27 @@ class ChainOpt(Optimizer):
         """Bytes of all state tensors held at this moment."""
         tensors = (t for state in self.state.values() for t in state.values())
         return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+
+    @property
+    def d(self) -> list[float]:
+        """The estimated distance of each group, of a chain that finds its learning rate.
+
+        It is read from the device, so a program that asks in every step waits in every step.
+        """
+        return [float(group["d"]) for group in self._estimating()]
+
+    @property
+    def effective_lr(self) -> list[float]:
+        """What multiplies each group's updates in the next step: lr d, without warm-up."""
+        groups = self._estimating()
+        return [float(g.get("d_step", g["d"])) * float(g["lr"]) for g in groups]
+
+    def _estimating(self) -> list[dict[str, Any]]:
+        if self._chain.rate is None or "d" not in self._chain.rate.transform.common:
+            raise AttributeError(
+                f"{type(self).__name__} has no d: nothing in its chain estimates it, as prodigy_d does"
+            )
+        return self.param_groups
 
     @property
     def chain(self) -> Chain:

@@ -167,10 +167,11 @@ PRESET_ARGUMENTS: dict[str, dict[str, Any]] = {
     "PSGDLRA": {"rank": 2, "precond_init_scale": 2.0},
     "Shampoo": {"weight_decay": 0.1, "eps": 0.01},
     "Prodigy": {"weight_decay": 0.1, "d0": 1e-2},
+    "PrecondScheduleProdigySOAP": {"weight_decay": 0.1, "d0": 0.3},
     "ProdigyPlusScheduleFree": {"weight_decay": 0.1, "d0": 0.1},
 }
 # one d for all parameters
-PRESET_TOGETHER = ("Prodigy", "ProdigyPlusScheduleFree")
+PRESET_TOGETHER = ("Prodigy", "ProdigyPlusScheduleFree", "PrecondScheduleProdigySOAP")
 # PaLM's schedule stands in for beta2
 PRESET_IDLE = {
     "SGD": ("dampening",),
@@ -178,6 +179,7 @@ PRESET_IDLE = {
     **{name: ("betas[1]",) for name in heavyball.PRESETS if "PaLM" in name},
     # half of infinity; what acts on d alone, one step later, or where d has moved
     "Prodigy": ("growth_rate",),
+    "PrecondScheduleProdigySOAP": ("growth_rate", "d_coef"),
     "ProdigyPlusScheduleFree": ("d_coef", "threshold"),
 }
 PRESETS = [

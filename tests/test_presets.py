@@ -782,6 +782,12 @@ for _name, _rule in {
     IN_BASIS[_name] = (in_basis(_rule), in_basis(_rule), None)
 for _name, (_chain, _, _writer) in IN_BASIS.items():
     EXPLICIT[_name] = (3e-3, _chain, _writer, 1e-2, 0.9)
+_chain = lambda *palm: (  # noqa: E731
+    *in_basis(OUTSIDE, **RARE)(*palm),
+    C.prodigy_d(betas=(0.9, 0.95)),
+)
+IN_BASIS["PrecondScheduleProdigySOAP"] = (_chain, _chain, None)
+EXPLICIT["PrecondScheduleProdigySOAP"] = (1.0, _chain, None, 0.0, 0.9)
 for _name, _psgd in {
     "PSGDKron": C.psgd_kron,
     "DelayedPSGD": C.psgd_kron(delayed=True),

@@ -20,6 +20,8 @@ CTYPES = {
 }
 # A tensor up to this size goes whole to one thread; a larger one is cut into chunks.
 SMALL, CHUNK = 65536, 16384
+# How many elements a walk over every k-th of them is ahead of the walk over all.
+BIT = 256
 # Large tensors take their passes together in batches of about this many elements.
 BATCH = 2**20
 
@@ -280,12 +282,12 @@ class Printer:
         lines += self._pointers(planned) + self._keys({**planned.stores, **planned.slice_stores})
         lines += [self._constant(i) for i in sorted(used | used_there)]
         lines += [f"    {self._sum_type(i)} r{i} = {self._neutral(i)};" for i in planned.reductions]
-        lines += [line.format(low="low", high="high") for line in sliced]
         walk = [f"    #pragma omp simd{self._clauses(summed)}"]
         walk += ["    for (int64_t i = low; i < high; ++i) {"]
         walk += [f"        {line}" for line in body]
         walk += ["    }"]
-        lines += self._in_blocks(planned, walk)
+        walk = self._in_blocks(planned, walk)
+        lines += self._after_slices(sliced, walk) if sliced else walk
         lines += [f"    part[{n}] = r{i};" for n, i in enumerate(planned.reductions)]
         return "\n".join([*lines, "}\n"])
 
@@ -313,6 +315,17 @@ class Printer:
                 how, key = ("true", f"key{n}") if self.random else ("false", "0")
                 lines.append(f"    encode<{how}>({place}, {key}, base);")
         return [*lines, "    }"]
+
+    @staticmethod
+    def _after_slices(sliced: list[str], walk: list[str]) -> list[str]:
+        """Both walks bit by bit, so that the second finds in the cache what the first has read."""
+        return [
+            f"    for (int64_t first = low, last = high; first < last; first += {BIT}) {{",
+            f"    const int64_t low = first, high = last < first + {BIT} ? last : first + {BIT};",
+            *(line.format(low="low", high="high") for line in sliced),
+            *walk,
+            "    }",
+        ]
 
     def _split_reductions(self, planned: Pass) -> tuple[list[int], list[int]]:
         """The sums of a pass over its slice, and those over its elements."""

@@ -16,7 +16,7 @@ from heavyball.presets.first_order import (
     SFAdamW,
 )
 from heavyball.presets.muon import Muon, NorMuon
-from heavyball.presets.prodigy import Prodigy, ProdigyPlusScheduleFree
+from heavyball.presets.prodigy import PrecondScheduleProdigySOAP, Prodigy, ProdigyPlusScheduleFree
 from heavyball.presets.psgd import (
     PSGDLRA,
     PSGDPRO,
@@ -76,6 +76,7 @@ PRESETS: dict[str, type[Preset]] = {
         NorMuon,
         Prodigy,
         ProdigyPlusScheduleFree,
+        PrecondScheduleProdigySOAP,
     )
 }
 
@@ -106,6 +107,7 @@ __all__ = [
     "PaLMSFAdamW",
     "PaLMSOAP",
     "PrecondSchedulePaLMSOAP",
+    "PrecondScheduleProdigySOAP",
     "PrecondScheduleSFPaLMSOAP",
     "PrecondScheduleSOAP",
     "Preset",

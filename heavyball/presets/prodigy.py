@@ -1,11 +1,14 @@
 """Presets that find their learning rate themselves."""
 
+from collections.abc import Iterable, Iterator
 from typing import Any, Unpack
 
+import torch
 from torch import Tensor
 
 from heavyball import chainable as C
 from heavyball.presets.base import OptionsButRounding, Preset, PresetOptions, flag
+from heavyball.presets.soap import SCHEDULE, BasisPreset, RuleOptions
 from heavyball.transform import shared
 
 # A smallest axis that no tensor has: all of the second moment is kept.
@@ -56,6 +59,50 @@ class Prodigy(Preset):
         if not flag("decouple", decouple):
             chain, weight_decay = (C.regularized(weight_decay=weight_decay), *chain), 0.0
         self.build(params, lr, chain, options, beta1=b[0], weight_decay=weight_decay)
+
+
+class PrecondScheduleProdigySOAP(BasisPreset):
+    """SOAP with ever rarer refreshes, whose learning rate is Prodigy's estimate.
+
+    The options are those of `SOAP` and of `Prodigy`; `lr` is a factor, to be left at 1.
+
+    Units: the step is `lr` d per element of the basis, d in weight units, see `opt.d`.
+    Source: HeavyBall's SOAP, see docs/precond_schedule.md, and Mishchenko and Defazio 2023,
+        https://arxiv.org/abs/2306.06101.
+    """
+
+    scheduler_default = SCHEDULE
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1.0,
+        betas: tuple[float, float] = (0.9, 0.95),
+        beta3: float | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        d0: float = 1e-6,
+        d_coef: float = 1.0,
+        growth_rate: float = float("inf"),
+        slice_p: int = 1,
+        split_groups: bool = False,
+        **options: Unpack[RuleOptions],
+    ):
+        b = shared("betas", betas)
+        rate = C.prodigy_d(
+            betas=b,
+            beta3=beta3,
+            d0=d0,
+            d_coef=d_coef,
+            growth_rate=growth_rate,
+            slice_p=slice_p,
+            split_groups=split_groups,
+        )
+        rule = C.scale_by_adam(betas=b, eps=eps)
+        self.build_in_basis(
+            params, lr, rule, options, beta1=b[0], weight_decay=weight_decay, behind=(rate,)
+        )
 
 
 def _exclude(first: str, second: str, reason: str, remedy: str) -> None:
@@ -140,6 +187,10 @@ class ProdigyPlusScheduleFree(Preset):
             chain += [C.cautious] if use_cautious else [C.grams] if use_grams else []
         chain.append(C.separate_decay(weight_decay=weight_decay, by_lr=weight_decay_by_lr))
         passed: PresetOptions = {**options, "stochastic_rounding": stochastic_rounding}
+        if factored and not factored_fp32 and not use_focus:
+            params = [*params] if not isinstance(params, Tensor) else params
+            if any(p.dtype in (torch.bfloat16, torch.float16) for p in _tensors(params)):
+                passed.setdefault("storage_dtype", {"row": "bfloat16", "col": "bfloat16"})
         self._fused_ends_itself = fused_back_pass
         if fused_back_pass:
             passed["fuse_backward"] = True
@@ -151,6 +202,17 @@ class ProdigyPlusScheduleFree(Preset):
             beta1=b[0],
             writer=writer if use_schedulefree else None,
         )
+
+
+def _tensors(params: Any) -> Iterator[Tensor]:
+    """The tensors among parameters, groups, and (name, parameter) pairs."""
+    if isinstance(params, Tensor):
+        yield params
+    elif isinstance(params, dict):
+        yield from _tensors(params.get("params", ()))
+    elif isinstance(params, Iterable) and not isinstance(params, str):
+        for item in params:
+            yield from _tensors(item)
 
 
 def _directions(chosen: dict[str, bool], betas: Any, eps: float | None) -> list[Any]:

@@ -74,6 +74,7 @@ class BasisPreset(Preset):
         beta1: float | Shared,
         weight_decay: float,
         writer: Transform | None = None,
+        behind: tuple[Transform, ...] = (),
     ) -> None:
         """Put the rule into a basis, and the common options around it.
 
@@ -89,7 +90,7 @@ class BasisPreset(Preset):
         self.build(
             params,
             lr,
-            lambda palm: (C.soap_precond(*palm, rule, **chosen),),
+            lambda palm: (C.soap_precond(*palm, rule, **chosen), *behind),
             common,
             beta1=beta1,
             weight_decay=weight_decay,

@@ -160,6 +160,7 @@ class _Run:
             "step_ms": statistics.median(timed) if timed else None,
             "state_bytes": state_bytes(self.optimizer),
             "parameters": sum(p.numel() for p in self.model.parameters()),
+            "d": getattr(self.optimizer, "d", None),  # of optimizers that find their rate
             "curve": vars(self.curve),
         }
 
