@@ -120,7 +120,15 @@ def _add(base: Tensor, one: Tensor, other: Tensor, alpha: float, beta: float) ->
 
 
 def polar_factor(x: Tensor) -> Tensor:
-    """U V^T of the thin singular value decomposition x = U S V^T; zero for a zero matrix."""
-    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    """U V^T of the thin singular value decomposition x = U S V^T; zero for a zero matrix.
+
+    A matrix with an entry that is not finite gives NaN, as Newton-Schulz does.
+    """
+    finite = torch.isfinite(x).all(-1, keepdim=True).all(-2, keepdim=True)
+    usable = torch.where(finite, x, 0.0)
+    try:
+        u, s, vh = torch.linalg.svd(usable, full_matrices=False)
+    except torch.linalg.LinAlgError:  # more digits help an iteration that does not converge
+        u, s, vh = (t.to(x.dtype) for t in torch.linalg.svd(usable.double(), full_matrices=False))
     zero = s[..., :1, None] == 0
-    return torch.where(zero, 0.0, u @ vh)
+    return torch.where(finite, torch.where(zero, 0.0, u @ vh), torch.nan)

@@ -227,6 +227,34 @@ def test_zero_rank_deficient_and_badly_conditioned_gradients(method: str) -> Non
         assert 0.65 < a[:, 0] @ found @ b[0] < 1.3
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_nan_stays_in_its_own_matrix_and_raises_nothing(method: str) -> None:
+    (x,) = starts([(3, 4, 5)])
+    (clean,) = updates([C.orthogonalize(method=method, stacked=True)], [x])
+    broken = x.clone()
+    broken[1, 2, 3] = torch.nan
+    (found,) = updates([C.orthogonalize(method=method, stacked=True)], [broken])
+    assert found[1].isnan().all()
+    close(found[[0, 2]], clean[[0, 2]], atol=1e-13)
+
+
+def test_an_svd_that_does_not_converge_is_done_again_in_float64(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x = starts([(4, 6)])[0].float()
+    expected, svd = polar_factor(x), torch.linalg.svd
+
+    def stubborn(a: Tensor, **options: bool) -> tuple:
+        if a.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("did not converge")
+        return svd(a, **options)
+
+    monkeypatch.setattr(torch.linalg, "svd", stubborn)
+    found = polar_factor(x)
+    assert found.dtype == torch.float32
+    close(found, expected, atol=1e-5)
+
+
 def test_polar_express_shrinks_all_polynomials_but_the_last() -> None:
     rows = table("polar_express", 10)
     assert rows[7:] == (TABLES["polar_express"][-1],) * 3
