@@ -265,6 +265,15 @@ def test_within_turns_the_states_of_the_kernels_between():
     assert_near(pair(chain, ((3, 4), (3, 4), (5, 4)), torch.float64, missing={(1, 0)}))
 
 
+def test_what_one_whole_transform_provides_may_be_for_the_next_alone():
+    for chain in (
+        (test_whole.enters, test_whole.leaves, C.exp_avg),
+        (C.to_eigenbasis, C.from_eigenbasis, C.exp_avg),
+        (provides_numbers, squared_whole),
+    ):
+        assert_near(pair(chain, ((3, 4), (5, 4), (3, 4)), torch.float64, missing={(1, 0)}))
+
+
 def test_several_states_noise_and_decisions_are_those_of_the_plain_chain():
     for chain in ((test_whole.counted, C.exp_avg), (test_whole.noisy, C.exp_avg)):
         test_whole.SEEN.clear()

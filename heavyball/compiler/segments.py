@@ -100,6 +100,7 @@ class _Cutter:
         for name, place in self.placed.items():
             self.roots[place][name] = graph.outputs[name]
         self.told: list[Told] = []
+        self.told_numbers: set[str] = set()
         self.reached: list[set[int]] = []
 
     def _place(self, name: str) -> int:
@@ -124,7 +125,7 @@ class _Cutter:
             n: v for g in graphs if g is not None for n, v in g.tensors.items() if _is_temporary(n)
         }
         numbers = {n for k in range(len(graphs)) for n in self._numbers(graphs[k])}
-        return Segments(parts, levels, sorted(numbers))
+        return Segments(parts, levels, sorted(numbers | self.told_numbers))
 
     # ---- what a whole transform is told
 
@@ -145,10 +146,13 @@ class _Cutter:
         """The name under which a node is found after segment k; stored where it has none."""
         value = self.graph.values[index]
         if value.op in ("load", "number") and self._untouched(value.args[0], k + 1):
-            return value.args[0]
-        if value.level == "scalar" and self._stored(index, k + 1):
-            return self._stored(index, k + 1)  # type: ignore[return-value]
-        self.roots[k][name] = index
+            name = value.args[0]
+        elif value.level == "scalar" and self._stored(index, k + 1):
+            name = self._stored(index, k + 1)  # type: ignore[assignment]
+        else:
+            self.roots[k][name] = index
+        if value.level == "scalar" and _is_temporary(name):
+            self.told_numbers.add(name)  # perhaps no kernel reads it
         return name
 
     # ---- what is where
