@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from oracles import EPS, examples, grid, h_grads, summary
 from torch import Tensor
 
-from heavyball.numerics import kron
+from heavyball.numerics import kron, triangles
 from heavyball.numerics.contract import contract
 
 SHAPES = [(7,), (1,), (5, 3), (3, 1), (2, 3, 4), (3, 2, 2, 2), (2, 2, 3, 1, 2)]
@@ -72,11 +72,11 @@ def test_products_by_blocks_are_those_of_the_whole_triangle(size: int) -> None:
     factor, x = normal(2, size, size).triu(), normal(2, size, 3, seed=1)
     bound = 8 * size * EPS * float(factor.abs().amax()) ** 2
     for got, expected in (
-        (kron.triangular_product(factor, x), factor @ x),
-        (kron.transposed_product(factor, x), factor.mT @ x),
-        (kron.triangular_product(factor, x.mT.contiguous().mT), factor @ x),
-        (kron.product_of_triangles(factor, factor * 2), factor @ factor * 2),
-        (kron.upper_gram(x), (x @ x.mT).triu()),
+        (triangles.triangular_product(factor, x), factor @ x),
+        (triangles.transposed_product(factor, x), factor.mT @ x),
+        (triangles.triangular_product(factor, x.mT.contiguous().mT), factor @ x),
+        (triangles.product_of_triangles(factor, factor * 2), factor @ factor * 2),
+        (triangles.upper_gram(x), (x @ x.mT).triu()),
     ):
         torch.testing.assert_close(got, expected, rtol=0, atol=bound)
 
@@ -282,20 +282,22 @@ def test_min_ndim_decides_about_vectors() -> None:
 @pytest.mark.parametrize("size", [1, 2, 3, 17, 300])
 def test_line_is_the_triangle_row_after_row(size: int) -> None:
     matrix = normal(2, size, size).triu()
-    line = kron.to_line(matrix)
+    line = triangles.to_line(matrix)
     rows, columns = torch.triu_indices(size, size)
     assert torch.equal(line, matrix[:, rows, columns])
-    assert torch.equal(kron.from_line(line), matrix)
-    assert line.shape == (2, kron.line_length(size))
+    assert torch.equal(triangles.from_line(line), matrix)
+    # what devices other than the CPU do
+    assert torch.equal(triangles.gathered(line, size), matrix)
+    assert line.shape == (2, triangles.line_length(size))
 
 
 def test_line_of_a_wrong_length_raises() -> None:
-    assert [kron.line_size(n * (n + 1) // 2) for n in (0, 1, 2, 1000, 40_000)] == [
+    assert [triangles.line_size(n * (n + 1) // 2) for n in (0, 1, 2, 1000, 40_000)] == [
         *(0, 1, 2, 1000, 40_000)
     ]
     for wrong in (2, 4, 5, 7, 500_501):
         with pytest.raises(ValueError, match=str(wrong)):
-            kron.line_size(wrong)
+            triangles.line_size(wrong)
 
 
 # ---- contraction

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from heavyball.numerics import kron
+from heavyball.numerics import kron, triangles
 from heavyball.numerics.decisions import Decision, checked_probability, occasions
 from heavyball.numerics.memory import warn_if_large
 from heavyball.transform import Live, State, positive, transform
@@ -70,7 +70,7 @@ def _numbers(shape: Sequence[int], options: Mapping[str, Any], line: bool) -> in
     """How many numbers the factors of a tensor hold."""
     plan = layout_of(shape, options)
     return sum(
-        n if not full else kron.line_length(n) if line else n * n
+        n if not full else triangles.line_length(n) if line else n * n
         for block, axes in zip(plan.view.blocks, plan.triangular, strict=True)
         for n, full in zip(block, axes, strict=True)
     )
@@ -116,12 +116,15 @@ def _problem(shape: torch.Size, options: Mapping[str, Any]) -> str | None:
 
 def _opened(factors: Sequence[Tensor], axes: Sequence[bool], line: bool) -> list[Tensor]:
     return [
-        kron.from_line(q) if full and line else q for q, full in zip(factors, axes, strict=True)
+        triangles.from_line(q) if full and line else q
+        for q, full in zip(factors, axes, strict=True)
     ]
 
 
 def _closed(factors: Sequence[Tensor], axes: Sequence[bool], line: bool) -> list[Tensor]:
-    return [kron.to_line(q) if full and line else q for q, full in zip(factors, axes, strict=True)]
+    return [
+        triangles.to_line(q) if full and line else q for q, full in zip(factors, axes, strict=True)
+    ]
 
 
 @transform(

@@ -15,7 +15,7 @@ from torch import Tensor
 import heavyball
 from heavyball import chainable as C
 from heavyball import whole
-from heavyball.numerics import kron, memory
+from heavyball.numerics import kron, memory, triangles
 
 with pytest.MonkeyPatch.context() as patched:
     # kron_torch compiles its functions where it defines them
@@ -205,7 +205,7 @@ def full(factors: Any, shape: tuple[int, ...]) -> list[Tensor]:
     found = []
     for q, size in zip(factors, shape, strict=True):
         line = q.ndim == 2 and q.shape[-1] != size
-        found.append(kron.from_line(q) if line else q)
+        found.append(triangles.from_line(q) if line else q)
     return found
 
 
@@ -340,6 +340,28 @@ def test_state_is_as_small_as_the_options_say() -> None:
             assert opt.state_bytes() - 8 == expected * size, (option, dtype)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("PSGDKron", {}),
+        ("PSGDKron", {"store_triu_as_line": False, "cached": True}),
+        ("PSGDKron", {"q_dtype": "bfloat16", "merge_dims": True}),
+        ("PSGDKron", {"split": True, "max_size_triangular": 3, "cached": True}),
+        ("PSGDPRO", {"memory_save_mode": "one_diag"}),
+        ("PSGDLRA", {"rank": 3}),
+        ("Shampoo", {"max_precond_dim": 4}),
+    ],
+    ids=str,
+)
+def test_the_plan_of_the_memory_is_exact(name: str, options: dict[str, Any]) -> None:
+    shapes = (4, 3), (4,), (2, 3, 2), (), (6, 5, 1, 2, 2)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        opt = heavyball.PRESETS[name](parameters(*shapes, dtype=dtype), **options)
+        train(opt, [0])
+        plan = heavyball.memory_plan(parameters(*shapes, dtype=dtype), name, **options)
+        assert plan.state_bytes == opt.state_bytes()
+
+
 def test_bfloat16_factors_are_rounded_without_bias() -> None:
     """Changes of a fiftieth of a rounding step add up over many fits."""
     start = parameters((64, 64))[0].detach()
@@ -351,7 +373,7 @@ def test_bfloat16_factors_are_rounded_without_bias() -> None:
         train(opt, range(80))
         factors = [opt.state[param][f"psgd_kron.factors.{i}"] for i in range(2)]
         assert {q.dtype for q in factors} == {getattr(torch, dtype)}
-        opened = [kron.from_line(q[None].float()) for q in factors]
+        opened = [triangles.from_line(q[None].float()) for q in factors]
         drifts.append([float(q.diagonal(0, 1, 2).mean() - 3) for q in opened])
     # bfloat16 has steps of 0.0156 at 3, so rounding to nearest would keep 3 at every one of the fits
     for exact, rounded in zip(*drifts, strict=True):
@@ -424,7 +446,7 @@ def test_zero_gradients_change_no_factor() -> None:
     assert torch.equal(params[0], before)
     lines = [opt.state[params[0]][f"psgd_kron.factors.{i}"][None] for i in range(2)]
     assert all(
-        torch.equal(kron.from_line(q)[0], torch.eye(q_n))
+        torch.equal(triangles.from_line(q)[0], torch.eye(q_n))
         for q, q_n in zip(lines, (4, 3), strict=True)
     )
 
