@@ -378,6 +378,8 @@ class Engine:
 
     def _parts(self, job: Job) -> Parts | None:
         """The segments of a program with whole transforms, compiled; None where there is none."""
+        if job.param.device.type == "cuda" and self.mode is not True:
+            return None
         kind = (*signature(job), "whole")
         exact = (*kind, job.param.shape)
         try:
