@@ -241,11 +241,11 @@ def hyper_values(
 ) -> Tensor:
     """Each group's live hyper-parameters, and the sums over all parameters, as the kernel reads them."""
     sums = [totals[key] for key in kernel.totals]
-    rows = [[_entry(group[key], i) for key, i in kernel.hypers] + sums for group in groups]
+    rows = [[entry(group[key], i) for key, i in kernel.hypers] + sums for group in groups]
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def _entry(value: Any, index: int) -> float:
+def entry(value: Any, index: int) -> float:
     if isinstance(value, Tensor):
         return value.item()
     return float(value[index] if isinstance(value, tuple | list) else value)

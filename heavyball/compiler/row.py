@@ -13,7 +13,7 @@ from torch import Tensor
 from heavyball import utils
 from heavyball.compiler import cuda
 from heavyball.compiler.engine import Plan
-from heavyball.compiler.launch import Table, hyper_values, threads
+from heavyball.compiler.launch import Table, entry, hyper_values, threads
 
 
 class Row:
@@ -26,6 +26,9 @@ class Row:
         self._tensors = [(k, t, t.data_ptr(), t.stride()) for k, t in job.state.items()]
         param = self._param
         self._kind = (param.dtype, param.device, param.shape, param.stride(), param.data_ptr())
+        self._hyper = hyper_values(table.kernel, [self._group], {})
+        self._numbers = (ctypes.c_double * self._hyper.numel()).from_address(self._hyper.data_ptr())
+        self._arguments = table.arguments(self._hyper)
         self._fill()
         fixed = table.fixed
         assert fixed is not None
@@ -92,8 +95,8 @@ class Row:
 
     def _fill(self) -> None:
         """Note the values of the group, as they are and as the kernel reads them."""
-        self._hyper = hyper_values(self._table.kernel, [self._group], {})
-        self._arguments = self._table.arguments(self._hyper)
+        for place, (key, index) in enumerate(self._table.kernel.hypers):
+            self._numbers[place] = entry(self._group[key], index)
         values = [self._group.get(key) for key in self._keys]
         # a list or a tensor may change in place, so it is never taken to be as it was
         changing = any(isinstance(value, Tensor | list) for value in values)
