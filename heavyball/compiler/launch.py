@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from heavyball.compiler import toolchain
+from heavyball.compiler.algebra import simplified
 from heavyball.compiler.cpp import BATCH, CHUNK, SMALL, Printer
 from heavyball.compiler.cpp_matrix import MatrixPrinter
 from heavyball.compiler.graph import NotPrintableError, record
@@ -122,6 +123,7 @@ def printer_for(job: Job, share: str | None = None) -> tuple[Printer, bool]:
     """
     param, state = job.param, job.state
     graph, sized = record(job.program, param.shape, param.dtype, state, job.group, share)
+    graph = simplified(graph, job.program)
     dtypes = {"param": param.dtype, "grad": job.grad.dtype}
     dtypes |= {k: t.dtype for k, t in state.items()}
     if graph.split is not None and not param.is_contiguous():

@@ -1,0 +1,51 @@
+"""What is computed in another way than a transform says, against what it says."""
+
+import pytest
+import torch
+
+import heavyball
+from heavyball.transform import Interval
+
+C = heavyball.chainable
+
+
+@C.transform(
+    exp_avg=C.TRANSFORMS["scale_by_adam"].states["exp_avg"], domains={"low": Interval(-9, 9)}
+)
+def divided(update, exp_avg, *, low: C.Live = 0.0, high: C.Live = 1.0):
+    """A direction over something that may be negative where `low` is."""
+    exp_avg = exp_avg + update
+    return exp_avg / (update.abs() + low) / (update.abs() + high), exp_avg
+
+
+def divisions_before_the_sum(opt) -> int:
+    (source,) = opt.kernel_sources()
+    return source[source.index("void pass_0") : source.index("void scalars_1")].count(" / ")
+
+
+def opt_of(chain, compiled: bool):
+    p = torch.nn.Parameter(torch.linspace(-1, 1, 99))
+    return p, C.ChainOpt([p], 0.1, *chain, compile=compiled)
+
+
+@pytest.mark.parametrize(
+    ("chain", "left"),
+    [
+        ((C.scale_by_adam, C.cautious), 0),
+        ((C.scale_by_adam(eps_placement="maximum"), C.cautious), 0),
+        ((C.scale_by_adopt, C.cautious), None),
+        ((divided(low=-0.5), C.cautious), 1),  # the division by what may be negative stays
+    ],
+)
+def test_a_mask_of_signs_needs_no_division_by_what_is_not_negative(chain, left) -> None:
+    ends = []
+    for compiled in (False, True):
+        p, opt = opt_of(chain, compiled)
+        for step in range(4):
+            p.grad = torch.randn(99, generator=torch.Generator().manual_seed(step))
+            p.grad[::7] = 0
+            opt.step()
+        ends.append(p.detach())
+    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)
+    if left is not None:
+        assert divisions_before_the_sum(opt) == left
