@@ -465,6 +465,52 @@ def test_several_threads_can_step_optimizers_of_their_own() -> None:
     assert all(torch.equal(end, ends[0]) for end in ends.values())
 
 
+def test_the_number_of_threads_may_change_between_steps() -> None:
+    ends, before = [], torch.get_num_threads()
+    try:
+        for pattern in ((1,), (2, 1, 3)):
+            p = torch.nn.Parameter(torch.linspace(-1, 1, 200_000))
+            opt = heavyball.AdamW([p], caution=True, compile=True)
+            for step in range(6):
+                torch.set_num_threads(pattern[step % len(pattern)])
+                p.grad = torch.sin(p.detach() * (step + 1))
+                opt.step()
+            ends.append(p.detach().clone())
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*ends)
+
+
+def test_a_loader_in_inference_mode_may_run_beside_the_steps() -> None:
+    made: list[torch.Tensor] = []
+    stop = threading.Event()
+
+    def load() -> None:
+        with torch.inference_mode():
+            while not stop.is_set():
+                made[:] = [torch.ones(300, 300)]
+
+    loader = threading.Thread(target=load)
+    loader.start()
+    try:
+        ends = []
+        for compiled in (False, True):
+            p = torch.nn.Parameter(torch.zeros(300, 300))
+            opt = heavyball.AdamW([p], lr=0.1, compile=compiled)
+            for _ in range(5):
+                while not made:
+                    pass
+                batch = made[0].clone()  # an inference tensor takes no part in autograd
+                opt.zero_grad()
+                ((p - batch) ** 2).sum().backward()
+                opt.step()
+            ends.append(p.detach().clone())
+    finally:
+        stop.set()
+        loader.join(60)
+    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)
+
+
 def test_a_step_keeps_no_gradient_alive() -> None:
     p = torch.nn.Parameter(torch.ones(50))
     opt = heavyball.AdamW([p], compile=True)
