@@ -82,6 +82,7 @@ SIZES = {
     "slices": "(double)((row[0] + {k} - 1) / {k})",
 }
 LOGIC = ("and", "or", "not")
+PICKS = ("load", "pick")
 
 PRELUDE = """\
 #include <cmath>
@@ -91,12 +92,20 @@ PRELUDE = """\
 
 // Called for small and for large tensors: inlined, everything would be compiled twice.
 #define PART static __attribute__((noinline))
-typedef _Float16 f16;
+struct f16 { uint16_t bits; };
 struct bf16 { uint16_t bits; };
 
 static inline float load(const float* p) { return *p; }
 static inline double load(const double* p) { return *p; }
-static inline float load(const f16* p) { return (float)*p; }
+static inline uint32_t word_of(float v) { uint32_t w; std::memcpy(&w, &v, 4); return w; }
+static inline float float_of(uint32_t w) { float v; std::memcpy(&v, &w, 4); return v; }
+// With integers, since the compiler's own conversions are not vectorized.
+static inline float load(const f16* p) {
+    const uint32_t sign = (uint32_t)(p->bits & 0x8000u) << 16, size = p->bits & 0x7fffu;
+    const uint32_t normal = (size << 13) + (size < 0x7c00u ? 0x38000000u : 0x70000000u);
+    const uint32_t small = word_of((float)(int32_t)size * 5.9604644775390625e-8f);
+    return float_of(sign | (size < 0x400u ? small : normal));
+}
 static inline float load(const bf16* p) {
     uint32_t word = (uint32_t)p->bits << 16;
     float value;
@@ -107,10 +116,13 @@ static inline void store(float* p, double v) { *p = (float)v; }
 static inline void store(float* p, float v) { *p = v; }
 static inline void store(double* p, double v) { *p = v; }
 static inline void store(f16* p, float v) {
-    // a finite value stays finite
-    const float size = v < 0 ? -v : v;
-    const bool over = size > 65504.0f && size <= std::numeric_limits<float>::max();
-    *p = (f16)(over ? (v < 0 ? -65504.0f : 65504.0f) : v);
+    const uint32_t sign = word_of(v) & 0x80000000u, word = word_of(v) & 0x7fffffffu;
+    const uint32_t normal = (word + 0xfffu + ((word >> 13) & 1u) - 0x38000000u) >> 13;
+    const uint32_t small = word_of(float_of(word) + 0.5f) - 0x3f000000u;
+    uint32_t bits = word < 0x38800000u ? small : normal;
+    bits = word > 0x477fe000u ? 0x7bffu : bits;  // a finite value stays finite
+    bits = word >= 0x7f800000u ? (word > 0x7f800000u ? 0x7e00u : 0x7c00u) : bits;
+    p->bits = (uint16_t)(bits | (sign >> 16));
 }
 static inline void store(f16* p, double v) { store(p, (float)v); }
 static inline void store_finite(f16* p, float v) { store(p, v); }
@@ -297,24 +309,22 @@ class Printer:
         touched = [n for n in sorted(read | planned.stores.keys()) if n + SCALE in self.dtypes]
         if not touched:
             return walk
-        lines = [f"    float q{self.tensors.index(n)}[{WIDE}];" for n in touched]
+        numbers = [self.tensors.index(n) for n in touched]
+        lines = [f"    float q{n}[{WIDE}], o{n}[{WIDE}];" for n in numbers]
         lines += [f"    for (int64_t base = low, last = high; base < last; base += {WIDE}) {{"]
         lines += [
             f"    const int64_t low = base, high = last < base + {WIDE} ? last : base + {WIDE};"
         ]
-        for name in touched:
-            n, scale = (self.tensors.index(k) for k in (name, name + SCALE))
-            place = f"t{n} + base, t{scale} + base / 32, q{n}, high - low"
+        ends = []
+        for name, n in zip(touched, numbers, strict=True):
+            place = f"t{n} + base, t{self.tensors.index(name + SCALE)} + base / 32"
+            lines.append(f"    decode({place}, o{n}, high - low);")
             if name in read:
-                lines.append(f"    decode({place});")
-        lines += walk
-        for name in touched:
-            n, scale = (self.tensors.index(k) for k in (name, name + SCALE))
-            place = f"t{n} + base, t{scale} + base / 32, q{n}, high - low"
+                lines.append(f"    std::memcpy(q{n}, o{n}, sizeof(q{n}));")
             if name in planned.stores:
                 how, key = ("true", f"key{n}") if self.random else ("false", "0")
-                lines.append(f"    encode<{how}>({place}, {key}, base);")
-        return [*lines, "    }"]
+                ends.append(f"    encode<{how}>({place}, o{n}, q{n}, high - low, {key}, base);")
+        return [*lines, *walk, *ends, "    }"]
 
     @staticmethod
     def _after_slices(sliced: list[str], walk: list[str]) -> list[str]:
@@ -343,9 +353,13 @@ class Printer:
             return [], set()
         names, used, body = self._names(), set[int](), list[str]()
         k = self.graph.every
+        loaded = {v.args[0] for i in planned.slices if (v := self.graph.values[i]).op in PICKS}
+        for name in {*loaded, *planned.slice_stores}:
+            if name + SCALE in self.dtypes:
+                raise NotPrintableError(f"8-bit state ({name}) of which every k-th element is used")
         for i in planned.slices:
             v = self.graph.values[i]
-            if v.op in ("load", "pick"):
+            if v.op in PICKS:
                 place = "i" if v.op == "load" else f"(i * {k})"
                 text = self._load(v.args[0], self._local, place)
             else:

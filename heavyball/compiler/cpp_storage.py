@@ -4,8 +4,6 @@
 WIDE = 1024
 
 CORRECTED = """\
-static inline uint32_t word_of(float v) { uint32_t w; std::memcpy(&w, &v, 4); return w; }
-static inline float float_of(uint32_t w) { float v; std::memcpy(&v, &w, 4); return v; }
 static inline float half_of(const bf16*) { return 0.00390625f; }
 static inline float half_of(const f16*) { return 0.00048828125f; }
 static inline uint32_t least_of(const bf16*) { return 0x00800000u; }
@@ -37,19 +35,19 @@ template <class W, class M, class C>
 static inline void split(M* p, C* c, float v, W levels) {
     M kept;
     store_finite(&kept, v);
-    uint16_t bits;
-    std::memcpy(&bits, &kept, 2);
     const float back = load(&kept);
     // the unit is a power of two from 2^-126 to 2^126, and so is its inverse
     const float inverse = float_of(0x7f000000u - word_of(unit(back, least_of(p))));
-    W ratio = ((W)v - (W)back) * (W)inverse * (W(1) / (W)half_of(p));
-    ratio = ratio > 1 ? W(1) : ratio < -1 ? W(-1) : ratio;
-    W count = std::ceil(std::fabs(ratio) * levels - W(0.5));
-    const W most = (bits & 1) ? levels - 1 : levels;
+    const W ratio = ((W)v - (W)back) * (W)inverse * (W(1) / (W)half_of(p));
+    W size = std::fabs(ratio);
+    size = size > 1 ? W(1) : size;
+    const W most = levels - W(kept.bits & 1);
+    W count = std::ceil(size * levels - W(0.5));
     count = count > most ? most : count;
-    count = ratio != ratio ? W(0) : ratio < 0 ? -count : count;
-    *p = kept;
-    *c = (C)count;
+    count = ratio < 0 ? -count : count;
+    count = ratio == ratio ? count : W(0);
+    p->bits = kept.bits;
+    *c = (C)(int32_t)count;
 }
 template <class M> static inline void store_corrected(M* p, int8_t* c, float v) {
     split<float>(p, c, v, 127.0f);
@@ -91,50 +89,54 @@ static inline float finished(const uint8_t*, float code, float v) {
     return code != code ? 0.0f : code;
 }
 template <class C>
+static inline void decode_block(const C* codes, float scale, float* out, int64_t count) {
+    #pragma omp simd
+    for (int64_t i = 0; i < count; ++i) out[i] = decoded(codes[i], scale);
+}
+template <class C>
 static inline void decode(const C* codes, const bf16* scales, float* out, int64_t count) {
-    for (int64_t b = 0; b < count; b += 32) {
-        const float scale = load(scales + b / 32);
-        const int64_t end = b + 32 < count ? b + 32 : count;
-        #pragma omp simd
-        for (int64_t i = b; i < end; ++i) out[i] = decoded(codes[i], scale);
-    }
+    int64_t b = 0;
+    for (; b + 32 <= count; b += 32) decode_block(codes + b, load(scales + b / 32), out + b, 32);
+    if (b < count) decode_block(codes + b, load(scales + b / 32), out + b, count - b);
 }
 // first: the number of the first element, from which its random bits come
 template <bool RANDOM, class C>
-static inline void encode(C* codes, bf16* scales, const float* in, int64_t count, uint32_t key,
-                          int64_t first) {
-    for (int64_t b = 0; b < count; b += 32) {
-        const float before = load(scales + b / 32);
-        const int64_t end = b + 32 < count ? b + 32 : count;
-        int changed = 0;
-        float largest = 0;
-        bool finite = true;
-        #pragma omp simd reduction(+:changed) reduction(max:largest) reduction(&&:finite)
-        for (int64_t i = b; i < end; ++i) {
-            changed += decoded(codes[i], before) == in[i] ? 0 : 1;
-            const float size = std::fabs(in[i]);
-            largest = largest < size ? size : largest;
-            finite = finite && size <= std::numeric_limits<float>::max();
-        }
-        if (!changed) continue;  // what did not change keeps its bits
+static inline void encode_block(C* codes, bf16* scales, const float* old, const float* in,
+                                int64_t count, uint32_t key, int64_t first) {
+    int changed = 0;
+    uint32_t largest = 0;  // as bits, among which NaN and infinity are the largest
+    #pragma omp simd reduction(+:changed) reduction(max:largest)
+    for (int64_t i = 0; i < count; ++i) {
+        changed += old[i] == in[i] ? 0 : 1;
         uint32_t word;
-        std::memcpy(&word, &largest, 4);
-        word = (word + 0xffffu) & 0xffff0000u;
-        word = word > 0x7f7f0000u ? 0x7f7f0000u : word;
-        if (!finite) word = 0x7fc00000u;
-        scales[b / 32].bits = (uint16_t)(word >> 16);
-        const float scale = load(scales + b / 32);
-        #pragma omp simd
-        for (int64_t i = b; i < end; ++i) {
-            float code = position(codes, std::fabs(in[i]), scale);
-            if (RANDOM) {
-                const uint32_t bits = mix(((uint32_t)(first + i) * 0x9e3779b1u) ^ key) & 0xffffu;
-                code = std::floor(code + (float)bits / 65536.0f);
-            } else {
-                code = std::nearbyint(code);
-            }
-            codes[i] = (C)finished(codes, code, in[i]);
-        }
+        std::memcpy(&word, in + i, 4);
+        word &= 0x7fffffffu;
+        largest = largest < word ? word : largest;
     }
+    if (!changed) return;  // what did not change keeps its bits
+    uint32_t above = (largest + 0xffffu) & 0xffff0000u;
+    above = above > 0x7f7f0000u ? 0x7f7f0000u : above;
+    scales->bits = (uint16_t)((largest < 0x7f800000u ? above : 0x7fc00000u) >> 16);
+    const float scale = load(scales);
+    #pragma omp simd
+    for (int64_t i = 0; i < count; ++i) {
+        float code = position(codes, std::fabs(in[i]), scale);
+        if (RANDOM) {
+            const uint32_t bits = mix(((uint32_t)(first + i) * 0x9e3779b1u) ^ key) & 0xffffu;
+            code = std::floor(code + (float)(int32_t)bits / 65536.0f);
+        } else {
+            code = std::nearbyint(code);
+        }
+        codes[i] = (C)(int32_t)finished(codes, code, in[i]);
+    }
+}
+template <bool RANDOM, class C>
+static inline void encode(C* codes, bf16* scales, const float* old, const float* in,
+                          int64_t count, uint32_t key, int64_t first) {
+    int64_t b = 0;
+    for (; b + 32 <= count; b += 32)
+        encode_block<RANDOM>(codes + b, scales + b / 32, old + b, in + b, 32, key, first + b);
+    if (b < count)
+        encode_block<RANDOM>(codes + b, scales + b / 32, old + b, in + b, count - b, key, first + b);
 }
 """
