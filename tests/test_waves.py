@@ -116,6 +116,7 @@ IN_BASIS = {
         C.schedule_free,
     ),
     "accumulate": (C.accumulate(k=2), SOAP),
+    "nothing between": (C.soap_precond(anywhere(C.orthogonalize(method="svd"))), C.exp_avg),
     "twice": (C.soap_precond(C.exp_avg), SOAP),
     "clipped": (C.clip_by_global_norm(max_norm=0.5), SOAP, C.clip_by_rms),
     "split": (C.soap_precond(split=True, max_precond_dim=4, spread_refreshes=True),),
