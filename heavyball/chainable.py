@@ -60,7 +60,7 @@ from heavyball.transforms.nadam import scale_by_nadam
 from heavyball.transforms.orthograd import orthograd
 from heavyball.transforms.palm import palm_beta2
 from heavyball.transforms.parameter_ema import parameter_ema
-from heavyball.transforms.prodigy import prodigy_d, prodigy_plus_d
+from heavyball.transforms.prodigy import in_new_unit, prodigy_d, prodigy_plus_d
 from heavyball.transforms.psgd import psgd_kron
 from heavyball.transforms.psgd_lra import psgd_lra
 from heavyball.transforms.psgd_pro import psgd_pro
@@ -123,6 +123,7 @@ __all__ = [
     "graft",
     "grams",
     "heavyball_momentum",
+    "in_new_unit",
     "independent",
     "l1_decay",
     "l2_normalize",

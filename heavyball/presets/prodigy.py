@@ -56,6 +56,8 @@ class Prodigy(Preset):
             split_groups=split_groups,
         )
         chain: tuple = (C.scale_by_adam(betas=b, eps=eps, correct_bias=False), rate)
+        if isinstance(betas, tuple | list) and len(betas) and betas[0] == 0:
+            chain += (C.in_new_unit,)
         if not flag("decouple", decouple):
             chain, weight_decay = (C.regularized(weight_decay=weight_decay), *chain), 0.0
         self.build(params, lr, chain, options, beta1=b[0], weight_decay=weight_decay)

@@ -191,6 +191,19 @@ def prodigy_d(
     return update, p0, s, d_before, dlr, _change(unit, d_before), d / d_before
 
 
+@transform()
+def in_new_unit(update: Tensor, *, eps_change: Tensor | None = None) -> Tensor:
+    """Multiply by what d has grown by in this step, for `prodigy_d` with a direction that has no mean.
+
+    u' = u d_new / d_old; in a chain without `prodigy_d`, where no d changes, u' = u
+
+    Shapes: all (*).
+    Source: prodigyopt 1.1.2 with beta1 = 0, which steps by the new d where it steps by the old one
+        with a first moment.
+    """
+    return update if eps_change is None else update * eps_change
+
+
 # ---- the plus form
 
 

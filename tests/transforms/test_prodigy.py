@@ -113,6 +113,7 @@ AUTHORS_OPTIONS: list[dict[str, Any]] = [
     {"weight_decay": 0.1},
     {"weight_decay": 0.1, "decouple": False},
     {"lr": 0.5},
+    {"betas": (0.0, 0.99)},
 ]
 
 
