@@ -115,7 +115,11 @@ def chain_of(name: str) -> tuple:
     return (C.TRANSFORMS[name], C.scale_by_adam) if name == "palm_beta2" else (C.TRANSFORMS[name],)
 
 
-@pytest.mark.parametrize("name", C.TRANSFORMS)
+# Products of whole matrices run in plain torch on CUDA.
+KERNELS = [name for name, t in C.TRANSFORMS.items() if not t.whole]
+
+
+@pytest.mark.parametrize("name", KERNELS)
 def test_every_transform(name: str) -> None:
     assert_near(pair(chain_of(name), ((1,), (BLOCK + 77,), (5, 6)), steps=2))
 

@@ -34,10 +34,12 @@ from transforms import (
     test_mars,
     test_momentum,
     test_muon,
+    test_muon_pp,
     test_nadam,
     test_orthograd,
     test_palm,
     test_parameter_ema,
+    test_prodigy,
     test_psgd,
     test_psgd_others,
     test_rms,
@@ -457,7 +459,7 @@ def stable_adamw_that_keeps_the_learning_rate(right: Wrong) -> Wrong:
     lambda: test_factored.test_it_is_torch_adafactor_with_a_fixed_step_size(1.0),
 )
 def an_update_clip_by_the_root_of_the_rms(right: Wrong) -> Wrong:
-    def wrong(u: Any, threshold: Any) -> Any:
+    def wrong(u: Any, threshold: Any, **kw: Any) -> Any:
         size = u.square().mean().sqrt() / threshold
         return u / size.clamp(min=1).sqrt()
 
@@ -475,11 +477,11 @@ def an_update_clip_by_the_root_of_the_rms(right: Wrong) -> Wrong:
     test_factored.test_a_second_moment_of_rank_one_is_kept_exactly,
 )
 def a_factored_moment_without_its_rows(right: Wrong) -> Wrong:
-    def wrong(u: Any, row: Any, col: Any, full: Any, **kw: Any) -> tuple:
-        update, new_row, new_col, new_full = right(u, row, col, full, **kw)
-        if full is not None:
-            return update, new_row, new_col, new_full
-        return u / (new_col.sqrt() + kw["eps"]), new_row, new_col, new_full
+    def wrong(u: Any, row: Any, col: Any, full: Any, *rest: Any, **kw: Any) -> tuple:
+        update, *new = right(u, row, col, full, *rest, **kw)
+        if full is None:
+            update = u / (new[1].sqrt() + kw["eps"])
+        return update, *new
 
     return wrong
 
@@ -787,6 +789,75 @@ def test_a_mistake_in_a_refresh_is_noticed(monkeypatch: pytest.MonkeyPatch, mist
     monkeypatch.setattr(module, name, wrong)
     with pytest.raises(AssertionError):
         test()
+
+
+def plus(**options: Any) -> Callable[[], None]:
+    """One comparison with prodigy-plus-schedule-free."""
+    return lambda: test_prodigy.test_it_is_prodigy_plus_schedule_free_step_by_step(options, 1)
+
+
+@mutant(
+    "prodigy_d",
+    lambda: test_prodigy.test_the_golden_values_of_the_authors_form(1),
+    lambda: test_prodigy.test_it_is_prodigyopt_step_by_step({"slice_p": 11}),
+)
+def sums_of_prodigy_that_stay_zero(right: Wrong) -> Wrong:
+    return lambda u, p0, s, *rest, **kw: _with(right(u, p0, s, *rest, **kw), 2, s)
+
+
+@mutant(
+    "prodigy_plus_d",
+    lambda: test_prodigy.test_the_golden_values_of_the_plus_form("stableadamw"),
+    plus(),
+    test_prodigy.test_d_moves_with_float32_weights_and_by_how_much_it_should,
+)
+def sums_of_the_plus_form_that_stay_zero(right: Wrong) -> Wrong:
+    return lambda u, p0, s, *rest, **kw: _with(right(u, p0, s, *rest, **kw), 2, s)
+
+
+def _with(result: tuple, place: int, value: Any) -> tuple:
+    return *result[:place], value, *result[place + 1 :]
+
+
+@mutant("delayed_rms", plus(use_adopt=True), plus(use_adopt=True, factored=False))
+def an_adopt_that_steps_at_once(right: Wrong) -> Wrong:
+    return lambda *args, **kw: _with(result := right(*args, **kw), 4, result[4] | True)
+
+
+@mutant("scale_by_tensor_rms", test_prodigy.test_muon_pp_is_its_equations_in_float64)
+def a_size_of_the_tensor_that_is_forgotten(right: Wrong) -> Wrong:
+    return lambda u, square, **kw: right(u, 0 * square, **kw)
+
+
+@mutant(
+    "adaptive_orthogonalize",
+    lambda: test_muon_pp.test_a_small_matrix_gives_a_small_result(False),
+    test_prodigy.test_muon_pp_is_its_equations_in_float64,
+)
+def signs_in_place_of_an_orthogonal_factor(right: Wrong) -> Wrong:
+    return lambda u, **kw: right(u, **kw | {"steps": kw["steps"] - 1}).sign()
+
+
+@mutant(
+    "regularized",
+    lambda: test_prodigy.test_it_is_prodigyopt_step_by_step(
+        {"weight_decay": 0.1, "decouple": False}
+    ),
+)
+def an_estimate_that_does_not_see_the_decay(right: Wrong) -> Wrong:
+    return lambda u, *, grad, **kw: (right(u, grad=grad, **kw)[0], grad)
+
+
+@mutant(
+    "in_new_unit", lambda: test_prodigy.test_it_is_prodigyopt_step_by_step({"betas": (0.0, 0.99)})
+)
+def a_direction_in_the_old_unit(right: Wrong) -> Wrong:
+    return lambda u, **kw: u
+
+
+@mutant("separate_decay", plus(weight_decay=0.1), plus(weight_decay=0.01, weight_decay_by_lr=False))
+def a_separate_decay_that_grows_the_weights(right: Wrong) -> Wrong:
+    return lambda u, **kw: (u, -right(u, **kw)[1])
 
 
 DECAYS = {

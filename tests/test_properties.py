@@ -71,6 +71,23 @@ CHAINS: dict[str, Callable[[], tuple]] = {
     "normuon": lambda: (C.accumulate(k=2), anywhere(C.scale_by_normuon), C.clip_by_global_norm),
     "soap": lambda: (C.soap_precond(precondition_frequency=1), C.cautious),
     "soap, laprop": lambda: (C.mars, C.soap_precond(C.scale_by_laprop, precondition_1d=True)),
+    "psgd": lambda: (C.exp_avg, C.psgd_kron, C.clip_by_rms),
+    "psgd, low rank": lambda: (C.psgd_lra, C.clip_by_rms),
+    "psgd, square": lambda: (C.psgd_pro, C.clip_by_rms),
+    "shampoo": lambda: (C.graft(C.shampoo, C.scale_by_adam),),
+    "prodigy": lambda: (C.regularized(weight_decay=0.1), C.prodigy_d(d0=0.01), C.scale_by_adam),
+    "prodigy, sign": lambda: (C.prodigy_d(d0=0.01), C.sign, C.in_new_unit),
+    "prodigy, plus": lambda: (
+        C.prodigy_plus_d(d0=0.01),
+        C.delayed_rms,
+        C.separate_decay(weight_decay=0.1),
+        C.schedule_free,
+    ),
+    "prodigy, muon": lambda: (
+        C.prodigy_plus_d(d0=0.01),
+        anywhere(C.adaptive_orthogonalize),
+        C.scale_by_tensor_rms,
+    ),
     "route": lambda: (C.route(C.when(C.scale_by_adam, min_ndim=2), otherwise=C.sign), C.cautious),
 }
 
