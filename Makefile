@@ -27,7 +27,7 @@ demo: $(VENV)/installed-race
 		--chain "scale_by_adam | cautious" --lr 0.003,0.01,0.03 --seeds 3 --out demo --overwrite
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 bench: $(VENV)/installed-race
 	$(BIN)/python -m heavyball.race.bench --threads 2 --out docs/measurements.md

@@ -966,7 +966,9 @@ def test_palm_works_where_there_is_a_second_moment_and_raises_elsewhere(name):
 
 @every_preset
 @pytest.mark.parametrize(
-    "options", [COMMON[k] for k in ("warmup", "caution", "mars", "update-function")], ids=str
+    "options",
+    [COMMON[k] for k in ("warmup", "caution", "mars", "update-function")],
+    ids=("warmup", "caution", "mars", "update-function"),
 )
 def test_an_option_changes_the_training(name, options):
     # without a first moment no entry ever disagrees with its gradient
