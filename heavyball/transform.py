@@ -175,7 +175,7 @@ def shared(name: str, value: float | Iterable[float]) -> Shared:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of an error message: what is known, and the nearest of it."""
-    known = list(known)
+    known = list(dict.fromkeys(known))
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return f"known: {', '.join(known) if known else 'none'}{hint}"

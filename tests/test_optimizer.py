@@ -1102,3 +1102,10 @@ def test_a_new_optimizer_warns_of_nothing():
 def test_a_misspelt_option_is_refused_with_the_nearest():
     with pytest.raises(TypeError, match="did you mean 'weight_decay'"):
         C.ChainOpt(parameters(), 0.1, C.sign, weight_decy=0.1)
+
+
+def test_what_is_known_is_named_once():
+    with pytest.raises(TypeError, match="shampo_beta") as caught:
+        heavyball.SOAP([torch.nn.Parameter(torch.zeros(3, 3))], shampo_beta=0.9)
+    known = str(caught.value).split("known: ")[1].split("; did you mean")[0].split(", ")
+    assert len(known) == len(set(known))

@@ -227,7 +227,8 @@ def precision(
 ) -> None:
     """Train with float32 weights, and with bfloat16 ones in three ways.
 
-    500 steps at 0.002 on chars, 440 (20 epochs) at 0.003 on digits; some 6 minutes on two cores.
+    500 steps at 0.002 on chars, 440 (20 epochs) at 0.003 on digits; under ten
+    minutes on two cores.
     """
     from heavyball.race.precision import measure
 

@@ -123,19 +123,20 @@ def _duels() -> Iterator[Duel]:
             f"muon-{side}", muon, theirs, {"gpt": goal}, steps=12, products=True, matrices=True
         )
     soap = Case("SOAP", "heavyball:SOAP", _soap(max_precond_dim=2048))
-    theirs = Case("SOAP", "pytorch_optimizer:SOAP", _soap(max_precondition_dim=2048))
+    limit = _soap(max_precondition_dim=2048)
+    theirs = Case("SOAP", "pytorch_optimizer:SOAP", limit, library=COLLECTION)
     goals = {"gpt": 0.75, "convnet": 0.75}
-    yield Duel("soap-collection", soap, _of(theirs, COLLECTION), goals, steps=20, period=10)
-    theirs = Case("SOAP", "heavyball:SOAP", _soap(max_precond_dim=2048, use_precond_schedule=False))
+    yield Duel("soap-collection", soap, theirs, goals, steps=20, period=10)
+    limit = _soap(max_precond_dim=2048, use_precond_schedule=False)
+    theirs = Case("SOAP", "heavyball:SOAP", limit, library=ORIGINAL)
     goals = {"gpt": 0.5, "convnet": 0.5}
-    yield Duel("soap-original", soap, _of(theirs, ORIGINAL), goals, steps=20, period=10)
-    still = Case("SOAP, no refresh", "heavyball:SOAP", _soap(precondition_frequency=10**6))
-    other = Case("SOAP, no refresh", "pytorch_optimizer:SOAP", _soap(precondition_frequency=10**6))
-    limited = {"max_precond_dim": 2048}, {"max_precondition_dim": 2048}
+    yield Duel("soap-original", soap, theirs, goals, steps=20, period=10)
+    still = _soap(precondition_frequency=10**6, max_precond_dim=2048)
+    other_still = _soap(precondition_frequency=10**6, max_precondition_dim=2048)
     yield Duel(
         "soap-still",
-        Case(still.label, still.target, {**still.arguments, **limited[0]}),
-        _of(Case(other.label, other.target, {**other.arguments, **limited[1]}), COLLECTION),
+        Case("SOAP, no refresh", "heavyball:SOAP", still),
+        Case("SOAP, no refresh", "pytorch_optimizer:SOAP", other_still, library=COLLECTION),
         {},
         steps=8,
         products=True,
@@ -175,10 +176,6 @@ def _prodigies() -> Iterator[Duel]:
     theirs = Case("Prodigy", "prodigyopt:Prodigy", library="prodigyopt")
     both = {"gpt": 0.40, "many-small": 0.40}
     yield Duel("prodigy", Case("Prodigy", "heavyball:Prodigy"), theirs, both)
-
-
-def _of(case: Case, library: str) -> Case:
-    return Case(case.label, case.target, case.arguments, library=library)
 
 
 DUELS: dict[str, Duel] = {duel.name: duel for duel in _duels()}
