@@ -1,5 +1,6 @@
 """Small models, chains and comparisons that the suites share."""
 
+import os
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -13,16 +14,22 @@ import heavyball
 from heavyball import chainable as C
 
 
+# where the parameters of the suites are; `make test-cuda` says "cuda"
+DEVICE = torch.device(os.environ.get("HEAVYBALL_TEST_DEVICE", "cpu"))
+
+
 class Tiny(nn.Module):
     """A regression whose parameters have 2, 1, 0 and 3 dimensions."""
 
-    def __init__(self, seed: int = 0, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self, seed: int = 0, dtype: torch.dtype = torch.float32, device: torch.device = DEVICE
+    ):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         for name, shape in (("matrix", (4, 3)), ("vector", (4,)), ("kernel", (2, 3, 2))):
             values = 0.7 * torch.randn(shape, generator=generator, dtype=torch.float64)
-            setattr(self, name, nn.Parameter(values.to(dtype)))
-        self.number = nn.Parameter(torch.tensor(0.9, dtype=dtype))
+            setattr(self, name, nn.Parameter(values.to(device, dtype)))
+        self.number = nn.Parameter(torch.tensor(0.9, dtype=dtype, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = torch.tanh(x @ self.matrix.T + self.vector).unflatten(-1, (2, 2))
@@ -34,7 +41,8 @@ def batch(seed: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor
     generator = torch.Generator().manual_seed(1000 + seed)
     x = torch.randn(16, 3, generator=generator, dtype=torch.float64)
     with torch.no_grad():
-        return x.to(dtype), Tiny(seed=99, dtype=torch.float64)(x).to(dtype)
+        y = Tiny(seed=99, dtype=torch.float64, device=torch.device("cpu"))(x)
+        return x.to(DEVICE, dtype), y.to(DEVICE, dtype)
 
 
 def loss_of(model: nn.Module, seed: int = 0) -> Tensor:
@@ -46,7 +54,8 @@ def fill_gradients(params: Iterable[Tensor], seed: int) -> None:
     """Give every parameter new normal gradients that depend on its place, its shape and `seed`."""
     for place, p in enumerate(params):
         generator = torch.Generator().manual_seed(10_000 * (seed + 1) + place)
-        p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+        values = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        p.grad = values.to(p.device, p.dtype)
 
 
 def parameters(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
@@ -55,7 +64,7 @@ def parameters(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> 
     made = []
     for shape in shapes or ((4, 3), (4,), (2, 3, 2), ()):
         values = torch.randn(shape, generator=generator, dtype=torch.float64)
-        made.append(nn.Parameter(values.to(dtype)))
+        made.append(nn.Parameter(values.to(DEVICE, dtype)))
     return made
 
 

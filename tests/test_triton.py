@@ -26,7 +26,7 @@ KINDS = ("*i64", "*i64", "*fp64", "*fp64", "*fp64", "*i32")
 def test_in_the_interpreter() -> None:
     # Triton reads the variable when it is imported, so it needs a process of its own
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    inner = Path(__file__).with_name("interpreted_triton.py")
+    inner = Path(__file__).with_name("kernels_on_triton.py")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, str(inner)], env=environment, capture_output=True, text=True, check=False

@@ -355,9 +355,6 @@ class Engine:
 
     def _kernel(self, job: Job, share: str | None) -> Kernel | None:
         """The kernel of a job's program for tensors like its own; None where there is none."""
-        # On CUDA kernels have been checked in Triton's interpreter only, so they are for who asks.
-        if job.param.device.type == "cuda" and self.mode is not True:
-            return None
         kind = (*signature(job), share)
         exact = (*kind, job.param.shape)
         try:

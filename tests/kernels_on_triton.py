@@ -1,6 +1,10 @@
-"""Triton kernels in Triton's interpreter, on tensors of the CPU; `test_triton.py` runs this file."""
+"""Triton kernels beside plain torch: on a GPU, or in Triton's interpreter on tensors of the CPU.
+
+`test_triton.py` runs this file in the interpreter; without TRITON_INTERPRET=1 it needs a GPU.
+"""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from unittest import mock
 
@@ -17,6 +21,8 @@ from heavyball.runner import working_param
 from heavyball.storage import held
 
 C = heavyball.chainable
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 NUMPY = {
     "exp": np.exp,
     "log": np.log,
@@ -48,6 +54,8 @@ class LibDevice:
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Print tensors of the CPU as Triton; patch its language once a launch, not once a call."""
+    if not INTERPRETED:
+        return
     triton_printer.DEVICES.add("cpu")  # this process runs nothing else
     monkeypatch.setattr(cuda, "libdevice", LibDevice)
 
@@ -61,7 +69,8 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def values(shape: tuple, seed: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    made = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return made.to(DEVICE, dtype)
 
 
 def optimizer(chain, shapes, dtype=torch.float32, compile=True, **options):
@@ -256,7 +265,7 @@ def watched() -> Iterator[tuple[list, list]]:
     ],
 )
 def test_one_launch_per_pass_and_no_waiting(chain: tuple, expected: int) -> None:
-    lr = torch.tensor(0.05)
+    lr = torch.tensor(0.05, device=DEVICE)
     params, opt = optimizer(chain, SHAPES, lr=lr)
     for step in range(3):
         fill(params, step)
