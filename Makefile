@@ -1,5 +1,6 @@
 # make demo    install into .venv and race four optimizers on handwritten digits
 # make test    install into .venv and run the tests
+# make test-cuda   on a machine with a GPU: the shared suites and every kernel there
 # make bench   measure optimizer steps, write docs/measurements.md (on a quiet machine)
 # make bench-peers   the same for other libraries, installed into .venv-peers
 # make psgd-efficiency   memory and time of PSGD's factors, write docs/psgd_efficiency.md
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test bench psgd-efficiency bench-peers bench-duels lint docs clean
+.PHONY: demo test test-cuda bench psgd-efficiency bench-peers bench-duels lint docs clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "heavyball needs Python 3.11, this is " + sys.version.split()[0] + "; try make PYTHON=python3.11")'
@@ -28,6 +29,11 @@ demo: $(VENV)/installed-race
 
 test: $(VENV)/installed-test
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+# the kernels' file is no test_*.py, since test_triton.py runs it in Triton's interpreter
+test-cuda: $(VENV)/installed-test
+	HEAVYBALL_TEST_DEVICE=cuda $(BIN)/python -m pytest --numprocesses 4 tests/test_cuda.py \
+		tests/kernels_on_triton.py tests/test_presets.py tests/test_checkpoint.py tests/test_together.py
 
 bench: $(VENV)/installed-race
 	$(BIN)/python -m heavyball.race.bench --threads 2 --out docs/measurements.md

@@ -226,6 +226,7 @@ VARIANTS = [
         merge_dims=True,
         momentum_into_precond_update=False,
         max_size_triangular=3,
+        precond_init_scale=2.0,
         preconditioner_update_probability=0.6,
         cached=True,
     ),

@@ -15,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 from models import (
     CASES,
     CHAINS,
+    DEVICE,
     PRESETS,
     Tiny,
     all_params,
@@ -445,12 +446,13 @@ def test_state_changed_after_init_state_is_kept(way):
     opt = C.ChainOpt(parameters((3,)), 0.01, C.scale_by_lion).init_state()
     (param,) = all_params(opt)
     if way == "replaced":
-        opt.state[param]["scale_by_lion.exp_avg"] = torch.full((3,), 4.0)
+        opt.state[param]["scale_by_lion.exp_avg"] = torch.full((3,), 4.0, device=DEVICE)
     else:
         opt.state[param]["scale_by_lion.exp_avg"].fill_(4.0)
-    param.grad = torch.zeros(3)
+    param.grad = torch.zeros_like(param)
     opt.step()
-    torch.testing.assert_close(opt.state[param]["scale_by_lion.exp_avg"], torch.full((3,), 3.96))
+    expected = torch.full((3,), 3.96, device=DEVICE)
+    torch.testing.assert_close(opt.state[param]["scale_by_lion.exp_avg"], expected)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if averages(c(parameters()))], ids=repr)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from models import (
     CASES,
+    DEVICE,
     Tiny,
     all_params,
     assert_same,
@@ -212,7 +213,7 @@ class Tied(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first, self.second = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+        self.first, self.second = (nn.Linear(3, 3, bias=False, device=DEVICE) for _ in "ab")
         self.second.weight = self.first.weight
         with torch.no_grad():
             self.first.weight.copy_(parameters((3, 3))[0])

@@ -239,7 +239,11 @@ def test_the_memory_layout_does_not_matter(
             param.grad = filled(other, g, torch.float64)
             optimizer.step()
         ends.append(param.detach())
-    if elementwise(name):
+    if name == "atan2":
+        # torch's arc tangent of a vector and of a single number differ by a rounding or two of values
+        # below 2; so do then, in each of the 4 steps, the weights, which are below 8
+        close(*ends, atol=4 * (0.1 * 2 * 2 + 8) * 2 * EPS)
+    elif elementwise(name):
         assert torch.equal(*ends)
     else:
         # a sum in another order differs by its n roundings, here n < 1200; updates are below 10 and

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import clones, copies, parameters
+from models import DEVICE, clones, copies, parameters
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -53,7 +53,7 @@ def pull(params: list[nn.Parameter], step: int) -> None:
     for place, p in enumerate(params):
         made = torch.Generator().manual_seed(100 * step + place)
         noise = torch.randn(p.shape, generator=made, dtype=torch.float64)
-        p.grad = (p.detach().double() + 0.3 * noise).to(p.dtype)
+        p.grad = (p.detach().double() + 0.3 * noise.to(p.device)).to(p.dtype)
 
 
 def walk(opt: Any, params: list[nn.Parameter], steps: Any) -> None:
@@ -242,7 +242,7 @@ def test_a_frozen_optimizer_loads_without_the_state_that_is_gone() -> None:
 
 
 def test_state_takes_few_bytes() -> None:
-    param = nn.Parameter(torch.randn(512, 2048))
+    param = nn.Parameter(torch.randn(512, 2048, device=DEVICE))
     opt = heavyball.ProdigyPlusScheduleFree([param])
     param.grad = torch.randn_like(param)
     opt.step()
@@ -260,7 +260,7 @@ def test_row_and_column_means_of_bfloat16_weights_may_be_bfloat16() -> None:
         (torch.bfloat16, False, torch.bfloat16),
         (torch.float32, False, torch.float32),
     ):
-        param = nn.Parameter(torch.randn(40, 36).to(dtype))
+        param = nn.Parameter(torch.randn(40, 36, device=DEVICE).to(dtype))
         opt = heavyball.ProdigyPlusScheduleFree([param], factored_fp32=fp32)
         param.grad = torch.randn_like(param)
         opt.step()

@@ -286,5 +286,5 @@ def _is_negated_number(node: ast.UnaryOp) -> bool:
 
 
 _LITERALS = (bool, int, float, str, type(None))
-_ENDS = frozenset({tokenize.NEWLINE, tokenize.ENDMARKER})
+_ENDS = frozenset({tokenize.NEWLINE, tokenize.NL, tokenize.ENDMARKER})
 _TOKENS = frozenset({tokenize.NAME, tokenize.NUMBER, tokenize.STRING, tokenize.OP})
