@@ -117,8 +117,8 @@ def assert_near(found, roundings: int = 64) -> None:
 
 
 def chain_of(name: str) -> tuple:
-    if name == "prodigy_plus_d":  # there are no kernels for slices on CUDA
-        return (C.prodigy_plus_d(slice_p=1, d0=0.1),)
+    if name == "prodigy_plus_d":
+        return (C.prodigy_plus_d(d0=0.1),)
     if name == "prodigy_d":
         return (C.prodigy_d(d0=0.1),)
     return (C.TRANSFORMS[name], C.scale_by_adam) if name == "palm_beta2" else (C.TRANSFORMS[name],)
@@ -344,6 +344,32 @@ def test_results_do_not_depend_on_other_parameters() -> None:
     (_, _), (alone, _) = pair(chain, (LONG,), steps=2)
     (_, _), (among, _) = pair(chain, (LONG, (3,), (77,)), steps=2)
     assert torch.equal(alone[0], among[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "chain",
+    [
+        (C.prodigy_plus_d(d0=0.1, slice_p=3), C.scale_by_exp_avg_sq, C.clip_update_rms),
+        (C.prodigy_plus_d(d0=0.1), C.factored_rms(min_dim=4), C.cautious, C.schedule_free),
+        (C.prodigy_d(d0=0.1, slice_p=5), C.scale_by_adam),
+    ],
+)
+def test_slices(chain: tuple, dtype: torch.dtype, monkeypatch) -> None:
+    monkeypatch.setattr(triton_matrix, "HEIGHT", 4)
+    shapes = ((7, BLOCK + 9), (5, 6), (1,), LONG, (12,))
+    assert_near(pair(chain, shapes, dtype, steps=2, lr=1.0, stochastic_rounding=False))
+
+
+def test_slices_in_fewer_bits() -> None:
+    """Their random bits are counted within the slice."""
+    chain = (C.prodigy_plus_d(d0=0.1, narrow_sums=True), C.scale_by_exp_avg_sq)
+    found = pair(chain, ((BLOCK + 77,), (5, 6)), steps=2, lr=1.0)
+    (_, one), (_, two) = found
+    for p, q in zip(found[0][0], found[1][0], strict=True):
+        a, b = (o.state[x]["prodigy_plus_d.s"] for o, x in ((one, p), (two, q)))
+        assert a.dtype == torch.bfloat16
+        assert torch.equal(a, b)
 
 
 FORMATS = (

@@ -75,6 +75,8 @@ CHAINS = (
     (torch.float32, C.skip_not_finite, C.clip_by_global_norm, C.sign(graft=True)),
     (torch.float64, C.mu_law, C.scale_by_adam_atan2, C.orthograd),
     (torch.bfloat16, C.adaptive_gradient_clip, C.factored_rms(min_dim=2)),
+    (torch.float32, C.prodigy_plus_d(narrow_sums=True), C.scale_by_exp_avg_sq, C.schedule_free),
+    (torch.bfloat16, C.prodigy_plus_d, C.factored_rms(min_dim=2)),
 )
 
 

@@ -130,8 +130,6 @@ def printer_for(job: Job, share: str | None = None) -> tuple[Printer, bool]:
         raise OrderError
     if graph.every is not None and not param.is_contiguous():
         raise OrderError
-    if graph.every is not None and param.device.type in TRITON_DEVICES:
-        raise NotPrintableError("every k-th element, on CUDA")
     printer: type[Printer] = Printer if graph.split is None else MatrixPrinter
     if param.device.type in TRITON_DEVICES:
         printer = TritonPrinter if graph.split is None else TritonMatrixPrinter

@@ -81,7 +81,8 @@ class TritonMatrixPrinter(TritonPrinter):
         """The whole module."""
         parts = [PRELUDE, MATRIX_PRELUDE, *self._formats()]
         for k, planned in enumerate(self.plan.passes):
-            parts += [self._between(k), self._block(k, planned) + self._kernel(k, planned)]
+            blocks = self._slice_block(k, planned) + self._block(k, planned)
+            parts += [self._between(k), blocks + self._kernel(k, planned)]
         return "\n\n".join([*parts, self._between(len(self.plan.passes))])
 
     @property
@@ -102,8 +103,8 @@ class TritonMatrixPrinter(TritonPrinter):
         return (levels.count("row"), levels.count("col"), *most)
 
     def _reduced(self, planned: Pass, target: str) -> list[int]:
-        """The sums of a pass over elements, by what they belong to."""
-        return [i for i in self._sums(planned) if self.graph.values[i].level == target]
+        """The sums of a pass over elements, or every k-th of them, by what they belong to."""
+        return [i for i in self._left(planned) if self.graph.values[i].level == target]
 
     # ---- shared by all kernels
 
@@ -260,14 +261,10 @@ class TritonMatrixPrinter(TritonPrinter):
         read = {i for i in self._body(planned)[1] if self.graph.values[i].level == level}
         return sorted(read)
 
-    def _sums(self, planned: Pass) -> list[int]:
-        values = self.graph.values
-        return [i for i in planned.reductions if values[values[i].args[0].index].level == "element"]
-
     def _signature(self, planned: Pass) -> list[str]:
         names = self._names()
         vectors = self._vectors_read(planned, "row") + self._vectors_read(planned, "col")
-        found = [f"c{i}" for i in sorted(self._walk_needs(planned))]
+        found = [f"c{i}" for i in sorted(self._scalars_of(self._body(planned)[1]))]
         return found + [names[i] for i in vectors] + [f"r{i}" for i in self._sums(planned)]
 
     def _kernel(self, k: int, planned: Pass) -> str:
@@ -276,8 +273,9 @@ class TritonMatrixPrinter(TritonPrinter):
         for i in sorted(needs):
             is_bool = self.graph.values[i].kind == "bool"
             begin.append(f"c{i} = x{i}" + ("" if is_bool else f".to({self.type})"))
-        begin += self._key_lines(planned.stores)
-        begin += [self._pointer(n) for n in self._touched(planned)]
+        begin += self._key_lines({**planned.stores, **planned.slice_stores})
+        touched = {*self._touched(planned), *self._slice_touched(planned)}
+        begin += [self._pointer(n) for n in sorted(touched)]
         columns = [
             self._read_array(i, "left + lane", ", mask, other=0.0")
             for i in self._vectors_read(planned, "col")
@@ -298,6 +296,7 @@ class TritonMatrixPrinter(TritonPrinter):
         rows = self._reduced(planned, "row")
         lines = [self._read_array(i, "r", "") for i in self._vectors_read(planned, "row")]
         lines += [self._zero(i) for i in rows]
+        lines += self._walk_slice(k, planned, "start", f"(start + tl.minimum(cols - left, {BLOCK}))")
         lines.append(self._call(k, planned, "start", "mask"))
         for n, i in enumerate(rows):
             target = f"row_parts + {n} * wide * rows + part % wide * rows + r"

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from heavyball.compiler.cpp import INFIX as CPP_INFIX
-from heavyball.compiler.cpp import LOGIC, Printer, refuse_codes
+from heavyball.compiler.cpp import LOGIC, PICKS, Printer, refuse_codes
 from heavyball.compiler.graph import BOOLEAN, Graph, NotPrintableError, Ref, Value
 from heavyball.compiler.stages import Pass
 from heavyball.compiler.triton_storage import CORRECTED, ROOTS
@@ -23,6 +23,8 @@ TYPES = {
 DEVICES = {"cuda"}
 # A program walks through a chunk a block at a time.
 CHUNK, BLOCK, WARPS = 8192, 1024, 4
+# It walks through every k-th element in blocks of its own.
+SLICE = 128
 # A tile of a matrix is a block wide and has so many rows.
 HEIGHT = 64
 
@@ -172,6 +174,7 @@ def pass_{k}(table, chunks, hyper, scratch, parts, arrived, ALIGNED: tl.constexp
     high = tl.minimum(low + {chunk}, size)
     even = low + (high - low) // {block} * {block}
     lane = tl.arange(0, {block})
+{slices}
     for start in range(low, even, {block}):
         {call}
     if even < high:
@@ -211,7 +214,10 @@ class TritonPrinter(Printer):
 
     def source(self) -> str:
         """The whole module; its names `triton`, `tl` and `libdevice` come from whoever loads it."""
-        passes = [self._block(k, p) + self._kernel(k, p) for k, p in enumerate(self.plan.passes)]
+        passes = [
+            self._slice_block(k, p) + self._block(k, p) + self._kernel(k, p)
+            for k, p in enumerate(self.plan.passes)
+        ]
         return "\n\n".join([PRELUDE, *self._formats(), *passes])
 
     def _formats(self) -> list[str]:
@@ -226,7 +232,19 @@ class TritonPrinter(Printer):
 
     def _sums(self, planned: Pass) -> list[int]:
         """The sums over elements that a pass leaves behind."""
-        return planned.reductions
+        return [i for i in planned.reductions if self._level_of_terms(i) == "element"]
+
+    def _slice_sums(self, planned: Pass) -> list[int]:
+        """The sums over every k-th element."""
+        return [i for i in planned.reductions if self._level_of_terms(i) == "slice"]
+
+    def _level_of_terms(self, reduction: int) -> str:
+        values = self.graph.values
+        return values[values[reduction].args[0].index].level
+
+    def _left(self, planned: Pass) -> list[int]:
+        """All sums of which every program of a pass leaves its part behind, in that order."""
+        return self._sums(planned) + self._slice_sums(planned)
 
     # ---- numbers per tensor
 
@@ -253,17 +271,20 @@ class TritonPrinter(Printer):
 
     def _walk_needs(self, planned: Pass) -> set[int]:
         """The numbers that the elements of a pass need."""
-        read = self._body(planned)[1]
-        if self._rounded(planned):
+        read = self._body(planned)[1] | self._slice_body(planned)[1]
+        if self._rounded({**planned.stores, **planned.slice_stores}):
             read.add(self.graph.outputs["step"])
-        return {i for i in read if self.graph.values[i].level == "scalar"}
+        return self._scalars_of(read)
 
-    def _rounded(self, planned: Pass) -> list[str]:
-        """The tensors that a pass rounds stochastically."""
-        return [name for name in planned.stores if self._is_random(name)]
+    def _scalars_of(self, nodes: set[int]) -> set[int]:
+        return {i for i in nodes if self.graph.values[i].level == "scalar"}
 
-    def _key_names(self, planned: Pass) -> list[str]:
-        return [f"key{self.tensors.index(name)}" for name in self._rounded(planned)]
+    def _rounded(self, stores: Iterable[str]) -> list[str]:
+        """The tensors among those to write that are rounded stochastically."""
+        return [name for name in stores if self._is_random(name)]
+
+    def _keys_of(self, stores: Iterable[str]) -> list[str]:
+        return [f"key{self.tensors.index(name)}" for name in self._rounded(stores)]
 
     def _key_lines(self, names: Iterable[str]) -> list[str]:
         """The words from which tensors that are rounded take their bits."""
@@ -299,6 +320,8 @@ class TritonPrinter(Printer):
             return f"tl.load(group + {len(self.hypers) + self.totals.index(v.args[0])})"
         if v.op == "numel":
             return "size.to(tl.float64)"
+        if v.op == "slices":
+            return f"{self._end_of_slice('size')}.to(tl.float64)"
         if v.op == "const":
             text = _literal(v.args[0], "tl.float64")
             return f"{text} != 0" if v.kind == "bool" else text
@@ -424,17 +447,20 @@ class TritonPrinter(Printer):
         return [*lines, f"r{i} = larger(r{i}, a{i})" if is_max else f"r{i} += a{i}"]
 
     def _touched(self, planned: Pass) -> list[int]:
-        names = self._with_companions({*planned.loads, *planned.reloads.values(), *planned.stores})
-        return sorted(self.tensors.index(name) for name in names)
+        return self._places({*planned.loads, *planned.reloads.values(), *planned.stores})
+
+    def _places(self, names: set[str]) -> list[int]:
+        return sorted(self.tensors.index(name) for name in self._with_companions(names))
 
     def _signature(self, planned: Pass) -> list[str]:
         """What a block is given besides its lanes: numbers, sums so far."""
-        numbers = [f"c{i}" for i in sorted(self._walk_needs(planned))]
+        numbers = [f"c{i}" for i in sorted(self._scalars_of(self._body(planned)[1]))]
         return [*numbers, *(f"r{i}" for i in self._sums(planned))]
 
     def _block(self, k: int, planned: Pass) -> str:
         tensors = [f"t{n}" for n in self._touched(planned)]
-        rounding = ["begin", *self._key_names(planned)] if self._rounded(planned) else []
+        keys = self._keys_of(planned.stores)
+        rounding = ["begin", *keys] if keys else []
         arguments = ", ".join(["lane", "mask", *rounding, *tensors, *self._signature(planned)])
         lines = self._body(planned)[0]
         if self._sums(planned):
@@ -444,15 +470,80 @@ class TritonPrinter(Printer):
 
     def _call(self, k: int, planned: Pass, start: str, mask: str) -> str:
         tensors = [f"t{n} + {start}" for n in self._touched(planned)]
-        rounding = [start, *self._key_names(planned)] if self._rounded(planned) else []
+        keys = self._keys_of(planned.stores)
+        rounding = [start, *keys] if keys else []
         arguments = ["lane", mask, *rounding, *tensors, *self._signature(planned)]
         call = f"block_{k}({', '.join(arguments)})"
         results = ", ".join(f"r{i}" for i in self._sums(planned))
         return f"{results} = {call}" if results else call
 
+    # ---- every k-th element
+
+    def _end_of_slice(self, end: str) -> str:
+        """How many of the slice's elements lie before an element."""
+        every = self.graph.every
+        return f"(({end} + {every - 1}) // {every})"  # type: ignore[operator]
+
+    def _slice_body(self, planned: Pass) -> tuple[list[str], set[int]]:
+        """The statements for a block of a slice, whose `lane` counts within the slice."""
+        names, used, lines = self._names(), set[int](), list[str]()
+        for i in planned.slices:
+            v = self.graph.values[i]
+            if v.op in PICKS:
+                place = "lane" if v.op == "load" else f"lane * {self.graph.every}"
+                lines.append(f"{names[i]} = {self._read(v.args[0], self._local, place)}")
+            else:
+                used |= {a.index for a in v.args if isinstance(a, Ref)}
+                lines.append(f"{names[i]} = {self._expression(v, names, self.type)}")
+        for i in self._slice_sums(planned):
+            used.add(self.graph.values[i].args[0].index)
+            lines += self._accumulation(i, names)
+        for name, i in planned.slice_stores.items():
+            used.add(i)
+            lines += self._write(name, names[i], self._local, "lane", "lane")
+        return lines, used
+
+    def _slice_touched(self, planned: Pass) -> list[int]:
+        values = (self.graph.values[i] for i in planned.slices)
+        return self._places({*planned.slice_stores, *(v.args[0] for v in values if v.op in PICKS)})
+
+    def _slice_arguments(self, planned: Pass) -> list[str]:
+        numbers = sorted(self._scalars_of(self._slice_body(planned)[1]))
+        return [
+            *self._keys_of(planned.slice_stores),
+            *(f"t{n}" for n in self._slice_touched(planned)),
+            *(f"c{i}" for i in numbers),
+            *(f"r{i}" for i in self._slice_sums(planned)),
+        ]
+
+    def _slice_block(self, k: int, planned: Pass) -> str:
+        if not planned.slices:
+            return ""
+        arguments = ", ".join(["lane", "mask", *self._slice_arguments(planned)])
+        lines = self._slice_body(planned)[0]
+        if self._slice_sums(planned):
+            lines.append("return " + ", ".join(f"r{i}" for i in self._slice_sums(planned)))
+        return f"@triton.jit\ndef slice_{k}({arguments}):\n{_indented(lines, 1)}\n\n\n"
+
+    def _walk_slice(self, k: int, planned: Pass, low: str, high: str) -> list[str]:
+        """The walk over a slice, before that over all elements, which may write what it looks at."""
+        if not planned.slices:
+            return []
+        arguments = ["spot", "spot < end", *self._slice_arguments(planned)]
+        call = f"slice_{k}({', '.join(arguments)})"
+        results = ", ".join(f"r{i}" for i in self._slice_sums(planned))
+        return [
+            f"end = {self._end_of_slice(high)}",
+            f"for place in range({self._end_of_slice(low)}, end, {SLICE}):",
+            f"    spot = place + tl.arange(0, {SLICE})",
+            f"    {results} = {call}" if results else f"    {call}",
+            "tl.debug_barrier()",
+        ]
+
     # ---- kernels
 
     def _kernel(self, k: int, planned: Pass) -> str:
+        touched = sorted({*self._touched(planned), *self._slice_touched(planned)})
         return KERNEL.format(
             k=k,
             columns=len(self.columns),
@@ -462,11 +553,12 @@ class TritonPrinter(Printer):
             chunk=CHUNK,
             block=BLOCK,
             numbers=_indented(self._begin(k, planned), 1),
-            pointers=_indented([self._pointer(n) for n in self._touched(planned)], 1),
-            totals=_indented([self._zero(i) for i in self._sums(planned)], 1),
+            pointers=_indented([self._pointer(n) for n in touched], 1),
+            totals=_indented([self._zero(i) for i in self._left(planned)], 1),
+            slices=_indented(self._walk_slice(k, planned, "low", "high"), 1),
             call=self._call(k, planned, "start", "None"),
             masked_call=self._call(k, planned, "even", "lane < high - even"),
-            leave=_indented([self._leave(n, i) for n, i in enumerate(self._sums(planned))], 1),
+            leave=_indented([self._leave(n, i) for n, i in enumerate(self._left(planned))], 1),
             finish=_indented(self._finish(k, planned), 2),
         )
 
@@ -480,7 +572,7 @@ class TritonPrinter(Printer):
         for i in sorted(needs):
             is_bool = self.graph.values[i].kind == "bool"
             lines.append(f"c{i} = x{i}" + ("" if is_bool else f".to({self.type})"))
-        return lines + self._key_lines(planned.stores)
+        return lines + self._key_lines({**planned.stores, **planned.slice_stores})
 
     def _pointer(self, n: int) -> str:
         name = self.tensors[n]
@@ -489,7 +581,8 @@ class TritonPrinter(Printer):
 
     def _zero(self, i: int) -> str:
         start = 'float("-inf")' if self.graph.values[i].op == "amax" else "0.0"
-        return f"r{i} = tl.full([{BLOCK}], {start}, tl.float64)"
+        width = SLICE if self._level_of_terms(i) == "slice" else BLOCK
+        return f"r{i} = tl.full([{width}], {start}, tl.float64)"
 
     def _leave(self, n: int, i: int) -> str:
         over = "max" if self.graph.values[i].op == "amax" else "sum"
@@ -498,7 +591,7 @@ class TritonPrinter(Printer):
     def _finish(self, k: int, planned: Pass) -> list[str]:
         """What the last program of a tensor does: sums, what follows from them, what is kept."""
         lines = []
-        for n, i in enumerate(self._sums(planned)):
+        for n, i in enumerate(self._left(planned)):
             over = "find_largest" if self.graph.values[i].op == "amax" else "add_up"
             lines.append(f"x{i} = {over}(first + {n}, pieces, {self.parts}, 128)")
         here = self.bound[k] | (self._walk_needs(planned) if k else set())
