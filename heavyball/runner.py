@@ -19,7 +19,7 @@ from heavyball.numerics import SCALAR, compute_dtype, saturate, shape_of, workin
 from heavyball.states import add_several, working_param, working_state
 from heavyball.storage import create, create_param, drawing, held, held_param
 from heavyball.transform import CONTEXT, State, keyword_names
-from heavyball.whole import STACKED, Call, serve
+from heavyball.whole import Call, serve, stacks
 
 # Dtypes of state that do not have the range of float64.
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
@@ -351,7 +351,7 @@ def run(
 
 
 def _stacks(job: Job) -> bool:
-    return job.program.has_whole and 0 < job.param.numel() <= STACKED
+    return job.program.has_whole and stacks(job.param)
 
 
 def _run_together(jobs: list[Job], total_keys: list[str], finisher: Finisher | None) -> None:

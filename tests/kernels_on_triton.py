@@ -441,3 +441,33 @@ def test_corrections_have_the_same_bits() -> None:
 def test_codes_run_eagerly_with_a_warning() -> None:
     with pytest.warns(RuntimeWarning, match="8-bit state .* on CUDA"):
         pair((C.exp_avg,), ((4096,),), mode="auto", steps=1, storage_dtype="8bit")
+
+
+# ---- programs that are cut at transforms of whole tensors
+
+WHOLE = {
+    "muon": (C.muon, C.cautious),
+    "soap": (C.soap_precond(precondition_frequency=2),),
+    "soap, schedule-free": (C.soap_precond(C.scale_by_exp_avg_sq), C.schedule_free),
+    "kron": (C.exp_avg, C.psgd_kron, C.clip_by_rms),
+    "gated": (C.skip_not_finite, C.accumulate(k=2), C.muon, C.clip_update_rms),
+    "global clip": (C.clip_by_global_norm(max_norm=0.1), C.orthogonalize, C.scale_by_adam),
+    "prodigy": (C.prodigy_plus_d(d0=0.1), C.muon),
+    "authors' prodigy": (C.prodigy_d(d0=0.1), C.muon),
+    "factored": (C.orthogonalize, C.factored_rms(min_dim=5)),
+    "route": (
+        C.route(C.when(C.muon, min_ndim=2), otherwise=C.scale_by_adam),
+        C.cautious,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_products_between_kernels(name: str) -> None:
+    shapes = ((6, 6), (5, 7), (6, 6), (4, 3, 2)) + (((5,),) if name == "route" else ())
+    found = pair(WHOLE[name], shapes, steps=3, lr=1.0 if "prodigy" in name else 0.05)
+    compiled = found[1][1]._engine._plan
+    assert compiled is not None
+    assert compiled.whole.waves
+    assert not compiled.eager
+    assert_near(found, roundings=2**10)

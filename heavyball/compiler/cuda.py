@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import linecache
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from heavyball.compiler.cpp import Printer
-from heavyball.compiler.launch import Kernel, Table, hyper_values
+from heavyball.compiler.launch import Kernel, Table
 from heavyball.compiler.toolchain import ToolchainError
 from heavyball.compiler.triton_matrix import TritonMatrixPrinter, memory_size
 from heavyball.compiler.triton_printer import CHUNK, DEVICES, WARPS, TritonPrinter
@@ -165,10 +165,10 @@ class DeviceTable(Table):
         self.give_shares_room(self.device)
         if self.shares is not None:
             self.positions = _sent(torch.tensor(self.members), self.device)
+        self.fixed = torch.tensor(self.rows, dtype=torch.int64)
         pieces = [-(-row[0] // CHUNK) for row in self.rows] if flat else self._tiles()
         chunks = [(index, part) for index, n in enumerate(pieces) for part in range(n)]
-        self.fixed = torch.tensor(self.rows, dtype=torch.int64)
-        self.mirror = Mirror(self.fixed, self.device)
+        self.mirror = Mirror(self.fixed, self.device)  # type: ignore[arg-type]
         self.chunks = _sent(torch.tensor(chunks, dtype=torch.int64), self.device)
         self.scratch = torch.empty(count * kernel.values, dtype=SCALAR, device=self.device)
         self.parts = torch.empty(len(chunks) * kernel.parts, dtype=SCALAR, device=self.device)
@@ -181,13 +181,14 @@ class DeviceTable(Table):
         needs = [memory_size(counts, r[0] // n, n) for r, n in zip(self.rows, width, strict=True)]
         size = sum(n for n, _ in needs)
         self.memory = torch.empty(size, dtype=SCALAR, device=self.device)
-        place = self.memory.data_ptr()
-        for row, (n, _) in zip(self.rows, needs, strict=True):
-            row.append(place)
+        places, place = [], self.memory.data_ptr()
+        for n, _ in needs:
+            places.append([place])
             place += n * self.memory.element_size()
+        self.fixed = torch.cat([self.fixed, torch.tensor(places)], 1)  # type: ignore[list-item]
         return [tiles for _, tiles in needs]
 
-    def step(self, groups: list[Mapping[str, Any]], totals: Mapping[str, Tensor]) -> None:
+    def step(self, groups: Sequence[Mapping[str, Any]], totals: Mapping[str, Tensor]) -> None:
         """Send what has changed and run every pass."""
         assert self.mirror is not None
         on_cuda = self.device.type == "cuda"
@@ -213,7 +214,7 @@ class DeviceTable(Table):
             **OPTIONS,
         )
 
-    def _fill(self, groups: list[Mapping[str, Any]], totals: Mapping[str, Tensor]) -> None:
+    def _fill(self, groups: Sequence[Mapping[str, Any]], totals: Mapping[str, Tensor]) -> None:
         """Bring hyper-parameters and sums over all parameters to where the kernel reads them."""
         hypers, there = self.kernel.hypers, list[tuple[int, int, Tensor]]()
         rows = []
@@ -240,11 +241,11 @@ class DeviceTable(Table):
 
 def run_plan(plan: "Plan", together: "Together | Pending", groups: list[dict[str, Any]]) -> None:
     """Step every parameter of a plan that has tables on a device; sums stay on the device too."""
-    device = next(t.device for t in plan.tables if isinstance(t, DeviceTable))
+    device = next(t.device for t in plan.all_tables if isinstance(t, DeviceTable))
     totals: dict[str, Tensor] = {}
     for key in plan.total_keys:
         for table in plan.shares[key]:
-            _step(table, plan.groups, totals)
+            table.step(plan.groups, totals)
         shares = _collected(plan, plan.shares[key], device, key, totals)
         totals[key] = (
             shares[0].sum() if len(shares) else torch.zeros((), dtype=SCALAR, device=device)
@@ -252,21 +253,14 @@ def run_plan(plan: "Plan", together: "Together | Pending", groups: list[dict[str
         if together.node is not None and key == together.node.key:
             together.renew(groups, _by_group(plan, shares))
     for table in plan.tables:
-        _step(table, plan.groups, totals)
-    torch.autograd.graph.increment_version([*plan.params, *plan.states])
+        table.step(plan.groups, totals)
+    waved = plan.whole.run(plan.groups, totals)
+    torch.autograd.graph.increment_version(plan.params)
     for index in plan.eager:
         drive(plan.jobs[index], totals)
-    left = _collected(plan, plan.tables, device, None, totals)
+    left = _collected(plan, plan.tables, device, None, totals, waved)
     if left.numel():
         together.renew(groups, _by_group(plan, left))
-
-
-def _step(table: Table, groups: list[Mapping[str, Any]], totals: Mapping[str, Tensor]) -> None:
-    if isinstance(table, DeviceTable):
-        table.step(groups, totals)
-    else:
-        sums = {key: total.item() for key, total in totals.items()}
-        table.launch(hyper_values(table.kernel, groups, sums))
 
 
 def _collected(
@@ -275,12 +269,14 @@ def _collected(
     device: torch.device,
     key: str | None,
     totals: Mapping[str, Tensor],
+    waved: Mapping[int, tuple[Tensor, ...]] | None = None,
 ) -> Tensor:
     """Every job's shares, a row for each sum, in the order of the parameters.
 
     key: the element whose shares the eager jobs are asked for; None takes those left by the step.
+    waved: those of jobs that went through their segments.
     """
-    eager: dict[int, tuple[Tensor, ...]] = {}
+    eager = dict(waved or {})
     for index in plan.eager:
         job = plan.jobs[index]
         found = share_of(job, key, totals) if key is not None else None

@@ -21,7 +21,6 @@ from heavyball.compiler.launch import (
     Table,
     build,
     check_layout,
-    hyper_values,
     printer_for,
 )
 from heavyball.compiler.staging import Copied, copied, orders, settle, stage
@@ -71,6 +70,11 @@ class Plan:
         self.params = [job.param for job in self.jobs]
 
     @property
+    def all_tables(self) -> list[Table]:
+        """Those that step."""
+        return [*self.tables, *self.whole.tables]
+
+    @property
     def states(self) -> Iterator[Tensor]:
         """Every state tensor. They are in no list here: `Kept` counts who refers to them."""
         return (tensor for job in self.jobs for tensor in job.state.values())
@@ -81,7 +85,7 @@ class Plan:
         place = {id(p): i for i, p in enumerate(self.snapshot.stepped)}
         self.places = [place[id(param)] for param in self.params]
         shares = (t for ts in self.shares.values() for t in ts)
-        for table in [*self.tables, *shares, *self.whole.tables]:
+        for table in [*self.all_tables, *shares]:
             if table.grad_column is not None:
                 rows = torch.tensor([self.places[i] for i in table.members])
                 self.columns.append((table, rows))
@@ -127,7 +131,7 @@ class Plan:
                 made.finish()
 
     def _run(self, together: Together | Pending, groups: list[dict[str, Any]]) -> None:
-        if any(isinstance(table, cuda.DeviceTable) for table in self.tables):
+        if any(isinstance(table, cuda.DeviceTable) for table in self.all_tables):
             cuda.run_plan(self, together, groups)
             return
         totals: dict[str, Tensor] = {}
@@ -143,12 +147,12 @@ class Plan:
             else:
                 # in the order of the parameters, whoever computed them
                 totals[key].fill_(sum(found[i][0] for i in sorted(found)))
-        sums = {key: total.item() for key, total in totals.items()}
         left: dict[int, list[float]] = {}
         for table in self.tables:
-            table.launch(hyper_values(table.kernel, self.groups, sums))
+            table.step(self.groups, totals)
             left.update(table.found_shares())
-        left.update(self.whole.run(self.groups, sums))
+        for index, found_there in self.whole.run(self.groups, totals).items():
+            left[index] = [share.item() for share in found_there]
         torch.autograd.graph.increment_version(self.params)
         for index in self.eager:
             drive(self.jobs[index], totals)
@@ -157,10 +161,9 @@ class Plan:
         self._finish(left, together, groups)
 
     def _shares(self, key: str, totals: Mapping[str, Tensor]) -> dict[int, list[float]]:
-        sums = {k: t.item() for k, t in totals.items()}
         found: dict[int, list[float]] = {}
         for table in self.shares[key]:
-            table.launch(hyper_values(table.kernel, self.groups, sums))
+            table.step(self.groups, totals)
             found.update(table.found_shares())
         return found
 
@@ -375,8 +378,6 @@ class Engine:
 
     def _parts(self, job: Job) -> Parts | None:
         """The segments of a program with whole transforms, compiled; None where there is none."""
-        if job.param.device.type == "cuda" and self.mode is not True:
-            return None
         kind = (*signature(job), "whole")
         exact = (*kind, job.param.shape)
         try:

@@ -2,7 +2,7 @@
 
 import ctypes
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from heavyball.compiler import toolchain
 from heavyball.compiler.algebra import simplified
 from heavyball.compiler.cpp import BATCH, CHUNK, SMALL, Printer
 from heavyball.compiler.cpp_matrix import MatrixPrinter
-from heavyball.compiler.graph import NotPrintableError, record
+from heavyball.compiler.graph import Graph, NotPrintableError, record
 from heavyball.compiler.triton_matrix import TritonMatrixPrinter
 from heavyball.compiler.triton_printer import DEVICES as TRITON_DEVICES
 from heavyball.compiler.triton_printer import TritonPrinter
@@ -130,13 +130,18 @@ def printer_for(job: Job, share: str | None = None) -> tuple[Printer, bool]:
         raise OrderError
     if graph.every is not None and not param.is_contiguous():
         raise OrderError
-    printer: type[Printer] = Printer if graph.split is None else MatrixPrinter
-    if param.device.type in TRITON_DEVICES:
-        printer = TritonPrinter if graph.split is None else TritonMatrixPrinter
+    printer = printer_type(graph, param.device)
     holds = job.program.holds_of
     roots = frozenset(key for key in graph.tensors if is_root(dtypes[key], holds(key)))
     random = job.stream is not None
     return printer(graph, dtypes, compute_dtype(param.dtype), random, roots), sized
+
+
+def printer_type(graph: Graph, device: torch.device) -> type[Printer]:
+    """Who prints a graph for tensors on this device."""
+    if device.type in TRITON_DEVICES:
+        return TritonPrinter if graph.split is None else TritonMatrixPrinter
+    return Printer if graph.split is None else MatrixPrinter
 
 
 @dataclass(eq=False)
@@ -201,6 +206,11 @@ class Table:
             return {}
         return dict(zip(self.members, self.shares.tolist(), strict=True))
 
+    def step(self, groups: Sequence[Mapping[str, Any]], totals: Mapping[str, Tensor]) -> None:
+        """Run the kernel with the groups' present values and the sums over all parameters."""
+        sums = {key: totals[key].item() for key in self.kernel.totals}
+        self.launch(hyper_values(self.kernel, groups, sums))
+
     def launch(self, hyper: Tensor) -> None:
         """Run the kernel over the table."""
         self.kernel.run(*self.arguments(hyper), threads(self.elements))
@@ -237,7 +247,7 @@ def _batches(large: list[tuple[int, ...]], chunks: list[tuple[int, ...]]) -> lis
 
 
 def hyper_values(
-    kernel: Kernel, groups: list[Mapping[str, Any]], totals: Mapping[str, float]
+    kernel: Kernel, groups: Sequence[Mapping[str, Any]], totals: Mapping[str, float]
 ) -> Tensor:
     """Each group's live hyper-parameters, and the sums over all parameters, as the kernel reads them."""
     sums = [totals[key] for key in kernel.totals]

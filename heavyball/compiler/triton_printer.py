@@ -313,7 +313,8 @@ class TritonPrinter(Printer):
         v = self.graph.values[i]
         if v.op == "number":
             column = self.columns.index(v.args[0])
-            return f"tl.load(pointer(row + {column}, tl.float64, False))"
+            text = f"tl.load(pointer(row + {column}, tl.float64, False))"
+            return f"{text} != 0" if v.kind == "bool" else text
         if v.op == "hyper":
             return f"tl.load(group + {self.hypers.index(v.args)})"
         if v.op == "total":

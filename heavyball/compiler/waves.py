@@ -6,7 +6,7 @@ parameter. The temporary tensors are made anew for each step and shared by its w
 steps they would lie beside the activations, and making them costs far less than one product.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,17 +14,20 @@ import torch
 from torch import Tensor
 
 from heavyball.calls import rotating
+from heavyball.compiler import cuda
 from heavyball.compiler.cpp import Printer
-from heavyball.compiler.cpp_matrix import MatrixPrinter
 from heavyball.compiler.graph import NotPrintableError, Opaque
-from heavyball.compiler.launch import Kernel, Table, build, hyper_values, place_of
+from heavyball.compiler.launch import Kernel, Table, build, place_of, printer_type
 from heavyball.compiler.segments import Segments, Told, cut
+from heavyball.compiler.triton_printer import TritonPrinter
 from heavyball.runner import SHARE, Job, compute_dtype, working, write
 from heavyball.states import loaded, new_states, working_param
 from heavyball.storage import is_root
-from heavyball.whole import STACKED, Answer, Call, due, serve
+from heavyball.whole import Answer, Call, due, serve, stacks
 
 WAVE = 2**22
+# A device has more memory, and every launch waits for a command from the host.
+DEVICE_WAVE = 2**25
 
 
 @dataclass(eq=False)
@@ -41,8 +44,6 @@ def printers(job: Job) -> tuple[Segments, list[Printer | None]]:
     Errors: NotPrintableError with the reason.
     """
     param, state = job.param, job.state
-    if param.device.type != "cpu":
-        raise NotPrintableError(f"whole transforms on {param.device.type}")
     segments = cut(job.program, param.shape, param.dtype, state, job.group)
     compute = compute_dtype(param.dtype)
     dtypes = {"param": param.dtype, "grad": job.grad.dtype}
@@ -55,7 +56,7 @@ def printers(job: Job) -> tuple[Segments, list[Printer | None]]:
             continue
         if part.graph.split is not None and not param.is_contiguous():
             raise NotPrintableError("rows or columns of a parameter that is not contiguous")
-        printer = Printer if part.graph.split is None else MatrixPrinter
+        printer = printer_type(part.graph, param.device)
         roots = frozenset(n for n in part.graph.tensors if is_root(dtypes[n], holds(n)))
         found.append(printer(part.graph, dtypes, compute, job.stream is not None, roots))
     return segments, found
@@ -63,7 +64,8 @@ def printers(job: Job) -> tuple[Segments, list[Printer | None]]:
 
 def build_parts(segments: Segments, found: list[Printer | None]) -> Parts:
     """Compile every segment."""
-    return Parts(segments, [None if printer is None else build(printer) for printer in found])
+    make = [cuda.build if isinstance(p, TritonPrinter) else build for p in found]
+    return Parts(segments, [None if p is None else m(p) for m, p in zip(make, found, strict=True)])
 
 
 @dataclass(eq=False)
@@ -92,17 +94,19 @@ class Entry:
 
 
 class Wave:
-    """Parameters of one dtype that go through their programs together."""
+    """Parameters of one dtype on one device that go through their programs together."""
 
     def __init__(self, entries: list[Entry]):
         self.entries = entries
         self.dtype = compute_dtype(entries[0].job.param.dtype)
+        self.device = entries[0].job.param.device
         names = {n for e in entries for n in e.parts.segments.levels if not n.startswith("whole.")}
         self.buffers = sorted(names)
         numbers = sorted({n for e in entries for n in e.parts.segments.numbers})
         self.columns = {name: i for i, name in enumerate(numbers)}
         self.shares = sorted((n for n in numbers if n.startswith(SHARE)), key=place_of)
-        self.numbers = torch.zeros(len(entries), max(len(numbers), 1), dtype=torch.float64)
+        shape = len(entries), max(len(numbers), 1)
+        self.numbers = torch.zeros(shape, dtype=torch.float64, device=self.device)
         self.elements = 0
         for row, entry in enumerate(entries):
             entry.row, entry.offset = row, self.elements
@@ -116,16 +120,18 @@ class Wave:
     # ---- tables
 
     @property
-    def tables(self) -> Iterator["SegmentTable"]:
+    def tables(self) -> Iterator["SegmentRows"]:
         for stage in self.stages:
             yield from stage
 
-    def _tables(self, k: int) -> Iterator["SegmentTable"]:
-        found: dict[int, SegmentTable] = {}
+    def _tables(self, k: int) -> Iterator["SegmentRows"]:
+        found: dict[int, SegmentRows] = {}
         for entry in self.entries:
             kernel = entry.parts.kernels[k] if k < len(entry.parts.kernels) else None
             if kernel is not None:
-                table = found.setdefault(id(kernel), SegmentTable(kernel))
+                if id(kernel) not in found:
+                    found[id(kernel)] = segment_table(kernel, self.device)
+                table = found[id(kernel)]
                 table.add(entry, self._number)
         for table in found.values():
             table.finish()
@@ -140,8 +146,8 @@ class Wave:
 
     def run(
         self,
-        groups: list[Mapping[str, Any]],
-        sums: Mapping[str, float],
+        groups: Sequence[Mapping[str, Any]],
+        totals: Mapping[str, Tensor],
         scratch: dict[str, Tensor],
         stack: bool,
     ) -> None:
@@ -151,7 +157,7 @@ class Wave:
             entry.begin()
         for k, tables in enumerate(self.stages):
             for table in tables:
-                table.launch_open(self._pointers, groups, sums)
+                table.step_open(self._pointers, groups, totals)
             if k == 0:
                 for entry in self.entries:
                     entry.job.counts.note(entry.job.state["step"], entry.count)  # type: ignore[union-attr]
@@ -162,12 +168,11 @@ class Wave:
             entry.forget()
         self.scratch = {}
 
-    def found_shares(self) -> dict[int, list[float]]:
+    def found_shares(self) -> dict[int, tuple[Tensor, ...]]:
         """The shares of sums that the last step has left, by the numbers of the jobs."""
         columns = [self.columns[name] for name in self.shares]
-        found = self.numbers[:, columns].tolist()
         entries = (e for e in self.entries if columns and not e.ended)
-        return {entry.index: found[entry.row] for entry in entries}
+        return {e.index: tuple(self.numbers[e.row, c] for c in columns) for e in entries}
 
     def _ask(self, k: int, stack: bool) -> None:
         asking = [
@@ -258,14 +263,13 @@ class Wave:
         return offsets + self.scratch[name].data_ptr()
 
 
-class SegmentTable(Table):
+@dataclass(eq=False)
+class SegmentRows(Table):
     """The tensors of one segment; those that are made anew in each step have their own columns."""
 
-    def __init__(self, kernel: Kernel):
-        super().__init__(kernel)
-        self.entries: list[Entry] = []
-        self.moving: list[tuple[int, str]] = []
-        self.order: list[Entry] = []
+    entries: list[Entry] = field(default_factory=list)
+    moving: list[tuple[int, str]] = field(default_factory=list)
+    order: list[Entry] = field(default_factory=list)
 
     def add(self, entry: Entry, number: Any) -> None:
         """Append a parameter's row."""
@@ -296,27 +300,36 @@ class SegmentTable(Table):
         self.order = [self.entries[i] for i in self.members]
         self.members = [entry.index for entry in self.order]
 
-    def launch_open(
-        self, pointers: Any, groups: list[Mapping[str, Any]], sums: Mapping[str, float]
+    def step_open(
+        self, pointers: Any, groups: Sequence[Mapping[str, Any]], totals: Mapping[str, Tensor]
     ) -> None:
         """Run the kernel over the parameters whose step has not ended."""
         still = [i for i, entry in enumerate(self.order) if not entry.ended]
         if not still:
             return
-        table: SegmentTable = self
-        if len(still) < len(self.order):
-            table = self._part(still)
+        table = self if len(still) == len(self.order) else self._part(still)
         for column, name in self.moving:
             table.fixed[:, column] = pointers(table.order, name)  # type: ignore[index]
-        table.launch(hyper_values(self.kernel, groups, sums))
+        table.step(groups, totals)
 
-    def _part(self, rows: list[int]) -> "SegmentTable":
-        part = SegmentTable(self.kernel)
-        part.rows = self.fixed[rows].tolist()  # type: ignore[index]
+    def _part(self, rows: list[int]) -> "SegmentRows":
+        part = segment_table(self.kernel, self.order[0].job.param.device)
+        # without the column that a table of matrices has of its own
+        part.rows = self.fixed[rows, : len(self.rows[0])].tolist()  # type: ignore[index]
         part.members = list(range(len(rows)))
         part.entries = [self.order[i] for i in rows]
         part.finish()
         return part
+
+
+@dataclass(eq=False)
+class DeviceSegmentRows(SegmentRows, cuda.DeviceTable):
+    """The same in the memory of a device."""
+
+
+def segment_table(kernel: Kernel, device: torch.device) -> SegmentRows:
+    """An empty table for a segment on this device."""
+    return DeviceSegmentRows(kernel, device=device) if cuda.serves(device) else SegmentRows(kernel)
 
 
 def laid_out(result: Tensor, param: Tensor, dtype: torch.dtype) -> Tensor:
@@ -324,7 +337,8 @@ def laid_out(result: Tensor, param: Tensor, dtype: torch.dtype) -> Tensor:
     result = result.to(dtype)
     if result.stride() == param.stride() or (result.is_contiguous() and param.is_contiguous()):
         return result
-    return torch.empty_strided(param.shape, param.stride(), dtype=dtype).copy_(result)
+    made = torch.empty_strided(param.shape, param.stride(), dtype=dtype, device=param.device)
+    return made.copy_(result)
 
 
 @dataclass(eq=False)
@@ -339,20 +353,21 @@ class Waves:
         return [table for wave in self.waves for table in wave.tables]
 
     def run(
-        self, groups: list[Mapping[str, Any]], sums: Mapping[str, float]
-    ) -> dict[int, list[float]]:
+        self, groups: Sequence[Mapping[str, Any]], totals: Mapping[str, Tensor]
+    ) -> dict[int, tuple[Tensor, ...]]:
         """Step them, wave by wave; returns the shares of sums that are taken after the step."""
-        left: dict[int, list[float]] = {}
-        scratch: dict[tuple[str, torch.dtype], Tensor] = {}
+        left: dict[int, tuple[Tensor, ...]] = {}
+        scratch: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
         for wave in self.waves:
             mine = {}
             for name in wave.buffers:
-                place = name, wave.dtype
-                size = max(w.elements for w in self.waves if w.dtype == wave.dtype)
+                kind = wave.dtype, wave.device
+                place = (name, *kind)
+                size = max(w.elements for w in self.waves if (w.dtype, w.device) == kind)
                 if place not in scratch:
-                    scratch[place] = torch.empty(size, dtype=wave.dtype)
+                    scratch[place] = torch.empty(size, dtype=wave.dtype, device=wave.device)
                 mine[name] = scratch[place]
-            wave.run(groups, sums, mine, self.stack)
+            wave.run(groups, totals, mine, self.stack)
             left.update(wave.found_shares())
         return left
 
@@ -367,23 +382,29 @@ def _elements(job: Job) -> int:
     return max(job.param.numel(), matrices)
 
 
+def _alike(one: Tensor, other: Tensor) -> bool:
+    kinds = [(t.device, compute_dtype(t.dtype)) for t in (one, other)]
+    return kinds[0] == kinds[1]
+
+
 def arrange(entries: list[Entry], foreach: bool | None) -> Waves:
     """Put parameters into waves; small ones of one shape next to each other, to share calls."""
     places: dict[Any, int] = {}
 
     def order(entry: Entry) -> tuple:
         param = entry.job.param
-        small = param.numel() <= STACKED
+        small = stacks(param)
         shape = (param.shape, id(entry.parts), entry.group) if small else entry.index
-        dtype = compute_dtype(param.dtype)
-        return dtype.itemsize, places.setdefault(shape, len(places))
+        device, dtype = places.setdefault(param.device, len(places)), compute_dtype(param.dtype)
+        return device, dtype.itemsize, places.setdefault(shape, len(places))
 
     waves: list[list[Entry]] = []
     size = 0
     for entry in sorted(entries, key=order):
-        numel, dtype = _elements(entry.job), compute_dtype(entry.job.param.dtype)
-        fresh = not waves or compute_dtype(waves[-1][0].job.param.dtype) != dtype
-        if fresh or foreach is False or size + numel > WAVE:
+        numel, before = _elements(entry.job), waves[-1][0].job.param if waves else None
+        fresh = before is None or not _alike(before, entry.job.param)
+        most = DEVICE_WAVE if cuda.serves(entry.job.param.device) else WAVE
+        if fresh or foreach is False or size + numel > most:
             waves.append([])
             size = 0
         waves[-1].append(entry)
