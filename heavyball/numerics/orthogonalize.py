@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 Coefficients = Literal["quintic", "quintic-5", "polar_express"]
+Products = Literal["auto", "full", "bfloat16"]
 Row = tuple[float, float, float]
 
 # One (a, b, c) per step; after the end the last is repeated. X <- a X + (b A + c A^2) X, A = X X^T.
@@ -61,6 +62,7 @@ def newton_schulz(
     steps: int = 5,
     eps: float | Tensor = 1e-7,
     scale: float = 1.0,
+    products: Products = "auto",
 ) -> Tensor:
     """Matrices whose singular values are pushed towards 1, with the singular vectors of `x`.
 
@@ -73,20 +75,31 @@ def newton_schulz(
     condition number, so singular values under about 1e-4 of the largest lose relative accuracy in
     float32, where they contribute least.
 
+    products: "full" multiplies in the dtype of x; "bfloat16" in bfloat16, as the authors do, which puts
+        the result off by up to 0.035 per entry; "auto" takes bfloat16 for float32 on CUDA devices with
+        units for it, where they are ten times faster, and "full" elsewhere.
+
     Shapes: (..., m, n); norms and products are per matrix.
     """
     transposed = x.shape[-2] > x.shape[-1]
     x = x.mT if transposed else x
     x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + eps)
-    gram = x.shape[-1] >= ELONGATED * x.shape[-2]
+    dtype = x.dtype
+    narrow = products == "bfloat16" or (products == "auto" and _has_narrow_units(x))
+    x = x.to(torch.bfloat16) if narrow else x
+    gram = x.shape[-1] >= ELONGATED * x.shape[-2] and not narrow  # squaring takes too many digits
     rows = table(coefficients, steps)
     if rows:  # the last polynomial takes the scale, which saves a pass over the result
         a, b, c = rows[-1]
         rows = (*rows[:-1], (scale * a, scale * b, scale * c))
     elif scale != 1.0:
         x = x * scale
-    x = _gram_form(x, rows) if gram else _plain_form(x, rows)
+    x = (_gram_form(x, rows) if gram else _plain_form(x, rows)).to(dtype)
     return x.mT if transposed else x
+
+
+def _has_narrow_units(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype == torch.float32 and torch.cuda.get_device_capability(x.device)[0] >= 8
 
 
 def _plain_form(x: Tensor, rows: tuple[Row, ...]) -> Tensor:

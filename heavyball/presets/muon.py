@@ -9,6 +9,7 @@ from torch import Tensor
 
 from heavyball import chainable as C
 from heavyball.checks import checked_lr
+from heavyball.numerics.orthogonalize import Products
 from heavyball.presets.base import Preset, PresetOptions, split_options
 from heavyball.transform import Transform, check_live, nonnegative, shared
 from heavyball.transforms.muon import Method, Scale, muon, scale_by_normuon
@@ -142,7 +143,7 @@ class Muon(RoutedPreset):
     vocabulary; a small embedding or head is not told without its name. `adamw_names` and `use_muon`
     decide otherwise, and `print(opt.routing())` shows who got what.
 
-    method, scale, stacked: as in `muon`. With scale="match_rms_adamw" an update has the size of
+    method, scale, stacked, products: as in `muon`. With scale="match_rms_adamw" an update has the size of
         AdamW's, so that adamw_lr may be lr.
 
     Units: with "original", `lr` is about the spectral norm of a step.
@@ -161,6 +162,7 @@ class Muon(RoutedPreset):
         scale: Scale = "original",
         eps: float = 1e-7,
         stacked: bool = False,
+        products: Products = "auto",
         weight_decay: float = 0.0,
         **options: Unpack[RoutedOptions],
     ):
@@ -172,6 +174,7 @@ class Muon(RoutedPreset):
             scale=scale,
             eps=eps,
             stacked=stacked,
+            products=products,
         )
         self.build_routed(params, lr, rule, options, weight_decay=weight_decay)
 
@@ -198,6 +201,7 @@ class NorMuon(RoutedPreset):
         scale: Scale = "original",
         eps: float = 1e-7,
         stacked: bool = False,
+        products: Products = "auto",
         weight_decay: float = 0.0,
         **options: Unpack[RoutedOptions],
     ):
@@ -210,5 +214,6 @@ class NorMuon(RoutedPreset):
             scale=scale,
             eps=eps,
             stacked=stacked,
+            products=products,
         )
         self.build_routed(params, lr, rule, options, weight_decay=weight_decay)

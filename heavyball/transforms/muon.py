@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from heavyball.numerics import lerp
-from heavyball.numerics.orthogonalize import newton_schulz, polar_factor
+from heavyball.numerics.orthogonalize import Products, newton_schulz, polar_factor
 from heavyball.transform import Live, State, fraction, transform, zeros
 
 Method = Literal["quintic", "quintic-5", "polar_express", "svd"]
@@ -15,7 +15,12 @@ Scale = Literal["original", "match_rms_adamw", "none", "graft", "spectral"]
 
 
 def needs_matrix(shape: torch.Size, options: Mapping[str, Any]) -> str | None:
-    """Why a parameter of this shape has no singular values."""
+    """Why a parameter of this shape has no singular values.
+
+    Errors: ValueError for options that exclude each other.
+    """
+    if options.get("method") == "svd" and options.get("products") == "bfloat16":
+        raise ValueError("method='svd' has no products to make in bfloat16: leave out products")
     if len(shape) >= 2:
         return None
     return (
@@ -41,14 +46,19 @@ def static_scale(scale: Scale, rows: int, columns: int) -> float:
 
 
 def orthogonal(
-    x: Tensor, method: Method, steps: int, eps: Tensor | float, scale: Scale = "none"
+    x: Tensor,
+    method: Method,
+    steps: int,
+    eps: Tensor | float,
+    scale: Scale = "none",
+    products: Products = "auto",
 ) -> Tensor:
     """The orthogonal factor of a batch of matrices, scaled."""
     factor = static_scale(scale, *x.shape[-2:])
     if method == "svd":
         result = polar_factor(x) * factor
     else:
-        result = newton_schulz(x, method, steps, eps, factor)
+        result = newton_schulz(x, method, steps, eps, factor, products)
     if scale != "graft":
         return result
     size = torch.linalg.vector_norm(result, dim=(-2, -1), keepdim=True)
@@ -65,6 +75,7 @@ def orthogonalize(
     eps: Live = 1e-7,
     scale: Scale = "none",
     stacked: bool = False,
+    products: Products = "auto",
 ) -> Tensor:
     """Push all singular values of a matrix to 1 and keep its singular vectors.
 
@@ -76,17 +87,19 @@ def orthogonalize(
         0.2 sqrt(max(A, B)), the size of Adam's updates; "spectral" sqrt(A/B); "graft" ||u|| / ||O||.
     stacked: the parameter is a batch of matrices in its last two axes. Otherwise an n-d kernel is one
         matrix (size of axis 0, rest).
+    products: "full" in the dtype of the mathematics; "bfloat16" as the authors, which puts an entry off
+        by up to 0.035; "auto" is bfloat16 for float32 on CUDA devices with units for it, else "full".
 
     Shapes: (m, n), or n-d as above. A zero matrix stays zero.
     Units: the result has none.
     Errors: ValueError for a parameter of fewer than two dimensions.
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; Liu et al. 2025,
         https://arxiv.org/abs/2502.16982; Amsel et al. 2025, https://arxiv.org/abs/2505.16932.
-        Departure: products in the dtype of the mathematics, not in bfloat16; 4-d kernels are scaled by
-        the flattened shape, where the authors' code takes the last two axes.
+        Departure: 4-d kernels are scaled by the flattened shape, where the authors' code takes the
+        last two axes.
     """
     x = as_matrices(update, stacked)
-    return orthogonal(x, method, steps, eps, scale).reshape(update.shape)
+    return orthogonal(x, method, steps, eps, scale, products).reshape(update.shape)
 
 
 @transform(momentum_buffer=zeros, domains={"momentum": fraction})
@@ -114,6 +127,7 @@ def muon(
     eps: Live = 1e-7,
     scale: Scale = "original",
     stacked: bool = False,
+    products: Products = "auto",
 ) -> Tensor:
     """Momentum, then all its singular values nearly 1.
 
@@ -126,7 +140,7 @@ def muon(
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; torch.optim.Muon.
     """
     x = as_matrices(update, stacked)
-    return orthogonal(x, method, steps, eps, scale).reshape(update.shape)
+    return orthogonal(x, method, steps, eps, scale, products).reshape(update.shape)
 
 
 def _row_means(param: Tensor, options: Mapping[str, Any]) -> Tensor:
@@ -151,6 +165,7 @@ def scale_by_normuon(
     row_eps: Live = 1e-10,
     scale: Scale = "original",
     stacked: bool = False,
+    products: Products = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Muon whose rows are brought to one size by their running mean squares.
 
@@ -164,7 +179,7 @@ def scale_by_normuon(
     Source: Li et al. 2025, https://arxiv.org/abs/2510.05491.
     """
     x = as_matrices(update, stacked)
-    o = orthogonal(x, method, steps, eps)
+    o = orthogonal(x, method, steps, eps, "none", products)
     before = row_square.reshape(*o.shape[:-1], 1)
     square = lerp(before, o.square().mean(-1, keepdim=True), 1 - beta2)
     evened = o / (square.sqrt() + row_eps)

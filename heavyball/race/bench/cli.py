@@ -1,5 +1,6 @@
 """The command line of the measurements."""
 
+import dataclasses
 import datetime
 import os
 import platform
@@ -55,6 +56,13 @@ TERMINAL_WIDTH = 190
     show_default=True,
     help="The Python that has the libraries of heavyball/race/bench/peers.txt.",
 )
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="Where the tensors are. The goals are those of the CPU.",
+)
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Document to update.")
 @click.option("--quick", is_flag=True, help="Small tensors, few steps: tries the command only.")
 def bench(
@@ -66,6 +74,7 @@ def bench(
     chosen_duels: tuple[str, ...],
     peers: bool,
     peers_python: Path,
+    device: str,
     out: Path | None,
     quick: bool,
 ) -> None:
@@ -73,6 +82,8 @@ def bench(
     if (peers or chosen_duels) and not peers_python.exists():
         raise click.UsageError(f"there is no {peers_python}; make bench-peers installs it")
     cases = [CHAINS[name] for name in chains or CHAINS] + (PEERS if peers else [])
+    if device == "cuda":
+        cases = [dataclasses.replace(case, goals={}) for case in cases]
     settings = Settings(
         threads=threads or torch.get_num_threads(),
         steps=steps,
@@ -80,6 +91,7 @@ def bench(
         starts=0 if peers else starts,
         # not resolved: the link is what makes it the Python of its environment
         peers_python=str(peers_python.absolute()),
+        device=device,
     )
     chosen = sets or tuple(SETS)
     load = os.getloadavg()[0]
@@ -88,13 +100,11 @@ def bench(
         return
     results = measure(cases, chosen, settings, _say)
     shapes = {name: settings.shapes(name) for name in chosen}
-    _show(_heading(peers, quick), shapes, results)
+    heading = _heading(peers, settings)
+    _show(heading, shapes, results)
     if out is not None:
-        _write(
-            out,
-            peers,
-            report.section(_heading(peers, quick), facts(settings, load), shapes, results),
-        )
+        text = report.section(heading, facts(settings, load), shapes, results)
+        _write(out, _mark("bench-peers" if peers else "bench", settings), text)
     if any(r.failure for r in results):
         raise SystemExit(1)
 
@@ -103,12 +113,15 @@ def _hold_duels(
     names: Sequence[str], sets: Sequence[str], settings: Settings, load: float, out: Path | None
 ) -> None:
     picked = [DUELS[name] for name in (DUELS if "all" in names else names)]
+    if settings.device == "cuda":
+        picked = [dataclasses.replace(d, goals=dict.fromkeys(d.goals)) for d in picked]
     outcomes = duels.hold(picked, sets, settings, _say_outcome)
-    heading = "Beside other libraries" + (" (a quick run)" if settings.quick else "")
+    heading = "Beside other libraries" + (" on CUDA" if settings.device == "cuda" else "")
+    heading += " (a quick run)" if settings.quick else ""
     text = duels.section(heading, facts(settings, load), outcomes)
     click.echo(text)
     if out is not None:
-        report.write_section(out, "bench-duels", text)
+        report.write_section(out, _mark("bench-duels", settings), text)
     if any(o.failure for o in outcomes):
         raise SystemExit(1)
 
@@ -139,14 +152,19 @@ def _say(result: Result) -> None:
     click.echo(f"{result.name}: {report.label(result)}: {outcome}", err=True)
 
 
-def _heading(peers: bool, quick: bool) -> str:
+def _heading(peers: bool, settings: Settings) -> str:
     text = "Steps of other libraries" if peers else "Steps"
-    return f"{text} (a quick run on small tensors: not a measurement)" if quick else text
+    text += " on CUDA" if settings.device == "cuda" else ""
+    return f"{text} (a quick run on small tensors: not a measurement)" if settings.quick else text
 
 
-def _write(out: Path, peers: bool, text: str) -> None:
+def _mark(name: str, settings: Settings) -> str:
+    return name if settings.device == "cpu" else f"{name}-{settings.device}"
+
+
+def _write(out: Path, mark: str, text: str) -> None:
     try:
-        report.write_section(out, "bench-peers" if peers else "bench", text)
+        report.write_section(out, mark, text)
     except ValueError as error:
         raise click.ClickException(str(error)) from None
 
@@ -155,12 +173,17 @@ def facts(settings: Settings, load: float) -> list[str]:
     """What a run was: the command, the machine, the versions, the day."""
     return [
         f"command: `{shlex.join(['python', '-m', 'heavyball.race.bench', *sys.argv[1:]])}`",
-        f"machine: {_processor()}, {os.cpu_count()} cores, {settings.threads} threads used, "
+        f"machine: {_device(settings)}{_processor()}, {os.cpu_count()} cores, "
+        f"{settings.threads} threads used, "
         f"load {load:.1f} before the run",
         f"versions: heavyball {heavyball.__version__}, torch {torch.__version__}, "
         f"Python {platform.python_version()}, {_compiler()}",
         f"date: {datetime.date.today()}",
     ]
+
+
+def _device(settings: Settings) -> str:
+    return f"{torch.cuda.get_device_name()}, " if settings.device == "cuda" else ""
 
 
 def _processor() -> str:

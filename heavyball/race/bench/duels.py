@@ -67,7 +67,7 @@ class Duel:
     name: str
     ours: Case
     theirs: Case
-    goals: Mapping[str, float]
+    goals: Mapping[str, float | None]
     steps: int = 20
     period: int = 1
     products: bool = False
@@ -194,6 +194,7 @@ class Partner:
             "shapes": shapes,
             "dtype": case.dtype,
             "threads": settings.threads,
+            "device": settings.device,
         }
         self._process = subprocess.Popen(
             [python or sys.executable, "-P", str(WORKER)],

@@ -35,6 +35,7 @@ class Settings:
     quick: bool = False
     starts: int = 1
     peers_python: str = ""
+    device: str = "cpu"
 
     def shapes(self, name: str) -> Shapes:
         """The shapes of a set, small ones in a quick run."""
@@ -162,6 +163,7 @@ def _request(result: Result, settings: Settings, task: str) -> dict[str, Any]:
         "shapes": settings.shapes(result.name),
         "dtype": case.dtype,
         "threads": settings.threads,
+        "device": settings.device,
     }
 
 

@@ -28,14 +28,21 @@ FALLBACK = "without a compiled kernel"
 class Run:
     """Parameters with gradients, and the optimizer that steps them."""
 
-    def __init__(self, build: Callable[..., Any], shapes: Sequence[Sequence[int]], dtype: str):
+    def __init__(
+        self,
+        build: Callable[..., Any],
+        shapes: Sequence[Sequence[int]],
+        dtype: str,
+        device: str = "cpu",
+    ):
         generator = torch.Generator().manual_seed(0)
         kind = getattr(torch, dtype)
+        self.device = device
         self.params, self.grads = [], []
         for shape in shapes:
             values = 0.02 * torch.randn(*shape, generator=generator)
-            self.params.append(torch.nn.Parameter(values.to(kind)))
-            self.grads.append(torch.randn(*shape, generator=generator).to(kind))
+            self.params.append(torch.nn.Parameter(values.to(device, kind)))
+            self.grads.append(torch.randn(*shape, generator=generator).to(device, kind))
         self.give_gradients()
         self.optimizer = build(self.params)
         # the schedule-free ones of other libraries may only step in training mode
@@ -50,9 +57,23 @@ class Run:
     def step(self) -> None:
         self.optimizer.step()
 
+    def seconds(self) -> float:
+        """How long a step takes, from an idle device to an idle device."""
+        return timed(self.step, self.device)
+
     def probe(self) -> list[Tensor]:
         """A few elements of every parameter."""
         return [p.detach().flatten()[:8].clone() for p in self.params]
+
+
+def timed(function: Callable[[], Any], device: str) -> float:
+    """Seconds until a function is done, and the device with it."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    function()
+    wait()
+    return time.perf_counter() - start
 
 
 def builder(target: str, arguments: Mapping[str, Any]) -> Callable[..., Any]:
@@ -79,28 +100,22 @@ def alternate(runs: Sequence[Run], steps: int, warmup: int) -> list[list[float]]
         for _ in range(warmup + steps):
             for run, found in zip(runs, times, strict=True):
                 run.give_gradients()
-                start = time.perf_counter()
-                run.step()
-                found.append(time.perf_counter() - start)
+                found.append(run.seconds())
     finally:
         gc.enable()
     return [found[warmup:] for found in times]
 
 
-def stream(size: int, repeats: int) -> list[float]:
+def stream(size: int, repeats: int, device: str) -> list[float]:
     """Bytes per second of `a += s b` on two float32 vectors of `size` elements, for each repeat.
 
     It reads two streams and writes one of them back, as an optimizer does with what it updates, so
     no cache line is fetched only to be overwritten, which the bytes would not tell.
     """
-    a, b = torch.zeros(size), torch.ones(size)
+    a, b = torch.zeros(size, device=device), torch.ones(size, device=device)
     a.add_(b, alpha=0.5)
-    found = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        a.add_(b, alpha=0.5)
-        found.append(3 * 4 * size / (time.perf_counter() - start))
-    return found
+    times = [timed(lambda: a.add_(b, alpha=0.5), device) for _ in range(repeats)]
+    return [3 * 4 * size / seconds for seconds in times]
 
 
 def traffic(
@@ -108,6 +123,7 @@ def traffic(
     states: Mapping[Tensor, Mapping[str, Any]],
     again: Sequence[str] = (),
     over_all: Sequence[str] = (),
+    cached: int = CACHED,
 ) -> dict[str, int]:
     """Bytes that a step must move: `once`, and `passes` with what has to be read again.
 
@@ -120,7 +136,7 @@ def traffic(
         assert param.grad is not None
         once += 2 * _bytes(param) + _bytes(param.grad) + 2 * sum(map(_bytes, held.values()))
         held |= {"grad": param.grad, "param": param}
-        names = [*over_all, *(again if param.numel() > CACHED else ())]
+        names = [*over_all, *(again if param.numel() > cached else ())]
         extra += sum(_bytes(held[name]) for name in names if name in held)
     return {"once": once, "passes": once + extra}
 
@@ -139,11 +155,12 @@ def pace(
     stream_size: int,
     again: Sequence[str] | None = None,
     over_all: Sequence[str] = (),
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Times of the reference and of the optimizer, by turns, with the bandwidth before and after."""
     repeats = max(3, min(steps, 20))
-    speeds = stream(stream_size, repeats)
-    reference, run = Run(fused_adamw, shapes, dtype), Run(build, shapes, dtype)
+    speeds = stream(stream_size, repeats, device)
+    reference, run = (Run(b, shapes, dtype, device) for b in (fused_adamw, build))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         times = alternate([reference, run], steps, warmup)
@@ -153,9 +170,11 @@ def pace(
         "notes": [str(w.message) for w in caught if FALLBACK in str(w.message)],
     }
     if again is not None:
-        answer["traffic"] = traffic(run.params, run.optimizer.state, again, over_all)
+        # a device walks over all tensors before it begins the next pass
+        cached = 0 if device == "cuda" else CACHED
+        answer["traffic"] = traffic(run.params, run.optimizer.state, again, over_all, cached)
     _check(run)
-    return {**answer, "stream": speeds + stream(stream_size, repeats)}
+    return {**answer, "stream": speeds + stream(stream_size, repeats, device)}
 
 
 def _check(run: Run) -> None:
@@ -169,23 +188,22 @@ def _check(run: Run) -> None:
         raise RuntimeError("a step changes nothing")
 
 
-def first(build: Callable[..., Any], shapes: Sequence[Sequence[int]], dtype: str) -> dict[str, Any]:
+def first(
+    build: Callable[..., Any], shapes: Sequence[Sequence[int]], dtype: str, device: str = "cpu"
+) -> dict[str, Any]:
     """Seconds of the first step."""
-    run = Run(build, shapes, dtype)
-    start = time.perf_counter()
-    run.step()
-    return {"seconds": time.perf_counter() - start}
+    return {"seconds": Run(build, shapes, dtype, device).seconds()}
 
 
 def memory(
-    build: Callable[..., Any], shapes: Sequence[Sequence[int]], dtype: str
+    build: Callable[..., Any], shapes: Sequence[Sequence[int]], dtype: str, device: str = "cpu"
 ) -> dict[str, Any]:
     """The most bytes that a later step has resident beyond those held before it; None if not known.
 
     The kernel's high-water mark counts all memory, whoever allocates it. It is reset before the
     step; the process must have been started with malloc returning freed memory at once.
     """
-    run = Run(build, shapes, dtype)
+    run = Run(build, shapes, dtype, device)
     for _ in range(3):
         run.step()
     try:
@@ -196,6 +214,13 @@ def memory(
 
 def _growth(run: Run) -> int:
     run.give_gradients()
+    if run.device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run.step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
@@ -232,16 +257,16 @@ class Products(TorchDispatchMode):
 class Turns:
     """An optimizer that steps when it is asked to, by turns with one in another process."""
 
-    def __init__(self, build: Callable[..., Any], shapes: Sequence[Sequence[int]], dtype: str):
-        self.run = Run(build, shapes, dtype)
+    def __init__(
+        self, build: Callable[..., Any], shapes: Sequence[Sequence[int]], dtype: str, device: str
+    ):
+        self.run = Run(build, shapes, dtype, device)
         self._products = Products()
 
     def step(self) -> dict[str, Any]:
         """Seconds of a step on new gradients."""
         self._renew()
-        start = time.perf_counter()
-        self.run.step()
-        return {"seconds": time.perf_counter() - start}
+        return {"seconds": self.run.seconds()}
 
     def _renew(self) -> None:
         # a factor that is fitted to one constant gradient would become singular
@@ -258,10 +283,12 @@ class Turns:
 
     def products(self) -> dict[str, Any]:
         """Seconds of the products that were noted, and of nothing else."""
-        start = time.perf_counter()
-        for product in self._products.again:
-            product()
-        return {"seconds": time.perf_counter() - start}
+
+        def all_products() -> None:
+            for product in self._products.again:
+                product()
+
+        return {"seconds": timed(all_products, self.run.device)}
 
     def memory(self) -> dict[str, Any]:
         """The most bytes that a step has resident beyond those held before it."""
@@ -290,10 +317,10 @@ class Turns:
 
 
 def turns(
-    build: Callable[..., Any], shapes: Sequence[Sequence[int]], dtype: str
+    build: Callable[..., Any], shapes: Sequence[Sequence[int]], dtype: str, device: str = "cpu"
 ) -> Iterator[dict[str, Any]]:
     """Answer one request per line of the standard input, until there is none."""
-    partner = Turns(build, shapes, dtype)
+    partner = Turns(build, shapes, dtype, device)
     yield {}
     gc.collect()
     gc.disable()
