@@ -95,7 +95,11 @@ def test_kernels_step_as_plain_torch(name: str, dtype: torch.dtype) -> None:
         assert wrong.sum() <= q.numel() // 1000, (p.shape, (p - q).abs().max())
 
 
-@pytest.mark.parametrize("name", POINTWISE)
+# matrix methods whose steps are products alone, without a decomposition that reports how it went
+PRODUCTS = ("Muon", "NorMuon", "PSGDKron", "DelayedPSGD", "CachedPSGDKron")
+
+
+@pytest.mark.parametrize("name", [*POINTWISE, *PRODUCTS])
 def test_no_step_waits_for_the_device(name: str) -> None:
     params, opt = stepped(name, "cuda", steps=2)
     for step in range(2, 5):
@@ -129,6 +133,28 @@ def test_a_captured_step_replays_as_it_was(name: str) -> None:
     torch.cuda.synchronize()
     for p, q in zip(params, others, strict=True):
         assert torch.equal(p, q)
+
+
+def test_a_step_of_soap_without_a_refresh_does_not_wait() -> None:
+    params, opt = stepped("SOAP", "cuda", steps=2, precondition_frequency=100)
+    for step in range(2, 5):
+        fill(params, step)
+        with no_waiting():
+            opt.step()
+
+
+MATRIX = [name for name in heavyball.PRESETS if name not in POINTWISE]
+
+
+@pytest.mark.parametrize("name", MATRIX)
+def test_kernels_around_products_step_as_plain_torch(name: str) -> None:
+    """In float64, so that decompositions do not blow a rounding up."""
+    shapes = FULL_RANK if "SO" in name else SHAPES
+    found, opt = stepped(name, "cuda", torch.float64, shapes=shapes)
+    assert opt._engine.plan is not None
+    expected, _ = stepped(name, "cuda", torch.float64, shapes=shapes, compile=False)
+    for p, q in zip(found, expected, strict=True):
+        assert (p - q).abs().max() <= 1e-9 * q.abs().max()
 
 
 def test_partial_sums_of_many_chunks_arrive_in_order() -> None:
