@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 # elements per matrix; above it stacking only costs copies and memory.
 STACKED = 2**15
 # On a device what counts is the number of launches, and what is copied moves at the speed of its memory.
-DEVICE_STACKED = 2**20
+DEVICE_STACKED = 2**22
 # The most elements in one stack, so that its temporary tensors stay small beside the model.
-MOST, DEVICE_MOST = 2**22, 2**24
+MOST, DEVICE_MOST = 2**22, 2**25
 
 
 @dataclass(eq=False)

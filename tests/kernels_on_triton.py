@@ -464,10 +464,12 @@ WHOLE = {
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", WHOLE)
-def test_products_between_kernels(name: str) -> None:
+def test_products_between_kernels(name: str, dtype: torch.dtype) -> None:
     shapes = ((6, 6), (5, 7), (6, 6), (4, 3, 2)) + (((5,),) if name == "route" else ())
-    found = pair(WHOLE[name], shapes, steps=3, lr=1.0 if "prodigy" in name else 0.05)
+    lr = 1.0 if "prodigy" in name else 0.05
+    found = pair(WHOLE[name], shapes, dtype, lr=lr)
     compiled = found[1][1]._engine._plan
     assert compiled is not None
     assert compiled.whole.waves

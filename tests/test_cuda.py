@@ -15,8 +15,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 # a matrix of several tiles, one that is square, a kernel, a vector of several chunks, single numbers
 SHAPES = ((130, 70), (24, 24), (8, 3, 3, 3), (20_011,), (5,), ())
-# the bases of no axis are arbitrary after one gradient
-FULL_RANK = SHAPES[1:]
+# no basis is arbitrary after one gradient: every axis that has one is at most as long as the rest
+FULL_RANK = ((24, 24), (20_011,), (5,), ())
 # chains whose step is kernels alone, so that nothing may wait for the device
 POINTWISE = [
     name

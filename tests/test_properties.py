@@ -98,7 +98,7 @@ def elementwise(name: str) -> bool:
         "mars", "cautious", "orthograd", "factored_rms", "stable_adamw", "clip_by_norm",
         "clip_by_rms", "clip_by_global_norm", "clip_update_rms", "l2_normalize", "rms_normalize",
         "adaptive_gradient_clip", "centralize", "graft", "muon", "orthogonalize", "scale_by_normuon",
-        "to_eigenbasis",
+        "to_eigenbasis", "adaptive_orthogonalize", "prodigy_d", "prodigy_plus_d",
     }  # fmt: skip
     transforms = list(leaves(CHAINS[name]()))
     options = [o for t in transforms for o in (t.options.get("graft"), t.options.get("caution"))]

@@ -214,6 +214,11 @@ class Printer:
         return (tuple(self.tensors), tuple(self.numbers), tuple(self.hypers), tuple(self.totals))
 
     @property
+    def step_node(self) -> int | None:
+        """The step of which random bits are, whether this graph or another one writes it."""
+        return self.graph.outputs.get("step", self.graph.step)
+
+    @property
     def columns(self) -> list[str]:
         """What a row of the table holds: the size, the group, a pointer for each tensor and number."""
         return [*self.leading, *self.tensors, *self.numbers]
@@ -467,7 +472,7 @@ class Printer:
         for name in stores:
             if self._is_random(name):
                 stream = f"row[2] ^ {word_of(name):#x}"
-                step = self.graph.outputs.get("step", self.graph.step)
+                step = self.step_node
                 n = self.tensors.index(name)
                 lines.append(f"    const uint32_t key{n} = step_key({stream}, s[{step}]);")
         return lines

@@ -231,7 +231,7 @@ class Wave:
             else:
                 entry.ended |= name == "gate" and value is False
                 if f"{place}.{name}" in self.columns:
-                    self.numbers[entry.row, self.columns[f"{place}.{name}"]] = value
+                    _put(self.numbers[entry.row, self.columns[f"{place}.{name}"]], value)
         if due(node, answer.count):
             context = call.context
             entry.hooks.append(Call(node, entry.job, None, answer.count, context, after=True))
@@ -261,6 +261,14 @@ class Wave:
         size = self.dtype.itemsize
         offsets = torch.tensor([e.offset * size for e in entries], dtype=torch.int64)
         return offsets + self.scratch[name].data_ptr()
+
+
+def _put(place: Tensor, value: Tensor | float) -> None:
+    """Write a number; an assignment of a Python number would wait for the device."""
+    if isinstance(value, Tensor):
+        place.copy_(value)
+    else:
+        place.fill_(value)
 
 
 @dataclass(eq=False)
