@@ -462,3 +462,21 @@ def test_the_surface_is_looked_at_in_double_precision():
         model.at.copy_(torch.tensor([1.0 + 2**-20, 1.0]))
     x = 1.0 + 2**-20
     assert task.evaluate(model)[0] == pytest.approx((1 - x) ** 2 + 100 * (1 - x * x) ** 2, rel=1e-9)
+
+
+def test_a_device_that_is_not_there_is_refused():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(RaceError, match="--device cuda: torch sees no CUDA device"):
+        Plan(optimizers=("AdamW",), device="cuda")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["digits", "rosenbrock"])
+def test_a_race_on_a_gpu_gives_the_numbers_of_the_cpu(name, tmp_path):
+    found = []
+    for device in ("cpu", "cuda"):
+        plan = Plan(task=name, optimizers=("AdamW",), lrs=(0.01,), seeds=(0,), steps=5, device=device)
+        content = hold(plan, Store(tmp_path / device), Silent())
+        found.append(content["runs"][0]["test_loss"])
+    assert found[1] == pytest.approx(found[0], rel=1e-3)

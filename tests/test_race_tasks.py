@@ -349,3 +349,13 @@ def test_a_file_is_replaced_in_full_or_not_at_all(tmp_path, monkeypatch):
         write_atomically(path, b"second")
     assert path.read_bytes() == b"first"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_data_moves_to_another_device():
+    task = open_task("digits")
+    images = task.train_images.shape
+    task.move(torch.device("meta"))
+    assert task.device.type == "meta"
+    assert task.train_images.is_meta
+    assert task.train_images.shape == images
+    assert task.test_labels.is_meta

@@ -90,6 +90,11 @@ OPTIONS = (
     click.option("--data", help="Folder of the data files, or a .txt file for the task chars."),
     click.option("--threads", type=int, help="Threads of torch. [default: the task's]"),
     click.option(
+        "--device",
+        type=click.Choice(["cpu", "cuda"]),
+        help="Where models and data are. [default: cpu]",
+    ),
+    click.option(
         "--out",
         type=click.Path(path_type=Path, file_okay=False),
         help="Folder for race.json, race.png and the runs. [default: races/TASK-DATE-TIME]",

@@ -54,7 +54,7 @@ def hold(
         done = store.finished(race) if resume else {}
         environments = store.saved().get("environments", []) if resume else []
         if len(done) < len(race.runs()) or not environments:
-            environments = [*environments, environment()]
+            environments = [*environments, environment(race.plan.device)]
         if overwrite:
             store.clear()
         header = describe(race, environments)
@@ -98,7 +98,7 @@ def default_threads(task: str) -> int | None:
     return TASKS[task].threads if task in TASKS else None
 
 
-def environment() -> dict[str, Any]:
+def environment(device: str = "cpu") -> dict[str, Any]:
     """What the numbers depend on beside the arguments."""
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -109,6 +109,7 @@ def environment() -> dict[str, Any]:
         "machine": platform.machine(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
     }
 
 

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from heavyball.race.contenders import Contender, ablations, distinct, from_chain, from_optimizer
 from heavyball.race.errors import RaceError, one_line
 from heavyball.race.tasks import Task, open_task
@@ -32,6 +34,7 @@ class Plan:
     target: float | None = None
     weight_decay: float | None = None
     threads: int | None = None
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if self.kind == "ablate" and (self.optimizers or len(self.chains) != 1):
@@ -44,6 +47,8 @@ class Plan:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RaceError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise RaceError("--device cuda: torch sees no CUDA device")
         decay = self.weight_decay
         if decay is not None and not (math.isfinite(decay) and decay >= 0):
             raise RaceError(f"--weight-decay {decay}: expected a finite number, 0 or more")
@@ -59,6 +64,7 @@ class Plan:
 
         Errors: RaceError if an entry is missing or unknown.
         """
+        saved = {"device": "cpu", **saved}  # races of before there was a choice
         known = {f.name for f in fields(cls)}
         if set(saved) != known:
             raise RaceError(f"the saved arguments differ from what is known: {set(saved) ^ known}")
@@ -83,6 +89,7 @@ class Plan:
         for name in ("data", "steps", "epochs", "batch_size", "eval_every", "target"):
             words += self._option(name)
         words += self._option("weight_decay") + self._option("threads")
+        words += self._option("device") if self.device != "cpu" else []
         return shlex.join(words)
 
     def _option(self, name: str) -> list[str]:
@@ -119,6 +126,7 @@ def open_race(plan: Plan) -> Race:
     """
     contenders = _contenders(plan)
     task = open_task(plan.task, None if plan.data is None else Path(plan.data))
+    task.move(torch.device(plan.device))
     settings = _settings(plan, task)
     target = task.target if plan.target is None else plan.target
     if task.target_on == "accuracy" and not 0 < target <= 1:

@@ -175,7 +175,7 @@ def notes(content: Mapping[str, Any]) -> list[str]:
 
 
 def _environment_notes(environments: Sequence[Mapping[str, Any]]) -> list[str]:
-    names = ("heavyball", "torch", "python", "platform", "threads")
+    names = ("heavyball", "torch", "python", "platform", "threads", "device")
     differing = [n for n in names if len({e.get(n) for e in environments}) > 1]
     if not differing:
         return []

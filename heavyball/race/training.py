@@ -89,8 +89,9 @@ def train(
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
         yield
 
 
@@ -101,7 +102,7 @@ class _Run:
         self, task: Task, contender: Contender, lr: float, seed: int, settings: Settings
     ) -> None:
         self.task, self.contender, self.lr, self.seed = task, contender, lr, seed
-        self.model = task.model(seed)
+        self.model = task.model(seed).to(task.device)
         self.optimizer = contender.build(self.model, lr, settings.weight_decay)
         self.curve = Curve()
         self.seconds = 0.0
@@ -111,7 +112,7 @@ class _Run:
     def step(self, step: int, batches: Iterator[Any]) -> bool:
         """One step of training; whether its loss was finite."""
         # Drawing from a fresh generator keeps dropout the same whatever an optimizer draws.
-        torch.default_generator.manual_seed(self.seed * SEED_STRIDE + step)
+        torch.manual_seed(self.seed * SEED_STRIDE + step)
         start = time.perf_counter()
         loss = self.task.loss(self.model, next(batches))
         value = loss.item()
@@ -119,13 +120,19 @@ class _Run:
             return False
         self.optimizer.zero_grad()
         loss.backward()
-        before = time.perf_counter()
+        before = self._now()
         self.optimizer.step()
-        after = time.perf_counter()
+        after = self._now()
         self.seconds += after - start
         self.step_ms.append((after - before) * 1000)
         self.losses.append(value)
         return True
+
+    def _now(self) -> float:
+        """The time when the device has done what it was told."""
+        if self.task.device.type == "cuda":
+            torch.cuda.synchronize(self.task.device)
+        return time.perf_counter()
 
     def evaluate(self, step: int) -> bool:
         """Evaluate, with averaged weights where the optimizer has them; whether it was finite."""

@@ -33,6 +33,14 @@ class Task(ABC):
     epochs: ClassVar[int] = 1
     evaluations: ClassVar[int] = 30
     threads: ClassVar[int | None] = None
+    device = torch.device("cpu")
+
+    def move(self, device: torch.device) -> None:
+        """Keep the data on this device, where the models are then to be."""
+        self.device = device
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value.to(device))
 
     @abstractmethod
     def __init__(self, data: Path | None) -> None:
@@ -47,7 +55,7 @@ class Task(ABC):
 
     @abstractmethod
     def model(self, seed: int) -> nn.Module:
-        """A new model; the same one for the same seed (torch's generator is seeded with it)."""
+        """A new model, on the CPU; the same for the same seed (torch's generator is seeded with it)."""
 
     @abstractmethod
     def batches(self, seed: int, batch_size: int) -> Iterator[Any]:

@@ -132,7 +132,7 @@ class Gpt(nn.Module):
             nn.init.normal_(weight, std=0.02)
 
     def forward(self, codes: Tensor) -> Tensor:
-        places = torch.arange(codes.shape[1])
+        places = torch.arange(codes.shape[1], device=codes.device)
         return self.head(self.norm(self.blocks(self.tokens(codes) + self.positions(places))))
 
 
