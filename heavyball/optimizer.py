@@ -58,8 +58,8 @@ class ChainOpt(Optimizer):
     foreach: False steps one parameter at a time, for the smallest peak memory; else intermediate
         tensors may be kept for all of them where that saves time. The results are the same.
     compile: "auto" runs the chain as one compiled kernel where that is possible and warns once where it
-        is not; True raises there; False runs it as plain torch operations. On CUDA "auto" is False
-        for now: the kernels there have been checked in Triton's interpreter, not on a GPU.
+        is not; True raises there; False runs it as plain torch operations. Kernels are C++ on the CPU
+        and Triton on CUDA.
     stochastic_rounding: how bfloat16 parameters and state and 8-bit codes are written: without bias, or
         to nearest.
     seed: what the bits for the rounding are hashed from, together with the parameter's place, the

@@ -480,3 +480,46 @@ def test_a_race_on_a_gpu_gives_the_numbers_of_the_cpu(name, tmp_path):
         content = hold(plan, Store(tmp_path / device), Silent())
         found.append(content["runs"][0]["test_loss"])
     assert found[1] == pytest.approx(found[0], rel=1e-3)
+
+
+def test_the_grid_is_for_some_seeds_and_the_others_run_at_the_best_rate(tmp_path):
+    optimizers = ("AdamW:lr=(0.01,0.1)", "SGD:lr=(0.00001,0.0005)")
+    plan = Plan(task="rosenbrock", optimizers=optimizers, steps=20, grid_seeds=1)
+    content = hold(plan, Store(tmp_path), Silent())
+    made = [(run["contender"], run["lr"], run["seed"]) for run in content["runs"]]
+    best = {result["label"]: result["best_lr"] for result in content["results"]}
+    grid = [(label, lr, 0) for label, lrs in GRIDS.items() for lr in lrs]
+    assert sorted(made) == sorted(grid + [(k, lr, s) for k, lr in best.items() for s in (1, 2)])
+    by_lr = {r["label"]: {e["lr"]: e["runs"] for e in r["by_lr"]} for r in content["results"]}
+    for label, lrs in GRIDS.items():
+        assert by_lr[label] == {lr: 3 if lr == best[label] else 1 for lr in lrs}
+    # the rate is the one that the first seed has chosen
+    first = {(r["contender"], r["lr"]): r["test_loss"] for r in content["runs"] if r["seed"] == 0}
+    for label, lrs in GRIDS.items():
+        assert first[label, best[label]] == min(first[label, lr] for lr in lrs)
+    (tmp_path / "runs" / sorted(p.name for p in (tmp_path / "runs").iterdir())[-1]).unlink()
+    again = hold(plan, Store(tmp_path), Silent(), resume=True)
+    assert [r["test_loss"] for r in again["runs"]] == [r["test_loss"] for r in content["runs"]]
+
+
+GRIDS = {"AdamW": (0.01, 0.1), "SGD": (1e-5, 5e-4)}
+
+
+def test_a_contender_may_set_the_target(tmp_path):
+    optimizers = ("AdamW:lr=0.01", "SGD:lr=0.0005")
+    plan = Plan(task="rosenbrock", optimizers=optimizers, steps=40, eval_every=4, target="AdamW")
+    content = hold(plan, Store(tmp_path), Silent())
+    ends = [run["test_loss"] for run in content["runs"] if run["contender"] == "AdamW"]
+    assert content["task"]["target"] == pytest.approx(sum(ends) / 3)
+    assert content["task"]["target_on"] == "loss"
+    sgd = next(r for r in content["results"] if r["label"] == "SGD")["best"]
+    met = [r for r in content["runs"] if r["contender"] == "SGD" and r["test_loss"] <= sum(ends) / 3]
+    assert sgd["reached_target"] >= len(met)
+    assert "AdamW's at the end" in str(result_table(content).title)
+    with pytest.raises(RaceError, match="no contender 'AdmW'; nearest: AdamW, or give a number"):
+        open_race(Plan(task="rosenbrock", optimizers=optimizers, target="AdmW"))
+
+
+def test_more_seeds_for_the_grid_than_there_are_are_refused():
+    with pytest.raises(RaceError, match="--grid-seeds 4: there are 3 seeds"):
+        Plan(optimizers=("AdamW",), grid_seeds=4)

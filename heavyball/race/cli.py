@@ -56,6 +56,18 @@ class Seeds(Numbers):
         return found
 
 
+class Target(click.ParamType):
+    """A number, or the name of a contender."""
+
+    name = "NUMBER|CONTENDER"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float | str:
+        try:
+            return float(value)
+        except ValueError:
+            return str(value)
+
+
 OPTIONS = (
     click.option("--task", help=f"What is trained: {', '.join(TASKS)}. [default: digits]"),
     click.option(
@@ -71,6 +83,12 @@ OPTIONS = (
         type=Seeds(),
         help="A number N for the seeds 0 to N-1, or seeds as 0,1,5. [default: 3]",
     ),
+    click.option(
+        "--grid-seeds",
+        type=int,
+        help="Try all learning rates with so many seeds, and run the others at the best one only. "
+        "[default: all]",
+    ),
     click.option("--steps", type=int, help="Steps of a run. [default: the task's]"),
     click.option("--epochs", type=int, help="The same, in passes over the training data."),
     click.option("--batch-size", type=int, help="Examples in a batch. [default: the task's]"),
@@ -79,8 +97,9 @@ OPTIONS = (
     ),
     click.option(
         "--target",
-        type=float,
-        help="Test accuracy (digits, mnist) or test loss (the others) that counts as there.",
+        type=Target(),
+        help="Test accuracy (digits, mnist) or test loss (the others) that counts as there, or a "
+        "contender whose test loss at the end does.",
     ),
     click.option(
         "--weight-decay",

@@ -1,17 +1,18 @@
 """Run a race: what is not done yet, then the results, the JSON and the picture."""
 
 import contextlib
+import dataclasses
 import datetime
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 
 import heavyball
 from heavyball.race.errors import RaceError
-from heavyball.race.plan import Plan, Race, open_race
+from heavyball.race.plan import Plan, Race, Run, open_race
 from heavyball.race.plot import draw
 from heavyball.race.store import Key, Store
 from heavyball.race.summary import results
@@ -53,26 +54,43 @@ def hold(
         race = open_race(plan)
         done = store.finished(race) if resume else {}
         environments = store.saved().get("environments", []) if resume else []
-        if len(done) < len(race.runs()) or not environments:
+        if len(done) < race.count() or not environments:
             environments = [*environments, environment(race.plan.device)]
         if overwrite:
             store.clear()
         header = describe(race, environments)
         store.write({"state": "unfinished", **header})
         watcher.begin(race, len(done))
-        done |= dict(_missing_runs(race, store, watcher, done))
-    ordered = [done[c.label, lr, seed] for c, lr, seed in race.runs()]
+        done |= dict(_missing_runs(race, race.runs(), store, watcher, done))
+        chosen = {result["label"]: result["best_lr"] for result in results(race, done)}
+        later = race.runs_at(chosen)
+        done |= dict(_missing_runs(race, later, store, watcher, done))
+    race = with_target(race, done)
+    header = describe(race, environments)
+    ordered = [done[c.label, lr, seed] for c, lr, seed in race.runs() + later]
     content = {"state": "finished", **header, "results": results(race, done), "runs": ordered}
     store.write(content)
     draw(race, content["results"], done, store.picture)
     return content
 
 
+def with_target(race: Race, done: Mapping[Key, Any]) -> Race:
+    """The race with the target that a contender has set, if one was to do so.
+
+    It is the mean of its test losses at the end; None if it diverged.
+    """
+    if race.target is not None:
+        return race
+    found = next(r for r in results(race, done) if r["label"] == race.plan.target)
+    best = found["best"]
+    return dataclasses.replace(race, target=best["test_loss"]["mean"] if best else None)
+
+
 def _missing_runs(
-    race: Race, store: Store, watcher: Watcher, done: Mapping[Key, Any]
+    race: Race, runs: Sequence[Run], store: Store, watcher: Watcher, done: Mapping[Key, Any]
 ) -> Iterator[tuple[Key, dict[str, Any]]]:
     """Run what is not done, and keep each record as soon as there is one."""
-    for contender, lr, seed in race.runs():
+    for contender, lr, seed in runs:
         key = (contender.label, lr, seed)
         if key not in done:
             watcher.run(*key)
@@ -125,7 +143,7 @@ def describe(race: Race, environments: list[dict[str, Any]]) -> dict[str, Any]:
             "summary": task.summary,
             "measure": task.measure,
             "target": race.target,
-            "target_on": task.target_on,
+            "target_on": race.target_on,
             **task.facts(),
         },
         "settings": vars(race.settings),

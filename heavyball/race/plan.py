@@ -2,6 +2,7 @@
 
 import math
 import shlex
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from heavyball.race.contenders import Contender, ablations, distinct, from_chain, from_optimizer
-from heavyball.race.errors import RaceError, one_line
+from heavyball.race.errors import RaceError, one_line, unknown
 from heavyball.race.tasks import Task, open_task
 from heavyball.race.training import Settings, rehearse
 
@@ -27,11 +28,12 @@ class Plan:
     chains: tuple[str, ...] = ()
     lrs: tuple[float, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2)
+    grid_seeds: int | None = None
     steps: int | None = None
     epochs: int | None = None
     batch_size: int | None = None
     eval_every: int | None = None
-    target: float | None = None
+    target: float | str | None = None
     weight_decay: float | None = None
     threads: int | None = None
     device: str = "cpu"
@@ -43,7 +45,7 @@ class Plan:
             raise RaceError("nothing to race: give --optimizer or --chain, once or more")
         if self.steps is not None and self.epochs is not None:
             raise RaceError("--steps and --epochs exclude each other")
-        for name in ("steps", "epochs", "batch_size", "eval_every", "threads"):
+        for name in ("steps", "epochs", "batch_size", "eval_every", "threads", "grid_seeds"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RaceError(f"--{name.replace('_', '-')} {value}: expected at least 1")
@@ -58,13 +60,16 @@ class Plan:
             if not 0 <= seed <= LARGEST_SEED:
                 raise RaceError(f"--seeds {seed}: expected 0 to {LARGEST_SEED}")
 
+        if self.grid_seeds is not None and self.grid_seeds > len(self.seeds):
+            raise RaceError(f"--grid-seeds {self.grid_seeds}: there are {len(self.seeds)} seeds")
+
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> "Plan":
         """The plan that `to_json` wrote.
 
         Errors: RaceError if an entry is missing or unknown.
         """
-        saved = {"device": "cpu", **saved}  # races of before there was a choice
+        saved = {"device": "cpu", "grid_seeds": None, **saved}  # of before there was a choice
         known = {f.name for f in fields(cls)}
         if set(saved) != known:
             raise RaceError(f"the saved arguments differ from what is known: {set(saved) ^ known}")
@@ -86,7 +91,7 @@ class Plan:
         if self.lrs:
             words += ["--lr", ",".join(map(repr, self.lrs))]
         words += ["--seeds", ",".join(map(str, self.seeds)) + "," * (len(self.seeds) == 1)]
-        for name in ("data", "steps", "epochs", "batch_size", "eval_every", "target"):
+        for name in ("grid_seeds", "data", "steps", "epochs", "batch_size", "eval_every", "target"):
             words += self._option(name)
         words += self._option("weight_decay") + self._option("threads")
         words += self._option("device") if self.device != "cpu" else []
@@ -97,25 +102,52 @@ class Plan:
         return [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
 
 
+Run = tuple[Contender, float, int]
+
+
 @dataclass(frozen=True)
 class Race:
-    """A plan with its task opened, its contenders found and its defaults filled in."""
+    """A plan with its task opened, its contenders found and its defaults filled in.
+
+    target: None until the runs of the contender are done whose final loss is to be reached.
+    """
 
     plan: Plan
     task: Task
     contenders: tuple[Contender, ...]
     left_out: tuple[tuple[str, str], ...]
     settings: Settings
-    target: float
+    target: float | None
+    target_on: Literal["accuracy", "loss"]
 
-    def runs(self) -> list[tuple[Contender, float, int]]:
-        """Every run; seed by seed, so that a race cut short has compared everyone once."""
+    @property
+    def grid_seeds(self) -> tuple[int, ...]:
+        """The seeds that choose the learning rates."""
+        return self.plan.seeds[: self.plan.grid_seeds]
+
+    def runs(self) -> list[Run]:
+        """The runs over the grids; seed by seed, so that a race cut short has compared everyone."""
         return [
             (contender, lr, seed)
-            for seed in self.plan.seeds
+            for seed in self.grid_seeds
             for contender in self.contenders
             for lr in contender.lrs
         ]
+
+    def runs_at(self, chosen: Mapping[str, float | None]) -> list[Run]:
+        """The runs of the other seeds, at the learning rates that were chosen, by label."""
+        later = [seed for seed in self.plan.seeds if seed not in self.grid_seeds]
+        return [
+            (contender, lr, seed)
+            for seed in later
+            for contender in self.contenders
+            if (lr := chosen[contender.label]) is not None
+        ]
+
+    def count(self) -> int:
+        """How many runs there are, if no contender diverges at all its learning rates."""
+        later = len(self.plan.seeds) - len(self.grid_seeds)
+        return len(self.runs()) + later * len(self.contenders)
 
 
 def open_race(plan: Plan) -> Race:
@@ -128,11 +160,7 @@ def open_race(plan: Plan) -> Race:
     task = open_task(plan.task, None if plan.data is None else Path(plan.data))
     task.move(torch.device(plan.device))
     settings = _settings(plan, task)
-    target = task.target if plan.target is None else plan.target
-    if task.target_on == "accuracy" and not 0 < target <= 1:
-        raise RaceError(f"--target {target}: an accuracy, expected above 0 and at most 1")
-    if not math.isfinite(target):
-        raise RaceError(f"--target {target}: expected a finite loss")
+    target, target_on = _target(plan, task, [contender.label for contender in contenders])
     taking_part, left_out = [], []
     for contender in contenders:
         try:
@@ -143,7 +171,24 @@ def open_race(plan: Plan) -> Race:
                 raise
             reason = one_line(error).removeprefix(contender.label).lstrip(": ")
             left_out.append((contender.label, reason))
-    return Race(plan, task, tuple(taking_part), tuple(left_out), settings, target)
+    parts = tuple(taking_part), tuple(left_out)
+    return Race(plan, task, *parts, settings, target, target_on)
+
+
+def _target(
+    plan: Plan, task: Task, labels: list[str]
+) -> tuple[float | None, Literal["accuracy", "loss"]]:
+    """What is to be reached, None for the final loss of a contender."""
+    target = task.target if plan.target is None else plan.target
+    if isinstance(target, str):
+        if target not in labels:
+            raise RaceError(f"--target: {unknown('contender', target, labels)}, or give a number")
+        return None, "loss"
+    if task.target_on == "accuracy" and not 0 < target <= 1:
+        raise RaceError(f"--target {target}: an accuracy, expected above 0 and at most 1")
+    if not math.isfinite(target):
+        raise RaceError(f"--target {target}: expected a finite loss")
+    return target, task.target_on
 
 
 def _contenders(plan: Plan) -> list[Contender]:

@@ -146,7 +146,7 @@ def _settled(lines: Sequence[Line], name: str, transient: float) -> list[float]:
 def _loss_panel(axes: Axes, race: Race, lines: Sequence[Line]) -> None:
     axes.set_title(f"{'surface height' if _is_surface(race) else 'test loss'} (lower is better)")
     _lower_is_better(axes, lines, "loss")
-    if race.task.target_on == "loss":
+    if race.target_on == "loss" and race.target is not None:
         _target(axes, race.target)
 
 
@@ -163,7 +163,7 @@ def _measure_panel(axes: Axes, race: Race, lines: Sequence[Line]) -> None:
         highest = max(high for line in lines for _, _, high in line.measure)
         room = max(highest - min(settled), 0.01) * 0.06
         axes.set_ylim(min(settled) - room, min(highest + room, 1 + room / 2))
-    if race.task.target_on == "accuracy":
+    if race.target_on == "accuracy" and race.target is not None:
         _target(axes, race.target)
 
 

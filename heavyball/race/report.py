@@ -61,7 +61,7 @@ class Bar:
         self.progress.stop()
 
     def begin(self, race: Race, done: int) -> None:
-        self.count, self.total, self.measure = done, len(race.runs()), race.task.measure
+        self.count, self.total, self.measure = done, race.count(), race.task.measure
         if done:
             self.out.print(f"{done} of {self.total} runs were done before")
         self.progress.update(self.all, total=self.total, completed=done)
@@ -93,7 +93,9 @@ def result_table(content: Mapping[str, Any]) -> Table:
     task, seeds = content["task"], len(content["seeds"])
     plural = "seeds" if seeds > 1 else "seed"
     sign = "≥" if task["target_on"] == "accuracy" else "≤"
-    target = f"target: test {task['target_on']} {sign} {task['target']:g}"
+    target = f"target: test {task['target_on']} {sign} {number(task['target'], 6)}"
+    if isinstance(content["arguments"]["target"], str):
+        target += f", {content['arguments']['target']}'s at the end"
     title = f"{task['name']}, {content['settings']['steps']} steps, {seeds} {plural}; {target}"
     table = Table(title=title, title_justify="left", caption_justify="left")
     table.add_column("optimizer", overflow="fold", min_width=16)

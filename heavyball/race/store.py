@@ -73,7 +73,9 @@ class Store:
 
     def finished(self, race: Race) -> dict[Key, dict[str, Any]]:
         """The records of the runs of this race that are done; a damaged one counts as not done."""
-        wanted = {(c.label, lr, seed) for c, lr, seed in race.runs()}
+        wanted = {
+            (c.label, lr, seed) for c in race.contenders for lr in c.lrs for seed in race.plan.seeds
+        }
         found, expected = {}, fingerprint(race)
         for path in sorted((self.folder / RUNS).glob("*.json")):
             try:

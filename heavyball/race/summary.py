@@ -1,5 +1,6 @@
 """What the runs of a race say: per contender the best learning rate and the numbers at it."""
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,21 +15,23 @@ Record = Mapping[str, Any]
 def results(race: Race, records: Mapping[Key, Record]) -> list[dict[str, Any]]:
     """One entry per contender: every learning rate of its grid, and which is best.
 
-    The best has the lowest mean test loss at the end; one that diverged with any seed loses to all
-    that did not, and where all did, none is best.
+    The best has the lowest mean test loss at the end, over the seeds that choose; one that diverged
+    with any of them loses to all that did not, and where all did, none is best.
     """
     return [_contender(race, contender, records) for contender in race.contenders]
 
 
 def _contender(race: Race, contender: Contender, records: Mapping[Key, Record]) -> dict[str, Any]:
-    by_lr = []
+    by_lr, choosing = [], []
     for lr in contender.lrs:
         keys = [(contender.label, lr, seed) for seed in race.plan.seeds]
-        runs = [records[key] for key in keys if key in records]
+        runs = [(key[-1], records[key]) for key in keys if key in records]
         if runs:
-            by_lr.append({"lr": lr, **_at_one_lr(race, runs)})
-    sound = [entry for entry in by_lr if not entry["diverged"]]
-    best = min(sound, key=lambda entry: entry["test_loss"]["mean"], default=None)
+            by_lr.append({"lr": lr, **_at_one_lr(race, [run for _, run in runs])})
+            ends = [run["test_loss"] for seed, run in runs if seed in race.grid_seeds]
+            choosing.append(math.inf if None in ends else statistics.fmean(ends))
+    place = min(range(len(by_lr)), key=choosing.__getitem__, default=None)
+    best = None if place is None or by_lr[place]["diverged"] else by_lr[place]
     return {
         "label": contender.label,
         "kind": contender.kind,
@@ -59,7 +62,9 @@ def _at_one_lr(race: Race, runs: Sequence[Record]) -> dict[str, Any]:
 def arrival(race: Race, run: Record) -> tuple[int, float] | None:
     """Steps and seconds of training to the first evaluation that met the target."""
     curve = run["curve"]
-    if race.task.target_on == "accuracy":
+    if race.target is None:
+        return None
+    if race.target_on == "accuracy":
         met = [value >= race.target for value in curve["measure"]]
     else:
         met = [value <= race.target for value in curve["test_loss"]]
