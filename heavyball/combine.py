@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from heavyball.numerics import norm
-from heavyball.transform import Live, Transform, check_live, finite, transform
+from heavyball.transform import Live, Transform, check_live, finite, nonnegative, transform
 
 
 @transform(domains={"weights": finite})
@@ -18,14 +19,15 @@ def weighted_sum(updates: tuple[Tensor, ...], *, weights: Live = (1.0,)) -> Tens
     return sum(weight * update for weight, update in zip(weights, updates, strict=True))  # type: ignore[return-value]
 
 
-@transform()
-def transplant(updates: tuple[Tensor, Tensor]) -> Tensor:
+@transform(domains={"start": nonnegative})
+def transplant(updates: tuple[Tensor, Tensor], *, step: Tensor, start: int = 0) -> Tensor:
     """The direction of the first update with the magnitude of the second.
 
-    result = d * ||m|| / max(||d||, 1e-6), norms over the whole tensor.
+    result = d * ||m|| / max(||d||, 1e-6), norms over the whole tensor;  before step `start`: m
     """
     direction, magnitude = updates
-    return direction * (norm(magnitude) / norm(direction).clamp(min=1e-6))
+    result = direction * (norm(magnitude) / norm(direction).clamp(min=1e-6))
+    return torch.where(step < start, magnitude, result) if start else result
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,15 @@ class Parallel:
 
     def __reduce__(self) -> tuple:
         if self.name == "graft":
-            return graft, self.branches
+            return graft, (*self.branches, self.merge.options["start"])
         return _weighted, (self.branches, self.merge.hyper["weights"])
 
     def __repr__(self) -> str:
-        weights = "" if self.name == "graft" else f", weights={self.merge.hyper['weights']}"
-        return f"{self.name}({', '.join(map(chain_repr, self.branches))}{weights})"
+        start = self.merge.options.get("start", 0)
+        more = f", start={start}" if start else ""
+        if self.name != "graft":
+            more = f", weights={self.merge.hyper['weights']}"
+        return f"{self.name}({', '.join(map(chain_repr, self.branches))}{more})"
 
 
 @dataclass(frozen=True)
@@ -157,13 +162,13 @@ def _weighted(branches: tuple[Any, ...], weights: tuple[float, ...]) -> Parallel
     return parallel(*branches, weights=weights)
 
 
-def graft(direction: Any, magnitude: Any) -> Parallel:
+def graft(direction: Any, magnitude: Any, start: int = 0) -> Parallel:
     """The direction of one chain with the magnitude of another, per tensor.
 
-    result = d * ||m|| / max(||d||, 1e-6)
+    result = d * ||m|| / max(||d||, 1e-6);  before the parameter's step `start` the other chain's m
     """
     branches = as_chain(direction, "graft: direction"), as_chain(magnitude, "graft: magnitude")
-    return Parallel("graft", branches, replace(transplant, name="graft"))
+    return Parallel("graft", branches, replace(transplant(start=start), name="graft"))
 
 
 def within(enter: Transform, *chain: Any, leave: Transform, name: str = "within") -> Within:

@@ -264,6 +264,8 @@ class Shampoo(Preset):
     grafting: whose update gives the size: "adam", "rmsprop", "sgd" (the momentum), or None.
     grafting_betas, grafting_eps: of Adam; RMSprop takes the second of the betas.
     precondition_frequency: steps between two computations of the roots.
+    start_preconditioning_step: the first step that goes in Shampoo's direction; before it the other
+        optimizer's updates are taken, while the matrices gather.
     max_precond_dim, merge_dims, split: see `shampoo`.
 
     Units: those of the optimizer that gives the size; `lr` is meant for "adam" and "rmsprop".
@@ -281,6 +283,7 @@ class Shampoo(Preset):
         max_precond_dim: int = 1024,
         precondition_frequency: int = 1,
         *,
+        start_preconditioning_step: int = 0,
         grafting: Literal["adam", "rmsprop", "sgd"] | None = "adam",
         grafting_betas: tuple[float, float] = (0.9, 0.999),
         grafting_eps: float = 1e-8,
@@ -311,5 +314,10 @@ class Shampoo(Preset):
             size = C.scale_by_exp_avg_sq(beta2=graft_betas[1], eps=graft_eps)
         elif grafting == "sgd":
             size = C.exp_avg(beta=b[0])
-        chain = direction if size is None else (C.graft(direction, size),)
+        start = start_preconditioning_step
+        if size is None and start:
+            raise ValueError(
+                f"start_preconditioning_step={start!r} needs grafting: before it, whose updates?"
+            )
+        chain = direction if size is None else (C.graft(direction, size, start=start),)
         self.build(params, lr, chain, options, beta1=b[0], weight_decay=weight_decay)

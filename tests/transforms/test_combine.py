@@ -1,5 +1,7 @@
 """parallel, graft and route against their branches run as optimizers of their own."""
 
+import pickle
+
 import pytest
 import torch
 from oracles import (
@@ -43,6 +45,19 @@ def test_graft_has_the_direction_of_one_and_the_size_of_the_other(shape: tuple[i
     for d, m, update in zip(direction, magnitude, updates([both], grads), strict=True):
         size = (m.square().sum() / d.square().sum()).sqrt()
         close(update, d * size, rtol=60 * EPS, atol=0.0)
+
+
+def test_graft_goes_in_the_other_direction_before_its_start() -> None:
+    grads = [g for (g,) in gradients(6, [(3, 4)])]
+    grafted = updates([C.graft(C.scale_by_adam, C.exp_avg)], grads)
+    magnitude = updates([C.exp_avg], grads)
+    late = C.graft(C.scale_by_adam, C.exp_avg, start=4)
+    for t, update in enumerate(updates([late], grads), start=1):
+        assert torch.equal(update, magnitude[t - 1] if t < 4 else grafted[t - 1])
+    assert repr(late) == "graft(scale_by_adam, exp_avg, start=4)"
+    assert repr(pickle.loads(pickle.dumps(late))) == repr(late)
+    with pytest.raises(ValueError, match="start=-1"):
+        C.graft(C.sign, C.exp_avg, start=-1)
 
 
 def test_graft_of_a_zero_direction_is_zero() -> None:

@@ -324,6 +324,19 @@ def test_shampoo_preset_has_the_size_of_adam() -> None:
 def test_wrong_grafting_raises() -> None:
     with pytest.raises(ValueError, match="grafting='lamb'"):
         heavyball.Shampoo(parameters((2, 2)), grafting="lamb")
+    with pytest.raises(ValueError, match="start_preconditioning_step=3 needs grafting"):
+        heavyball.Shampoo(parameters((2, 2)), grafting=None, start_preconditioning_step=3)
+
+
+def test_shampoo_steps_as_the_grafted_optimizer_before_it_begins():
+    params, others = parameters((4, 3)), parameters((4, 3))
+    late = heavyball.Shampoo(params, 0.01, start_preconditioning_step=3)
+    adam = heavyball.AdamW(others, 0.01, weight_decay=0.0)
+    for step in range(3):
+        train(late, [step])
+        train(adam, [step])
+        near = torch.allclose(params[0], others[0], rtol=0, atol=1e-6)
+        assert near == (step < 2)
 
 
 # ---- roots
