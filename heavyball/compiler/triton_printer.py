@@ -192,6 +192,8 @@ class TritonPrinter(Printer):
     Errors: NotPrintableError for a tensor of another dtype.
     """
 
+    lanes = "lane"  # the elements of a block, counted from where it begins
+
     def __init__(
         self,
         graph: Graph,
@@ -445,7 +447,7 @@ class TritonPrinter(Printer):
     def _call(self, k: int, planned: Pass, start: str, mask: str) -> str:
         tensors = [f"t{n} + {start}" for n in self._touched(planned)]
         rounding = [start, *self._key_names(planned)] if self._rounded(planned) else []
-        arguments = ["lane", mask, *rounding, *tensors, *self._signature(planned)]
+        arguments = [self.lanes, mask, *rounding, *tensors, *self._signature(planned)]
         call = f"block_{k}({', '.join(arguments)})"
         results = ", ".join(f"r{i}" for i in self._sums(planned))
         return f"{results} = {call}" if results else call

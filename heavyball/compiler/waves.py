@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from heavyball.calls import rotating
+from heavyball.compiler.axes import run_sizes
 from heavyball.compiler.cpp import Printer
 from heavyball.compiler.cpp_matrix import MatrixPrinter
 from heavyball.compiler.graph import NotPrintableError, Opaque
@@ -53,9 +54,9 @@ def printers(job: Job) -> tuple[Segments, list[Printer | None]]:
         if part.graph is None:
             found.append(None)
             continue
-        if part.graph.split is not None and not param.is_contiguous():
+        if part.graph.starts is not None and not param.is_contiguous():
             raise NotPrintableError("rows or columns of a parameter that is not contiguous")
-        printer = Printer if part.graph.split is None else MatrixPrinter
+        printer = Printer if part.graph.starts is None else MatrixPrinter
         roots = frozenset(n for n in part.graph.tensors if is_root(dtypes[n], holds(n)))
         found.append(printer(part.graph, dtypes, compute, job.stream is not None, roots))
     return segments, found
@@ -271,8 +272,7 @@ class SegmentTable(Table):
         """Append a parameter's row."""
         kernel, job = self.kernel, entry.job
         row = [job.param.numel(), entry.group, job.stream or 0]
-        if kernel.split is not None:
-            row.append(job.param.shape[kernel.split :].numel())
+        row += run_sizes(kernel.starts, job.param.shape)
         self.moving = []
         for name in kernel.tensors:
             if name == "grad":
