@@ -1,13 +1,14 @@
 """Kernels with values along some of the axes: against the eager path, for every arrangement of them."""
 
 import math
+import warnings
 
 import pytest
 import torch
 from test_compiler import assert_near, pair, values
 
 import heavyball
-from heavyball.compiler import engine
+from heavyball.compiler import engine, launch
 from heavyball.compiler.axes import Frame, along, first_axes, run_sizes
 from heavyball.compiler.cpp import SMALL
 from heavyball.storage import held
@@ -195,6 +196,34 @@ def test_results_do_not_depend_on_threads_or_neighbours() -> None:
         assert all(torch.equal(a, b) for a, b in zip(end, ends[0], strict=True))
 
 
+def test_a_convolutional_network_needs_no_eager_steps() -> None:
+    """The defaults of ProdigyPlusScheduleFree, whose `min_dim_mode` is "any"."""
+    ends = []
+    for compiled in (False, "auto"):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 32, 3),
+            torch.nn.BatchNorm2d(32),
+            torch.nn.Conv2d(32, 40, 3),
+            torch.nn.Conv2d(40, 40, 3, groups=40),
+            torch.nn.AdaptiveAvgPool2d(1),
+            torch.nn.Flatten(),
+            torch.nn.Linear(40, 1),
+        )
+        params = list(net.parameters())
+        opt = heavyball.ProdigyPlusScheduleFree(params, d0=0.01, compile=compiled)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)
+            for step in range(3):
+                for i, p in enumerate(params):
+                    p.grad = values(tuple(p.shape), 10 * step + i, torch.float32)
+                opt.step()
+        ends.append((params, opt))
+    assert not ends[1][1]._engine._plan.eager
+    # steps are of the size d, which is a quotient of sums over all parameters
+    assert_near(ends, roundings=256)
+
+
 # ---- any axes
 
 
@@ -264,3 +293,17 @@ def test_sums_of_what_was_spread_run_eagerly(monkeypatch) -> None:
     with pytest.warns(RuntimeWarning, match=r"sum\.default from along 0 to scalar"):
         C.ChainOpt([p], 1.0, less_sum_of_spread).step()
     torch.testing.assert_close(p.detach(), torch.full((3, 4), -0.88))
+
+
+def test_one_recording_for_each_choice_of_axes(monkeypatch) -> None:
+    recorded = []
+    record = launch.record
+    monkeypatch.setattr(launch, "record", lambda p, s, *a: recorded.append(s) or record(p, s, *a))
+    monkeypatch.setattr(engine, "_known", {})
+    shapes = [
+        (n, 40) for n in (*range(20, 39), *range(41, 60))
+    ]  # 40 is the largest, the second, neither
+    shapes += [(n,) for n in range(3, 30)] + [(n, 50, 3, 3) for n in range(33, 49)]
+    assert_near(pair((C.factored_rms(min_dim=32),), shapes, steps=2))
+    # full matrices, rows or columns the longer, vectors, convolution kernels
+    assert len(recorded) == 5
