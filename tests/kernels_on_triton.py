@@ -15,7 +15,7 @@ from triton.language import core
 from triton.runtime import interpreter
 
 import heavyball
-from heavyball.compiler import cuda, triton_matrix, triton_printer
+from heavyball.compiler import cuda, triton_arrays, triton_printer
 from heavyball.compiler.triton_printer import BLOCK, CHUNK
 from heavyball.runner import working_param
 from heavyball.storage import held
@@ -170,10 +170,15 @@ def test_dtypes_may_be_mixed() -> None:
     assert_near(found)
 
 
+@C.transform()
+def less_some(update):
+    """Looks at a part of the tensor, which is neither all elements nor one for each along an axis."""
+    return update - update[:2].mean() if update.ndim > 1 else update
+
+
 def test_parameters_without_a_kernel_take_part_in_sums() -> None:
-    # a kernel whose second largest axis is long enough is factored along axes that are not a matrix's
-    chain = (C.factored_rms(min_dim=3), C.clip_by_global_norm(max_norm=0.5))
-    with pytest.warns(RuntimeWarning, match="neither all elements, nor rows or columns"):
+    chain = (less_some, C.clip_by_global_norm(max_norm=0.5))
+    with pytest.warns(RuntimeWarning, match="neither all elements, nor one for each along some"):
         assert_near(pair(chain, ((7,), (4, 3, 3, 3), (6, 5)), mode="auto"))
 
 
@@ -186,9 +191,46 @@ def test_parameters_without_a_kernel_take_part_in_sums() -> None:
     ],
 )
 def test_rows_and_columns(chain: tuple, dtype: torch.dtype, monkeypatch) -> None:
-    monkeypatch.setattr(triton_matrix, "HEIGHT", 4)
+    monkeypatch.setattr(triton_arrays, "HEIGHT", 4)
     shapes = ((5, 6), (6, 5), (7, BLOCK + 9), (1, 9), (9, 1), (4,))
     assert_near(pair(chain, shapes, dtype, steps=2))
+
+
+# Two factored axes, and before, between and behind them others; ties, and axes of one element.
+FACTORED = (
+    (5, 6, 3, 3),
+    (6, 5, 2),
+    (6, 6, 3),
+    (2, 6, 5),
+    (6, 2, 3, 5),
+    (2, 5, 3, 6, 2),
+    (1, 6, 1, 5, 3),
+    (4, BLOCK + 9, 2),
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_two_axes_of_several(dtype: torch.dtype, monkeypatch) -> None:
+    monkeypatch.setattr(triton_arrays, "HEIGHT", 4)
+    chain = (C.skip_not_finite, C.factored_rms(min_dim=4), C.clip_update_rms)
+    assert_near(pair(chain, FACTORED, dtype, steps=2))
+
+
+@C.transform()
+def less_each_mean(update):
+    """Sums along every single axis, and along the others."""
+    for axis in range(update.ndim):
+        others = [other for other in range(update.ndim) if other != axis]
+        rest = (update * update).mean(others, keepdim=True)
+        update = update - update.mean(axis, keepdim=True) / (1 + rest)
+    return update
+
+
+def test_means_along_every_axis(monkeypatch) -> None:
+    monkeypatch.setattr(triton_arrays, "HEIGHT", 4)
+    assert_near(pair((less_each_mean,), ((5, 6), (6, 1, 5)), steps=2))
+    with pytest.warns(RuntimeWarning, match="sums over different axes .* on CUDA"):
+        assert_near(pair((less_each_mean,), ((3, 5, 6),), steps=2, mode="auto"))
 
 
 @pytest.mark.parametrize("chain", [(C.scale_by_adam,), (C.orthograd, C.sign(graft=True))])
@@ -356,8 +398,8 @@ def test_results_do_not_depend_on_other_parameters() -> None:
     ],
 )
 def test_slices(chain: tuple, dtype: torch.dtype, monkeypatch) -> None:
-    monkeypatch.setattr(triton_matrix, "HEIGHT", 4)
-    shapes = ((7, BLOCK + 9), (5, 6), (1,), LONG, (12,))
+    monkeypatch.setattr(triton_arrays, "HEIGHT", 4)
+    shapes = ((7, BLOCK + 9), (5, 6), (6, 5, 3, 3), (1,), LONG, (12,))
     assert_near(pair(chain, shapes, dtype, steps=2, lr=1.0, stochastic_rounding=False))
 
 
@@ -416,7 +458,7 @@ def test_parameters_with_a_correction(dtype: torch.dtype, bits: int) -> None:
 
 
 def test_rows_in_fewer_bits(monkeypatch) -> None:
-    monkeypatch.setattr(triton_matrix, "HEIGHT", 4)
+    monkeypatch.setattr(triton_arrays, "HEIGHT", 4)
     for form in (
         {"storage_dtype": {"row": "bfloat16"}},
         {"ecc": {"row": "bf16+8", "col": "fp16+8"}},
@@ -456,7 +498,7 @@ WHOLE = {
     "global clip": (C.clip_by_global_norm(max_norm=0.1), C.orthogonalize(products="full"), C.scale_by_adam),
     "prodigy": (C.prodigy_plus_d(d0=0.1), MUON),
     "authors' prodigy": (C.prodigy_d(d0=0.1), MUON),
-    "factored": (C.orthogonalize(products="full"), C.factored_rms(min_dim=5)),
+    "factored": (C.orthogonalize(products="full"), C.factored_rms(min_dim=2)),
     "route": (
         C.route(C.when(MUON, min_ndim=2), otherwise=C.scale_by_adam),
         C.cautious,

@@ -34,9 +34,9 @@ def test_in_the_interpreter() -> None:
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 
-def printers(chain: tuple, dtype: torch.dtype, **options) -> list[TritonPrinter]:
+def printers(chain: tuple, dtype: torch.dtype, shape=(8, 3), **options) -> list[TritonPrinter]:
     """The printers of the step and of every sum over all parameters."""
-    param = torch.nn.Parameter(torch.zeros(8, 3, dtype=dtype))
+    param = torch.nn.Parameter(torch.zeros(shape, dtype=dtype))
     opt = C.ChainOpt([param], 0.1, *chain, compile=False, **options)
     param.grad = torch.zeros_like(param)
     (job,) = opt._jobs()
@@ -46,7 +46,7 @@ def printers(chain: tuple, dtype: torch.dtype, **options) -> list[TritonPrinter]
     for share in (None, *job.program.total_keys):
         graph, _ = record(job.program, param.shape, dtype, job.state, job.group, share)
         random = job.stream is not None
-        printer = TritonPrinter if graph.split is None else TritonMatrixPrinter
+        printer = TritonPrinter if graph.starts is None else TritonMatrixPrinter
         roots = frozenset(k for k in graph.tensors if is_root(dtypes[k], job.program.holds_of(k)))
         found.append(printer(graph, dtypes, compute_dtype(dtype), random, roots))
     return found
@@ -84,6 +84,14 @@ CHAINS = (
 def test_compiles_for_a_gpu(chain: tuple, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     for printer in printers(chain[1:], chain[0]):
+        for text in ptx_of(printer):
+            assert ".target sm_90" in text
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 2), (2, 4, 5, 4, 3)])
+def test_two_axes_of_several_compile_too(shape: tuple, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for printer in printers((C.factored_rms(min_dim=2), C.cautious), torch.bfloat16, shape):
         for text in ptx_of(printer):
             assert ".target sm_90" in text
 

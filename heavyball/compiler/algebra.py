@@ -5,7 +5,7 @@ from heavyball.compiler.graph import Graph, Ref, Value
 
 # Operations whose result is never below zero if no argument is.
 KEEPING = {"add", "mul", "div", "minimum", "clamp_max", "sum", "amax", "reciprocal"}
-NEVER_NEGATIVE = {"sqrt", "rsqrt", "abs", "exp", "square", "numel", "rows", "columns", "to_float"}
+NEVER_NEGATIVE = {"sqrt", "rsqrt", "abs", "exp", "square", "numel", "members", "to_float"}
 ANY = {"maximum", "clamp_min"}  # never below zero if one argument is not
 
 

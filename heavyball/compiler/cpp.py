@@ -77,8 +77,6 @@ FORMS = {
 # How many values there are of each level; {k} is how far those of a slice are apart.
 SIZES = {
     "numel": "(double)row[0]",
-    "rows": "(double)(row[0] / row[3])",
-    "columns": "(double)row[3]",
     "slices": "(double)((row[0] + {k} - 1) / {k})",
 }
 LOGIC = ("and", "or", "not")
@@ -211,7 +209,8 @@ class Printer:
     @property
     def names(self) -> tuple:
         """What the columns and the numbers of a table are, which the source does not say."""
-        return (tuple(self.tensors), tuple(self.numbers), tuple(self.hypers), tuple(self.totals))
+        names = (tuple(self.tensors), tuple(self.numbers), tuple(self.hypers), tuple(self.totals))
+        return (*names, self.graph.starts)
 
     @property
     def step_node(self) -> int | None:
@@ -279,14 +278,18 @@ class Printer:
                 text = (
                     f"hyper[row[1] * {width} + {len(self.hypers) + self.totals.index(v.args[0])}]"
                 )
-            elif v.op in SIZES:
-                text = SIZES[v.op].format(k=self.graph.every)
+            elif v.op in (*SIZES, "members"):
+                text = self._count(v)
             elif v.op == "const":
                 text = _literal(v.args[0])
             else:
                 text = self._expression(v, _booleans(self.graph, names), "double")
             lines.append(f"    s[{i}] = {text};")
         return "\n".join([*lines, "}\n"])
+
+    def _count(self, value: Value) -> str:
+        """How many values a sum adds up."""
+        return SIZES[value.op].format(k=self.graph.every)
 
     def _pass(self, k: int, planned: Pass) -> str:
         lines = [
@@ -407,8 +410,8 @@ class Printer:
 
     def _names(self) -> dict[int, str]:
         """How a loop body calls each value, by where the value lives."""
-        prefix = {"scalar": "c", "element": "v", "row": "k", "col": "w", "slice": "q"}
-        return {i: f"{prefix[v.level]}{i}" for i, v in enumerate(self.graph.values)}
+        prefix = {"scalar": "c", "element": "v", "slice": "q"}
+        return {i: f"{prefix.get(v.level, 'w')}{i}" for i, v in enumerate(self.graph.values)}
 
     def _body(self, planned: Pass) -> tuple[list[str], set[int]]:
         """The statements for one element, and the numbers that they read."""

@@ -1,192 +1,194 @@
-"""Prints graphs with sums over rows or columns: every tensor is walked as a matrix."""
+"""Prints graphs with values along some of the axes: every tensor is walked row by row."""
 
-from typing import Any
-
-from heavyball.compiler.cpp import Printer, _kind, refuse_codes
+from heavyball.compiler.axes import is_along
+from heavyball.compiler.cpp import _kind
+from heavyball.compiler.cpp_arrays import ArrayPrinter
 from heavyball.compiler.graph import Ref
 from heavyball.compiler.stages import Pass
 
-# A large matrix is cut into this many blocks of rows, whatever the number of threads.
+# A large tensor is cut into this many blocks of rows, whatever the number of threads.
 BLOCKS = 16
+# Rows with a period are walked in pieces of about this many elements, for which there are buffers.
+PIECE = 512
 
 
-class MatrixPrinter(Printer):
-    """Prints one graph with a number of columns in each row of the table.
+class MatrixPrinter(ArrayPrinter):
+    """Prints the passes as walks over rows, see `Frame`.
 
-    Values per row and per column that are needed later are kept in `memory`, one array each.
+    What a block of rows has in `sums` are its parts of the sums that other blocks add to, and after
+    them, where rows have a period, a buffer for each value or sum that is the same along the lane: so
+    the innermost loop is long although a period is short.
     """
 
-    leading = ("numel", "group", "stream", "columns")
+    def _row(self) -> str:
+        frame, lines = self.frame, [super()._row()]
+        walked = [k for k in frame.all if k not in frame.outer]
+        lines += [f"#define COLS {frame.size(walked)}", "#define ROWS (row[0] / COLS)"]
+        levels = [level for level in frame.levels for _ in range(self._most_parts(level))]
+        buffers = max(len(self._buffers(p)) for p in self.plan.passes)
+        text = f"{frame.sizes(levels)} + {buffers} * WIDTH" if buffers else frame.sizes(levels)
+        lines.append(f"#define SUMS ({text} + 1)")
+        if frame.period is not None:
+            lines.append(f"#define WIDTH width_of(N{frame.lane}, N{frame.period})")
+            lines.append(_HELPERS.format(piece=PIECE))
+        return "\n".join(lines)
 
-    def __init__(self, *arguments: Any):
-        super().__init__(*arguments)
-        refuse_codes(
-            self, "walked by rows, where a block of it may begin in one and end in the next"
-        )
+    # ---- sums
 
-    def source(self) -> str:
-        """The whole file."""
-        text = super().source()
-        return text.replace("#include <limits>", "#include <limits>\n#include <vector>")
+    def _to_scalar(self, planned: Pass) -> list[int]:
+        """The sums that a block of rows leaves behind, in the order of its parts."""
+        return self._of_elements(planned) + self._split_reductions(planned)[0]
 
-    def _along(self, index: int) -> str:
-        return "ROWS" if self.graph.values[index].level == "row" else "COLS"
-
-    def _memory(self) -> list[str]:
-        """Names for the arrays of kept values."""
-        lines, rows, cols = [], 0, 0
-        for i in self.plan.kept:
-            lines.append(
-                f"    T* __restrict m{i} = memory + {rows} * ROWS + {cols} * COLS; (void)m{i};"
-            )
-            rows, cols = rows + (self._along(i) == "ROWS"), cols + (self._along(i) == "COLS")
-        return lines
-
-    def _kept(self, level: str) -> int:
-        return sum(self.graph.values[i].level == level for i in self.plan.kept)
-
-    def _reduced(self, planned: Pass, source: str, target: str) -> list[int]:
-        """The sums of a pass from one level to another."""
+    def _of_elements(self, planned: Pass) -> list[int]:
         values = self.graph.values
         return [
             i
             for i in planned.reductions
-            if values[i].level == target and values[values[i].args[0].index].level == source
+            if values[i].level == "scalar" and self._level(values[i].args[0].index) == "element"
         ]
 
-    def _to_scalar(self, planned: Pass) -> list[int]:
-        """The sums that a block of rows leaves behind, in the order of its parts."""
-        return self._reduced(planned, "element", "scalar") + self._reduced(
-            planned, "slice", "scalar"
+    def _complete(self, i: int) -> bool:
+        """Whether a row has all that a sum adds up."""
+        runs = self.frame.runs(self._level(i))
+        return self.frame.lane not in runs and not self.frame.missing(
+            self._level(i), self.frame.outer
         )
 
-    # ---- one per row, one per column
+    def _has_lane(self, i: int) -> bool:
+        return self.frame.lane in self.frame.runs(self._level(i))
 
-    def _vectors(self, name: str, planned: Pass | None, level: str) -> str:
-        along = "ROWS" if level == "row" else "COLS"
-        head = f"PART void {name}(const int64_t* row, double* s, T* memory) {{"
-        lines = [head, *self._memory()]
-        nodes = [] if planned is None else (planned.rows if level == "row" else planned.cols)
-        sums = [] if planned is None else self._reduced(planned, level, "scalar")
-        stores = [] if planned is None else self._vector_stores(planned, level)
-        if nodes or sums or stores:
-            body, used = self._vector_body(nodes, sums, stores, level)
-            lines += self._keys(name for name, _ in stores)
-            lines += [self._constant(i) for i in sorted(used)]
-            lines += [f"    double r{i} = 0;" for i in sums]
-            lines += [f"    for (int64_t i = 0; i < {along}; ++i) {{"]
-            lines += [f"        {line}" for line in body]
-            lines += ["    }"]
-            lines += [f"    s[{i}] = r{i};" for i in sums]
-        return "\n".join([*lines, "}\n"])
+    def _repeats(self, i: int) -> bool:
+        """Whether a value is the same along the lane and differs along the period."""
+        return not self._has_lane(i) and self.frame.period in self.frame.runs(self._level(i))
 
-    def _vector_stores(self, planned: Pass, level: str) -> list[tuple[str, int]]:
-        return [(n, i) for n, i in planned.vector_stores.items() if self.graph.tensors[n] == level]
+    def _parts(self, planned: Pass) -> list[int]:
+        """The sums that several rows add to, by level and so by their place in `sums`."""
+        found = [i for i in self._reduced(planned, "element") if not self._complete(i)]
+        return sorted(found, key=lambda i: (self.frame.levels.index(self._level(i)), i))
 
-    def _vector_body(
-        self, nodes: list[int], sums: list[int], stores: list[tuple[str, int]], level: str
-    ) -> tuple[list[str], set[int]]:
-        names, here, used, lines = self._names(), set(nodes), set[int](), []
-        values = self.graph.values
+    def _most_parts(self, level: str) -> int:
+        found = [[self._level(i) for i in self._parts(p)].count(level) for p in self.plan.passes]
+        return max(found, default=0)
 
-        def read(index: int) -> None:
-            if values[index].level == level and index not in here:
-                here.add(index)
-                lines.append(f"const {_kind(self.graph, index)} {names[index]} = m{index}[i];")
-            elif values[index].level == "scalar":
-                used.add(index)
-
-        for i in nodes:
-            v = values[i]
-            for a in v.args:
-                if isinstance(a, Ref):
-                    read(a.index)
-            is_load = v.op == "load"
-            text = (
-                self._load(v.args[0], self._tensor) if is_load else self._expression(v, names, "T")
-            )
-            lines.append(f"const {_kind(self.graph, i)} {names[i]} = {text};")
-            if i in self.plan.kept:
-                lines.append(f"m{i}[i] = {names[i]};")
-        for i in sums:
-            source = values[values[i].args[0].index]
-            read(values[i].args[0].index)
-            if source.op in ("square", "to_float"):  # taken from what they were made of
-                read(source.args[0].index)
-            lines.append(self._accumulate(i, names))
-        for name, i in stores:
-            read(i)
-            lines.append(self._store(name, names[i], self._tensor))
-        return lines, used
+    def _buffers(self, planned: Pass) -> list[int]:
+        """The values and sums of a pass for which a piece of a row has a buffer."""
+        sums = [i for i in self._reduced(planned, "element") if self._repeats(i)]
+        return [i for i in sorted(self._vectors_read(planned)) if self._repeats(i)] + sums
 
     # ---- elements
 
     def _pass(self, k: int, planned: Pass) -> str:
-        to_scalar = self._reduced(planned, "element", "scalar")
-        to_row = self._reduced(planned, "element", "row")
-        to_col = self._reduced(planned, "element", "col")
-        of_slice = self._reduced(planned, "slice", "scalar")
-        body, used = self._body(planned)
-        body = [line for line in body if not line.startswith("r")]
-        sliced, used_there = self._slice(planned, of_slice)
-        used |= used_there
-        names = self._names()
-        body += [self._accumulate(i, names) for i in to_scalar + to_row]
-        body += [self._accumulate(i, names).replace(f"r{i} +=", f"part_{i}[c] +=") for i in to_col]
-        rows, cols = self._vectors_read(planned)
+        of_slice, of_elements = self._split_reductions(planned)[0], self._of_elements(planned)
+        sliced, used = self._slice(planned, of_slice)
         lines = [
-            self._vectors(f"rows_{k}", planned, "row"),
-            self._vectors(f"cols_{k}", planned, "col"),
-        ]
-        lines.append(
+            self._vectors(k, planned),
             f"PART void pass_{k}(const int64_t* row, const double* s, T* memory,"
-            " int64_t low, int64_t high, double* part, double* sums) {"
-        )
-        lines += [
+            " int64_t low, int64_t high, double* part, double* sums) {",
             *self._memory(),
             *self._pointers(planned),
             *self._keys({**planned.stores, **planned.slice_stores}),
         ]
-        lines += [self._constant(i) for i in sorted(used)]
+        lines += [self._constant(i) for i in sorted(used | self._body(planned)[1])]
+        lines += self._begin_parts(planned)
         lines += [
-            f"    double* __restrict part_{i} = sums + {n} * COLS;\n"
-            f"    for (int64_t c = 0; c < COLS; ++c) part_{i}[c] = 0;"
-            for n, i in enumerate(to_col)
-        ]
-        lines += [
-            f"    {self._sum_type(i)} r{i} = {self._neutral(i)};" for i in to_scalar + of_slice
+            f"    {self._sum_type(i)} r{i} = {self._neutral(i)};" for i in of_elements + of_slice
         ]
         lines += [line.format(low="low * COLS", high="high * COLS") for line in sliced]
-        if planned.stores or to_scalar or to_row or to_col:
+        if planned.stores or of_elements or self._reduced(planned, "element"):
             lines += ["    for (int64_t r = low; r < high; ++r) {"]
-            lines += [f"        const {_kind(self.graph, i)} k{i} = m{i}[r];" for i in sorted(rows)]
-            lines += [f"        {self._sum_type(i)} r{i} = 0;" for i in to_row]
-            lines += [f"        #pragma omp simd{self._clauses(to_scalar + to_row)}"]
-            lines += ["        for (int64_t c = 0; c < COLS; ++c) {"]
-            lines += ["            const int64_t i = r * COLS + c;"]
-            lines += [
-                f"            const {_kind(self.graph, i)} w{i} = m{i}[c];" for i in sorted(cols)
-            ]
-            lines += [f"            {line}" for line in body]
-            lines += ["        }"]
-            lines += [f"        m{i}[r] = (T)r{i};" for i in to_row]
+            lines += [f"        {line}" for line in self._walk(planned)]
             lines += ["    }"]
-        lines += [f"    part[{n}] = r{i};" for n, i in enumerate(to_scalar + of_slice)]
+        lines += [f"    part[{n}] = r{i};" for n, i in enumerate(of_elements + of_slice)]
         return "\n".join([*lines, "}\n"])
 
-    def _vectors_read(self, planned: Pass) -> tuple[set[int], set[int]]:
-        """The values per row and per column that the elements of a pass need."""
+    def _begin_parts(self, planned: Pass) -> list[str]:
+        """Where a block adds up its parts, from zero, and the buffers behind them."""
+        lines, place = list[str](), "sums"
+        parts = self._parts(planned)
+        for i in parts:
+            size = self._size(self._level(i))
+            lines.append(f"    double* __restrict part_{i} = {place};")
+            lines.append(f"    for (int64_t c = 0; c < {size}; ++c) part_{i}[c] = 0;")
+            place = f"part_{i} + {size}"
+        for n, i in enumerate(self._buffers(planned)):
+            is_sum = i in planned.reductions
+            kind = "double" if is_sum else "T"
+            start = f"({place} + {n} * WIDTH)"
+            lines.append(f"    {kind}* __restrict b{i} = ({kind}*){start};")
+        return lines
+
+    def _walk(self, planned: Pass) -> list[str]:
+        """The statements for one row, number r."""
+        sums, read = self._reduced(planned, "element"), self._vectors_read(planned)
+        lines, inner = list[str](), list[str]()
+        for i in sorted(read):
+            array, kind = f"m{i} + {self._at(i)}", _kind(self.graph, i)
+            if self._has_lane(i):
+                lines.append(f"const T* __restrict l{i} = {array};")
+                inner.append(f"const {kind} w{i} = l{i}[c];")
+            elif self._repeats(i):
+                lines.append(f"repeat(b{i}, {array}, N{self.frame.period}, WIDTH);")
+                inner.append(f"const {kind} w{i} = b{i}[n];")
+            else:
+                lines.append(f"const {kind} w{i} = *({array});")
+        names, numbers, ends = self._names(), list[int](), list[str]()
+        inner += [line for line in self._body(planned)[0] if not line.startswith("r")]
+        inner += [self._accumulate(i, names) for i in self._of_elements(planned)]
+        for i in sums:
+            text, complete = self._accumulate(i, names), self._complete(i)
+            target = f"{f'm{i}' if complete else f'part_{i}'} + {self._at(i)}"
+            if self._has_lane(i):
+                lines.append(f"double* __restrict l{i} = {target};")
+                inner.append(text.replace(f"r{i} +=", f"l{i}[c] +="))
+            elif self._repeats(i):
+                lines.append(f"for (int64_t n = 0; n < WIDTH; ++n) b{i}[n] = 0;")
+                inner.append(text.replace(f"r{i} +=", f"b{i}[n] +="))
+                fold = "fold" if complete else "add_folded"
+                ends.append(f"{fold}({target}, b{i}, N{self.frame.period}, WIDTH);")
+            else:
+                lines.append(f"{self._sum_type(i)} r{i} = 0;")
+                numbers.append(i)
+                inner.append(text)
+                ends.append(f"*({target}) {f'= (T)r{i}' if complete else f'+= r{i}'};")
+        return [*lines, *self._loop(self._of_elements(planned) + numbers, inner), *ends]
+
+    def _loop(self, reductions: list[int], inner: list[str]) -> list[str]:
+        """The loop over the elements of a row, in pieces where buffers repeat."""
+        head = f"#pragma omp simd{self._clauses(reductions)}"
+        if self.frame.period is None:
+            lines = ["const int64_t i = r * COLS + c;", *inner]
+            loop = "for (int64_t c = 0; c < COLS; ++c) {"
+            return [head, loop, *(f"    {line}" for line in lines), "}"]
+        return [
+            "for (int64_t first = 0; first < COLS; first += WIDTH) {",
+            "    const int64_t count = COLS - first < WIDTH ? COLS - first : WIDTH;",
+            f"    {head}",
+            "    for (int64_t n = 0; n < count; ++n) {",
+            "        const int64_t c = first + n, i = r * COLS + c; (void)c;",
+            *(f"        {line}" for line in inner),
+            "    }",
+            "}",
+        ]
+
+    def _at(self, i: int) -> str:
+        """Where the values of row r begin in an array."""
+        mine = self.frame.runs(self._level(i))
+        outer = tuple(k for k in mine if k in self.frame.outer)
+        inside = [k for k in mine if k not in self.frame.outer]
+        place = self.frame.place("r", self.frame.outer, outer)
+        return f"({place}) * {self.frame.size(inside)}" if inside and outer else place
+
+    def _vectors_read(self, planned: Pass) -> set[int]:
+        """The values along some axes that the elements of a pass need."""
         values = self.graph.values
         read = {a.index for i in planned.elements for a in values[i].args if isinstance(a, Ref)}
-        read |= set(planned.stores.values())
-        rows = {i for i in read if values[i].level == "row"}
-        return rows, {i for i in read if values[i].level == "col"}
+        return {i for i in read | set(planned.stores.values()) if is_along(values[i].level)}
 
     # ---- driver
 
     def _join_blocks(self, planned: Pass) -> str:
         """Add up what the blocks of rows left behind, in their order."""
-        lines = []
+        lines, place = list[str](), "sums"
         for n, i in enumerate(self._to_scalar(planned)):
             is_max = self.graph.values[i].op == "amax"
             step = f"if (s[{i}] < p[{n}]) s[{i}] = p[{n}];" if is_max else f"s[{i}] += p[{n}];"
@@ -194,58 +196,70 @@ class MatrixPrinter(Printer):
             lines.append(
                 f"for (const double* p = parts; p < parts + blocks * PARTS; p += PARTS) {step}"
             )
-        for n, i in enumerate(self._reduced(planned, "element", "col")):
+        for i in self._parts(planned):
+            size = self._size(self._level(i))
             lines += [
-                "for (int64_t c = 0; c < COLS; ++c) {",
+                f"for (int64_t c = 0; c < {size}; ++c) {{",
                 "    double total = 0;",
-                f"    for (int64_t b = 0; b < blocks; ++b) total += sums[(b * SUMS + {n}) * COLS + c];",
-                f"    {self._kept_name(i)}[c] = (T)total;",
+                f"    for (int64_t b = 0; b < blocks; ++b) total += ({place})[b * (SUMS) + c];",
+                f"    (memory + {self._before(i)})[c] = (T)total;",
                 "}",
             ]
+            place += f" + {size}"
         return "\n".join(lines)
-
-    def _kept_name(self, index: int) -> str:
-        rows = cols = 0
-        for i in self.plan.kept:
-            if i == index:
-                return f"(memory + {rows} * ROWS + {cols} * COLS)"
-            rows, cols = rows + (self._along(i) == "ROWS"), cols + (self._along(i) == "COLS")
-        raise AssertionError(index)
 
     def _driver(self) -> str:
         passes = self.plan.passes
-        parts = max([len(self._to_scalar(p)) for p in passes] + [1])
-        sums = max([len(self._reduced(p, "element", "col")) for p in passes] + [1])
         whole, shared = [], []
         for k, planned in enumerate(passes):
-            begin = (
-                f"scalars_{k}(row, hyper, s); rows_{k}(row, s, memory); cols_{k}(row, s, memory);"
-            )
+            begin = f"scalars_{k}(row, hyper, s); vectors_{k}(row, s, memory);"
             join = self._join_blocks(planned)
             whole += [begin, f"pass_{k}(row, s, memory, 0, ROWS, parts, sums);", join]
             shared.append(_SHARED.format(k=k, begin=begin, join=join))
         return _DRIVER.format(
-            parts=parts,
-            sums=sums,
-            rows=self._kept("row"),
-            cols=self._kept("col"),
+            parts=max([len(self._to_scalar(p)) for p in passes] + [1]),
             blocks=BLOCKS,
             whole="\n    ".join(whole),
             shared="".join(shared),
         )
 
-    def _row(self) -> str:
-        return super()._row() + "\n#define ROWS (row[0] / row[3])\n#define COLS (row[3])"
 
-
+_HELPERS = """\
+// How long a piece of a row is, a whole number of periods.
+static inline int64_t width_of(int64_t lane, int64_t period) {{
+    const int64_t pieces = (lane * period + {piece} / 2) / {piece};
+    return pieces > 1 ? (lane + pieces - 1) / pieces * period : lane * period;
+}}
+// The values of one period again and again, and the sums for each place in a period.
+static inline void repeat(T* __restrict out, const T* __restrict from, int64_t period, int64_t width) {{
+    std::memcpy(out, from, period * sizeof(T));
+    for (int64_t done = period; done < width; done *= 2)
+        std::memcpy(out + done, out, (width - done < done ? width - done : done) * sizeof(T));
+}}
+// Adds up the periods in the first one, by halves, so that the loops stay long.
+static inline void folded(double* __restrict sums, int64_t period, int64_t width) {{
+    for (int64_t count = width / period; count > 1; count -= count / 2) {{
+        const int64_t half = count / 2 * period, other = (count - count / 2) * period;
+        for (int64_t n = 0; n < half; ++n) sums[n] += sums[other + n];
+    }}
+}}
+static inline void fold(T* __restrict out, double* sums, int64_t period, int64_t width) {{
+    folded(sums, period, width);
+    for (int64_t n = 0; n < period; ++n) out[n] = (T)sums[n];
+}}
+static inline void add_folded(double* __restrict out, double* sums, int64_t period, int64_t width) {{
+    folded(sums, period, width);
+    for (int64_t n = 0; n < period; ++n) out[n] += sums[n];
+}}
+"""
 _DRIVER = """\
-enum {{ PARTS = {parts}, SUMS = {sums}, KEPT_ROWS = {rows}, KEPT_COLS = {cols}, BLOCKS = {blocks} }};
+enum {{ PARTS = {parts}, BLOCKS = {blocks} }};
 
 static void whole(const int64_t* row, const double* hyper) {{
     const int64_t blocks = 1;
     double s[VALUES], parts[PARTS];
-    std::vector<T> kept(KEPT_ROWS * ROWS + KEPT_COLS * COLS + 1);
-    std::vector<double> added(SUMS * COLS);
+    std::vector<T> kept(KEPT);
+    std::vector<double> added(SUMS);
     T* memory = kept.data();
     double* sums = added.data();
     {whole}
@@ -270,8 +284,8 @@ extern "C" void run(const int64_t* table, int64_t small, const int64_t*, const i
             const int64_t blocks = ROWS < BLOCKS ? ROWS : BLOCKS;
             #pragma omp single
             {{
-                kept.resize(KEPT_ROWS * ROWS + KEPT_COLS * COLS + 1);
-                added.resize(BLOCKS * SUMS * COLS);
+                kept.resize(KEPT);
+                added.resize(BLOCKS * (SUMS));
             }}
             T* memory = kept.data();
             double* sums = added.data();{shared}
@@ -292,7 +306,7 @@ _SHARED = """
             #pragma omp for schedule(dynamic, 1)
             for (int64_t b = 0; b < blocks; ++b)
                 pass_{k}(row, s, memory, ROWS * b / blocks, ROWS * (b + 1) / blocks,
-                         parts + b * PARTS, sums + b * SUMS * COLS);
+                         parts + b * PARTS, sums + b * (SUMS));
             #pragma omp single
             {{
                 {join}

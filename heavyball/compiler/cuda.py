@@ -13,7 +13,7 @@ from torch import Tensor
 from heavyball.compiler.cpp import Printer
 from heavyball.compiler.launch import Kernel, Table
 from heavyball.compiler.toolchain import ToolchainError
-from heavyball.compiler.triton_matrix import TritonMatrixPrinter, memory_size
+from heavyball.compiler.triton_arrays import Memory, TritonArrayPrinter
 from heavyball.compiler.triton_printer import CHUNK, DEVICES, WARPS, TritonPrinter
 from heavyball.runner import SCALAR, drive, share_of, take_given
 from heavyball.together import Pending, Together
@@ -35,9 +35,9 @@ def serves(device: torch.device) -> bool:
 
 @dataclass(eq=False)
 class DeviceKernel(Kernel):
-    """`run` is a list of kernels; `counts`, of a kernel for matrices, is what `memory_size` needs."""
+    """`run` is a list of kernels; `memory` belongs to kernels that walk row by row."""
 
-    counts: tuple[int, ...] = ()
+    memory: Memory | None = None
 
 
 def table(kernel: Kernel, device: torch.device) -> Table:
@@ -92,10 +92,10 @@ def build(printer: Printer) -> Kernel:
             totals=printer.totals,
             values=len(printer.graph.values),
             leading=len(printer.leading),
-            split=printer.graph.split,
+            starts=printer.graph.starts,
             parts=printer.parts,
             run=passes,
-            counts=printer.counts if isinstance(printer, TritonMatrixPrinter) else (),
+            memory=printer.memory if isinstance(printer, TritonArrayPrinter) else None,
         )
     return _kernels[key]
 
@@ -161,7 +161,7 @@ class DeviceTable(Table):
     def finish(self) -> None:
         """Cut the tensors into chunks and make the buffers."""
         kernel, count = self.kernel, len(self.rows)
-        flat = kernel.split is None
+        flat = kernel.starts is None
         self.give_shares_room(self.device)
         if self.shares is not None:
             self.positions = _sent(torch.tensor(self.members), self.device)
@@ -175,10 +175,10 @@ class DeviceTable(Table):
         self.arrived = torch.zeros(count, dtype=torch.int32, device=self.device)
 
     def _tiles(self) -> list[int]:
-        """Give each matrix its memory, and cut it into tiles."""
-        counts = self.kernel.counts  # type: ignore[attr-defined]
-        width = [row[self.kernel.leading - 1] for row in self.rows]
-        needs = [memory_size(counts, r[0] // n, n) for r, n in zip(self.rows, width, strict=True)]
+        """Give each tensor its memory, and cut it into tiles."""
+        memory, leading = self.kernel.memory, self.kernel.leading  # type: ignore[attr-defined]
+        first = leading - len(self.kernel.starts) + 1  # type: ignore[arg-type]
+        needs = [memory.of(row[0], row[first:leading]) for row in self.rows]
         size = sum(n for n, _ in needs)
         self.memory = torch.empty(size, dtype=SCALAR, device=self.device)
         places, place = [], self.memory.data_ptr()

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from heavyball import utils
 from heavyball.compiler import cuda, toolchain
+from heavyball.compiler.axes import axes_of, run_sizes
 from heavyball.compiler.cpp import Printer
 from heavyball.compiler.graph import NotPrintableError
 from heavyball.compiler.launch import (
@@ -37,7 +37,9 @@ NOT_CONTIGUOUS = "rows or columns of a parameter that is not contiguous"
 def signature(job: Job) -> Signature:
     """What a kernel depends on, apart from the shape where the program looks at it."""
     param, grad = job.param, job.grad
-    states = tuple((k, t.dtype, t.ndim, t.is_contiguous()) for k, t in job.state.items())
+    states = tuple(
+        (k, t.dtype, axes_of(t.shape, param.shape), t.is_contiguous()) for k, t in job.state.items()
+    )
     # whether a kernel fits is a matter of which axes have one element and how memory is laid out
     ones = tuple(n == 1 for n in param.shape)
     aligned = param.is_contiguous() and grad.is_contiguous()
@@ -426,8 +428,7 @@ def _printer_in_order(job: Job, share: str | None) -> Printer:
 def _add_row(table: Table, index: int, job: Job, group: int) -> None:
     kernel = table.kernel
     row = [job.param.numel(), group, job.stream or 0]
-    if kernel.split is not None:
-        row.append(math.prod(job.param.shape[kernel.split :]))
+    row += run_sizes(kernel.starts, job.param.shape)
     for name in kernel.tensors:
         if name == "grad":
             table.grad_column = len(row)

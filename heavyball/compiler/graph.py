@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from heavyball.chain import Node, Program
+from heavyball.compiler.axes import Runs, along, first_axes, is_along
 from heavyball.numerics import measures
 from heavyball.runner import SCALAR, Job, compute_dtype, has_narrow, share_name, start, working
 from heavyball.storage import is_companion
@@ -25,9 +26,8 @@ class NotPrintableError(Exception):
 class Value:
     """One node: an operation on earlier nodes (their numbers) and constants.
 
-    level: "scalar" for a number per tensor (float64), "element" for one per element, "row" and "col"
-        for one per row and per column, where the tensor is seen as a matrix; "slice" for one per
-        k-th element, see `numerics.every`.
+    level: "scalar" for a number per tensor (float64), "element" for one per element; "slice" for one
+        per k-th element, see `numerics.every`; others, such as the rows of a matrix, see `axes.py`.
     kind: "float" or "bool".
     """
 
@@ -77,7 +77,7 @@ class Graph:
     values: list[Value] = field(default_factory=list)
     outputs: dict[str, int] = field(default_factory=dict)
     every: int | None = None  # for slices: how far their elements are apart
-    split: int | None = None  # for rows and columns: the dimensions before it are the rows
+    wide: Runs = ()  # the axes with more than one element
     tensors: dict[str, str] = field(default_factory=dict)  # the level of what is no number, by name
     step: int | None = None  # the node of the step, where another graph writes it
 
@@ -102,13 +102,24 @@ class Graph:
                 needed.add(index)
                 todo += [a.index for a in self.values[index].args if isinstance(a, Ref)]
         moved: dict[int, int] = {}
-        kept = Graph(every=self.every, split=self.split, tensors=self.tensors)
+        kept = Graph(every=self.every, wide=self.wide, tensors=self.tensors)
         for index in sorted(needed):
             v = self.values[index]
             args = tuple(Ref(moved[a.index]) if isinstance(a, Ref) else a for a in v.args)
             moved[index] = kept.add(v.op, args, v.level, v.kind)
         kept.outputs = {name: moved[index] for name, index in self.outputs.items()}
         return kept
+
+    @property
+    def levels(self) -> set[str]:
+        """The levels of all values, and of the tensors that are written."""
+        written = {self.tensors[name] for name in self.outputs if name in self.tensors}
+        return {v.level for v in self.values} | written
+
+    @property
+    def starts(self) -> Runs | None:
+        """The first axis of each run where values belong to some of the axes, see `axes.py`."""
+        return first_axes(self.levels, self.wide)
 
     def key(self) -> str:
         """A text that two graphs share exactly if they are the same."""
@@ -175,6 +186,7 @@ VIEWS = {
 }
 FILLS = {"zeros_like.default": 0.0, "ones_like.default": 1.0}
 REDUCING = {"sum", "mean", "linalg_vector_norm", "amax", "any", "all"}
+SUMMING = {"sum", "linalg_vector_norm"}
 BOOLEAN = {"gt", "ge", "lt", "le", "eq", "ne", "and", "or", "not", "isfinite", "isnan"}
 
 
@@ -211,11 +223,8 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self, shape: torch.Size, dtype: torch.dtype):
         super().__init__()
-        self.graph = Graph()
+        self.graph = Graph(wide=tuple(axis for axis, n in enumerate(shape) if n > 1))
         self.shape, self.numel, self.dtype = tuple(shape), shape.numel(), dtype
-        self.split: int | None = (
-            None  # dimensions before it are the rows, once rows or columns appear
-        )
         # no tensor of a chain has this shape, so what has it is a slice
         self.slice_shape = torch.Size([self.numel + 1])
         self.watch = SizeWatch()
@@ -351,19 +360,14 @@ class Recorder(TorchDispatchMode):
         return self._axis_level(tensor.shape)
 
     def _axis_level(self, shape: torch.Size) -> str:
-        """ "row" where only leading dimensions are left, "col" where only trailing ones are."""
-        wide = [axis for axis, n in enumerate(self.shape) if n > 1]
+        """The axes along which there is one value for every element; along the others there is one."""
         if len(shape) == len(self.shape):
-            kept = [axis for axis in wide if shape[axis] == self.shape[axis]]
-            same = all(shape[axis] == 1 for axis in wide if axis not in kept)
-            for level, part in (("row", wide[: len(kept)]), ("col", wide[-len(kept) :])):
-                split = wide[len(kept)] if level == "row" else part[0]
-                if same and kept == part and self.split in (None, split):
-                    self.split = split
-                    return level
+            kept = [axis for axis in self.graph.wide if shape[axis] == self.shape[axis]]
+            if all(shape[axis] == 1 for axis in range(len(shape)) if axis not in kept):
+                return along(kept)
         raise NotPrintableError(
-            f"a tensor of shape {tuple(shape)} beside {self.shape}: neither all elements, nor rows or "
-            "columns of a matrix"
+            f"a tensor of shape {tuple(shape)} beside {self.shape}: neither all elements, nor one for "
+            "each along some of the axes"
         )
 
     @staticmethod
@@ -447,11 +451,14 @@ class Recorder(TorchDispatchMode):
         order = args[1] if len(args) > 1 and op == "linalg_vector_norm" else kwargs.get("ord", 2)
         if op == "linalg_vector_norm" and order != 2:
             raise NotPrintableError(f"a norm of order {order}")
-        if before == level and op in ("sum", "mean", "linalg_vector_norm"):
+        # a value that was spread over more elements counts as often as it is there
+        spread = before != self._level(args[0], reduced=True)
+        if before == level and (op == "mean" or (op in SUMMING and not spread)):
             # over axes of size 1
             plain = op != "linalg_vector_norm"
             return source.index if plain else self.graph.add("abs", (source,), level, "float")
-        if (before, level) not in DIRECTIONS:
+        count = _count_between(before, level)
+        if count is None or spread:
             raise NotPrintableError(f"the operation {name} from {before} to {level}")
         if op == "linalg_vector_norm":
             square = Ref(self.graph.add("square", (source,), before, "float"))
@@ -468,7 +475,7 @@ class Recorder(TorchDispatchMode):
             return total
         if op == "any":
             return self.graph.add("gt", (Ref(total), 0.0), level, "bool")
-        size = self.graph.add(DIRECTIONS[before, level], (), "scalar", "float")
+        size = self.graph.add(*count, "scalar", "float")
         divided = "eq" if op == "all" else "div"
         return self.graph.add(divided, (Ref(total), Ref(size)), level, self._kind_of(divided))
 
@@ -477,15 +484,13 @@ class Recorder(TorchDispatchMode):
         return "bool" if op in BOOLEAN else "float"
 
 
-# How many values a sum from one level to another adds up.
-DIRECTIONS = {
-    ("element", "scalar"): "numel",
-    ("element", "row"): "columns",
-    ("element", "col"): "rows",
-    ("row", "scalar"): "rows",
-    ("col", "scalar"): "columns",
-    ("slice", "scalar"): "slices",
-}
+def _count_between(before: str, level: str) -> tuple[str, tuple[str, ...]] | None:
+    """The node that says how many values a sum from one level to another adds up."""
+    if (before, level) in (("element", "scalar"), ("slice", "scalar")):
+        return ("numel" if before == "element" else "slices"), ()
+    if (before == "element" or is_along(before)) and (level == "scalar" or is_along(level)):
+        return "members", (before, level)
+    return None
 
 
 def _plain(args: Any) -> list:
@@ -577,7 +582,6 @@ def trace(
             Exception
         ) as error:  # a transform that needs values; if it is wrong, it says so eagerly
             raise NotPrintableError(f"{type(error).__name__}: {error}") from error
-    recorder.graph.split = recorder.split
     return recorder, outputs
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from heavyball.compiler import toolchain
 from heavyball.compiler.algebra import simplified
+from heavyball.compiler.axes import Runs
 from heavyball.compiler.cpp import BATCH, CHUNK, SMALL, Printer
 from heavyball.compiler.cpp_matrix import MatrixPrinter
 from heavyball.compiler.graph import Graph, NotPrintableError, record
@@ -52,7 +53,7 @@ class Kernel:
     values: int
     parts: int
     leading: int
-    split: int | None
+    starts: Runs | None
     run: Any
 
 
@@ -76,7 +77,7 @@ def build(printer: Printer) -> Kernel:
             totals=printer.totals,
             values=len(printer.graph.values),
             leading=len(printer.leading),
-            split=printer.graph.split,
+            starts=printer.graph.starts,
             parts=max([len(p.reductions) for p in printer.plan.passes] + [1]),
             run=run,
         )
@@ -126,7 +127,7 @@ def printer_for(job: Job, share: str | None = None) -> tuple[Printer, bool]:
     graph = simplified(graph, job.program)
     dtypes = {"param": param.dtype, "grad": job.grad.dtype}
     dtypes |= {k: t.dtype for k, t in state.items()}
-    if graph.split is not None and not param.is_contiguous():
+    if graph.starts is not None and not param.is_contiguous():
         raise OrderError
     if graph.every is not None and not param.is_contiguous():
         raise OrderError
@@ -140,8 +141,8 @@ def printer_for(job: Job, share: str | None = None) -> tuple[Printer, bool]:
 def printer_type(graph: Graph, device: torch.device) -> type[Printer]:
     """Who prints a graph for tensors on this device."""
     if device.type in TRITON_DEVICES:
-        return TritonPrinter if graph.split is None else TritonMatrixPrinter
-    return Printer if graph.split is None else MatrixPrinter
+        return TritonPrinter if graph.starts is None else TritonMatrixPrinter
+    return Printer if graph.starts is None else MatrixPrinter
 
 
 @dataclass(eq=False)
@@ -172,7 +173,7 @@ class Table:
         self.small = sum(row[0] <= SMALL for row in self.rows)
         large: list[tuple[int, ...]] = []
         chunks: list[tuple[int, ...]] = []
-        flat = self.kernel.split is None
+        flat = self.kernel.starts is None
         for index in range(self.small, len(self.rows) if flat else self.small):
             size, first = self.rows[index][0], len(chunks)
             for low in range(0, size, CHUNK):

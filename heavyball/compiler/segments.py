@@ -22,7 +22,7 @@ from heavyball.compiler.stages import REDUCTIONS
 from heavyball.runner import SHARE, compute_dtype
 
 INPUTS = ("load", "pick", "number")
-FREE = ("const", "hyper", "total", "numel", "rows", "columns", "slices")
+FREE = ("const", "hyper", "total", "numel", "members", "slices")
 
 
 @dataclass
@@ -220,7 +220,7 @@ class _Cutter:
         roots = self.roots[k]
         if not roots:
             return None
-        part = Graph(split=self.graph.split, every=self.graph.every)
+        part = Graph(wide=self.graph.wide, every=self.graph.every)
         moved: dict[int, int] = {}
         for name, index in roots.items():
             made = self._copy(index, k, part, moved)

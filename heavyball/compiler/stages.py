@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from heavyball.compiler.axes import is_along
 from heavyball.compiler.graph import Graph, NotPrintableError, Ref
 
 REDUCTIONS = ("sum", "amax")
@@ -14,8 +15,7 @@ class Pass:
     """One walk over the elements of a tensor."""
 
     scalars: list[int] = field(default_factory=list)  # numbers to compute before it, in order
-    rows: list[int] = field(default_factory=list)  # then one per row,
-    cols: list[int] = field(default_factory=list)  # and one per column
+    vectors: list[int] = field(default_factory=list)  # then values along some of the axes
     loads: list[str] = field(default_factory=list)  # tensors that it reads
     reloads: dict[int, str] = field(
         default_factory=dict
@@ -23,7 +23,7 @@ class Pass:
     elements: list[int] = field(default_factory=list)  # nodes computed for each element, in order
     reductions: list[int] = field(default_factory=list)  # sums that it leaves behind
     stores: dict[str, int] = field(default_factory=dict)  # tensors that it writes
-    vector_stores: dict[str, int] = field(default_factory=dict)  # tensors of a row or a column
+    vector_stores: dict[str, int] = field(default_factory=dict)  # tensors along some axes
     slices: list[int] = field(
         default_factory=list
     )  # nodes of the first pass, for every k-th element
@@ -34,7 +34,7 @@ class Pass:
 class Schedule:
     """The passes over the elements, the numbers to compute after the last, and where numbers go.
 
-    kept: values per row or column that something later reads, so they need memory of their own.
+    kept: values along some of the axes that something later reads, so they need memory of their own.
     """
 
     passes: list[Pass]
@@ -51,7 +51,7 @@ class _Planner:
         tensors = graph.tensors
         self.numbers = {n: i for n, i in outputs if n not in tensors}
         self.elements = {n: i for n, i in outputs if tensors.get(n) == "element"}
-        self.vectors = {n: i for n, i in outputs if tensors.get(n) in ("row", "col")}
+        self.vectors = {n: i for n, i in outputs if is_along(tensors.get(n, ""))}
 
     def _stages(self) -> list[int]:
         """The first pass in which each element can be computed, or before which each number can."""
@@ -86,7 +86,7 @@ class _Planner:
             early = {n: k for n, k in early.items() if n not in clash}
         for k, planned in enumerate(passes):
             planned.scalars = self._scalars(k)
-            planned.rows, planned.cols = self._along("row", k), self._along("col", k)
+            planned.vectors = self._vectors(k)
             planned.vector_stores = {n: i for n, i in self.vectors.items() if self.stage[i] == k}
         passes[0].slices = slices
         passes[0].slice_stores = {
@@ -95,26 +95,33 @@ class _Planner:
         after = [i for k in range(last + 1, max(self.stage) + 1) for i in self._scalars(k)]
         return Schedule(passes, after, self.numbers, self._kept())
 
-    def _along(self, level: str, k: int) -> list[int]:
-        """The values per row or column to compute in stage k; sums over elements are there already."""
+    def _vectors(self, k: int) -> list[int]:
+        """The values along some axes to compute in stage k; sums over elements are there already."""
         return [
             i
             for i, v in enumerate(self.graph.values)
-            if v.level == level and self.stage[i] == k and v.op not in REDUCTIONS
+            if is_along(v.level) and self.stage[i] == k and v.op not in REDUCTIONS
         ]
 
     def _kept(self) -> list[int]:
-        values = self.graph.values
-        kept = {i for i, v in enumerate(values) if v.level in ("row", "col") and v.op in REDUCTIONS}
+        values, kept = self.graph.values, set[int]()
         for i, v in enumerate(values):
-            for a in v.args:
-                if isinstance(a, Ref) and values[a.index].level in ("row", "col"):
-                    later = v.level == "element" or self.stage[i] > self.stage[a.index]
-                    if later and v.op not in REDUCTIONS:
-                        kept.add(a.index)
-        return sorted(
-            kept | {i for i in self.elements.values() if values[i].level in ("row", "col")}
-        )
+            reduced = v.op in REDUCTIONS
+            if is_along(v.level) and reduced:
+                kept.add(i)
+                if is_along(self._level(added := summed(self.graph, i))):
+                    kept.add(added)
+            for a in v.args if not reduced else ():
+                # in the same stage and at the same level it is still at hand
+                if isinstance(a, Ref) and (self.stage[i], v.level) != (
+                    self.stage[a.index],
+                    self._level(a.index),
+                ):
+                    kept.add(a.index)
+        for name, i in {**self.elements, **self.vectors}.items():
+            if self._level(i) != self.graph.tensors[name]:
+                kept.add(i)
+        return sorted(i for i in kept if is_along(self._level(i)))
 
     def _scalars(self, k: int) -> list[int]:
         return [
@@ -161,6 +168,15 @@ class _Planner:
         for root in roots:
             visit(root)
         result.elements.sort()
+
+
+def summed(graph: Graph, reduction: int) -> int:
+    """The node that a sum adds up: of a square what is squared, to be squared in float64."""
+    source = graph.values[reduction].args[0].index
+    value = graph.values[source]
+    if value.op == "square" and graph.values[value.args[0].index].level == value.level:
+        return value.args[0].index
+    return source
 
 
 def schedule(graph: Graph, dtypes: dict[str, torch.dtype], compute: torch.dtype) -> Schedule:

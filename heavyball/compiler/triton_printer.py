@@ -195,6 +195,8 @@ class TritonPrinter(Printer):
     Errors: NotPrintableError for a tensor of another dtype.
     """
 
+    lanes = "lane"  # the elements of a block, counted from where it begins
+
     def __init__(
         self,
         graph: Graph,
@@ -473,7 +475,7 @@ class TritonPrinter(Printer):
         tensors = [f"t{n} + {start}" for n in self._touched(planned)]
         keys = self._keys_of(planned.stores)
         rounding = [start, *keys] if keys else []
-        arguments = ["lane", mask, *rounding, *tensors, *self._signature(planned)]
+        arguments = [self.lanes, mask, *rounding, *tensors, *self._signature(planned)]
         call = f"block_{k}({', '.join(arguments)})"
         results = ", ".join(f"r{i}" for i in self._sums(planned))
         return f"{results} = {call}" if results else call
@@ -526,16 +528,14 @@ class TritonPrinter(Printer):
             lines.append("return " + ", ".join(f"r{i}" for i in self._slice_sums(planned)))
         return f"@triton.jit\ndef slice_{k}({arguments}):\n{_indented(lines, 1)}\n\n\n"
 
-    def _walk_slice(self, k: int, planned: Pass, low: str, high: str) -> list[str]:
+    def _walk_slice(self, k: int, planned: Pass, first: str, end: str) -> list[str]:
         """The walk over a slice, before that over all elements, which may write what it looks at."""
-        if not planned.slices:
-            return []
         arguments = ["spot", "spot < end", *self._slice_arguments(planned)]
         call = f"slice_{k}({', '.join(arguments)})"
         results = ", ".join(f"r{i}" for i in self._slice_sums(planned))
         return [
-            f"end = {self._end_of_slice(high)}",
-            f"for place in range({self._end_of_slice(low)}, end, {SLICE}):",
+            f"end = {end}",
+            f"for place in range({first}, end, {SLICE}):",
             f"    spot = place + tl.arange(0, {SLICE})",
             f"    {results} = {call}" if results else f"    {call}",
             "tl.debug_barrier()",
@@ -545,6 +545,10 @@ class TritonPrinter(Printer):
 
     def _kernel(self, k: int, planned: Pass) -> str:
         touched = sorted({*self._touched(planned), *self._slice_touched(planned)})
+        slices = list[str]()
+        if planned.slices:
+            low, high = map(self._end_of_slice, ("low", "high"))
+            slices = self._walk_slice(k, planned, low, high)
         return KERNEL.format(
             k=k,
             columns=len(self.columns),
@@ -556,7 +560,7 @@ class TritonPrinter(Printer):
             numbers=_indented(self._begin(k, planned), 1),
             pointers=_indented([self._pointer(n) for n in touched], 1),
             totals=_indented([self._zero(i) for i in self._left(planned)], 1),
-            slices=_indented(self._walk_slice(k, planned, "low", "high"), 1),
+            slices=_indented(slices, 1),
             call=self._call(k, planned, "start", "None"),
             masked_call=self._call(k, planned, "even", "lane < high - even"),
             leave=_indented([self._leave(n, i) for n, i in enumerate(self._left(planned))], 1),

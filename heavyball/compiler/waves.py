@@ -15,6 +15,7 @@ from torch import Tensor
 
 from heavyball.calls import rotating
 from heavyball.compiler import cuda
+from heavyball.compiler.axes import run_sizes
 from heavyball.compiler.cpp import Printer
 from heavyball.compiler.graph import NotPrintableError, Opaque
 from heavyball.compiler.launch import Kernel, Table, build, place_of, printer_type
@@ -54,7 +55,7 @@ def printers(job: Job) -> tuple[Segments, list[Printer | None]]:
         if part.graph is None:
             found.append(None)
             continue
-        if part.graph.split is not None and not param.is_contiguous():
+        if part.graph.starts is not None and not param.is_contiguous():
             raise NotPrintableError("rows or columns of a parameter that is not contiguous")
         printer = printer_type(part.graph, param.device)
         roots = frozenset(n for n in part.graph.tensors if is_root(dtypes[n], holds(n)))
@@ -283,8 +284,7 @@ class SegmentRows(Table):
         """Append a parameter's row."""
         kernel, job = self.kernel, entry.job
         row = [job.param.numel(), entry.group, job.stream or 0]
-        if kernel.split is not None:
-            row.append(job.param.shape[kernel.split :].numel())
+        row += run_sizes(kernel.starts, job.param.shape)
         self.moving = []
         for name in kernel.tensors:
             if name == "grad":

@@ -11,7 +11,17 @@ from heavyball.numerics.averages import (
     second_weight,
 )
 from heavyball.numerics.dtypes import SCALAR, compute_dtype, working
-from heavyball.numerics.measures import count, dot, every, is_single, norm, rms, saturate, shape_of
+from heavyball.numerics.measures import (
+    count,
+    dot,
+    every,
+    is_single,
+    mean_like,
+    norm,
+    rms,
+    saturate,
+    shape_of,
+)
 from heavyball.numerics.rounding import (
     generator,
     host_uniform,
@@ -34,6 +44,7 @@ __all__ = [
     "host_uniform",
     "is_single",
     "lerp",
+    "mean_like",
     "norm",
     "normals",
     "quotient",

@@ -45,6 +45,16 @@ def shape_of(x: Tensor | None) -> torch.Size | None:
     return x.shape if sizes is None else sizes.shape(x)
 
 
+def mean_like(x: Tensor, like: Tensor) -> Tensor:
+    """The mean over the axes along which `like`, of as many dimensions, has one element.
+
+    Where a state says by its shape what to take a mean over, that shape need not be looked at: a
+    compiled kernel depends on the axes that its states have, but not on their sizes.
+    """
+    axes = [axis for axis, n in enumerate(shape_of(like) or ()) if n == 1]
+    return x.mean(axes, keepdim=True) if axes else x
+
+
 def every(x: Tensor, k: int) -> Tensor:
     """Every k-th element, in the order of the dimensions, beginning with the first."""
     sizes = _sizes.get()

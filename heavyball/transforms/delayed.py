@@ -44,8 +44,8 @@ def delayed_rms(
     """
     first, old = step == 1, (row, col, exp_avg_sq)
     weight = torch.where(first, 1.0, second_weight(beta2, step, scheduled_beta2, correct_bias))
-    new = next_square(update, old, weight, min_dim, min_dim_mode)
-    deviation = factored_root(old, update.shape, min_dim, min_dim_mode)
+    new = next_square(update, old, weight)
+    deviation = factored_root(old)
     if unit_change is not None:
         deviation = deviation / unit_change
     return quotient(update, deviation, eps, clip_threshold), *new, ~first

@@ -6,17 +6,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from heavyball.numerics import ema, lerp, quotient, second_weight
+from heavyball.numerics import ema, lerp, mean_like, quotient, second_weight
 from heavyball.transform import Live, State, fraction, transform, zeros
 
 
 def factored_axes(shape: torch.Size, min_dim: int, mode: str) -> tuple[int, int] | None:
-    """The largest and the second largest axis, the later of two equal ones the larger; or None."""
+    """The largest and the second largest axis, the later of two equal ones the larger; or None.
+
+    With one axis of more than one element there is nothing to gain: `col` would be all of it.
+    """
     if len(shape) < 2:
         return None
     *_, second, largest = sorted(range(len(shape)), key=lambda axis: (shape[axis], axis))
     deciding = second if mode == "second" else largest
-    return (largest, second) if shape[deciding] >= min_dim else None
+    return (largest, second) if shape[deciding] >= min_dim and shape[second] > 1 else None
 
 
 def _axes(param: Tensor, options: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -74,7 +77,8 @@ def factored_rms(
     u' = u / (sqrt(V) + eps)
 
     Tensors whose second largest axis (`min_dim_mode="any"`: whose largest) is shorter than `min_dim`
-    keep a full second moment; further axes are batch axes. `eps` None and `correct_bias` are those of
+    keep a full second moment, and so do those with one axis only of more than one element; further
+    axes are batch axes. `eps` None and `correct_bias` are those of
     `scale_by_exp_avg_sq`.
 
     momentum: above 0, the mean of u with this beta takes the place of u above the root.
@@ -85,14 +89,9 @@ def factored_rms(
         optax. timm and prodigy-plus-schedule-free 1.9.0 average a row over a wrong axis where the
         largest axis comes first, and lose the row factor there.
     """
-    new = next_square(
-        update,
-        (row, col, exp_avg_sq),
-        second_weight(beta2, step, scheduled_beta2, correct_bias),
-        min_dim,
-        min_dim_mode,
-    )
-    deviation = factored_root(new, update.shape, min_dim, min_dim_mode)
+    weight = second_weight(beta2, step, scheduled_beta2, correct_bias)
+    new = next_square(update, (row, col, exp_avg_sq), weight)
+    deviation = factored_root(new)
     if exp_avg is not None:
         update = exp_avg = ema(exp_avg, update, momentum, step, correct_bias)
     return quotient(update, deviation, eps, clip_threshold), *new, exp_avg
@@ -101,26 +100,24 @@ def factored_rms(
 Square = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-def next_square(update: Tensor, square: Square, weight: Tensor, min_dim: int, mode: str) -> Square:
+def next_square(update: Tensor, square: Square, weight: Tensor) -> Square:
     """One step of a second moment: the means of its rows and columns, or all of it."""
     row, col, full = square
     if full is not None:
         return None, None, lerp(full, update.square(), weight)
     assert row is not None
     assert col is not None
-    largest, second = factored_axes(update.shape, min_dim, mode)  # type: ignore[misc]
     new = update.square()
-    row = lerp(row, new.mean(largest, keepdim=True), weight)
-    return row, lerp(col, new.mean(second, keepdim=True), weight), None
+    row = lerp(row, mean_like(new, row), weight)
+    return row, lerp(col, mean_like(new, col), weight), None
 
 
-def factored_root(square: Square, shape: torch.Size, min_dim: int, mode: str) -> Tensor:
+def factored_root(square: Square) -> Tensor:
     """The root of a second moment; of means, the root of row col / mean(row)."""
     row, col, full = square
     if full is not None:
         return full.sqrt()
     assert row is not None
     assert col is not None
-    _, second = factored_axes(shape, min_dim, mode)  # type: ignore[misc]
-    scale = row / row.mean(second, keepdim=True).clamp(min=1e-30)
+    scale = row / mean_like(row, col).clamp(min=1e-30)
     return scale.sqrt() * col.sqrt()

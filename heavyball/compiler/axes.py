@@ -1,0 +1,152 @@
+"""Values along some of a tensor's axes: their levels, and where each value lies in its array.
+
+A tensor of which some values belong to rows and others to columns is seen with two axes, a convolution
+kernel (out, in, 3, 3) with means over the inputs and means over the outputs with three: neighbouring
+axes that no level tells apart are merged, and axes of one element are left out. What is left are the
+runs, numbered from 0. An array of values along some runs lies in memory as a contiguous tensor would.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+Runs = tuple[int, ...]
+_PREFIX = "along "
+
+
+def along(axes: Iterable[int]) -> str:
+    """The level of values that differ along these axes of the tensor."""
+    return _PREFIX + ",".join(map(str, axes))
+
+
+def is_along(level: str) -> bool:
+    """Whether a level is one of values along some of the axes."""
+    return level.startswith(_PREFIX)
+
+
+def axes_of(shape: Sequence[int], of: Sequence[int]) -> str | int:
+    """Which axes of another shape a state's has: "=" all, "1" none and "-" something else for each.
+
+    Where their numbers of dimensions differ, the state's.
+    """
+    if shape == of:
+        return "="
+    if len(shape) != len(of):
+        return len(shape)
+    return "".join(
+        "1" if n == 1 else "=" if n == m else "-" for n, m in zip(shape, of, strict=True)
+    )
+
+
+def _numbers(level: str) -> set[int]:
+    return {int(axis) for axis in level.removeprefix(_PREFIX).split(",")}
+
+
+def first_axes(levels: Iterable[str], wide: Sequence[int]) -> Runs | None:
+    """The axis with which each run begins; None if no level asks for runs.
+
+    wide: the axes with more than one element.
+    """
+    found = [_numbers(level) for level in sorted(set(levels)) if is_along(level)]
+    if not found:
+        return None
+    starts: list[int] = []
+    before: list[bool] | None = None
+    for axis in wide:
+        member = [axis in axes for axes in found]
+        if member != before:
+            starts.append(axis)
+        before = member
+    return tuple(starts)
+
+
+def run_sizes(starts: Runs | None, shape: Sequence[int]) -> list[int]:
+    """The sizes of all runs but the first, which is what is left of the number of elements."""
+    later = starts[1:] if starts else ()
+    ends = [*later[1:], len(shape)]
+    return [math.prod(shape[low:high]) for low, high in zip(later, ends, strict=bool(later))]
+
+
+class Frame:
+    """A tensor as rows: its runs and levels, and index arithmetic as text.
+
+    outer: the runs that number the rows. lane: the run along which a row is walked. period: the run
+    behind it, or None; its elements lie next to each other in a row, so that a row has lane x period
+    elements. There is one where some values are the same along the lane and differ along the period:
+    rows of a 3 x 3 kernel's nine elements would be too short. rows: all runs but the lane.
+    """
+
+    def __init__(self, starts: Runs, levels: Iterable[str], size: Callable[[int], str], over: str):
+        """size: how the text calls the size of a run. over: the sign of an integer division."""
+        self._size, self._over = size, over
+        self.all = tuple(range(len(starts)))
+        self._runs = {
+            level: tuple(k for k in self.all if starts[k] in _numbers(level))
+            for level in sorted(set(levels))
+            if is_along(level)
+        }
+        self.levels = sorted(self._runs, key=lambda level: (len(self._runs[level]), level))
+        *_, lane, last = (-1, *self.all)
+        found = self._runs.values()
+        repeats = any(last in runs and lane not in runs for runs in found)
+        apart = any(lane in runs and last not in runs for runs in found)
+        self.period = last if repeats and not apart and len(self.all) > 2 else None
+        self.lane = last if self.period is None else lane
+        self.outer = tuple(k for k in self.all if k < self.lane)
+        self.rows = tuple(k for k in self.all if k != self.lane)
+
+    def runs(self, level: str) -> Runs:
+        """The runs of a level."""
+        return self._runs.get(level, ())
+
+    def without_lane(self, level: str) -> Runs:
+        """The runs of a level but for the lane."""
+        return tuple(k for k in self.runs(level) if k != self.lane)
+
+    def size(self, runs: Iterable[int]) -> str:
+        """How many values there are along these runs."""
+        text = " * ".join(self._size(k) for k in runs)
+        return f"({text})" if text else "1"
+
+    def sizes(self, levels: Iterable[str]) -> str:
+        """How many values there are of these levels together."""
+        found = list(levels)
+        counts = {level: found.count(level) for level in self.levels if level in found}
+        terms = [f"{n} * {self.size(self.runs(level))}" for level, n in counts.items()]
+        return " + ".join(terms) or "0"
+
+    def members(self, before: str, level: str) -> str:
+        """How many values of one level ("element" for all) a sum to another adds up."""
+        inside = self.all if before == "element" else self.runs(before)
+        return self.size(self.missing(level, inside))
+
+    def missing(self, level: str, inside: Runs) -> Runs:
+        """The runs of `inside` along which values of a level are the same."""
+        return tuple(k for k in inside if k not in self.runs(level))
+
+    def place(self, at: str, source: Runs, target: Runs) -> str:
+        """The part that a place in an array along `source` has in one along `target`.
+
+        Where all runs of the target are among the source's, that is the place of the value itself.
+        """
+        terms = []
+        for low, high in _shared(source, target):
+            text, behind, above = at, source[high:], target[target.index(source[high - 1]) + 1 :]
+            text += f" {self._over} {self.size(behind)}" if behind else ""
+            text += f" % {self.size(source[low:high])}" if low else ""
+            text += f" * {self.size(above)}" if above else ""
+            terms.append(text)
+        return " + ".join(terms) or "0"
+
+
+def _shared(source: Runs, target: Runs) -> Iterable[tuple[int, int]]:
+    """Slices of the source whose runs follow each other in the target too."""
+    low = 0
+    while low < len(source):
+        if source[low] not in target:
+            low += 1
+            continue
+        high, place = low + 1, target.index(source[low])
+        while high < len(source) and source[high : high + 1] == target[place + high - low :][:1]:
+            high += 1
+        yield low, high
+        low = high
