@@ -19,6 +19,7 @@ from heavyball.compiler.cpp_matrix import MatrixPrinter
 from heavyball.compiler.graph import NotPrintableError, Opaque
 from heavyball.compiler.launch import Kernel, Table, build, hyper_values, place_of
 from heavyball.compiler.segments import Segments, Told, cut
+from heavyball.numerics.scratch import reused
 from heavyball.runner import SHARE, Job, compute_dtype, working, write
 from heavyball.states import loaded, new_states, working_param
 from heavyball.storage import is_root
@@ -338,6 +339,7 @@ class Waves:
     def tables(self) -> list[Table]:
         return [table for wave in self.waves for table in wave.tables]
 
+    @reused()
     def run(
         self, groups: list[Mapping[str, Any]], sums: Mapping[str, float]
     ) -> dict[int, list[float]]:
