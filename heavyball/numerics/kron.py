@@ -5,7 +5,7 @@ factor of axis i is upper triangular, (batch, s_i, s_i), or diagonal, (batch, s_
 to its arguments.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -16,6 +16,8 @@ from heavyball.numerics.rounding import round_stochastically
 from heavyball.numerics.scratch import scratch
 from heavyball.numerics.triangles import (
     line_length,
+    times_transposed,
+    times_triangle,
     transposed_product,
     triangular_product,
 )
@@ -78,14 +80,11 @@ def _spread(diagonal: Tensor, axis: int, ndim: int) -> Tensor:
     return diagonal.reshape(diagonal.shape[0], *(-1 if i == axis else 1 for i in range(ndim - 1)))
 
 
-Product = Callable[[Tensor, Tensor], Tensor]
-
-
-def _along_matrix(x: Tensor, factor: Tensor, axis: int, product: Product) -> Tensor:
-    """One factor applied to rows (axis 0) or columns of a batch of matrices."""
-    if _is_diagonal(factor):
-        return x * _spread(factor, axis, x.ndim)
-    return product(factor, x) if axis == 0 else product(factor, x.mT).mT
+def _along_matrix(x: Tensor, factor: Tensor, axis: int, transpose: bool) -> Tensor:
+    """A triangle applied to rows (axis 0) or columns of a batch of matrices."""
+    if axis == 0:
+        return transposed_product(factor, x) if transpose else triangular_product(factor, x)
+    return times_triangle(x, factor) if transpose else times_transposed(x, factor)
 
 
 def _einsum_of(x: Tensor, factors: Sequence[Tensor], transpose: bool) -> Tensor:
@@ -113,9 +112,11 @@ def apply(x: Tensor, factors: Sequence[Tensor], transpose: bool = False) -> Tens
         return apply(x[..., None], factors, transpose)[..., 0]
     if x.ndim > 3:
         return _einsum_of(x, factors, transpose)
-    product = transposed_product if transpose else triangular_product
     for axis, factor in enumerate(factors):
-        x = _along_matrix(x, factor, axis, product)
+        if _is_diagonal(factor):
+            x = x * _spread(factor, axis, x.ndim)
+        else:
+            x = _along_matrix(x, factor, axis, transpose)
     return x
 
 
@@ -129,9 +130,7 @@ def precondition(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
         if _is_diagonal(factor):
             x = x * _spread(factor.square(), axis, x.ndim)
         else:
-            view = x if axis == 0 else x.mT
-            view = transposed_product(factor, triangular_product(factor, view))
-            x = view if axis == 0 else view.mT
+            x = _along_matrix(_along_matrix(x, factor, axis, False), factor, axis, True)
     return x
 
 
@@ -147,7 +146,10 @@ def precondition_with(x: Tensor, squared: Sequence[Tensor]) -> Tensor:
     if x.ndim > 3:
         return _einsum_of(x, squared, False)
     for axis, square in enumerate(squared):
-        x = _along_matrix(x, square, axis, torch.matmul)
+        if _is_diagonal(square):
+            x = x * _spread(square, axis, x.ndim)
+        else:
+            x = square @ x if axis == 0 else x @ square
     return x
 
 

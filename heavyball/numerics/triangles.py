@@ -8,8 +8,6 @@ from torch import Tensor
 
 # Rows of a triangle in one product: fewer leave out more of its zeros, but are slower to multiply with.
 BLOCK = 128
-# Columns in one product with a triangle from the right.
-PANEL = 256
 
 
 def places(size: int) -> Iterator[tuple[int, int]]:
@@ -51,12 +49,27 @@ def transposed_product(factor: Tensor, x: Tensor) -> Tensor:
     return out
 
 
-def times_triangle(x: Tensor, factor: Tensor, out: Tensor) -> None:
-    """Write `x Q` for upper triangular Q, a panel of columns at a time, without most of Q's zeros."""
+def times_transposed(x: Tensor, factor: Tensor) -> Tensor:
+    """`x Q^T` for upper triangular Q, a block of columns at a time, without most of Q's zeros."""
     size = factor.shape[-1]
-    for low in range(0, size, PANEL):
-        high = min(low + PANEL, size)
+    if size < 2 * BLOCK:
+        return x @ factor.mT
+    out = _empty(x)
+    for low, high in places(size):
+        product(x[..., low:], factor[:, low:high, low:].mT, out[..., low:high])
+    return out
+
+
+def times_triangle(
+    x: Tensor, factor: Tensor, out: Tensor | None = None, panel: int = BLOCK
+) -> Tensor:
+    """`x Q` for upper triangular Q, a panel of columns at a time, without most of Q's zeros."""
+    size = factor.shape[-1]
+    out = _empty(x) if out is None else out
+    for low in range(0, size, panel):
+        high = min(low + panel, size)
         product(x[..., :high], factor[:, :high, low:high], out[..., low:high])
+    return out
 
 
 # ---- a triangle as a line

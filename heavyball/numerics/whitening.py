@@ -13,6 +13,9 @@ from torch import Tensor
 from heavyball.numerics.scratch import scratch
 from heavyball.numerics.triangles import places, product, times_triangle
 
+# Few rows are multiplied with a triangle by wider panels of columns.
+PANEL = 256
+
 Times = Callable[[Tensor], Tensor]
 
 
