@@ -168,17 +168,16 @@ def _times_square(x: Tensor, axis: int, square: Tensor) -> Tensor:
 
 def solve_transposed(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
     """`x x_1 Q_1^(-T) ... x_n Q_n^(-T)`; for a matrix Q_1^(-T) x Q_2^(-1). In float32 or better."""
-    solve = torch.linalg.solve_triangular
     for axis, factor in enumerate(factors):
         if _is_diagonal(factor):
             x = x / _spread(factor, axis, x.ndim)
-        else:
-            x = _along(
-                x,
-                axis,
-                lambda y, q=factor: solve(q.mT, y, upper=False),
-                lambda y, q=factor: solve(q, y, upper=True, left=False),
-            )
+            continue
+        # rows y with y Q = x: torch solves them in their own layout, columns it would transpose
+        order = [0, *(place for place in _by_stride(x) if place != axis + 1), axis + 1]
+        moved = x.permute(order)
+        rows = moved.reshape(len(x), -1, x.shape[axis + 1])
+        rows = torch.linalg.solve_triangular(factor, rows, upper=True, left=False)
+        x = rows.reshape(moved.shape).permute([order.index(place) for place in range(x.ndim)])
     return x
 
 
