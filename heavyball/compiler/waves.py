@@ -21,6 +21,7 @@ from heavyball.compiler.graph import NotPrintableError, Opaque
 from heavyball.compiler.launch import Kernel, Table, build, place_of, printer_type
 from heavyball.compiler.segments import Segments, Told, cut
 from heavyball.compiler.triton_printer import TritonPrinter
+from heavyball.numerics.scratch import reused
 from heavyball.runner import SHARE, Job, compute_dtype, working, write
 from heavyball.states import loaded, new_states, working_param
 from heavyball.storage import is_root
@@ -360,6 +361,7 @@ class Waves:
     def tables(self) -> list[Table]:
         return [table for wave in self.waves for table in wave.tables]
 
+    @reused()
     def run(
         self, groups: Sequence[Mapping[str, Any]], totals: Mapping[str, Tensor]
     ) -> dict[int, tuple[Tensor, ...]]:

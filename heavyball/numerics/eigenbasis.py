@@ -14,6 +14,7 @@ from torch import Tensor
 
 from heavyball.numerics.modes import product, rotate
 from heavyball.numerics.orthogonalize import newton_schulz
+from heavyball.numerics.scratch import scratch
 
 Refresh = Literal["qr", "newtonschulz", "svd", "eigh"]
 
@@ -51,7 +52,7 @@ def refreshed(matrix: Tensor, basis: Tensor, way: Refresh) -> tuple[Tensor, Tens
     Shapes: matrix, basis (B, n, n); order (B, n).
     """
     # the image transposed: sorting rows is copying them, and LAPACK wants columns one after the other
-    image = product(basis.mT, matrix)
+    image = _product_in_scratch(basis.mT, matrix)
     sizes = (basis.mT * image).sum(-1)
     # a matrix that cannot be used must not reorder its basis; stable, so that ties stay in place
     known = _usable(matrix)
@@ -96,6 +97,14 @@ def reorder(x: Tensor, orders: Sequence[Tensor | None]) -> Tensor:
     return x
 
 
+def _product_in_scratch(a: Tensor, b: Tensor) -> Tensor:
+    if len(a) > 1:
+        return product(a, b)
+    (out,) = scratch("eigenbasis", b, b.shape)
+    torch.mm(a[0], b[0], out=out[0])
+    return out
+
+
 def _columns(x: Tensor, order: Tensor) -> Tensor:
     """The columns of matrices in an order of their own each."""
     if len(x) == 1:
@@ -119,8 +128,9 @@ def _usable(matrix: Tensor) -> Tensor:
     """Whether all entries are finite, per matrix (B, 1, 1); no value comes back from the device."""
     # in the order of memory: a transposed one takes ten times as long
     matrix = matrix if matrix.is_contiguous() else matrix.mT
-    largest = torch.linalg.vector_norm(matrix, ord=torch.inf, dim=(-2, -1), keepdim=True)
-    return torch.isfinite(largest)
+    # twenty times as fast as the infinity norm on a CPU
+    high, low = (f(matrix, (-2, -1), keepdim=True) for f in (torch.amax, torch.amin))
+    return torch.isfinite(high) & torch.isfinite(low)
 
 
 def _by_eigh(matrix: Tensor) -> Tensor:
@@ -134,7 +144,12 @@ def _by_svd(matrix: Tensor) -> Tensor:
 
 
 def _by_qr(matrix: Tensor) -> Tensor:
+    """The orthogonal factor. A single matrix with columns in order is written over."""
     # 1.15 to 1.3 times faster than linalg.qr, which gives R as well
+    if len(matrix) == 1 and matrix.mT.is_contiguous():
+        reflectors, sizes = matrix[0], matrix.new_empty(matrix.shape[-1])
+        torch.geqrf(reflectors, out=(reflectors, sizes))
+        return torch.linalg.householder_product(reflectors, sizes, out=reflectors)[None]
     return torch.linalg.householder_product(*torch.geqrf(matrix))
 
 

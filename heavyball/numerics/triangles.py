@@ -1,5 +1,6 @@
 """Batches of upper triangular matrices: products without most of their zeros, and triangles as lines."""
 
+import ctypes
 from collections.abc import Iterator
 
 import torch
@@ -9,62 +10,73 @@ from torch import Tensor
 BLOCK = 128
 
 
-def _places(size: int) -> Iterator[tuple[int, int]]:
-    """Where blocks of rows begin and end."""
-    return ((low, min(low + BLOCK, size)) for low in range(0, size, BLOCK))
+def places(size: int, like: Tensor) -> Iterator[tuple[int, int]]:
+    """Where blocks of rows begin and end: all rows where there is nothing to be gained by blocks."""
+    block = size if _at_once(size, like) else BLOCK
+    return ((low, min(low + block, size)) for low in range(0, size, block))
+
+
+def _at_once(size: int, like: Tensor) -> bool:
+    # for a device the zeros are less work than the launches
+    return like.is_cuda or size < 2 * BLOCK
 
 
 def _empty(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Write `a @ b` for batches of matrices."""
+    if len(a) == 1:  # a batch of one is slower than a matrix by a twentieth
+        torch.mm(a[0], b[0], out=out[0])
+    else:
+        torch.bmm(a, b, out=out)
+
+
 def triangular_product(factor: Tensor, x: Tensor) -> Tensor:
     """`Q x` for upper triangular Q, a block of rows at a time, without most of Q's zeros."""
     size = factor.shape[-1]
-    if size < 2 * BLOCK:
+    if _at_once(size, factor):
         return factor @ x
     out = _empty(x)
-    for low, high in _places(size):
-        torch.bmm(factor[:, low:high, low:], x[:, low:], out=out[:, low:high])
+    for low, high in places(size, factor):
+        product(factor[:, low:high, low:], x[:, low:], out[:, low:high])
     return out
 
 
 def transposed_product(factor: Tensor, x: Tensor) -> Tensor:
     """`Q^T x` for upper triangular Q, a block of rows at a time, without most of Q's zeros."""
     size = factor.shape[-1]
-    if size < 2 * BLOCK:
+    if _at_once(size, factor):
         return factor.mT @ x
     out = _empty(x)
-    for low, high in _places(size):
-        torch.bmm(factor[:, :high, low:high].mT, x[:, :high], out=out[:, low:high])
+    for low, high in places(size, factor):
+        product(factor[:, :high, low:high].mT, x[:, :high], out[:, low:high])
     return out
 
 
-def product_of_triangles(one: Tensor, other: Tensor) -> Tensor:
-    """`T Q` for upper triangular T and Q, with less than a third of the operations of a full product."""
-    size = one.shape[-1]
-    if size < 2 * BLOCK:
-        return one @ other
-    half = size // 2
-    top, low = slice(None, half), slice(half, None)
-    out = torch.zeros_like(other, memory_format=torch.contiguous_format)
-    out[:, top, top] = product_of_triangles(one[:, top, top], other[:, top, top])
-    out[:, low, low] = product_of_triangles(one[:, low, low], other[:, low, low])
-    # the other one is triangular from the right: (T Q)^T = Q^T T^T
-    corner = transposed_product(other[:, low, low], one[:, top, low].mT).mT
-    out[:, top, low] = corner.add_(triangular_product(one[:, top, top], other[:, top, low]))
+def times_transposed(x: Tensor, factor: Tensor) -> Tensor:
+    """`x Q^T` for upper triangular Q, a block of columns at a time, without most of Q's zeros."""
+    size = factor.shape[-1]
+    if _at_once(size, factor):
+        return x @ factor.mT
+    out = _empty(x)
+    for low, high in places(size, factor):
+        product(x[..., low:], factor[:, low:high, low:].mT, out[..., low:high])
     return out
 
 
-def upper_gram(rows: Tensor) -> Tensor:
-    """The upper triangle of `X X^T`, with little more than half of the operations."""
-    size = rows.shape[1]
-    if size < 2 * BLOCK:
-        return (rows @ rows.mT).triu_()
-    out = rows.new_empty(rows.shape[0], size, size)
-    for low, high in _places(size):
-        torch.bmm(rows[:, low:high], rows[:, low:].mT, out=out[:, low:high, low:])
-    return out.triu_()
+def times_triangle(
+    x: Tensor, factor: Tensor, out: Tensor | None = None, panel: int = BLOCK
+) -> Tensor:
+    """`x Q` for upper triangular Q, a panel of columns at a time, without most of Q's zeros."""
+    size = factor.shape[-1]
+    out = _empty(x) if out is None else out
+    panel = size if _at_once(size, factor) else panel
+    for low in range(0, size, panel):
+        high = min(low + panel, size)
+        product(x[..., :high], factor[:, :high, low:high], out[..., low:high])
+    return out
 
 
 # ---- a triangle as a line
@@ -91,18 +103,36 @@ def line_size(length: int) -> int:
 def to_line(matrix: Tensor) -> Tensor:
     """The upper triangles of a batch of matrices, row after row: (batch, n (n + 1) / 2)."""
     size = matrix.shape[-1]
+    if matrix.device.type == "cpu" and size >= 2 * BLOCK:
+        line = matrix.new_empty(len(matrix), line_length(size))
+        _copy_rows(line, matrix.contiguous(), opening=False)
+        return line
     # int32 halves what the index takes, which is as much as the line
     rows, columns = torch.triu_indices(size, size, dtype=torch.int32, device=matrix.device)
     return matrix.flatten(1).index_select(1, rows.mul_(size).add_(columns))
 
 
-def from_line(line: Tensor) -> Tensor:
-    """The upper triangular matrices whose triangles are given row after row."""
+def from_line(line: Tensor, out: Tensor | None = None) -> Tensor:
+    """The upper triangular matrices whose triangles are given row after row, in `out` if given."""
     size = line_size(line.shape[-1])
     if line.device.type != "cpu":
         return gathered(line, size)  # a mask would take a table of 64-bit places there
-    mask = torch.ones(size, size, dtype=torch.bool).triu_()
-    return line.new_zeros(line.shape[0], size, size).masked_scatter_(mask, line)
+    out = line.new_empty(len(line), size, size) if out is None else out
+    out.zero_()
+    if size >= 2 * BLOCK:
+        _copy_rows(line.contiguous(), out, opening=True)
+        return out
+    return out.masked_scatter_(torch.ones(size, size, dtype=torch.bool).triu_(), line)
+
+
+def _copy_rows(line: Tensor, matrix: Tensor, opening: bool) -> None:
+    """Copy every row of contiguous triangles: a tenth of the time of an index for long ones."""
+    size, item = matrix.shape[-1], matrix.element_size()
+    for short, square in zip(line, matrix, strict=True):
+        near, far = short.data_ptr(), square.data_ptr()
+        for length in range(size * item, 0, -item):
+            ctypes.memmove(*((far, near) if opening else (near, far)), length)
+            near, far = near + length, far + (size + 1) * item
 
 
 def gathered(line: Tensor, size: int) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from heavyball.numerics import kron, triangles
 from heavyball.numerics.decisions import Decision, checked_probability, occasions
 from heavyball.numerics.memory import warn_if_large
+from heavyball.numerics.scratch import scratch
 from heavyball.transform import Live, State, positive, transform
 from heavyball.view import WorkingShape, working_shape
 
@@ -115,9 +116,12 @@ def _problem(shape: torch.Size, options: Mapping[str, Any]) -> str | None:
 
 
 def _opened(factors: Sequence[Tensor], axes: Sequence[bool], line: bool) -> list[Tensor]:
+    lines = [line and full for full in axes]
+    sizes = [triangles.line_size(q.shape[-1]) for q, kept in zip(factors, lines, strict=True) if kept]
+    room = iter(scratch("opened", factors[0], *((len(factors[0]), n, n) for n in sizes)))
     return [
-        triangles.from_line(q) if full and line else q
-        for q, full in zip(factors, axes, strict=True)
+        triangles.from_line(q, next(room)) if kept else q
+        for q, kept in zip(factors, lines, strict=True)
     ]
 
 
@@ -219,7 +223,8 @@ def psgd_kron(
             outputs.append(_times_p(x, opened, square))
         if fits:
             q = kron.balanced(opened) if balances else opened
-            q = kron.fitted(q, targets[place], noise(x.shape, place), precond_lr)
+            v = noise(x.shape, place)
+            q = kron.fitted(q, targets[place], v, precond_lr, passing=store_triu_as_line)
             q = [_rounded(f, q_dtype, noise, ROUND + len(new) + i) for i, f in enumerate(q)]
             stored = _closed(q, axes, store_triu_as_line)
             square = [_nearest(s, q_dtype) for s in kron.squares(q)] if cached else None

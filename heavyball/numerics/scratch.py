@@ -1,0 +1,49 @@
+"""Memory for large temporary tensors that the next of their kind uses again, within one step.
+
+The C library gives freed blocks of many megabytes back to the system, and getting their pages again
+costs more than the arithmetic on what lies in them. Kept between steps they would lie beside the
+activations.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+class _Blocks(threading.local):
+    found: dict[tuple[str, torch.dtype], Tensor] | None = None
+
+
+_blocks = _Blocks()
+
+
+@contextmanager
+def reused() -> Iterator[None]:
+    """While it is entered, `scratch` hands out the memory of a place again and again. Also a decorator."""
+    outer = _blocks.found
+    _blocks.found = {} if outer is None else outer
+    try:
+        yield
+    finally:
+        _blocks.found = outer
+
+
+def scratch(place: str, like: Tensor, *shapes: Sequence[int]) -> list[Tensor]:
+    """Uninitialised tensors, good until the next ones of the same place are asked for."""
+    sizes = [torch.Size(shape).numel() for shape in shapes]
+    parts = _block(place, like, sum(sizes)).split(sizes)
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _block(place: str, like: Tensor, size: int) -> Tensor:
+    if _blocks.found is None or like.device.type != "cpu":
+        return like.new_empty(size)
+    key = place, like.dtype
+    block = _blocks.found.get(key)
+    if block is None or block.numel() < size:
+        _blocks.found.pop(key, None)  # freed before the larger one is there
+        block = _blocks.found[key] = like.new_empty(size)
+    return block[:size]
