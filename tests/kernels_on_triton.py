@@ -319,6 +319,16 @@ def test_one_launch_per_pass_and_no_waiting(chain: tuple, expected: int) -> None
         assert step == 0 or not waits
 
 
+def test_a_basis_does_not_make_a_step_wait() -> None:
+    params, opt = optimizer((C.soap_precond(precondition_frequency=100),), ((6, 6), (5, 7)))
+    for step in range(4):
+        fill(params, step)
+        with watched() as (_, waits):
+            opt.step()
+        # the first step finds out what there is, and makes the bases
+        assert step == 0 or not waits
+
+
 def test_buffers_stay_and_are_filled_only_after_changes() -> None:
     params, opt = optimizer((C.scale_by_adam,), SHAPES)
     fill(params, 0)

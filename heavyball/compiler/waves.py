@@ -81,6 +81,7 @@ class Entry:
     row: int = 0  # its place in the wave's numbers
     offset: int = 0  # its place in the wave's temporary tensors, in elements
     count: int = 0
+    behind: int | None = None  # the step that a whole transform has set, where the host knows it
     ended: bool = False
     results: dict[str, Tensor] = field(default_factory=dict)
     opaque: dict[Opaque, Any] = field(default_factory=dict)
@@ -88,7 +89,7 @@ class Entry:
     hooks: list[Call] = field(default_factory=list)
 
     def begin(self) -> None:
-        self.ended, self.count = False, self.job.count + 1
+        self.ended, self.count, self.behind = False, self.job.count + 1, None
 
     def forget(self) -> None:
         """Let go of what belongs to one step."""
@@ -198,7 +199,7 @@ class Wave:
             question.node,
             entry.job,
             self._value(entry, told.update),
-            entry.count if question.counted else int(step),
+            entry.count if question.counted else entry.behind,
             context,
             gate=None if told.gate is None else self._value(entry, told.gate),
         )
@@ -232,6 +233,8 @@ class Wave:
                 entry.results[f"{place}.{name}"] = laid_out(value, entry.job.param, self.dtype)
             else:
                 entry.ended |= name == "gate" and value is False
+                if name == "step":
+                    entry.behind = value if isinstance(value, int) else None
                 if f"{place}.{name}" in self.columns:
                     _put(self.numbers[entry.row, self.columns[f"{place}.{name}"]], value)
         if due(node, answer.count):
