@@ -15,8 +15,8 @@ PIECE = 512
 class MatrixPrinter(ArrayPrinter):
     """Prints the passes as walks over rows, see `Frame`.
 
-    What a block of rows has in `sums` are its parts of the sums that other blocks add to, and after
-    them, where rows have a period, a buffer for each value or sum that is the same along the lane: so
+    What a block of rows has in `sums` are its parts of the sums that other blocks add to. Where rows
+    have a period there is a buffer besides for each value or sum that is the same along the lane: so
     the innermost loop is long although a period is short.
     """
 
@@ -25,9 +25,7 @@ class MatrixPrinter(ArrayPrinter):
         walked = [k for k in frame.all if k not in frame.outer]
         lines += [f"#define COLS {frame.size(walked)}", "#define ROWS (row[0] / COLS)"]
         levels = [level for level in frame.levels for _ in range(self._most_parts(level))]
-        buffers = max(len(self._buffers(p)) for p in self.plan.passes)
-        text = f"{frame.sizes(levels)} + {buffers} * WIDTH" if buffers else frame.sizes(levels)
-        lines.append(f"#define SUMS ({text} + 1)")
+        lines.append(f"#define SUMS ({frame.sizes(levels)} + 1)")
         if frame.period is not None:
             lines.append(f"#define WIDTH width_of(N{frame.lane}, N{frame.period})")
             lines.append(_HELPERS.format(piece=PIECE))
@@ -102,7 +100,7 @@ class MatrixPrinter(ArrayPrinter):
         return "\n".join([*lines, "}\n"])
 
     def _begin_parts(self, planned: Pass) -> list[str]:
-        """Where a block adds up its parts, from zero, and the buffers behind them."""
+        """Where a block adds up its parts, from zero, and its buffers."""
         lines, place = list[str](), "sums"
         parts = self._parts(planned)
         for i in parts:
@@ -110,10 +108,12 @@ class MatrixPrinter(ArrayPrinter):
             lines.append(f"    double* __restrict part_{i} = {place};")
             lines.append(f"    for (int64_t c = 0; c < {size}; ++c) part_{i}[c] = 0;")
             place = f"part_{i} + {size}"
-        for n, i in enumerate(self._buffers(planned)):
+        if buffers := self._buffers(planned):
+            lines.append(f"    std::vector<double> buffers({len(buffers)} * WIDTH);")
+        for n, i in enumerate(buffers):
             is_sum = i in planned.reductions
             kind = "double" if is_sum else "T"
-            start = f"({place} + {n} * WIDTH)"
+            start = f"(buffers.data() + {n} * WIDTH)"
             lines.append(f"    {kind}* __restrict b{i} = ({kind}*){start};")
         return lines
 
