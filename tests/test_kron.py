@@ -10,9 +10,8 @@ from oracles import EPS, examples, grid, h_grads, summary
 from torch import Tensor
 
 from heavyball.numerics import kron, triangles
-from heavyball.numerics.contract import contract
 
-SHAPES = [(7,), (1,), (5, 3), (3, 1), (2, 3, 4), (3, 2, 2, 2), (2, 2, 3, 1, 2)]
+SHAPES = [(7,), (1,), (5, 3), (3, 1), (2, 3, 4), (3, 2, 2, 2), (2, 2, 3, 1, 2), (5, 6, 2, 2)]
 LAYOUTS = [None, "one_diag", "all_diag", "one_triu"]
 
 
@@ -311,15 +310,3 @@ def test_line_of_a_wrong_length_raises() -> None:
     for wrong in (2, 4, 5, 7, 500_501):
         with pytest.raises(ValueError, match=str(wrong)):
             triangles.line_size(wrong)
-
-
-# ---- contraction
-
-
-def test_contraction_along_a_path_is_the_einsum() -> None:
-    tensors = [normal(2, 3, 3), normal(2, 4), normal(2, 5, 5), normal(2, 3, 4, 5)]
-    equation = "zai,zb,zck,zibk->zabc"
-    torch.testing.assert_close(
-        contract(equation, *tensors), torch.einsum(equation, *tensors), rtol=1e-13, atol=1e-13
-    )
-    torch.testing.assert_close(contract("zb->bz", tensors[1]), tensors[1].T)

@@ -88,7 +88,10 @@ def _spread(diagonal: Tensor, axis: int, ndim: int) -> Tensor:
 
 
 def _along(
-    x: Tensor, axis: int, from_left: Callable[[Tensor], Tensor], from_right: Callable[[Tensor], Tensor]
+    x: Tensor,
+    axis: int,
+    from_left: Callable[[Tensor], Tensor],
+    from_right: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """A product along one axis: of columns (s, rest), or of rows (rest, s) if it is the innermost.
 
@@ -155,10 +158,8 @@ def squares(factors: Sequence[Tensor]) -> list[Tensor]:
 def precondition_with(x: Tensor, squared: Sequence[Tensor]) -> Tensor:
     """`P x` from the stored `Q_i^T Q_i`: half the products of `precondition`."""
     for axis, square in enumerate(squared):
-        if _is_diagonal(square):
-            x = x * _spread(square, axis, x.ndim)
-        else:
-            x = _times_square(x, axis, square)
+        diagonal = _is_diagonal(square)
+        x = x * _spread(square, axis, x.ndim) if diagonal else _times_square(x, axis, square)
     return x
 
 

@@ -22,7 +22,7 @@ _blocks = _Blocks()
 
 @contextmanager
 def reused() -> Iterator[None]:
-    """While it is entered, `scratch` hands out the memory of a place again and again. Also a decorator."""
+    """A context or decorator in which `scratch` hands out the memory of a place again and again."""
     outer = _blocks.found
     _blocks.found = {} if outer is None else outer
     try:

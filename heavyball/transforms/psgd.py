@@ -117,7 +117,9 @@ def _problem(shape: torch.Size, options: Mapping[str, Any]) -> str | None:
 
 def _opened(factors: Sequence[Tensor], axes: Sequence[bool], line: bool) -> list[Tensor]:
     lines = [line and full for full in axes]
-    sizes = [triangles.line_size(q.shape[-1]) for q, kept in zip(factors, lines, strict=True) if kept]
+    sizes = [
+        triangles.line_size(q.shape[-1]) for q, kept in zip(factors, lines, strict=True) if kept
+    ]
     room = iter(scratch("opened", factors[0], *((len(factors[0]), n, n) for n in sizes)))
     return [
         triangles.from_line(q, next(room)) if kept else q
