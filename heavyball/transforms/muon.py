@@ -88,7 +88,8 @@ def orthogonalize(
     stacked: the parameter is a batch of matrices in its last two axes. Otherwise an n-d kernel is one
         matrix (size of axis 0, rest).
     products: "full" in the dtype of the mathematics; "bfloat16" as the authors, which puts an entry off
-        by up to 0.035; "auto" is bfloat16 for float32 on CUDA devices with units for it, else "full".
+        by up to 0.035; "auto" is bfloat16 for float32 on devices with units for it, and on processors
+        with AMX for large matrices, else "full".
 
     Shapes: (m, n), or n-d as above. A zero matrix stays zero.
     Units: the result has none.

@@ -108,7 +108,8 @@ def _soap(**options: Any) -> dict[str, Any]:
 
 
 def _duels() -> Iterator[Duel]:
-    muon = Case("Muon", "heavyball.race.bench.duels:muon_everywhere")
+    target = "heavyball.race.bench.duels:muon_everywhere"
+    full = Case("Muon, products in float32", target, {"products": "full"})
     others = (
         (Case("Muon", "torch.optim:Muon", library="torch"), 0.40),
         (
@@ -119,9 +120,9 @@ def _duels() -> Iterator[Duel]:
         ),
     )
     for side, (theirs, goal) in zip(("torch", "collection"), others, strict=True):
-        yield Duel(
-            f"muon-{side}", muon, theirs, {"gpt": goal}, steps=12, products=True, matrices=True
-        )
+        for ending, ours in (("", Case("Muon", target)), ("-full", full)):
+            rest = {"steps": 12, "products": True, "matrices": True}
+            yield Duel(f"muon-{side}{ending}", ours, theirs, {"gpt": goal}, **rest)
     soap = Case("SOAP", "heavyball:SOAP", _soap(max_precond_dim=2048))
     limit = _soap(max_precondition_dim=2048)
     theirs = Case("SOAP", "pytorch_optimizer:SOAP", limit, library=COLLECTION)
