@@ -61,6 +61,7 @@ from heavyball.transforms.orthograd import orthograd
 from heavyball.transforms.palm import palm_beta2
 from heavyball.transforms.parameter_ema import parameter_ema
 from heavyball.transforms.prodigy import in_new_unit, prodigy_d, prodigy_plus_d
+from heavyball.transforms.prodigy_progress import prodigy_progress_d
 from heavyball.transforms.psgd import psgd_kron
 from heavyball.transforms.psgd_lra import psgd_lra
 from heavyball.transforms.psgd_pro import psgd_pro
@@ -141,6 +142,7 @@ __all__ = [
     "parameter_ema",
     "prodigy_d",
     "prodigy_plus_d",
+    "prodigy_progress_d",
     "psgd_kron",
     "psgd_lra",
     "psgd_pro",

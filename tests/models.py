@@ -206,10 +206,16 @@ PRESETS = [
 
 
 def _variant(
-    name: str, preset: str, *, noisy: bool = False, low: str = "", **arguments: Any
+    name: str,
+    preset: str,
+    *,
+    noisy: bool = False,
+    low: str = "",
+    properties: dict[str, Any] | None = None,
+    **arguments: Any,
 ) -> Case:
     make = partial(heavyball.PRESETS[preset], **arguments)
-    return Case(name, make, noisy=noisy, low=low)
+    return Case(name, make, noisy=noisy, low=low, **(properties or {}))
 
 
 VARIANTS = [
@@ -232,6 +238,18 @@ VARIANTS = [
     ),
     _variant(
         "PSGDPRO-quad", "PSGDPRO", noisy=True, method="quad", split=True, max_size_triangular=3
+    ),
+    _variant(
+        "ProdigyPlus-progress",
+        "ProdigyPlusScheduleFree",
+        properties={
+            "per_parameter": False,
+            "idle": ("d0", "d_coef"),
+            "still": ("p0", "unit"),
+        },
+        use_speed="progress",
+        weight_decay=0.1,
+        d0=0.1,
     ),
     _variant("ADOPT-decouple", "ADOPT", decouple=True, weight_decay=0.1, mars=True),
 ]

@@ -40,6 +40,7 @@ from transforms import (
     test_palm,
     test_parameter_ema,
     test_prodigy,
+    test_prodigy_progress,
     test_psgd,
     test_psgd_others,
     test_rms,
@@ -813,6 +814,17 @@ def sums_of_prodigy_that_stay_zero(right: Wrong) -> Wrong:
 )
 def sums_of_the_plus_form_that_stay_zero(right: Wrong) -> Wrong:
     return lambda u, p0, s, *rest, **kw: _with(right(u, p0, s, *rest, **kw), 2, s)
+
+
+@mutant(
+    "prodigy_progress_d",
+    lambda: test_prodigy_progress.test_it_is_its_recurrence(3, 1.0),
+    lambda: test_prodigy_progress.test_it_is_the_original_without_schedule_free(
+        *test_prodigy_progress.GOLDEN[0]
+    ),
+)
+def progress_without_a_memory(right: Wrong) -> Wrong:
+    return lambda u, p0, along, *rest, **kw: _with(right(u, p0, along, *rest, **kw), 2, along)
 
 
 def _with(result: tuple, place: int, value: Any) -> tuple:

@@ -1,7 +1,7 @@
 """Presets that find their learning rate themselves."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor
@@ -118,10 +118,11 @@ class ProdigyPlusScheduleFree(Preset):
     docs/prodigy.md for what the options do, and for what differs from the original.
     `fused_back_pass` is `heavyball.fuse_backward`, where a second gradient of a parameter begins a
     new step by itself, since trainers that step in hooks of their own do not call `step()`.
+    `use_speed=True` is that of 1.9.0, "progress" that of 2.0.1, see `prodigy_progress_d`.
 
     Units: the step is `lr` d per element, d in weight units, see `opt.d`; leave `lr` at 1.
     Errors: ValueError where two options exclude each other, with the reason and what to pass.
-    Source: prodigy-plus-schedule-free 1.9.0 (`schedulefree_c` and `d_limiter`: 2.0.1), after
+    Source: prodigy-plus-schedule-free 1.9.0 (`schedulefree_c`, `d_limiter`, "progress": 2.0.1), after
         https://arxiv.org/abs/2306.06101 and https://arxiv.org/abs/2405.15682.
     """
 
@@ -137,7 +138,7 @@ class ProdigyPlusScheduleFree(Preset):
         d0: float = 1e-6,
         d_coef: float = 1.0,
         prodigy_steps: int = 0,
-        use_speed: bool = False,
+        use_speed: bool | Literal["progress"] = False,
         eps: float | None = 1e-8,
         split_groups: bool = True,
         split_groups_mean: bool = True,
@@ -159,24 +160,30 @@ class ProdigyPlusScheduleFree(Preset):
         **options: Unpack[OptionsButRounding],
     ):
         given = {name: value for name, value in locals().items() if isinstance(value, bool)}
-        chosen = {name: flag(name, value) for name, value in given.items()}
+        progress = use_speed == "progress"
+        if not progress:
+            flag('use_speed (or "progress")', use_speed)
+        chosen = {"use_speed": use_speed is True}
+        chosen |= {name: flag(name, value) for name, value in given.items()}
         _check_pairs(chosen, eps)
         if schedulefree_c and not use_schedulefree:
             raise ValueError(
                 f"schedulefree_c={schedulefree_c!r} has no effect with use_schedulefree=False"
             )
+        if progress and d_limiter:
+            reason = "the growth of d is bounded anyway"
+            _exclude('use_speed="progress"', "d_limiter=True", reason, "d_limiter=False")
         b = shared("betas", betas)
-        rate = C.prodigy_plus_d(
+        plus = {"use_speed": chosen["use_speed"], "d_limiter": d_limiter, "narrow_sums": True}
+        form = C.prodigy_progress_d if progress else C.prodigy_plus_d(**plus)
+        rate = form(
             betas=b,
             beta3=beta3,
             d0=d0,
             d_coef=d_coef,
             prodigy_steps=prodigy_steps,
-            use_speed=use_speed,
-            d_limiter=d_limiter,
             use_bias_correction=use_bias_correction,
             after_first=use_adopt,
-            narrow_sums=True,
             split_groups=split_groups,
             split_groups_mean=split_groups_mean,
         )

@@ -39,15 +39,17 @@ def _narrow_sums(param: Tensor, options: Mapping[str, Any]) -> Tensor:
 NARROW_SUMS = State(_narrow_sums, SUMS.rule, holds="values", slice_by="slice_p")
 
 
-def _beta3(beta3: Tensor | None, betas: Any) -> Tensor:
+def beta3_of(beta3: Tensor | None, betas: Any) -> Tensor:
+    """The decay of the sums: sqrt(beta2) if none is given."""
     return betas[1].sqrt() if beta3 is None else beta3
 
 
-def _change(unit: Tensor, d: Tensor) -> Tensor:
+def unit_change_of(unit: Tensor, d: Tensor) -> Tensor:
+    """What a moment in the unit of the last step is multiplied by."""
     return torch.where(unit > 0, unit / d, 1.0)
 
 
-def _pools(members: Sequence[Member], split: bool) -> list[list[int]]:
+def pools(members: Sequence[Member], split: bool) -> list[list[int]]:
     """The groups that share a d, of those with a gradient; the others' d stands still."""
     active = [i for i, m in enumerate(members) if m.sums is not None]
     if split:
@@ -55,7 +57,8 @@ def _pools(members: Sequence[Member], split: bool) -> list[list[int]]:
     return [active] if active else []
 
 
-def _added(members: Sequence[Member], pool: list[int]) -> tuple[Tensor, ...]:
+def added_up(members: Sequence[Member], pool: list[int]) -> tuple[Tensor, ...]:
+    """The sums of a pool of groups."""
     found = [members[i].sums for i in pool]
     return tuple(torch.stack(parts).sum() for parts in zip(*found, strict=True))  # type: ignore[arg-type]
 
@@ -101,17 +104,17 @@ def _shares(
 ) -> tuple[Tensor, Tensor]:
     gradient = every(grad, slice_p)
     dlr = d * lr * _correction(step, betas, use_bias_correction)
-    s = _next_sums(s, gradient, d, d0, dlr, _beta3(beta3, betas), safeguard_warmup)
+    s = _next_sums(s, gradient, d, d0, dlr, beta3_of(beta3, betas), safeguard_warmup)
     size = torch.where(dlr > 0, s.abs().sum(dtype=torch.float64), 0.0)
     return d / d0 * dlr * dot(gradient, p0 - every(param, slice_p)), size
 
 
 def _estimate(members: Sequence[Member], options: Mapping[str, Any]) -> list[dict[str, Any]]:
     new: list[dict[str, Any]] = [{"d_before": m.values["d"].clone()} for m in members]
-    for pool in _pools(members, options["split_groups"]):
-        added, size = _added(members, pool)
+    for pool in pools(members, options["split_groups"]):
+        added, size = added_up(members, pool)
         v = members[pool[0]].values
-        beta3 = _beta3(v.get("beta3"), (None, v["betas"][1]))
+        beta3 = beta3_of(v.get("beta3"), (None, v["betas"][1]))
         numerator = torch.where(size > 0, beta3 * v["d_numerator"] + added, v["d_numerator"])
         d, d_hat = v["d"], torch.where(size > 0, v["d_coef"] * numerator / size, v["d"])
         d_max = torch.maximum(v["d_max"], d_hat)
@@ -187,8 +190,8 @@ def prodigy_d(
     """
     dlr = d_before * lr * _correction(step, betas, use_bias_correction)
     rest = (safeguard_warmup,)
-    s = _next_sums(s, every(grad, slice_p), d_before, d0, dlr, _beta3(beta3, betas), *rest)
-    return update, p0, s, d_before, dlr, _change(unit, d_before), d / d_before
+    s = _next_sums(s, every(grad, slice_p), d_before, d0, dlr, beta3_of(beta3, betas), *rest)
+    return update, p0, s, d_before, dlr, unit_change_of(unit, d_before), d / d_before
 
 
 @transform()
@@ -207,7 +210,7 @@ def in_new_unit(update: Tensor, *, eps_change: Tensor | None = None) -> Tensor:
 # ---- the plus form
 
 
-def _rectification(step: Tensor, beta2: Tensor) -> Tensor:
+def rectification(step: Tensor, beta2: Tensor) -> Tensor:
     """The factor of RAdam, 0 where the variance of the second moment is unbounded."""
     power = beta2**step
     longest = 2 / (1 - beta2) - 1
@@ -216,14 +219,29 @@ def _rectification(step: Tensor, beta2: Tensor) -> Tensor:
     return torch.where(length > 4, square.clamp(min=0).sqrt(), 0.0)
 
 
+def stepping_d(
+    new: list[dict[str, Any]], members: Sequence[Member], options: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Add the d that each group steps with: its own, or the harmonic mean of those that have stepped."""
+    stepped = [i for i, m in enumerate(members) if m.values["d_steps"]]
+    if options["split_groups"] and options["split_groups_mean"] and len(members) > 1:
+        mean = len(stepped) / torch.stack([1 / new[i]["d"] for i in stepped]).sum()
+        for i in stepped:
+            new[i]["d_step"] = mean
+    else:
+        for values in new:
+            values["d_step"] = values["d"]
+    return new
+
+
 def _estimate_plus(members: Sequence[Member], options: Mapping[str, Any]) -> list[dict[str, Any]]:
     new: list[dict[str, Any]] = [{"d": m.values["d"]} for m in members]
-    for pool in _pools(members, options["split_groups"]):
+    for pool in pools(members, options["split_groups"]):
         v = members[pool[0]].values
         if options["prodigy_steps"] and v["d_steps"] >= options["prodigy_steps"]:
             continue
-        added, size = _added(members, pool)
-        numerator = _beta3(v.get("beta3"), v["betas"]) * v["d_numerator"]
+        added, size = added_up(members, pool)
+        numerator = beta3_of(v.get("beta3"), v["betas"]) * v["d_numerator"]
         # What speaks against the direction so far counts only once d has moved, and does not add up.
         against = torch.where(v["d"] > v["d0"], torch.minimum(numerator, added), numerator)
         numerator = torch.where(added < 0, against, numerator + added)
@@ -239,15 +257,7 @@ def _estimate_plus(members: Sequence[Member], options: Mapping[str, Any]) -> lis
         everyone = pool if options["split_groups"] else range(len(members))
         for i in everyone:
             new[i] |= {"d": d, "d_numerator": numerator}
-    stepped = [i for i, m in enumerate(members) if m.values["d_steps"]]
-    if options["split_groups"] and options["split_groups_mean"] and len(members) > 1:
-        mean = len(stepped) / torch.stack([1 / new[i]["d"] for i in stepped]).sum()
-        for i in stepped:
-            new[i]["d_step"] = mean
-    else:
-        for values in new:
-            values["d_step"] = values["d"]
-    return new
+    return stepping_d(new, members, options)
 
 
 @transform(
@@ -319,10 +329,10 @@ def prodigy_plus_d(
         from 2.0.1. Departures: p0 and s are not rounded to bfloat16; a parameter's moments are
         rescaled by the d of its own last step, also where it has had no gradient in between.
     """
-    rect = _rectification(step, betas[1]) if use_bias_correction else 1.0
+    rect = rectification(step, betas[1]) if use_bias_correction else 1.0
     # the larger updates of the first steps, where d has not moved, tell it which way to go
     threshold = torch.where(d <= d0, 1.0 if use_speed else 50.0, 1.0)
-    provided = (d_step * lr * rect, _change(unit, d), threshold)
+    provided = (d_step * lr * rect, unit_change_of(unit, d), threshold)
     if s is None or p0 is None:
         none = torch.zeros_like(d)
         return update, None, None, d, *provided, none, none  # type: ignore[return-value]
@@ -330,7 +340,7 @@ def prodigy_plus_d(
     along = dot(gradient, p0 - every(param, slice_p))
     if use_speed:
         along, gradient, x = along.sign(), gradient.sign(), d0 * x
-    new = _beta3(beta3, betas) * s + x * gradient
+    new = beta3_of(beta3, betas) * s + x * gradient
     size = new.abs().sum(dtype=torch.float64)
     if after_first:
         new = torch.where(step > 1, new, s)

@@ -1,0 +1,140 @@
+"""Prodigy from progress alone: the newer SPEED of prodigy-plus-schedule-free."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heavyball.numerics import dot, every
+from heavyball.transform import Interval, Live, Member, positive, scalar, transform
+from heavyball.transforms.prodigy import (
+    COUNT,
+    FIRST,
+    UNIT,
+    added_up,
+    beta3_of,
+    pools,
+    rectification,
+    stepping_d,
+    unit_change_of,
+)
+
+# The least that a displacement is divided by.
+LEAST = 1e-8
+# What d may grow by in a step, without d_coef.
+GROWTH = 2**0.25
+
+
+def _estimate(members: Sequence[Member], options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    new: list[dict[str, Any]] = [{"d": m.values["d"]} for m in members]
+    for pool in pools(members, options["split_groups"]):
+        v = members[pool[0]].values
+        if options["prodigy_steps"] and v["d_steps"] >= options["prodigy_steps"]:
+            continue
+        (added,) = added_up(members, pool)
+        before = v["d_numerator"]
+        kept = beta3_of(v.get("beta3"), v["betas"]) * before
+        # What speaks against the direction counts only once d has moved.
+        numerator = torch.where((v["d"] > v["d0"]) | (added > 0), kept + added, kept)
+        largest = torch.maximum(v["d_largest_numerator"], numerator)
+        grows = (numerator >= largest) & (numerator > 0) & (before > 0)
+        ratio = torch.where(grows, numerator / before, 1.0).sqrt()
+        d_hat = v["d"] * ratio.clamp(max=GROWTH) * v["d_coef"] ** 0.125
+        d = torch.where(grows, torch.maximum(v["d"], d_hat), v["d"])
+        everyone = pool if options["split_groups"] else range(len(members))
+        for i in everyone:
+            new[i] |= {"d": d, "d_numerator": numerator, "d_largest_numerator": largest}
+    return stepping_d(new, members, options)
+
+
+@transform(
+    kind="rate",
+    p0=FIRST.gone_at("prodigy_steps", "d_steps"),
+    along=scalar(0.0),
+    l1=scalar(LEAST),
+    l2=scalar(LEAST),
+    unit=UNIT,
+    provides=("lr", "unit_change"),
+    domains={
+        "d0": positive,
+        "d_coef": positive,
+        "slice_p": COUNT,
+        "prodigy_steps": Interval(0, float("inf")),
+    },
+    common={
+        "d": "d0",
+        "d_step": "d0",
+        "d_numerator": 0.0,
+        "d_largest_numerator": 0.0,
+        "d_steps": 0,
+    },
+    gives=("numerator",),
+    finish=_estimate,
+)
+def prodigy_progress_d(
+    update: Tensor,
+    p0: Tensor | None,
+    along: Tensor,
+    l1: Tensor,
+    l2: Tensor,
+    unit: Tensor,
+    *,
+    step: Tensor,
+    param: Tensor,
+    grad: Tensor,
+    lr: Tensor,
+    d: Tensor,
+    d_step: Tensor,
+    betas: Live = (0.9, 0.99),
+    beta3: Live | None = None,
+    d0: Live = 1e-6,
+    d_coef: Live = 1.0,
+    slice_p: int = 11,
+    prodigy_steps: int = 0,
+    use_bias_correction: bool = False,
+    after_first: bool = False,
+    split_groups: bool = True,
+    split_groups_mean: bool = True,
+) -> tuple[Tensor | None, ...]:
+    """Let d grow as long as the weights make more progress along the gradients than ever before.
+
+    of everything behind: lr' = d lr
+    a <- (1 - t^-0.75) a + t^-0.75 <g, p_1 - p>;  l_q <- max(l_q, ||p_1 - p||_q, 1e-8), q = 1 and 2,
+        over every slice_p-th element of a tensor
+    n = sum d^2 / sqrt(d0) / (1 + l_2)^2 a / l_1
+    N' = beta3 N, and N' + n if n > 0 or d > d0
+    where N' is positive and the largest so far, and N > 0:
+        d <- max(d, d min(2^(1/4), sqrt(N' / N)) d_coef^(1/8))
+
+    No sum of gradients is kept, and the size of the gradients does not matter. As in `prodigy_plus_d`
+    the new d is used from the next step on, and moments behind it are kept in units of d.
+
+    prodigy_steps, use_bias_correction, after_first, split_groups, split_groups_mean: as there.
+
+    Shapes: all (*).
+    Units: `lr` is a factor around 1; d has the unit of the weights.
+    Source: `use_speed` of prodigy-plus-schedule-free 2.0.1. Departures: p_1 - p is the displacement
+        of the weights at which the gradient is taken, also in front of `schedule_free`, where the
+        original takes z; p_1 is not rounded to bfloat16.
+    """
+    rect = rectification(step, betas[1]) if use_bias_correction else 1.0
+    provided = (d_step * lr * rect, unit_change_of(unit, d))
+    if p0 is None:
+        return update, None, along, l1, l2, d, *provided, torch.zeros_like(d)
+    moved = p0 - every(param, slice_p)
+    weight = step**-0.75
+    if after_first:  # the second gradient is then the first that counts
+        weight = torch.where(step == 2, 1.0, weight)
+    new_along = along + weight * (dot(every(grad, slice_p), moved) - along)
+    new_l1 = torch.maximum(l1, moved.abs().sum(dtype=torch.float64))
+    new_l2 = torch.maximum(l2, moved.square().sum(dtype=torch.float64).sqrt())
+    numerator = d**2 / d0.sqrt() / (1 + new_l2) ** 2 * new_along / new_l1
+    if after_first:
+        counts = step > 1
+        new_along, new_l1, new_l2 = (
+            torch.where(counts, new, old)
+            for new, old in ((new_along, along), (new_l1, l1), (new_l2, l2))
+        )
+        numerator = torch.where(counts, numerator, 0.0)
+    return update, p0, new_along, new_l1, new_l2, d, *provided, numerator
