@@ -20,8 +20,9 @@ CTYPES = {
 }
 # A tensor up to this size goes whole to one thread; a larger one is cut into chunks.
 SMALL, CHUNK = 65536, 16384
-# How many elements a walk over every k-th of them is ahead of the walk over all.
-BIT = 256
+# How many steps a walk over every k-th element is ahead of the walk over all: whole vectors, and few
+# enough for the second walk to find in the cache what the first has read.
+AHEAD = 32
 # Large tensors take their passes together in batches of about this many elements.
 BATCH = 2**20
 
@@ -326,12 +327,12 @@ class Printer:
                 ends.append(f"    encode<{how}>({place}, o{n}, q{n}, high - low, {key}, base);")
         return [*lines, *walk, *ends, "    }"]
 
-    @staticmethod
-    def _after_slices(sliced: list[str], walk: list[str]) -> list[str]:
+    def _after_slices(self, sliced: list[str], walk: list[str]) -> list[str]:
         """Both walks bit by bit, so that the second finds in the cache what the first has read."""
+        bit = AHEAD * self.graph.every  # type: ignore[operator]
         return [
-            f"    for (int64_t first = low, last = high; first < last; first += {BIT}) {{",
-            f"    const int64_t low = first, high = last < first + {BIT} ? last : first + {BIT};",
+            f"    for (int64_t first = low, last = high; first < last; first += {bit}) {{",
+            f"    const int64_t low = first, high = last < first + {bit} ? last : first + {bit};",
             *(line.format(low="low", high="high") for line in sliced),
             *walk,
             "    }",

@@ -8,6 +8,8 @@ from heavyball.compiler.stages import Pass
 
 # A large matrix is cut into this many blocks of rows, whatever the number of threads.
 BLOCKS = 16
+# As in cpp.py; more, since a few rows are not a multiple of a vector.
+AHEAD = 768
 
 
 class MatrixPrinter(Printer):
@@ -156,23 +158,36 @@ class MatrixPrinter(Printer):
         lines += [
             f"    {self._sum_type(i)} r{i} = {self._neutral(i)};" for i in to_scalar + of_slice
         ]
-        lines += [line.format(low="low * COLS", high="high * COLS") for line in sliced]
+        walk: list[str] = []
         if planned.stores or to_scalar or to_row or to_col:
-            lines += ["    for (int64_t r = low; r < high; ++r) {"]
-            lines += [f"        const {_kind(self.graph, i)} k{i} = m{i}[r];" for i in sorted(rows)]
-            lines += [f"        {self._sum_type(i)} r{i} = 0;" for i in to_row]
-            lines += [f"        #pragma omp simd{self._clauses(to_scalar + to_row)}"]
-            lines += ["        for (int64_t c = 0; c < COLS; ++c) {"]
-            lines += ["            const int64_t i = r * COLS + c;"]
-            lines += [
+            walk += ["    for (int64_t r = low; r < high; ++r) {"]
+            walk += [f"        const {_kind(self.graph, i)} k{i} = m{i}[r];" for i in sorted(rows)]
+            walk += [f"        {self._sum_type(i)} r{i} = 0;" for i in to_row]
+            walk += [f"        #pragma omp simd{self._clauses(to_scalar + to_row)}"]
+            walk += ["        for (int64_t c = 0; c < COLS; ++c) {"]
+            walk += ["            const int64_t i = r * COLS + c;"]
+            walk += [
                 f"            const {_kind(self.graph, i)} w{i} = m{i}[c];" for i in sorted(cols)
             ]
-            lines += [f"            {line}" for line in body]
-            lines += ["        }"]
-            lines += [f"        m{i}[r] = (T)r{i};" for i in to_row]
-            lines += ["    }"]
+            walk += [f"            {line}" for line in body]
+            walk += ["        }"]
+            walk += [f"        m{i}[r] = (T)r{i};" for i in to_row]
+            walk += ["    }"]
+        lines += self._after_slices(sliced, walk) if sliced else walk
         lines += [f"    part[{n}] = r{i};" for n, i in enumerate(to_scalar + of_slice)]
         return "\n".join([*lines, "}\n"])
+
+    def _after_slices(self, sliced: list[str], walk: list[str]) -> list[str]:
+        """Both walks by turns, a few rows at a time."""
+        bit = AHEAD * self.graph.every  # type: ignore[operator]
+        return [
+            f"    const int64_t rows = COLS < {bit} ? {bit} / COLS : 1;",
+            "    for (int64_t first = low, last = high; first < last; first += rows) {",
+            "    const int64_t low = first, high = last - first < rows ? last : first + rows;",
+            *(line.format(low="low * COLS", high="high * COLS") for line in sliced),
+            *walk,
+            "    }",
+        ]
 
     def _vectors_read(self, planned: Pass) -> tuple[set[int], set[int]]:
         """The values per row and per column that the elements of a pass need."""
