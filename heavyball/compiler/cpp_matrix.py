@@ -8,8 +8,8 @@ from heavyball.compiler.stages import Pass
 
 # A large matrix is cut into this many blocks of rows, whatever the number of threads.
 BLOCKS = 16
-# As in cpp.py; more, since a few rows are not a multiple of a vector.
-AHEAD = 768
+# As in cpp.py; more, since the steps of a few rows are not a multiple of a vector.
+STEPS = 192
 
 
 class MatrixPrinter(Printer):
@@ -19,6 +19,7 @@ class MatrixPrinter(Printer):
     """
 
     leading = ("numel", "group", "stream", "columns")
+    first = "first * COLS"
 
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
@@ -173,19 +174,22 @@ class MatrixPrinter(Printer):
             walk += ["        }"]
             walk += [f"        m{i}[r] = (T)r{i};" for i in to_row]
             walk += ["    }"]
-        lines += self._after_slices(sliced, walk) if sliced else walk
+        lines += self._in_bits(planned, walk, sliced) if sliced else walk
         lines += [f"    part[{n}] = r{i};" for n, i in enumerate(to_scalar + of_slice)]
         return "\n".join([*lines, "}\n"])
 
-    def _after_slices(self, sliced: list[str], walk: list[str]) -> list[str]:
+    def _in_bits(self, planned: Pass, walk: list[str], sliced: list[str]) -> list[str]:
         """Both walks by turns, a few rows at a time."""
-        bit = AHEAD * self.graph.every  # type: ignore[operator]
+        bit = STEPS * self.graph.every  # type: ignore[operator]
+        old = [self.tensors.index(name) for name in self._kept_old(planned)]
         return [
             f"    const int64_t rows = COLS < {bit} ? {bit} / COLS : 1;",
+            *(f"    std::vector<T> room{n}(rows * COLS);" for n in old),
+            *(f"    T* __restrict old{n} = room{n}.data();" for n in old),
             "    for (int64_t first = low, last = high; first < last; first += rows) {",
             "    const int64_t low = first, high = last - first < rows ? last : first + rows;",
-            *(line.format(low="low * COLS", high="high * COLS") for line in sliced),
             *walk,
+            *(line.format(low="low * COLS", high="high * COLS") for line in sliced),
             "    }",
         ]
 
