@@ -158,7 +158,7 @@ class TritonMatrixPrinter(TritonPrinter):
         else:
             wanted |= {i for i in passes[k].vector_stores.values() if self._is_number(i)}
             if any(map(self._is_random, passes[k].vector_stores)):
-                wanted.add(self.graph.outputs["step"])
+                wanted.add(self.graph.counted)
         lines += self._fetch(wanted - here)
         lines += [f"x{i} = {self._number_text(i)}" for i in nodes]
         lines += [self._keep(i) for i in sorted(here)]

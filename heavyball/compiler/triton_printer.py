@@ -255,7 +255,7 @@ class TritonPrinter(Printer):
         """The numbers that the elements of a pass need."""
         read = self._body(planned)[1]
         if self._rounded(planned):
-            read.add(self.graph.outputs["step"])
+            read.add(self.graph.counted)
         return {i for i in read if self.graph.values[i].level == "scalar"}
 
     def _rounded(self, planned: Pass) -> list[str]:
@@ -267,11 +267,11 @@ class TritonPrinter(Printer):
 
     def _key_lines(self, names: Iterable[str]) -> list[str]:
         """The words from which tensors that are rounded take their bits."""
-        place, step = self.columns.index("stream"), self.graph.outputs.get("step")
+        place = self.columns.index("stream")
         lines = []
         for name in filter(self._is_random, names):
             stream = f"tl.load(row + {place}) ^ {word_of(name)}"
-            lines.append(f"key{self.tensors.index(name)} = step_key({stream}, x{step})")
+            lines.append(f"key{self.tensors.index(name)} = step_key({stream}, x{self.graph.counted})")
         return lines
 
     def _end_needs(self, k: int) -> set[int]:
