@@ -126,7 +126,8 @@ def _identity(node: Node | Fork) -> Any:
     except TypeError:
         options = (("unhashable", t),)
     states = tuple((name, state.holds) for name, state in t.states.items())
-    declared = (t.kind, states, t.provides, tuple(t.hyper), tuple(t.common), t.gives)
+    numbers = (tuple(t.hyper), tuple(t.common), tuple(t.past.items()))
+    declared = (t.kind, states, t.provides, numbers, t.gives)
     inner = tuple(n.key for n in node.inner)
     return (t.update, t.over_all, options, declared, node.key, tuple(node.hyper.items()), inner)
 

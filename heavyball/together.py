@@ -94,7 +94,8 @@ class Together:
                     groups[i][name] += 1
         members = [self._member(groups[i], self._scalars[i], sums, home) for i in whole]
         for i, values in zip(whole, t.finish(members, t.options), strict=True):
-            for name, value in values.items():
+            kept = {name: groups[i][before] for name, before in t.past.items()}
+            for name, value in (kept | values).items():
                 if isinstance(value, Tensor):
                     groups[i][name].copy_(value)
                 else:

@@ -294,6 +294,7 @@ class Transform:
     due: Callable[..., bool] | None = None
     lead: "Transform | None" = None
     common: dict[str, str | float] = field(default_factory=dict)
+    past: dict[str, str] = field(default_factory=dict)
     gives: tuple[str, ...] = ()
     finish: Callable[..., Any] | None = None
     given: frozenset[str] = field(default_factory=frozenset)
@@ -415,6 +416,7 @@ def transform(
     due: Callable[..., bool] | None = None,
     lead: Transform | None = None,
     common: Mapping[str, str | float] | None = None,
+    past: Mapping[str, str] | None = None,
     gives: tuple[str, ...] = (),
     finish: Callable[..., Any] | None = None,
     **states: State,
@@ -440,6 +442,7 @@ def transform(
         the context `total`. With `finish` it is a tuple of shares, and there is no `total`.
     common: numbers of the parameter group, each with a hyper-parameter that it begins at, or a float;
         an int counts the group's steps. They are entries of the group and context for every element.
+    past: those of the common numbers that keep what another was before `finish`, by their names.
     gives: names of further results, behind those of `provides`: shares of sums over all parameters
         that are not needed in this step. Only with `finish`.
     finish: `fn(members, options)` makes the new common numbers from the sums, see `together.py`: of
@@ -529,6 +532,7 @@ def transform(
             due=due,
             lead=lead,
             common=dict(common or {}),
+            past=dict(past or {}),
             gives=gives,
             finish=finish,
         )

@@ -133,7 +133,18 @@ def test_every_transform(name: str) -> None:
     assert_near(pair(chain_of(name), ((1,), (BLOCK + 77,), (5, 6)), steps=2))
 
 
+def _size(update, *, mean, beta):
+    return (beta * mean + update).abs().sum(dtype=torch.float64)
+
+
+@C.transform(mean=C.zeros, over_all=_size)
+def weighed(update, mean, *, total, beta: C.Live = 0.9):
+    """A state that the kernel for the sum writes, rounded, since the step does not need it."""
+    return update / total, beta * mean + update
+
+
 COMPOSITE = {
+    "sums of states": (weighed, C.scale_by_adam, C.clip_by_global_norm(max_norm=0.5)),
     "cautious, schedule-free": (C.scale_by_adam, C.cautious, C.schedule_free),
     "global clip": (C.clip_by_global_norm(max_norm=0.5), C.scale_by_laprop),
     "skip, accumulate": (C.skip_not_finite, C.accumulate(k=2), C.scale_by_adam),
@@ -242,6 +253,15 @@ def test_stochastic_rounding_gives_the_same_bits() -> None:
     (eager, _), (compiled, _) = pair((C.sign,), ((BLOCK + 77,), (5,)), torch.bfloat16, lr=0.011)
     for p, q in zip(eager, compiled, strict=True):
         assert torch.equal(p, q)
+
+
+def test_a_kernel_for_a_sum_rounds_with_the_bits_of_its_step() -> None:
+    chain, shapes = (weighed,), ((BLOCK + 77,), (5,))
+    (eager, one), (compiled, two) = pair(chain, shapes, storage_dtype="bfloat16")
+    for p, q in zip(eager, compiled, strict=True):
+        # a fused multiply-add decides otherwise where a value lies on the edge
+        mean, other = one.state[p]["weighed.mean"], two.state[q]["weighed.mean"]
+        assert (mean == other).double().mean() > 0.99
 
 
 def test_not_finite_gradients() -> None:

@@ -49,3 +49,19 @@ def test_a_mask_of_signs_needs_no_division_by_what_is_not_negative(chain, left) 
     torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)
     if left is not None:
         assert divisions_before_the_sum(opt) == left
+
+
+@pytest.mark.parametrize("direction", [C.scale_by_exp_avg_sq, C.factored_rms(min_dim=8)], ids=repr)
+def test_a_direction_that_is_clipped_is_divided_once(direction) -> None:
+    ends = []
+    for compiled in (False, True):
+        p = torch.nn.Parameter(torch.linspace(-1, 1, 99).reshape(9, 11))
+        opt = C.ChainOpt([p], 0.1, direction, C.clip_update_rms(threshold=0.5), compile=compiled)
+        for step in range(4):
+            p.grad = torch.randn(9, 11, generator=torch.Generator().manual_seed(step))
+            opt.step()
+        ends.append(p.detach())
+    torch.testing.assert_close(*ends, rtol=1e-6, atol=1e-7)
+    (source,) = opt.kernel_sources()
+    write = source[source.rindex("PART void pass_") :]
+    assert write[: write.index("scalars_end")].count(" / ") == 1

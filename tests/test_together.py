@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -98,6 +99,17 @@ def test_slices_are_part_of_the_pass_that_steps() -> None:
     walk(opt, params, range(2))
     assert len(opt.kernel_sources()) <= 3  # by the number of dimensions, and for one element
     assert all("pass_1" not in source for source in opt.kernel_sources())
+
+
+@pytest.mark.parametrize("factored", [False, True])
+def test_slices_are_looked_at_where_the_parameter_is_read_anyway(factored: bool) -> None:
+    params = parameters((300, 257))
+    opt = heavyball.ProdigyPlusScheduleFree(params, factored=factored, compile=True)
+    walk(opt, params, range(2))
+    (source,) = opt.kernel_sources()
+    name = re.search(r"#define (\w+) .*// param\n", source).group(1)  # type: ignore[union-attr]
+    reading = [k for k, part in enumerate(source.split("PART void pass_")[1:]) if name in part]
+    assert reading == [source.count("PART void pass_") - 1] != [0]
 
 
 # ---- no step waits for the device

@@ -10,7 +10,7 @@ ANY = {"maximum", "clamp_min"}  # never below zero if one argument is not
 
 
 def simplified(graph: Graph, program: Program) -> Graph:
-    """The same graph with `sign(a / b)` as `sign(a)` where b cannot be negative.
+    """The same graph with fewer divisions: `sign(a / b)` is `sign(a)` where b cannot be negative.
 
     A mask of signs (`cautious`) then counts without the square root and the division of the direction,
     which take longer than everything else in the pass. It is the same number unless a / b is smaller
@@ -32,7 +32,33 @@ def simplified(graph: Graph, program: Program) -> Graph:
                 source = inner
             if graph.values[source].level == v.level:
                 graph.values[place] = Value(v.op, (Ref(source),), v.level, v.kind)
-    return graph.live()
+    return _with_one_division(graph.live())
+
+
+def _with_one_division(graph: Graph) -> Graph:
+    """`(a / b) / c` as `a / (b c)` for a number c of 1 or more, such as the scale of a clip.
+
+    Rounded twice either way, and what a pass computes again after the sum that c is made of is one
+    division, which takes as long as a dozen other operations.
+    """
+    made = Graph(every=graph.every, wide=graph.wide, tensors=graph.tensors)
+    moved: dict[int, int] = {}
+    for index, v in enumerate(graph.values):
+        args = tuple(Ref(moved[a.index]) if isinstance(a, Ref) else a for a in v.args)
+        if v.op == "div" and all(isinstance(a, Ref) for a in args):
+            inner, scale = (made.values[a.index] for a in args)
+            if inner.op == "div" and inner.level == v.level != "scalar" and _one_or_more(scale):
+                by = made.add("mul", (inner.args[1], args[1]), v.level, "float")
+                args = (inner.args[0], Ref(by))
+        moved[index] = made.add(v.op, args, v.level, v.kind)
+    made.outputs = {name: moved[i] for name, i in graph.outputs.items()}
+    made.step = None if graph.step is None else moved[graph.step]
+    return made.live()
+
+
+def _one_or_more(v: Value) -> bool:
+    bound = v.args[1] if v.op == "clamp_min" and v.level == "scalar" else None
+    return isinstance(bound, float) and bound >= 1
 
 
 def _numerator(graph: Graph, index: int, found: list[bool]) -> int | None:

@@ -20,8 +20,9 @@ CTYPES = {
 }
 # A tensor up to this size goes whole to one thread; a larger one is cut into chunks.
 SMALL, CHUNK = 65536, 16384
-# How many elements a walk over every k-th of them is ahead of the walk over all.
-BIT = 256
+# How many steps of the walk over every k-th element follow on a bit of the walk over all: whole vectors,
+# and few enough for the second walk to find in the cache what the first has read.
+STEPS = 32
 # Large tensors take their passes together in batches of about this many elements.
 BATCH = 2**20
 
@@ -156,6 +157,10 @@ class Printer:
     """Prints one graph for tensors of given dtypes, as walks over flat memory."""
 
     leading: tuple[str, ...] = ("numel", "group", "stream")
+    # the first element of a bit
+    first = "first"
+    # whether every k-th element may be looked at in the last pass
+    slices_wait = True
 
     def __init__(
         self,
@@ -167,7 +172,7 @@ class Printer:
     ):
         self.graph, self.dtypes, self.random, self.roots = graph, dtypes, random, roots
         self.type = CTYPES[compute]
-        self.plan: Schedule = schedule(graph, dtypes, compute)
+        self.plan: Schedule = schedule(graph, dtypes, compute, self.slices_wait)
         ops = {"load": [], "pick": [], "number": [], "hyper": [], "total": []}  # type: dict[str, list]
         for value in graph.values:
             if value.op in ops and value.args not in ops[value.op]:
@@ -211,11 +216,6 @@ class Printer:
         """What the columns and the numbers of a table are, which the source does not say."""
         names = (tuple(self.tensors), tuple(self.numbers), tuple(self.hypers), tuple(self.totals))
         return (*names, self.graph.starts)
-
-    @property
-    def step_node(self) -> int | None:
-        """The step of which random bits are, whether this graph or another one writes it."""
-        return self.graph.outputs.get("step", self.graph.step)
 
     @property
     def columns(self) -> list[str]:
@@ -307,7 +307,7 @@ class Printer:
         walk += [f"        {line}" for line in body]
         walk += ["    }"]
         walk = self._in_blocks(planned, walk)
-        lines += self._after_slices(sliced, walk) if sliced else walk
+        lines += self._in_bits(planned, walk, sliced) if sliced else walk
         lines += [f"    part[{n}] = r{i};" for n, i in enumerate(planned.reductions)]
         return "\n".join([*lines, "}\n"])
 
@@ -334,16 +334,23 @@ class Printer:
                 ends.append(f"    encode<{how}>({place}, o{n}, q{n}, high - low, {key}, base);")
         return [*lines, *walk, *ends, "    }"]
 
-    @staticmethod
-    def _after_slices(sliced: list[str], walk: list[str]) -> list[str]:
-        """Both walks bit by bit, so that the second finds in the cache what the first has read."""
+    def _in_bits(self, planned: Pass, walk: list[str], sliced: list[str]) -> list[str]:
+        """Both walks by turns; the second finds in the cache what the first has read."""
+        bit = STEPS * self.graph.every  # type: ignore[operator]
         return [
-            f"    for (int64_t first = low, last = high; first < last; first += {BIT}) {{",
-            f"    const int64_t low = first, high = last < first + {BIT} ? last : first + {BIT};",
-            *(line.format(low="low", high="high") for line in sliced),
+            *(f"    T old{self.tensors.index(name)}[{bit}];" for name in self._kept_old(planned)),
+            f"    for (int64_t first = low, last = high; first < last; first += {bit}) {{",
+            f"    const int64_t low = first, high = last < first + {bit} ? last : first + {bit};",
             *walk,
+            *(line.format(low="low", high="high") for line in sliced),
             "    }",
         ]
+
+    def _kept_old(self, planned: Pass) -> list[str]:
+        """The tensors that the walk over all elements overwrites before every k-th is looked at."""
+        values = self.graph.values
+        picked = {values[i].args[0] for i in planned.slices if values[i].op == "pick"}
+        return sorted(picked & planned.stores.keys())
 
     def _split_reductions(self, planned: Pass) -> tuple[list[int], list[int]]:
         """The sums of a pass over its slice, and those over its elements."""
@@ -353,10 +360,7 @@ class Printer:
         return of_slice, [i for i in planned.reductions if level[i] != "slice"]
 
     def _slice(self, planned: Pass, reductions: list[int]) -> tuple[list[str], set[int]]:
-        """The loop over every k-th element between {{low}} and {{high}}, and the numbers it reads.
-
-        It comes before the loop over all of them, which may write what it looks at.
-        """
+        """The loop over every k-th element between {{low}} and {{high}}, and the numbers it reads."""
         if not planned.slices:
             return [], set()
         names, used, body = self._names(), set[int](), list[str]()
@@ -365,9 +369,12 @@ class Printer:
         for name in {*loaded, *planned.slice_stores}:
             if name + SCALE in self.dtypes:
                 raise NotPrintableError(f"8-bit state ({name}) of which every k-th element is used")
+        old = self._kept_old(planned)
         for i in planned.slices:
             v = self.graph.values[i]
-            if v.op in PICKS:
+            if v.op == "pick" and v.args[0] in old:
+                text = f"old{self.tensors.index(v.args[0])}[i * {k} - {self.first}]"
+            elif v.op in PICKS:
                 place = "i" if v.op == "load" else f"(i * {k})"
                 text = self._load(v.args[0], self._local, place)
             else:
@@ -429,6 +436,9 @@ class Printer:
             lines.append(f"const {_kind(self.graph, i)} v{i} = {text};")
         for i in self._split_reductions(planned)[1]:
             lines.append(self._accumulate(i, names))
+        for name in self._kept_old(planned):
+            place = f"old{self.tensors.index(name)}[i - {self.first}]"
+            lines.append(f"{place} = {self._load(name, self._local)};")
         for name, i in planned.stores.items():
             used.add(i)
             lines.append(self._store(name, names[i], self._local))
@@ -475,7 +485,7 @@ class Printer:
         for name in stores:
             if self._is_random(name):
                 stream = f"row[2] ^ {word_of(name):#x}"
-                step = self.step_node
+                step = self.graph.counted
                 n = self.tensors.index(name)
                 lines.append(f"    const uint32_t key{n} = step_key({stream}, s[{step}]);")
         return lines

@@ -10,6 +10,8 @@ from heavyball.compiler.stages import Pass
 BLOCKS = 16
 # Rows with a period are walked in pieces of about this many elements, for which there are buffers.
 PIECE = 512
+# As in cpp.py; more, since the steps of a few rows are not a multiple of a vector.
+STEPS = 192
 
 
 class MatrixPrinter(ArrayPrinter):
@@ -19,6 +21,8 @@ class MatrixPrinter(ArrayPrinter):
     have a period there is a buffer besides for each value or sum that is the same along the lane: so
     the innermost loop is long although a period is short.
     """
+
+    first = "begin * COLS"
 
     def _row(self) -> str:
         frame, lines = self.frame, [super()._row()]
@@ -91,13 +95,29 @@ class MatrixPrinter(ArrayPrinter):
         lines += [
             f"    {self._sum_type(i)} r{i} = {self._neutral(i)};" for i in of_elements + of_slice
         ]
-        lines += [line.format(low="low * COLS", high="high * COLS") for line in sliced]
+        walk: list[str] = []
         if planned.stores or of_elements or self._reduced(planned, "element"):
-            lines += ["    for (int64_t r = low; r < high; ++r) {"]
-            lines += [f"        {line}" for line in self._walk(planned)]
-            lines += ["    }"]
+            walk += ["    for (int64_t r = low; r < high; ++r) {"]
+            walk += [f"        {line}" for line in self._walk(planned)]
+            walk += ["    }"]
+        lines += self._in_bits(planned, walk, sliced) if sliced else walk
         lines += [f"    part[{n}] = r{i};" for n, i in enumerate(of_elements + of_slice)]
         return "\n".join([*lines, "}\n"])
+
+    def _in_bits(self, planned: Pass, walk: list[str], sliced: list[str]) -> list[str]:
+        """Both walks by turns, a few rows at a time."""
+        bit = STEPS * self.graph.every  # type: ignore[operator]
+        old = [self.tensors.index(name) for name in self._kept_old(planned)]
+        return [
+            f"    const int64_t rows = COLS < {bit} ? {bit} / COLS : 1;",
+            *(f"    std::vector<T> room{n}(rows * COLS);" for n in old),
+            *(f"    T* __restrict old{n} = room{n}.data();" for n in old),
+            "    for (int64_t begin = low, last = high; begin < last; begin += rows) {",
+            "    const int64_t low = begin, high = last - begin < rows ? last : begin + rows;",
+            *walk,
+            *(line.format(low="low * COLS", high="high * COLS") for line in sliced),
+            "    }",
+        ]
 
     def _begin_parts(self, planned: Pass) -> list[str]:
         """Where a block adds up its parts, from zero, and its buffers."""

@@ -21,7 +21,7 @@ from heavyball.compiler.launch import (
     Table,
     build,
     check_layout,
-    printer_for,
+    printers_for,
 )
 from heavyball.compiler.staging import Copied, copied, orders, settle, stage
 from heavyball.compiler.toolchain import ToolchainError
@@ -344,19 +344,20 @@ class Engine:
         toolchain.prepare(found)
 
     def _print(self, job: Job, share: str | None) -> tuple[Any, bool]:
-        """What `printer_for` says, or `printers` for "whole", asked once while tables are made."""
-        kind = (*signature(job), share)
-        exact = (*kind, job.param.shape)
-        for key in (kind, exact):
+        """What `printers_for` says, or `printers` for "whole", asked once while tables are made."""
+        known = signature(job)
+        for key in ((*known, share), (*known, share, job.param.shape)):
             if key in self._printed:
                 return self._printed[key]
+        found: dict[str | None, Any]
         if share == "whole":
-            found = printers(job)
-            printed: tuple[Any, bool] = found, found[0].sized
+            whole = printers(job)
+            found, sized = {share: whole}, whole[0].sized
         else:
-            printed = printer_for(job, share)
-        self._printed[exact if printed[1] else kind] = printed
-        return printed
+            found, sized = printers_for(job)
+        end = (job.param.shape,) if sized else ()
+        self._printed |= {(*known, key, *end): (made, sized) for key, made in found.items()}
+        return found[share], sized
 
     def _kernel(self, job: Job, share: str | None) -> Kernel | None:
         """The kernel of a job's program for tensors like its own; None where there is none."""
@@ -421,7 +422,7 @@ def _printer_in_order(job: Job, share: str | None) -> Printer:
         with contextlib.suppress(OrderError):
             work = stage(job, strides)
             check_layout(work)
-            return printer_for(work, share)[0]
+            return printers_for(work)[0][share]
     raise NotPrintableError(NOT_CONTIGUOUS)
 
 

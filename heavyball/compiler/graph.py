@@ -1,7 +1,7 @@
 """A chain's program for one tensor as a small graph, recorded by running it once on meta tensors."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,22 +92,45 @@ class Graph:
     def __post_init__(self) -> None:
         self._known: dict[Value, int] = {}
 
-    def live(self) -> "Graph":
-        """The same graph without what no output needs."""
-        needed: set[int] = set()
-        todo = list(self.outputs.values())
+    @property
+    def counted(self) -> int:
+        """The node of the step, whoever writes it: random bits come from it."""
+        return self.outputs["step"] if self.step is None else self.step
+
+    @property
+    def roots(self) -> list[int]:
+        """The nodes that something outside reads."""
+        return [*self.outputs.values(), *([] if self.step is None else [self.step])]
+
+    def needed(self, roots: Iterable[int], stored: Container[int] = ()) -> set[int]:
+        """What nodes are computed from, and they themselves; `stored` are there already."""
+        found: set[int] = set()
+        todo = list(roots)
         while todo:
             index = todo.pop()
-            if index not in needed:
-                needed.add(index)
-                todo += [a.index for a in self.values[index].args if isinstance(a, Ref)]
+            if index not in found:
+                found.add(index)
+                if index not in stored:
+                    todo += [a.index for a in self.values[index].args if isinstance(a, Ref)]
+        return found
+
+    def live(self, stored: Mapping[int, str] | None = None) -> "Graph":
+        """The same graph without what no output needs.
+
+        stored: nodes that are found in tensors, by the names of these.
+        """
+        stored = stored or {}
         moved: dict[int, int] = {}
         kept = Graph(every=self.every, wide=self.wide, tensors=self.tensors)
-        for index in sorted(needed):
+        for index in sorted(self.needed(self.roots, stored)):
             v = self.values[index]
-            args = tuple(Ref(moved[a.index]) if isinstance(a, Ref) else a for a in v.args)
-            moved[index] = kept.add(v.op, args, v.level, v.kind)
+            op, args = v.op, v.args
+            if index in stored:
+                op, args = "load", (stored[index],)
+            args = tuple(Ref(moved[a.index]) if isinstance(a, Ref) else a for a in args)
+            moved[index] = kept.add(op, args, v.level, v.kind)
         kept.outputs = {name: moved[index] for name, index in self.outputs.items()}
+        kept.step = None if self.step is None else moved[self.step]
         return kept
 
     @property
@@ -120,6 +143,13 @@ class Graph:
     def starts(self) -> Runs | None:
         """The first axis of each run where values belong to some of the axes, see `axes.py`."""
         return first_axes(self.levels, self.wide)
+
+    def copy(self) -> "Graph":
+        """A graph of the same nodes under the same numbers."""
+        made = Graph([], dict(self.outputs), self.every, self.wide, self.tensors, self.step)
+        for v in self.values:
+            made.add(v.op, v.args, v.level, v.kind)
+        return made
 
     def key(self) -> str:
         """A text that two graphs share exactly if they are the same."""

@@ -15,6 +15,7 @@ from heavyball.compiler.axes import Runs
 from heavyball.compiler.cpp import BATCH, CHUNK, SMALL, Printer
 from heavyball.compiler.cpp_matrix import MatrixPrinter
 from heavyball.compiler.graph import Graph, NotPrintableError, record
+from heavyball.compiler.sums import with_final_states
 from heavyball.compiler.triton_matrix import TritonMatrixPrinter
 from heavyball.compiler.triton_printer import DEVICES as TRITON_DEVICES
 from heavyball.compiler.triton_printer import TritonPrinter
@@ -117,25 +118,37 @@ class OrderError(Exception):
     """A kernel for contiguous tensors, and a parameter that is not."""
 
 
-def printer_for(job: Job, share: str | None = None) -> tuple[Printer, bool]:
-    """The printer of a job's program, and whether it is for tensors of this very shape.
+def printers_for(job: Job) -> tuple[dict[str | None, Printer], bool]:
+    """The printers of a job's kernels, and whether they are for tensors of this very shape.
+
+    They are named by the element whose sum over all parameters they are for, and None for the step,
+    which a program with whole transforms has not here.
 
     Errors: NotPrintableError with the reason; OrderError if contiguous tensors would have one.
     """
-    param, state = job.param, job.state
-    graph, sized = record(job.program, param.shape, param.dtype, state, job.group, share)
-    graph = simplified(graph, job.program)
+    param, state, program = job.param, job.state, job.program
+    graphs: dict[str | None, Graph] = {}
+    sized = False
+    for key in (*program.total_keys, *([] if program.has_whole else [None])):
+        graphs[key], looked = record(program, param.shape, param.dtype, state, job.group, key)
+        sized |= looked
     dtypes = {"param": param.dtype, "grad": job.grad.dtype}
     dtypes |= {k: t.dtype for k, t in state.items()}
-    if graph.starts is not None and not param.is_contiguous():
-        raise OrderError
-    if graph.every is not None and not param.is_contiguous():
+    if len(graphs) > 1 and None in graphs:
+        compute = compute_dtype(param.dtype)
+        graphs = with_final_states(graphs, program, {n for n, d in dtypes.items() if d == compute})
+    return {key: _printer(job, graph, dtypes) for key, graph in graphs.items()}, sized
+
+
+def _printer(job: Job, graph: Graph, dtypes: dict[str, torch.dtype]) -> Printer:
+    param = job.param
+    graph = simplified(graph, job.program)
+    if (graph.starts is not None or graph.every is not None) and not param.is_contiguous():
         raise OrderError
     printer = printer_type(graph, param.device)
     holds = job.program.holds_of
     roots = frozenset(key for key in graph.tensors if is_root(dtypes[key], holds(key)))
-    random = job.stream is not None
-    return printer(graph, dtypes, compute_dtype(param.dtype), random, roots), sized
+    return printer(graph, dtypes, compute_dtype(param.dtype), job.stream is not None, roots)
 
 
 def printer_type(graph: Graph, device: torch.device) -> type[Printer]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from heavyball.compiler.axes import is_along
-from heavyball.compiler.graph import Graph, NotPrintableError, Ref
+from heavyball.compiler.graph import Graph, NotPrintableError, Ref, Value
 
 REDUCTIONS = ("sum", "amax")
 
@@ -24,9 +24,7 @@ class Pass:
     reductions: list[int] = field(default_factory=list)  # sums that it leaves behind
     stores: dict[str, int] = field(default_factory=dict)  # tensors that it writes
     vector_stores: dict[str, int] = field(default_factory=dict)  # tensors along some axes
-    slices: list[int] = field(
-        default_factory=list
-    )  # nodes of the first pass, for every k-th element
+    slices: list[int] = field(default_factory=list)  # nodes for every k-th element
     slice_stores: dict[str, int] = field(default_factory=dict)  # and the tensors made of them
 
 
@@ -44,8 +42,9 @@ class Schedule:
 
 
 class _Planner:
-    def __init__(self, graph: Graph, exact: set[str]):
-        self.graph, self.exact = graph, exact
+    def __init__(self, graph: Graph, exact: set[str], slices_wait: bool):
+        self.graph, self.exact, self.slices_wait = graph, exact, slices_wait
+        self.sliced = 0  # the pass in which every k-th element is looked at
         self.stage = self._stages()
         outputs = graph.outputs.items()
         tensors = graph.tensors
@@ -58,16 +57,38 @@ class _Planner:
         stage: list[int] = []
         for value in self.graph.values:
             before = max((stage[a.index] for a in value.args if isinstance(a, Ref)), default=0)
+            if value.level == "scalar" and value.op in REDUCTIONS and self._of_slice(value):
+                before = max(before, self.sliced)
             stage.append(before + (value.op in REDUCTIONS))
         return stage
 
+    def _of_slice(self, value: Value) -> bool:
+        return self._level(value.args[0].index) == "slice"
+
+    def _slices_can_wait(self) -> bool:
+        """Whether nothing but numbers is made of what is found by looking at every k-th element."""
+        found: set[int] = set()
+        for i, v in enumerate(self.graph.values):
+            arguments = [a.index for a in v.args if isinstance(a, Ref)]
+            if v.level == "slice" or any(a in found for a in arguments):
+                found.add(i)
+        return all(self._level(i) in ("slice", "scalar") for i in found)
+
     def plan(self) -> Schedule:
         reduced = [i for i, v in enumerate(self.graph.values) if v.op in REDUCTIONS]
+        slices = [i for i, v in enumerate(self.graph.values) if v.level == "slice"]
+        if any(self.stage[i] for i in slices):
+            raise NotPrintableError("a slice that depends on a sum over the elements")
         last = max(
             [self.stage[i] for i in [*self.elements.values(), *self.vectors.values()]]
             + [self.stage[i] - 1 for i in reduced],
             default=0,  # numbers alone
         )
+        if slices and self.slices_wait and self._slices_can_wait():
+            # the last pass reads the parameter and the gradient in any case
+            self.sliced = last
+            self.stage = self._stages()
+        picked = {self.graph.values[i].args[0] for i in slices if self.graph.values[i].op == "pick"}
         # Storing a state as soon as it is known saves computing it again in a later pass. It must
         # wait if it would be rounded, or if something later needs the old one.
         early = {
@@ -75,12 +96,10 @@ class _Planner:
             for name, i in self.elements.items()
             if name in self.exact and self.stage[i] < last
         }
-        slices = [i for i, v in enumerate(self.graph.values) if v.level == "slice"]
-        if any(self.stage[i] for i in slices):
-            raise NotPrintableError("a slice that depends on a sum over the elements")
         while True:
             passes = [self._pass(k, last, early, reduced) for k in range(last + 1)]
             clash = {n for k, p in enumerate(passes) for n in p.loads if early.get(n, last) < k}
+            clash |= {n for n in picked if early.get(n, last) < self.sliced}
             if not clash:
                 break
             early = {n: k for n, k in early.items() if n not in clash}
@@ -88,8 +107,8 @@ class _Planner:
             planned.scalars = self._scalars(k)
             planned.vectors = self._vectors(k)
             planned.vector_stores = {n: i for n, i in self.vectors.items() if self.stage[i] == k}
-        passes[0].slices = slices
-        passes[0].slice_stores = {
+        passes[self.sliced].slices = slices
+        passes[self.sliced].slice_stores = {
             n: i for n, i in self.graph.outputs.items() if self.graph.tensors.get(n) == "slice"
         }
         after = [i for k in range(last + 1, max(self.stage) + 1) for i in self._scalars(k)]
@@ -179,9 +198,15 @@ def summed(graph: Graph, reduction: int) -> int:
     return source
 
 
-def schedule(graph: Graph, dtypes: dict[str, torch.dtype], compute: torch.dtype) -> Schedule:
+def schedule(
+    graph: Graph,
+    dtypes: dict[str, torch.dtype],
+    compute: torch.dtype,
+    slices_wait: bool = True,
+) -> Schedule:
     """Assign every node of a graph to a pass.
 
     dtypes: what each tensor is stored as; one that differs from `compute` is rounded when stored.
+    slices_wait: whether every k-th element may be looked at in the last pass, not in the first.
     """
-    return _Planner(graph, {n for n, d in dtypes.items() if d == compute}).plan()
+    return _Planner(graph, {n for n, d in dtypes.items() if d == compute}, slices_wait).plan()

@@ -93,6 +93,9 @@ class TritonArrayPrinter(TritonPrinter):
     Errors: NotPrintableError for sums along the lane that belong to different groups of rows.
     """
 
+    # programs divide a slice among them, so it must be read before the pass in which others write
+    slices_wait = False
+
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options)
         starts = self.graph.starts
@@ -201,7 +204,7 @@ class TritonArrayPrinter(TritonPrinter):
         else:
             wanted |= {i for i in passes[k].vector_stores.values() if self._is_number(i)}
             if any(map(self._is_random, passes[k].vector_stores)):
-                wanted.add(self.step_node)  # type: ignore[arg-type]
+                wanted.add(self.graph.counted)
         lines += self._fetch(wanted - here)
         lines += [f"x{i} = {self._number_text(i)}" for i in nodes]
         lines += [self._keep(i) for i in sorted(here)]

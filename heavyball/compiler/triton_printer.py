@@ -275,7 +275,7 @@ class TritonPrinter(Printer):
         """The numbers that the elements of a pass need."""
         read = self._body(planned)[1] | self._slice_body(planned)[1]
         if self._rounded({**planned.stores, **planned.slice_stores}):
-            read.add(self.step_node)  # type: ignore[arg-type]
+            read.add(self.graph.counted)
         return self._scalars_of(read)
 
     def _scalars_of(self, nodes: set[int]) -> set[int]:
@@ -290,11 +290,11 @@ class TritonPrinter(Printer):
 
     def _key_lines(self, names: Iterable[str]) -> list[str]:
         """The words from which tensors that are rounded take their bits."""
-        place, step = self.columns.index("stream"), self.step_node
+        place = self.columns.index("stream")
         lines = []
         for name in filter(self._is_random, names):
             stream = f"tl.load(row + {place}) ^ {word_of(name)}"
-            lines.append(f"key{self.tensors.index(name)} = step_key({stream}, x{step})")
+            lines.append(f"key{self.tensors.index(name)} = step_key({stream}, x{self.graph.counted})")
         return lines
 
     def _end_needs(self, k: int) -> set[int]:

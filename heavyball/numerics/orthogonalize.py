@@ -65,7 +65,7 @@ def newton_schulz(
     steps: int = 5,
     eps: float | Tensor = 1e-7,
     scale: float = 1.0,
-    products: Products = "auto",
+    products: Products = "full",
 ) -> Tensor:
     """Matrices whose singular values are pushed towards 1, with the singular vectors of `x`.
 

@@ -18,7 +18,7 @@ def adaptive_orthogonalize(update: Tensor, *, steps: int = 6, eps: Live = 1e-7) 
     Units: the result has none, but follows the gradient's size below a trace norm of 1.
     Errors: ValueError for a parameter of fewer than two dimensions.
     Source: `use_muon_pp` of prodigy-plus-schedule-free 1.9.0; the factor is from
-        https://github.com/leloykun/adaptive-muon. Departure: products in the dtype of the mathematics.
+        https://github.com/leloykun/adaptive-muon. Products as by "auto" of `orthogonalize`.
     """
     x = as_matrices(update, False)
     result = orthogonal(x, "quintic", steps, eps)

@@ -110,7 +110,7 @@ def _shares(
 
 
 def _estimate(members: Sequence[Member], options: Mapping[str, Any]) -> list[dict[str, Any]]:
-    new: list[dict[str, Any]] = [{"d_before": m.values["d"].clone()} for m in members]
+    new: list[dict[str, Any]] = [{} for _ in members]
     for pool in pools(members, options["split_groups"]):
         added, size = added_up(members, pool)
         v = members[pool[0]].values
@@ -140,6 +140,7 @@ def _estimate(members: Sequence[Member], options: Mapping[str, Any]) -> list[dic
         "slice_p": COUNT,
     },
     common={"d": "d0", "d_before": "d0", "d_max": "d0", "d_numerator": 0.0, "d_steps": 0},
+    past={"d_before": "d"},
     over_all=_shares,
     finish=_estimate,
 )

@@ -22,6 +22,7 @@ from oracles import (
 from torch import Tensor
 
 from heavyball import chainable as C
+from heavyball.numerics import orthogonalize
 from heavyball.numerics.orthogonalize import TABLES, newton_schulz, polar_factor, table
 
 METHODS = ("quintic", "quintic-5", "polar_express", "svd")
@@ -296,3 +297,16 @@ def test_products_in_bfloat16_are_those_of_torchs_muon() -> None:
 def test_an_exact_factor_has_no_products() -> None:
     with pytest.raises(ValueError, match="no products to make in bfloat16"):
         C.ChainOpt([torch.zeros(3, 3)], 0.1, C.muon(method="svd", products="bfloat16"))
+
+
+def test_a_processor_with_units_for_bfloat16_uses_them_for_large_matrices(monkeypatch) -> None:
+    made = torch.Generator().manual_seed(0)
+    for units in (False, True):
+        monkeypatch.setattr(orthogonalize, "_has_amx", lambda found=units: found)
+        for shape, large in (((256, 300), True), ((255, 300), False), ((256, 2048), False)):
+            x = torch.randn(shape, generator=made)
+            way = "bfloat16" if units and large else "full"
+            auto = newton_schulz(x, products="auto")
+            assert torch.equal(auto, newton_schulz(x, products=way))
+            exact = newton_schulz(x.double(), products="auto")
+            assert torch.equal(exact, newton_schulz(x.double(), products="full"))
