@@ -305,7 +305,16 @@ def watched() -> Iterator[tuple[list, list]]:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(cuda.DeviceTable, "_start", launch))
-        for name in ("item", "tolist", "cpu", "numpy", "nonzero", "__float__", "__int__"):
+        for name in (
+            "item",
+            "tolist",
+            "cpu",
+            "numpy",
+            "nonzero",
+            "__float__",
+            "__int__",
+            "__bool__",
+        ):
             real = getattr(torch.Tensor, name)
 
             def call(self, *arguments, real=real, name=name, **options):
@@ -525,7 +534,11 @@ WHOLE = {
     "soap, schedule-free": (C.soap_precond(C.scale_by_exp_avg_sq), C.schedule_free),
     "kron": (C.exp_avg, C.psgd_kron, C.clip_by_rms),
     "gated": (C.skip_not_finite, C.accumulate(k=2), MUON, C.clip_update_rms),
-    "global clip": (C.clip_by_global_norm(max_norm=0.1), C.orthogonalize(products="full"), C.scale_by_adam),
+    "global clip": (
+        C.clip_by_global_norm(max_norm=0.1),
+        C.orthogonalize(products="full"),
+        C.scale_by_adam,
+    ),
     "prodigy": (C.prodigy_plus_d(d0=0.1), MUON),
     "authors' prodigy": (C.prodigy_d(d0=0.1), MUON),
     "factored": (C.orthogonalize(products="full"), C.factored_rms(min_dim=2)),

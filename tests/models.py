@@ -13,7 +13,6 @@ from torch import Tensor, nn
 import heavyball
 from heavyball import chainable as C
 
-
 # where the parameters of the suites are; `make test-cuda` says "cuda"
 DEVICE = torch.device(os.environ.get("HEAVYBALL_TEST_DEVICE", "cpu"))
 

@@ -1,4 +1,4 @@
-"""What only a GPU shows: presets beside the CPU, steps without waiting, capture, other devices' state."""
+"""What only a GPU shows: presets beside the CPU, steps without waits, capture, other devices' state."""
 
 import contextlib
 import copy
@@ -67,7 +67,9 @@ def largest_error(found: list[nn.Parameter], expected: list[nn.Parameter]) -> fl
     worst = 0.0
     for p, q in zip(found, expected, strict=True):
         scale = q.detach().double().abs().max().clamp(min=1e-30)
-        worst = max(worst, float((p.detach().cpu().double() - q.detach().double()).abs().max() / scale))
+        worst = max(
+            worst, float((p.detach().cpu().double() - q.detach().double()).abs().max() / scale)
+        )
     return worst
 
 
@@ -91,7 +93,9 @@ def test_kernels_step_as_plain_torch(name: str, dtype: torch.dtype) -> None:
     for p, q in zip(found, expected, strict=True):
         unit = torch.finfo(dtype).eps
         scale = q.detach().double().abs().max().clamp(min=1e-30)
-        wrong = (p.double() - q.double()).abs() > (4 if dtype == torch.bfloat16 else 64) * unit * scale
+        wrong = (p.double() - q.double()).abs() > (
+            4 if dtype == torch.bfloat16 else 64
+        ) * unit * scale
         assert wrong.sum() <= q.numel() // 1000, (p.shape, (p - q).abs().max())
 
 
@@ -205,7 +209,9 @@ def test_parameters_on_two_devices() -> None:
             params[k + 2].grad = params[k].grad.cuda()
         opt.step()
     for k in (0, 1):
-        torch.testing.assert_close(params[k].detach(), params[k + 2].detach().cpu(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            params[k].detach(), params[k + 2].detach().cpu(), rtol=1e-5, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("name", ["SOAP", "Muon", "PSGDKron", "PrecondSchedulePaLMSOAP"])

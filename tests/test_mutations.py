@@ -948,7 +948,9 @@ def test_a_graft_without_the_size_is_noticed(monkeypatch: pytest.MonkeyPatch) ->
     test()
     wrong = dataclasses.replace(C.graft(C.sign, C.sign).merge, update=lambda updates: updates[0])
     right = C.graft
-    monkeypatch.setattr(C, "graft", lambda d, m: dataclasses.replace(right(d, m), merge=wrong))
+    monkeypatch.setattr(
+        C, "graft", lambda *chains, **kw: dataclasses.replace(right(*chains, **kw), merge=wrong)
+    )
     with pytest.raises(AssertionError):
         test()
 

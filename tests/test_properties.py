@@ -88,6 +88,7 @@ CHAINS: dict[str, Callable[[], tuple]] = {
         anywhere(C.adaptive_orthogonalize),
         C.scale_by_tensor_rms,
     ),
+    "prodigy, progress": lambda: (C.prodigy_progress_d(d0=0.01), C.scale_by_adam),
     "route": lambda: (C.route(C.when(C.scale_by_adam, min_ndim=2), otherwise=C.sign), C.cautious),
 }
 
@@ -99,6 +100,7 @@ def elementwise(name: str) -> bool:
         "clip_by_rms", "clip_by_global_norm", "clip_update_rms", "l2_normalize", "rms_normalize",
         "adaptive_gradient_clip", "centralize", "graft", "muon", "orthogonalize", "scale_by_normuon",
         "to_eigenbasis", "adaptive_orthogonalize", "prodigy_d", "prodigy_plus_d",
+        "prodigy_progress_d",
     }  # fmt: skip
     transforms = list(leaves(CHAINS[name]()))
     options = [o for t in transforms for o in (t.options.get("graft"), t.options.get("caution"))]

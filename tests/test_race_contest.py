@@ -476,7 +476,9 @@ def test_a_device_that_is_not_there_is_refused():
 def test_a_race_on_a_gpu_gives_the_numbers_of_the_cpu(name, tmp_path):
     found = []
     for device in ("cpu", "cuda"):
-        plan = Plan(task=name, optimizers=("AdamW",), lrs=(0.01,), seeds=(0,), steps=5, device=device)
+        plan = Plan(
+            task=name, optimizers=("AdamW",), lrs=(0.01,), seeds=(0,), steps=5, device=device
+        )
         content = hold(plan, Store(tmp_path / device), Silent())
         found.append(content["runs"][0]["test_loss"])
     assert found[1] == pytest.approx(found[0], rel=1e-3)
@@ -513,7 +515,9 @@ def test_a_contender_may_set_the_target(tmp_path):
     assert content["task"]["target"] == pytest.approx(sum(ends) / 3)
     assert content["task"]["target_on"] == "loss"
     sgd = next(r for r in content["results"] if r["label"] == "SGD")["best"]
-    met = [r for r in content["runs"] if r["contender"] == "SGD" and r["test_loss"] <= sum(ends) / 3]
+    met = [
+        r for r in content["runs"] if r["contender"] == "SGD" and r["test_loss"] <= sum(ends) / 3
+    ]
     assert sgd["reached_target"] >= len(met)
     assert "AdamW's at the end" in str(result_table(content).title)
     with pytest.raises(RaceError, match="no contender 'AdmW'; nearest: AdamW, or give a number"):

@@ -196,7 +196,8 @@ class DeviceTable(Table):
             if self.mirror.send(self.fixed):  # type: ignore[arg-type]
                 low = self.kernel.leading
                 high = low + len(self.kernel.tensors)
-                self.aligned = not (self.fixed[:, low:high] % ALIGNMENT).any()  # type: ignore[index]
+                addresses = self.fixed[:, low:high]  # type: ignore[index]
+                self.aligned = torch.equal(addresses, addresses - addresses % ALIGNMENT)
             self._fill(groups, totals)
             for run in self.kernel.run:
                 self._start(run)

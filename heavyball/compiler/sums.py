@@ -28,8 +28,9 @@ def with_final_states(
     first: dict[str, int] = {}  # the kernel that writes a state before the step does
     for name, index in step.outputs.items():
         if name != "param" and step.values[index].level == step.tensors.get(name):
-            able = (k for k, kernel in enumerate(kernels[:-1]) if kernel.find(step, index))
-            first |= {name: k for k in [*able][:1]}
+            able = [k for k, kernel in enumerate(kernels[:-1]) if kernel.find(step, index)]
+            if able:
+                first[name] = able[0]
     while True:
         made = [kernel.arranged(k, step, first) for k, kernel in enumerate(kernels)]
         wrong = set[str]().union(*(kernel.wrong(exact) for kernel in kernels))

@@ -294,7 +294,9 @@ class TritonPrinter(Printer):
         lines = []
         for name in filter(self._is_random, names):
             stream = f"tl.load(row + {place}) ^ {word_of(name)}"
-            lines.append(f"key{self.tensors.index(name)} = step_key({stream}, x{self.graph.counted})")
+            lines.append(
+                f"key{self.tensors.index(name)} = step_key({stream}, x{self.graph.counted})"
+            )
         return lines
 
     def _end_needs(self, k: int) -> set[int]:

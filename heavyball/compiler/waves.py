@@ -81,7 +81,8 @@ class Entry:
     row: int = 0  # its place in the wave's numbers
     offset: int = 0  # its place in the wave's temporary tensors, in elements
     count: int = 0
-    behind: int | None = None  # the step that a whole transform has set, where the host knows it
+    # numbers that whole transforms have provided, where the host knows them
+    known: dict[str, int] = field(default_factory=dict)
     ended: bool = False
     results: dict[str, Tensor] = field(default_factory=dict)
     opaque: dict[Opaque, Any] = field(default_factory=dict)
@@ -89,7 +90,7 @@ class Entry:
     hooks: list[Call] = field(default_factory=list)
 
     def begin(self) -> None:
-        self.ended, self.count, self.behind = False, self.job.count + 1, None
+        self.ended, self.count, self.known = False, self.job.count + 1, {}
 
     def forget(self) -> None:
         """Let go of what belongs to one step."""
@@ -199,9 +200,9 @@ class Wave:
             question.node,
             entry.job,
             self._value(entry, told.update),
-            entry.count if question.counted else entry.behind,
+            entry.count if question.counted else entry.known.get(str(told.step)),
             context,
-            gate=None if told.gate is None else self._value(entry, told.gate),
+            gate=entry.known.get(str(told.gate), self._value(entry, told.gate)),
         )
 
     def _value(self, entry: Entry, place: "str | Opaque | None") -> Any:
@@ -233,8 +234,8 @@ class Wave:
                 entry.results[f"{place}.{name}"] = laid_out(value, entry.job.param, self.dtype)
             else:
                 entry.ended |= name == "gate" and value is False
-                if name == "step":
-                    entry.behind = value if isinstance(value, int) else None
+                if isinstance(value, int):
+                    entry.known[f"{place}.{name}"] = value
                 if f"{place}.{name}" in self.columns:
                     _put(self.numbers[entry.row, self.columns[f"{place}.{name}"]], value)
         if due(node, answer.count):

@@ -111,9 +111,21 @@ def _along(
     return made.reshape(moved.shape).permute([order.index(place) for place in range(x.ndim)])
 
 
+def _swapped(product: Callable[[Tensor, Tensor], Tensor], q: Tensor, y: Tensor) -> Tensor:
+    return product(y, q)
+
+
+def _both_left(q: Tensor, y: Tensor) -> Tensor:
+    return transposed_product(q, triangular_product(q, y))
+
+
+def _both_right(q: Tensor, y: Tensor) -> Tensor:
+    return times_triangle(times_transposed(y, q), q)
+
+
 def _by_stride(x: Tensor) -> list[int]:
     """The axes of a tensor behind the batch, the outermost in memory first."""
-    return sorted(range(1, x.ndim), key=lambda place: -x.stride(place))
+    return sorted(range(1, x.ndim), key=x.stride().__getitem__, reverse=True)
 
 
 def apply(x: Tensor, factors: Sequence[Tensor], transpose: bool = False) -> Tensor:
@@ -127,7 +139,7 @@ def apply(x: Tensor, factors: Sequence[Tensor], transpose: bool = False) -> Tens
         if _is_diagonal(factor):
             x = x * _spread(factor, axis, x.ndim)
         else:
-            x = _along(x, axis, partial(left, factor), lambda y, q=factor: right(y, q))
+            x = _along(x, axis, partial(left, factor), partial(_swapped, right, factor))
     return x
 
 
@@ -141,12 +153,7 @@ def precondition(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
         elif x[0].numel() >= SQUARED * factor.shape[-1] ** 2:
             x = _times_square(x, axis, transposed_product(factor, factor))
         else:
-            x = _along(
-                x,
-                axis,
-                lambda y, q=factor: transposed_product(q, triangular_product(q, y)),
-                lambda y, q=factor: times_triangle(times_transposed(y, q), q),
-            )
+            x = _along(x, axis, partial(_both_left, factor), partial(_both_right, factor))
     return x.reshape(shape)
 
 
@@ -315,8 +322,8 @@ def fitted(
             one, two = gram(image, axis, True), gram(inverse, axis, True)
             new.append(_diagonal_step(joint[axis], one, two, lr))
         else:
-            rows = (unfolded(y, axis) for y in (image, inverse))
-            new.append(whitened(joint[axis], *rows, lr, room[run[0]]))
+            one, two = unfolded(image, axis), unfolded(inverse, axis)
+            new.append(whitened(joint[axis], one, two, lr, room[run[0]]))
     informative = largest_entry(x) > 0
     return usable(new, factors, informative)
 

@@ -143,8 +143,8 @@ class Muon(RoutedPreset):
     vocabulary; a small embedding or head is not told without its name. `adamw_names` and `use_muon`
     decide otherwise, and `print(opt.routing())` shows who got what.
 
-    method, scale, stacked, products: as in `muon`. With scale="match_rms_adamw" an update has the size of
-        AdamW's, so that adamw_lr may be lr.
+    method, scale, stacked, products: as in `muon`. With scale="match_rms_adamw" an update has the size
+        of AdamW's, so that adamw_lr may be lr.
 
     Units: with "original", `lr` is about the spectral norm of a step.
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; torch.optim.Muon.

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
-from transforms.test_prodigy import coarse, corners, quadratic, weights
 
 import heavyball
 from heavyball import chainable as C
+from transforms.test_prodigy import coarse, corners, quadratic, weights
 
 F64 = torch.float64
 

@@ -121,8 +121,15 @@ def _duels() -> Iterator[Duel]:
     )
     for side, (theirs, goal) in zip(("torch", "collection"), others, strict=True):
         for ending, ours in (("", Case("Muon", target)), ("-full", full)):
-            rest = {"steps": 12, "products": True, "matrices": True}
-            yield Duel(f"muon-{side}{ending}", ours, theirs, {"gpt": goal}, **rest)
+            yield Duel(
+                f"muon-{side}{ending}",
+                ours,
+                theirs,
+                {"gpt": goal},
+                steps=12,
+                products=True,
+                matrices=True,
+            )
     soap = Case("SOAP", "heavyball:SOAP", _soap(max_precond_dim=2048))
     limit = _soap(max_precondition_dim=2048)
     theirs = Case("SOAP", "pytorch_optimizer:SOAP", limit, library=COLLECTION)

@@ -345,7 +345,9 @@ def answers(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if request.pop("eager", False):
         importlib.import_module("heavyball.utils").compile_mode = None  # type: ignore[attr-defined]
     found = task(build, **request)
-    version = torch.__version__ if library == "torch" else importlib.metadata.version(library.lower())
+    version = (
+        torch.__version__ if library == "torch" else importlib.metadata.version(library.lower())
+    )
     named = {"library": version, "torch": torch.__version__}
     for part in [found] if isinstance(found, Mapping) else found:
         yield {**part, **named}
