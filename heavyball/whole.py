@@ -13,6 +13,7 @@ from torch import Tensor
 
 from heavyball.numerics import compute_dtype, generator, host_uniform, normals
 from heavyball.states import Pieces, old_states
+from heavyball.threads import each
 from heavyball.transform import keyword_names
 
 if TYPE_CHECKING:
@@ -98,9 +99,21 @@ def serve(calls: list[Call], stack: bool) -> list[Answer | None]:
         if call.count is None:
             call.count = int(call.context["step"])
         call.old = old_states(call)
-    for group in _groups(open_calls, stack):
-        answers.update(zip(map(id, group), _answer(group), strict=True))
+    groups = list(_groups(open_calls, stack))
+    for group, found in zip(groups, each(_answer, groups, [_cost(g) for g in groups]), strict=True):
+        answers.update(zip(map(id, group), found, strict=True))
     return [answers.get(id(call)) for call in calls]
+
+
+def _cost(group: list[Call]) -> float:
+    """About how many operations; 0 on a device, which works on several things by itself."""
+    call = group[0]
+    if call.job.param.device.type != "cpu":
+        return 0
+    numel = call.shape.numel()
+    matrices = [t for old in call.old for t in _flat(old) if t is not None and t.ndim == 2]
+    sizes = {t.shape[-1] for t in matrices if t.shape[0] == t.shape[1]} or call.shape
+    return len(group) * sum(n**3 + n * numel for n in sizes)
 
 
 def stacks(param: Tensor) -> bool:

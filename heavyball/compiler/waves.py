@@ -1,9 +1,10 @@
 """Runs programs that are cut at whole transforms: kernels over a wave of parameters, products between.
 
-Parameters go through their programs in waves of about `WAVE` elements, so that the temporary tensors
-between the segments take little memory however large the model is; with foreach=False a wave is one
-parameter. The temporary tensors are made anew for each step and shared by its waves: kept between
-steps they would lie beside the activations, and making them costs far less than one product.
+Parameters go through their programs in waves of about `WAVE` elements, or one for each thread, so that
+the temporary tensors between the segments take little memory however large the model is; with
+foreach=False a wave is one parameter. The temporary tensors are made anew for each step and shared by
+its waves: kept between steps they would lie beside the activations, and making them costs far less than
+one product.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,9 +26,11 @@ from heavyball.numerics.scratch import reused
 from heavyball.runner import SHARE, Job, compute_dtype, working, write
 from heavyball.states import loaded, new_states, working_param
 from heavyball.storage import is_root
-from heavyball.whole import Answer, Call, due, serve, stacks
+from heavyball.whole import Answer, Call, due, serve
 
 WAVE = 2**22
+# As many parameters as there are threads, to work on side by side, may be in a wave of so many elements.
+WIDE = 2**25
 # A device has more memory, and every launch waits for a command from the host.
 DEVICE_WAVE = 2**25
 
@@ -402,22 +405,24 @@ def _alike(one: Tensor, other: Tensor) -> bool:
 
 
 def arrange(entries: list[Entry], foreach: bool | None) -> Waves:
-    """Put parameters into waves; small ones of one shape next to each other, to share calls."""
+    """Put parameters into waves, those of one shape, which may share calls, next to each other."""
     places: dict[Any, int] = {}
 
     def order(entry: Entry) -> tuple:
         param = entry.job.param
-        small = stacks(param)
-        shape = (param.shape, id(entry.parts), entry.group) if small else entry.index
+        kind = param.shape, id(entry.parts), entry.group
         device, dtype = places.setdefault(param.device, len(places)), compute_dtype(param.dtype)
-        return device, dtype.itemsize, places.setdefault(shape, len(places))
+        return device, dtype.itemsize, places.setdefault(kind, len(places))
 
     waves: list[list[Entry]] = []
-    size = 0
+    size, threads = 0, torch.get_num_threads()
     for entry in sorted(entries, key=order):
         numel, before = _elements(entry.job), waves[-1][0].job.param if waves else None
         fresh = before is None or not _alike(before, entry.job.param)
-        most = DEVICE_WAVE if cuda.serves(entry.job.param.device) else WAVE
+        if cuda.serves(entry.job.param.device):
+            most = DEVICE_WAVE
+        else:
+            most = WIDE if waves and len(waves[-1]) < threads else WAVE
         if fresh or foreach is False or size + numel > most:
             waves.append([])
             size = 0

@@ -6,15 +6,16 @@ activations.
 """
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
 class _Blocks(threading.local):
-    found: dict[tuple[str, torch.dtype], Tensor] | None = None
+    found: dict[Any, Any] | None = None
 
 
 _blocks = _Blocks()
@@ -29,6 +30,24 @@ def reused() -> Iterator[None]:
         yield
     finally:
         _blocks.found = outer
+
+
+def borrowed() -> Callable[[], AbstractContextManager[None]]:
+    """What other threads enter, so that their memory is used again for as long as the caller's."""
+    outer = _blocks.found
+    if outer is None:
+        return nullcontext
+
+    @contextmanager
+    def enter() -> Iterator[None]:
+        before = _blocks.found
+        _blocks.found = outer.setdefault(threading.get_ident(), {})
+        try:
+            yield
+        finally:
+            _blocks.found = before
+
+    return enter
 
 
 def scratch(place: str, like: Tensor, *shapes: Sequence[int]) -> list[Tensor]:

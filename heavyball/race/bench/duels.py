@@ -135,6 +135,9 @@ def _duels() -> Iterator[Duel]:
     theirs = Case("SOAP", "pytorch_optimizer:SOAP", limit, library=COLLECTION)
     goals = {"gpt": 0.75, "convnet": 0.75}
     yield Duel("soap-collection", soap, theirs, goals, steps=20, period=10)
+    spread = _soap(max_precond_dim=2048, spread_refreshes=True)
+    spread_soap = Case("SOAP, refreshes spread", "heavyball:SOAP", spread)
+    yield Duel("soap-spread", spread_soap, theirs, goals, steps=20, period=10)
     limit = _soap(max_precond_dim=2048, use_precond_schedule=False)
     theirs = Case("SOAP", "heavyball:SOAP", limit, library=ORIGINAL)
     goals = {"gpt": 0.5, "convnet": 0.5}
