@@ -5,6 +5,7 @@
 # make bench-peers   the same for other libraries, installed into .venv-peers
 # make psgd-efficiency   memory and time of PSGD's factors, write docs/psgd_efficiency.md
 # make bench-duels   our optimizers by turns with theirs, the same installation
+# make comparison   race six optimizers on mnist and tiny Shakespeare; an hour, make -j2 runs both at once
 # make lint    formatting, lint and types
 # make docs    write the generated parts of README.md and docs/ again
 PYTHON ?= python3
@@ -12,7 +13,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-cuda bench psgd-efficiency bench-peers bench-duels lint docs clean
+.PHONY: demo test test-cuda bench psgd-efficiency bench-peers bench-duels lint docs clean \
+	comparison comparison-chars comparison-mnist
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "heavyball needs Python 3.11, this is " + sys.version.split()[0] + "; try make PYTHON=python3.11")'
@@ -54,6 +56,24 @@ bench-peers: $(VENV)/installed-race $(PEERS)/installed
 bench-duels: $(VENV)/installed-race $(PEERS)/installed
 	$(BIN)/python -m heavyball.race.bench --duel all --threads 2 --out docs/measurements.md
 
+# DATA=DIR for a folder that holds the files; heavyball race --resume comparison/chars goes on with it
+COMPARE = $(BIN)/heavyball race $(if $(DATA),--data $(DATA)) --seeds 3 --grid-seeds 1 --target AdamW --threads 1
+comparison: comparison-chars comparison-mnist
+
+comparison-chars: GRID := lr=(0.001,0.003,0.01,0.03)
+comparison-chars: WIDE := lr=(0.0003,0.001,0.003,0.01,0.03)
+comparison-chars: $(VENV)/installed-race
+	$(COMPARE) --task chars --steps 500 --eval-every 25 --out comparison/chars \
+		-o 'AdamW:$(GRID)' -o 'SOAP:$(GRID)' -o 'PrecondSchedulePaLMSOAP:$(GRID)' -o 'PSGDKron:$(WIDE)' \
+		-o 'DelayedPSGD:$(WIDE)' -o 'Muon:lr=(0.005,0.01,0.02,0.04),adamw_lr=0.003'
+
+comparison-mnist: GRID := lr=(0.001,0.003,0.01)
+comparison-mnist: WIDE := lr=(0.0003,0.001,0.003,0.01)
+comparison-mnist: $(VENV)/installed-race
+	$(COMPARE) --task mnist --steps 240 --eval-every 30 --out comparison/mnist \
+		-o 'AdamW:$(GRID)' -o 'SOAP:$(GRID)' -o 'PrecondSchedulePaLMSOAP:$(GRID)' -o 'PSGDKron:$(WIDE)' \
+		-o 'DelayedPSGD:$(WIDE)' -o 'Muon:lr=(0.0025,0.005,0.01,0.02,0.04),adamw_lr=0.003'
+
 lint: $(VENV)/installed-lint
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -63,4 +83,4 @@ docs: $(VENV)/installed-race
 	$(BIN)/python docs/build.py
 
 clean:
-	rm -rf $(VENV) $(PEERS) demo build *.egg-info
+	rm -rf $(VENV) $(PEERS) demo comparison build *.egg-info
