@@ -106,9 +106,13 @@ def serve(calls: list[Call], stack: bool) -> list[Answer | None]:
 
 
 def _cost(group: list[Call]) -> float:
-    """About how many operations; 0 on a device, which works on several things by itself."""
+    """About how many operations, of those that gain by running beside others; 0 for the rest.
+
+    Decompositions are what an `after` and the first step of a basis are for. On one thread each they
+    take 0.65 to 0.75 of their time on two; products, which need the cache, take 1.1 of theirs.
+    """
     call = group[0]
-    if call.job.param.device.type != "cpu":
+    if call.job.param.device.type != "cpu" or not (call.after or call.count == 1):
         return 0
     numel = call.shape.numel()
     matrices = [t for old in call.old for t in _flat(old) if t is not None and t.ndim == 2]

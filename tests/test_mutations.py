@@ -946,7 +946,9 @@ def test_a_graft_without_the_size_is_noticed(monkeypatch: pytest.MonkeyPatch) ->
         test_combine.test_graft_has_the_direction_of_one_and_the_size_of_the_other((3, 4))
 
     test()
-    wrong = dataclasses.replace(C.graft(C.sign, C.sign).merge, update=lambda updates, **_: updates[0])
+    wrong = dataclasses.replace(
+        C.graft(C.sign, C.sign).merge, update=lambda updates, **_: updates[0]
+    )
     right = C.graft
     monkeypatch.setattr(
         C, "graft", lambda *chains, **kw: dataclasses.replace(right(*chains, **kw), merge=wrong)

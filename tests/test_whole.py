@@ -88,7 +88,8 @@ def test_a_state_of_several_tensors_has_flat_keys_and_none_where_there_is_none()
 def test_small_parameters_of_one_shape_share_a_call_and_large_ones_do_not():
     params = _params((3, 4), (3, 4), (3, 5), (200, 200), (200, 200), (3, 4))
     _steps(C.ChainOpt(params, 0.1, counted), params)
-    assert [shape for shape, *_ in SEEN] == [(3, 3, 4), (1, 3, 5), *[(1, 200, 200)] * 2]
+    # in any order: the larger may run side by side
+    assert sorted(shape for shape, *_ in SEEN) == [(1, 3, 5), *[(1, 200, 200)] * 2, (3, 3, 4)]
     SEEN.clear()
     _steps(C.ChainOpt(params, 0.1, counted, foreach=False), params)
     assert len(SEEN) == 6

@@ -29,7 +29,8 @@ from heavyball.storage import is_root
 from heavyball.whole import Answer, Call, due, serve
 
 WAVE = 2**22
-# As many parameters as there are threads, to work on side by side, may be in a wave of so many elements.
+# As many parameters as there are threads may be in a wave of so many elements, where there is something
+# to be done on each thread (`whole.serve`).
 WIDE = 2**25
 # A device has more memory, and every launch waits for a command from the host.
 DEVICE_WAVE = 2**25
@@ -404,6 +405,10 @@ def _alike(one: Tensor, other: Tensor) -> bool:
     return kinds[0] == kinds[1]
 
 
+def _has_after(entry: Entry) -> bool:
+    return any(node.transform.after is not None for node in entry.job.program.flat)
+
+
 def arrange(entries: list[Entry], foreach: bool | None) -> Waves:
     """Put parameters into waves, those of one shape, which may share calls, next to each other."""
     places: dict[Any, int] = {}
@@ -422,7 +427,8 @@ def arrange(entries: list[Entry], foreach: bool | None) -> Waves:
         if cuda.serves(entry.job.param.device):
             most = DEVICE_WAVE
         else:
-            most = WIDE if waves and len(waves[-1]) < threads else WAVE
+            wide = len(waves[-1]) < threads and _has_after(entry) if waves else False
+            most = WIDE if wide else WAVE
         if fresh or foreach is False or size + numel > most:
             waves.append([])
             size = 0

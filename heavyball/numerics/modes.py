@@ -28,10 +28,11 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def add_product(start: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> Tensor:
-    """`beta start + alpha a @ b` for batches."""
+    """`beta start + alpha a @ b` for batches, in `start`."""
     if len(a) == 1:
-        return torch.addmm(start[0], a[0], b[0], beta=beta, alpha=alpha)[None]
-    return torch.baddbmm(start, a, b, beta=beta, alpha=alpha)
+        start[0].addmm_(a[0], b[0], beta=beta, alpha=alpha)
+        return start
+    return start.baddbmm_(a, b, beta=beta, alpha=alpha)
 
 
 def rotate(x: Tensor, bases: Sequence[Tensor | None], back: bool = False) -> Tensor:
@@ -79,8 +80,8 @@ def _contraction(
     return functools.partial(expression, backend="torch")
 
 
-def gram(x: Tensor, axis: int, start: Tensor, beta: float) -> Tensor:
-    """`beta start + (1 - beta) X X^T` with X the unfolding of x along an axis (0 for the first).
+def update_gram(x: Tensor, axis: int, start: Tensor, beta: float) -> Tensor:
+    """`beta start + (1 - beta) X X^T`, in `start`, with X the unfolding of x along an axis (0 the first).
 
     Only the lower triangle of `start` is looked at where it is large: it must be symmetric.
 
@@ -94,18 +95,15 @@ def gram(x: Tensor, axis: int, start: Tensor, beta: float) -> Tensor:
         x = x.movedim(axis + 1, 1).flatten(2)
     if x.is_cuda or x.shape[1] < 2 * PANEL:
         return add_product(start, x, x.mT, beta, 1 - beta)
-    result = torch.empty_like(start)
-    for out, old, matrix in zip(result, start, x, strict=True):
-        _symmetric(out, old, matrix, beta)
-    return result
+    for one, matrix in zip(start, x, strict=True):
+        _add_symmetric(one, matrix, beta)
+    return start
 
 
-def _symmetric(out: Tensor, start: Tensor, x: Tensor, beta: float) -> None:
-    """Write `beta start + (1 - beta) x x^T` for a symmetric start."""
+def _add_symmetric(start: Tensor, x: Tensor, beta: float) -> None:
+    """Write `beta start + (1 - beta) x x^T` over a symmetric start."""
     for low in range(0, len(x), PANEL):
         high = min(low + PANEL, len(x))
-        panel = out[low:high, :high]
-        torch.addmm(
-            start[low:high, :high], x[low:high], x[:high].mT, beta=beta, alpha=1 - beta, out=panel
-        )
-        out[:low, low:high].copy_(panel[:, :low].mT)
+        panel = start[low:high, :high]
+        panel.addmm_(x[low:high], x[:high].mT, beta=beta, alpha=1 - beta)
+        start[:low, low:high].copy_(panel[:, :low].mT)

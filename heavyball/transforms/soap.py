@@ -10,8 +10,7 @@ from heavyball import basis as pieces_of
 from heavyball.basis import MergeDims, Pieces, carried, each_block, refresh_pieces, working_of
 from heavyball.combine import Within, as_chain
 from heavyball.numerics.eigenbasis import Refresh, eigenbasis
-from heavyball.numerics.modes import gram as gram_of
-from heavyball.numerics.modes import rotate
+from heavyball.numerics.modes import rotate, update_gram
 from heavyball.schedule import Schedule, as_schedule
 from heavyball.transform import Live, State, fraction, positive, transform
 from heavyball.transforms.adam import scale_by_adam
@@ -30,6 +29,11 @@ def _due(
     if spread_refreshes:
         return count > 1
     return _schedule(precondition_frequency, precond_scheduler).fires(count - 1)
+
+
+def _turned(pieces: Pieces) -> Pieces:
+    """Bases from what is kept of them, and back: eigenvectors as rows, which LAPACK writes."""
+    return tuple(None if piece is None else piece.mT for piece in pieces)
 
 
 def _refresh(
@@ -56,7 +60,8 @@ def _refresh(
         phases = (pieces_of.phase(p, piece) if spread_refreshes else 0.0 for p in places)
         return [row for row, early in enumerate(phases) if schedule.fires(count - 1, early)]
 
-    new, orders = refresh_pieces(gram, basis, zeroth_power_mode, rows)
+    old = _turned(basis)
+    new, orders = refresh_pieces(gram, old, zeroth_power_mode, rows)
     if all(order is None for order in orders):
         return gram, basis, vectors, squares
     options = {"max_precond_dim": max_precond_dim, "merge_dims": merge_dims, "split": split}
@@ -66,18 +71,20 @@ def _refresh(
         working = [working_of(tuple(x.shape[1:]), options) for x in states]
         moments.append(
             tuple(
-                carried(shape, x, basis, new, orders, way)
+                carried(shape, x, old, new, orders, way)
                 for shape, x in zip(working, states, strict=True)
             )
         )
-    return gram, new, moments[0], moments[1]
+    return gram, _turned(new), moments[0], moments[1]
 
 
 @transform(
     whole=True,
     gram=State(pieces_of.zero_pieces, "a zero matrix per rotated axis of each block", several=True),
     basis=State(
-        pieces_of.identity_pieces, "the identity per rotated axis of each block", several=True
+        pieces_of.identity_pieces,
+        "Q_i^T: the identity per rotated axis of each block",
+        several=True,
     ),
     provides=("gate", "step"),
     opaque=("bases", "working"),
@@ -137,23 +144,30 @@ def to_eigenbasis(
     gram = _averaged(working, update, gram, shampoo_beta)
     if count == 1:
         basis = tuple(None if factor is None else eigenbasis(factor) for factor in gram)
-        return update, gram, basis, False, 0, None, None
-    turned = each_block(working, update, rotate, basis)
-    return turned, gram, basis, True, count - 1, basis, working
+        return update, gram, _turned(basis), False, 0, None, None
+    bases = _turned(basis)
+    turned = each_block(working, update, rotate, bases)
+    return turned, gram, basis, True, count - 1, bases, working
 
 
 def _averaged(working: WorkingShape, update: Tensor, gram: Pieces, beta: float) -> Pieces:
     if all(factor is None for factor in gram):
         return gram
-    # zeros make GG only smaller, which does not change its eigenvectors
-    largest = update.abs().amax(tuple(range(1, update.ndim)), keepdim=True)
-    usable = torch.where(torch.isfinite(largest), update, 0.0)
     axes = len(working.merged)
-    blocks = working.blocks_of(usable)
+    blocks = working.blocks_of(_finite(update))
+    # in the memory of the old ones: with new ones a step would copy more than it multiplies
     return tuple(
-        None if factor is None else gram_of(blocks[place // axes], place % axes, factor, beta)
+        None if factor is None else update_gram(blocks[place // axes], place % axes, factor, beta)
         for place, factor in enumerate(gram)
     )
+
+
+def _finite(update: Tensor) -> Tensor:
+    """Zeros for a tensor with an entry that is not finite: they do not change GG's eigenvectors."""
+    if update.device.type == "cpu" and all(f(update).isfinite() for f in (torch.amax, torch.amin)):
+        return update  # looking is a tenth of the work of choosing there
+    largest = update.abs().amax(tuple(range(1, update.ndim)), keepdim=True)
+    return torch.where(torch.isfinite(largest), update, 0.0)
 
 
 @transform(whole=True)

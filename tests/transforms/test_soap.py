@@ -240,7 +240,7 @@ def test_the_dense_formulation(
 def _take_bases(opt: torch.optim.Optimizer, p: Tensor, dense: Dense) -> None:
     for axis, wanted in enumerate(dense.rotated):
         if wanted:
-            dense.bases[axis] = opt.state[p][f"to_eigenbasis.basis.{axis}"].clone()
+            dense.bases[axis] = opt.state[p][f"to_eigenbasis.basis.{axis}"].mT.clone()
 
 
 # ---- properties
@@ -308,7 +308,7 @@ def test_the_first_gradient_only_sets_up_the_basis() -> None:
     # with the memory of the preconditioner, not that of the second moment
     for axis, outer in enumerate((g @ g.T, g.T @ g)):
         torch.testing.assert_close(state[f"to_eigenbasis.gram.{axis}"], 0.2 * outer)
-        basis = state[f"to_eigenbasis.basis.{axis}"]
+        basis = state[f"to_eigenbasis.basis.{axis}"].T
         spectrum = (basis.T @ outer @ basis).diagonal()
         assert (spectrum[:-1] >= spectrum[1:]).all()
         torch.testing.assert_close(basis * spectrum @ basis.T, outer, rtol=0, atol=1e-12)
@@ -558,8 +558,8 @@ def test_a_gradient_that_is_not_finite_does_not_reach_the_preconditioner() -> No
         gram = opt.state[p][f"to_eigenbasis.gram.{axis}"]
         # the scale does not matter to eigenvectors
         torch.testing.assert_close(gram, 0.95 * before[f"0.to_eigenbasis.gram.{axis}"])
-        expected, _ = E.refreshed(gram[None], before[f"0.to_eigenbasis.basis.{axis}"][None], "qr")
-        basis = opt.state[p][f"to_eigenbasis.basis.{axis}"]
+        expected, _ = E.refreshed(gram[None], before[f"0.to_eigenbasis.basis.{axis}"].T[None], "qr")
+        basis = opt.state[p][f"to_eigenbasis.basis.{axis}"].T
         torch.testing.assert_close(basis, expected[0], rtol=0, atol=1e-12)
 
 
