@@ -81,7 +81,7 @@ def _contraction(
 
 
 def update_gram(x: Tensor, axis: int, start: Tensor, beta: float) -> Tensor:
-    """`beta start + (1 - beta) X X^T`, in `start`, with X the unfolding of x along an axis (0 the first).
+    """`beta start + (1 - beta) X X^T`, in `start`; X is x unfolded along an axis, 0 for the first.
 
     Only the lower triangle of `start` is looked at where it is large: it must be symmetric.
 
