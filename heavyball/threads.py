@@ -63,7 +63,7 @@ def each(
 def _side_by_side(costs: tuple[float, ...], threads: int) -> tuple[int, ...]:
     """Which pieces to work on side by side, the longest first: whoever is done takes the next.
 
-    The longest of all, for which no other is a match, are done before with all threads.
+    Left out are the longest of all, for which no other is a match: they have all threads, afterwards.
     """
     total = sum(costs)
     if threads < 2 or total < LEAST:
@@ -71,12 +71,12 @@ def _side_by_side(costs: tuple[float, ...], threads: int) -> tuple[int, ...]:
     order = sorted(range(len(costs)), key=costs.__getitem__, reverse=True)
     best, chosen = total / (threads * EFFICIENCY), 0
     for first in range(min(threads, len(order) - 1)):
-        before = sum(costs[i] for i in order[:first]) / (threads * EFFICIENCY)
+        rest = sum(costs[i] for i in order[:first]) / (threads * EFFICIENCY)
         loads = [0.0] * threads
         for i in order[first:]:
             heapq.heapreplace(loads, loads[0] + costs[i])
-        if before + max(loads) < best:
-            best, chosen = before + max(loads), len(order) - first
+        if rest + max(loads) < best:
+            best, chosen = rest + max(loads), len(order) - first
     return tuple(order[len(order) - chosen :])
 
 

@@ -427,7 +427,7 @@ def arrange(entries: list[Entry], foreach: bool | None) -> Waves:
         if cuda.serves(entry.job.param.device):
             most = DEVICE_WAVE
         else:
-            wide = len(waves[-1]) < threads and _has_after(entry) if waves else False
+            wide = bool(waves) and len(waves[-1]) < threads and _has_after(entry)
             most = WIDE if wide else WAVE
         if fresh or foreach is False or size + numel > most:
             waves.append([])
