@@ -7,15 +7,19 @@ if it had not stopped, and all parameters and all ranks decide alike.
 import functools
 import math
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from heavyball.numerics.late import sum_between
 from heavyball.transform import check_live, positive
 
 # Steps per table of sums: one table is made at once, and a handful of them is kept.
 BLOCK = 4096
+# Tables whose starts are found by adding up all steps before them. A later one starts at an integral.
+ADDED_UP = 64
 # Where a running sum of probabilities is rounded down to a count. Any value between 1.3e-4 and .358
 # gives the published counts of `PrecondSchedule()`.
 OFFSET = 0.25
@@ -89,22 +93,27 @@ class PrecondSchedule:
 
     def interval(self, step: int) -> float:
         """The mean number of steps between refreshes around this step."""
-        return 1 + (self.a * math.log10(max(_checked(step), 1))) ** self.b
+        try:
+            return 1 + (self.a * math.log10(max(_checked(step), 1))) ** self.b
+        except OverflowError:
+            return math.inf
 
     def fires(self, step: int, phase: float = 0.0) -> bool:
         """Whether this step refreshes."""
         if _checked(step) < 1:
             return False
-        block, place = divmod(step - 1, BLOCK)
-        before, after = _sums(self, block)[place : place + 2]
-        return math.floor(after + OFFSET + phase) > math.floor(before + OFFSET + phase)
+        return self._count(step, phase) > self._count(step - 1, phase)
 
     def total(self, step: int) -> int:
         """How many of the steps 1..step refresh."""
-        if _checked(step) < 1:
-            return 0
+        return self._count(_checked(step), 0.0)
+
+    def _count(self, step: int, phase: float) -> int:
+        if step == 0:
+            return math.floor(OFFSET + phase)
         block, place = divmod(step - 1, BLOCK)
-        return math.floor(_sums(self, block)[place + 1] + OFFSET)
+        whole, sums = _sums(self, block)
+        return whole + math.floor(sums[place] + OFFSET + phase)
 
 
 def as_schedule(frequency: int | None, scheduler: object) -> Schedule:
@@ -132,21 +141,29 @@ def _checked(step: int) -> int:
     return step
 
 
-# The sums before each block, by schedule: a jump to a late step adds up each block once.
-_starts: dict[PrecondSchedule, list[float]] = {}
+@functools.lru_cache(maxsize=64)
+def _sums(schedule: PrecondSchedule, block: int) -> tuple[int, list[float]]:
+    """S after each step of a block, as a whole number and what comes to it."""
+    if block < ADDED_UP:
+        return 0, _running(schedule, block, _starts(schedule)[block]).tolist()
+    first = ADDED_UP * BLOCK
+    late = sum_between(schedule.a, schedule.b, first, block * BLOCK)
+    start = Decimal(_starts(schedule)[ADDED_UP]) + late
+    whole = math.floor(start)
+    return whole, _running(schedule, block, float(start - whole)).tolist()
 
 
 @functools.lru_cache(maxsize=64)
-def _sums(schedule: PrecondSchedule, block: int) -> list[float]:
-    """S before the first step of a block and after each of its steps."""
-    starts = _starts.setdefault(schedule, [0.0])
-    while len(starts) <= block:
-        starts.append(_running(schedule, len(starts) - 1, starts[-1])[-1].item())
-    return _running(schedule, block, starts[block]).tolist()
+def _starts(schedule: PrecondSchedule) -> list[float]:
+    """S before each of the first blocks."""
+    starts = [0.0]
+    for block in range(ADDED_UP):
+        starts.append(_running(schedule, block, starts[-1])[-1].item())
+    return starts
 
 
 def _running(schedule: PrecondSchedule, block: int, start: float) -> Tensor:
     first = block * BLOCK + 1
     steps = torch.arange(first, first + BLOCK, dtype=torch.float64)
     shares = 1 / (1 + (schedule.a * steps.log10()) ** schedule.b)
-    return torch.cat([torch.tensor([start], dtype=torch.float64), shares]).cumsum(0)
+    return torch.cat([torch.tensor([start], dtype=torch.float64), shares]).cumsum(0)[1:]

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import pytest
 
-from heavyball.numerics.decisions import Occasions, annealed, occasions
+from heavyball.numerics.decisions import LATE, Occasions, annealed, occasions
 
 
 def never() -> float:
@@ -90,3 +90,23 @@ def test_a_probability_outside_of_the_unit_interval_raises(wrong: float) -> None
 def test_equal_values_share_their_sums() -> None:
     assert occasions(0.3, "cumulative") is occasions(0.3, "cumulative")
     assert occasions(0.3, "cumulative") is not occasions(0.3, "deterministic")
+
+
+@pytest.mark.parametrize("decision", ["cumulative", "deterministic"])
+@pytest.mark.parametrize("probability", [None, 0.03, 0.1, 1 / 3, 1.0, 0.0, 1e-12])
+def test_a_late_step_adds_nothing_up_and_happens_as_often(probability, decision) -> None:
+    happens = Occasions(probability, decision)
+    wanted = 0.03 if probability is None else probability
+    if decision == "deterministic" and wanted:
+        wanted = 1 / math.ceil((1 - 1e-9) / wanted)
+    for start in (LATE, 2**31, 2**52):
+        found = [happens.at(n, never) for n in range(start, start + 1020)]
+        assert abs(sum(found) - wanted * 1020) <= 1
+    if probability not in (
+        None,
+        1 / 3,
+    ):  # what the sums say in the end is what is said from there on
+        one = [Occasions(probability, decision).at(n, never) for n in range(300)]
+        period = 900 if decision == "cumulative" or not wanted else round(1 / wanted) * 900
+        start = LATE + -LATE % period
+        assert [happens.at(start + n, never) for n in range(300)] == one

@@ -1,12 +1,15 @@
 """When a preconditioner is refreshed: counted out, and against the published table."""
 
 import copy
+import decimal
+import itertools
 import math
 import pickle
 import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import heavyball
 from heavyball.schedule import BLOCK, Every, PrecondSchedule, Schedule, as_schedule
@@ -49,6 +52,64 @@ def test_the_count_is_the_rounded_sum_of_the_probabilities(schedule: PrecondSche
     for step in (1, 2, 7, 999, BLOCK, BLOCK + 1, 2 * BLOCK, 10_000):
         assert schedule.total(step) == math.floor(math.fsum(shares[:step]) + 0.25)
         assert schedule.interval(step) == pytest.approx(1 / shares[step - 1], rel=1e-14)
+
+
+# Ordinary ones, and one each whose shares are all 1/2, fall at once, are 0 from the start, stay at 1.
+UNLIKE = [(1 / 3, 9), (0.5, 2), (2, 1), (0.3, 1e-300), (0.18, 2000), (1e300, 50), (1e-300, 9)]
+
+
+@pytest.mark.parametrize(("a", "b"), UNLIKE)
+def test_a_late_count_is_the_sum_of_the_probabilities(a: float, b: float) -> None:
+    schedule, steps = PrecondSchedule(a, b), torch.arange(1, 2**20 + 1, dtype=torch.float64)
+    shares = 1 / (1 + (a * steps.log10()) ** b)
+    # block by block, each added up by itself, so that rounding does not grow with the steps
+    sums = [0.0, *itertools.accumulate(shares.view(-1, BLOCK).sum(1).tolist())]
+    for block in range(0, len(sums), 5):
+        for place in (1, 1000, BLOCK - 1):
+            if (step := block * BLOCK + place) <= len(steps):
+                total = sums[block] + shares[block * BLOCK : step].sum().item()
+                assert schedule.total(step) == math.floor(total + 0.25), step
+
+
+@pytest.mark.parametrize(("a", "b"), UNLIKE)
+def test_decisions_at_any_step_agree_with_the_counts(a: float, b: float) -> None:
+    schedule = PrecondSchedule(a, b)
+    for around in (64 * BLOCK, 2**24, 2**31 + 5 * BLOCK, 2**52, 2**53 - BLOCK):
+        # across the border of two blocks, which are added up apart
+        fired = [schedule.fires(n) for n in range(around - 60, around + 60)]
+        assert sum(fired) == schedule.total(around + 59) - schedule.total(around - 61)
+        assert schedule.total(around) <= around
+
+
+def test_late_counts_are_those_of_the_integral() -> None:
+    # a = 1, b = 1: the integral of 1 / (1 + log10 x) is ln(10) / 10 (Ei(ln(10 x)) - Ei(ln(10 x_0)))
+    def integral(x: float) -> float:
+        log = math.log(10 * x)
+        terms = (math.exp(k * math.log(log) - math.lgamma(k + 1)) / k for k in range(1, 250))
+        return math.log(10) / 10 * (0.5772156649015329 + math.log(log) + math.fsum(terms))
+
+    schedule, first = PrecondSchedule(1, 1), 10_000
+    for step in (2**31, 2**40, 2**53 - 1):
+        found = schedule.total(step) - schedule.total(first)
+        assert found == pytest.approx(integral(step) - integral(first), rel=1e-10, abs=2)
+
+
+def test_a_late_step_takes_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    running = heavyball.schedule._running
+    monkeypatch.setattr("heavyball.schedule._running", lambda *a: made.append(a) or running(*a))
+    schedule = PrecondSchedule(b=7.25)
+    with decimal.localcontext(decimal.Context(prec=2)):  # that of the caller is nobody's business
+        schedule.fires(2**52)
+    assert len(made) < 100
+    made.clear()
+    other = [schedule.fires(n) for n in range(2**52, 2**52 + 200)]
+    assert len(made) <= 1
+    assert other == [PrecondSchedule(b=7.25).fires(n) for n in range(2**52, 2**52 + 200)]
+
+
+def test_an_interval_that_is_no_number_never_ends() -> None:
+    assert PrecondSchedule(1e300, 50).interval(100) == math.inf
 
 
 def test_a_decision_does_not_depend_on_what_was_asked_before() -> None:

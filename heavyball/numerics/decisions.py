@@ -3,12 +3,15 @@
 import functools
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Literal
 
 Decision = Literal["stochastic", "cumulative", "deterministic"]
 # A probability, a function of the number of steps before this one, or None for `annealed`.
 Probability = float | int | Callable[[int], float] | None
 
+# From this step on nothing is added up any more, so that a late step costs as much as an early one.
+LATE = 2**20
 # So much a sum of probabilities may lack of a whole number: ten times 0.1 is below 1 in floats.
 ROUNDING = 1e-9
 
@@ -33,7 +36,8 @@ class Occasions:
     deterministic  where at least 1 / probability steps have passed since the last time
 
     The third happens less often than the others where 1 / probability is not a whole number. Steps
-    are counted from 0. All of it follows from the step, so there is nothing to save.
+    are counted from 0. From LATE on the present probability stands for those of all steps before. All
+    of it follows from the step, so there is nothing to save.
 
     Errors: ValueError where a probability is not in [0, 1].
     Source: stochastic and cumulative of HeavyBall, deterministic of kron_torch.
@@ -58,9 +62,17 @@ class Occasions:
         """Whether it happens after n steps; `chance` draws from [0, 1)."""
         if self._decision == "stochastic":
             return chance() < self.probability(n)
+        if n >= LATE:
+            # the number as it is written, since its products have more digits than float64
+            return self._late(n, Fraction(str(self.probability(n))))
         while len(self._found) <= n:
             self._found.append(self._next(self.probability(len(self._found))))
         return bool(self._found[n])
+
+    def _late(self, n: int, probability: Fraction) -> bool:
+        if self._decision == "cumulative" or not probability:
+            return math.floor((n + 1) * probability) > math.floor(n * probability)
+        return (n + 1) % math.ceil((1 - Fraction(ROUNDING)) / probability) == 0
 
     def _next(self, probability: float) -> bool:
         before = math.floor(self._sum + ROUNDING)
