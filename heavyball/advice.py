@@ -4,7 +4,6 @@ Nothing here makes a step wait for the device, but for step `LOOK`: it reads the
 gathered before it, once.
 """
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from heavyball.chain import Chain
+from heavyball.warn import warn
 
 # Where an `lr` is that a user has probably meant as a factor.
 NEAR_ONE = (0.1, 10.0)
@@ -54,23 +54,19 @@ class Advice:
         largest = max(norms, default=0.0)
         same = sum(abs(n - largest) <= 1e-4 * largest for n in norms)
         if largest > 0 and len(norms) == NORMS and same >= NORMS - 1:
-            warnings.warn(
+            warn(
                 f"the norm of all gradients was {largest:.4g} in {same} of the first {NORMS} steps: "
                 "something clips them before the optimizer sees them, and that distorts the estimate "
                 "of d. Leave the clip out (the preset bounds its updates itself), or clip updates: "
                 "update_clipping=...",
-                RuntimeWarning,
-                stacklevel=4,
             )
         for index, group in enumerate(groups):
             if "d" in group and float(group["d"]) <= group["d0"]:
-                warnings.warn(
+                warn(
                     f"d of parameter group {index} is still d0={group['d0']:g} after {LOOK} steps: the "
                     "gradients do not agree on a direction, or weights move too little to tell. Try a "
                     "larger d0 (1e-5, 1e-4), d_coef=2, larger batches, no warm-up, or without "
                     "use_bias_correction; see docs/prodigy.md",
-                    RuntimeWarning,
-                    stacklevel=4,
                 )
 
 
@@ -78,9 +74,7 @@ def _check_lr(index: int, group: Mapping[str, Any]) -> None:
     lr = group["lr"]
     low, high = NEAR_ONE
     if isinstance(lr, float) and lr and not low <= lr <= high:
-        warnings.warn(
+        warn(
             f"lr={lr:g} in parameter group {index}: here it multiplies a learning rate that is found "
             "while training, so leave it at 1 (a schedule may lower it) and tune d_coef",
-            RuntimeWarning,
-            stacklevel=5,
         )

@@ -5,7 +5,6 @@ that is not rotated. Pieces stand in one flat tuple, block after block.
 """
 
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from heavyball.numerics.eigenbasis import Refresh, carry, carry_square, refreshed, reorder
 from heavyball.view import Merging, WorkingShape, working_shape
+from heavyball.warn import warn
 
 Pieces = tuple[Tensor | None, ...]
 MergeDims = Literal[False, True, "left"]
@@ -77,11 +77,11 @@ def _warn_of_memory(param: Tensor, needed: int, longest: int, options: Mapping[s
     if available is None or needed <= SHARE * available:
         return
     how = "rotates it in blocks of that size" if options["split"] else "leaves it unrotated"
-    warnings.warn(
+    warn(
         f"the bases of a parameter of shape {tuple(param.shape)} need {needed / 2**20:,.0f} MiB, over "
         f"{SHARE:.0%} of the memory of {param.device}; its longest rotated axis has {longest} "
         f"elements: a smaller max_precond_dim, such as {longest // 2}, {how}",
-        stacklevel=2,
+        UserWarning,
     )
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +28,7 @@ from heavyball.compiler.watch import Snapshot
 from heavyball.compiler.waves import Entry, Parts, Waves, arrange, build_parts, printers
 from heavyball.runner import SCALAR, SHARE, Job, drive, lazy_wanted, run, share_of, take_given
 from heavyball.together import Pending, Together
+from heavyball.warn import warn
 
 Signature = tuple[Any, ...]
 NOT_CONTIGUOUS = "rows or columns of a parameter that is not contiguous"
@@ -448,4 +448,4 @@ def warn_once(message: str) -> None:
     """Warn, but say the same thing only once in a process."""
     if message not in _warned:
         _warned.add(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=6)
+        warn(message)

@@ -5,7 +5,6 @@ stays as it is.
 """
 
 import functools
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from heavyball.numerics.modes import product, rotate
 from heavyball.numerics.orthogonalize import newton_schulz
 from heavyball.numerics.scratch import scratch
+from heavyball.warn import warn
 
 Refresh = Literal["qr", "newtonschulz", "svd", "eigh"]
 
@@ -201,9 +201,7 @@ def _attempt(fn: Callable[[Tensor], Tensor], matrix: Tensor) -> Tensor | None:
 
 @functools.cache
 def _report(name: str) -> None:
-    warnings.warn(
+    warn(
         f"{name} did not converge for a preconditioner, in float64 either: its old basis is kept. "
         "This is reported once.",
-        RuntimeWarning,
-        stacklevel=2,
     )

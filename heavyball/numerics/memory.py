@@ -1,10 +1,11 @@
 """Warns about state that would fill the memory, before it is allocated."""
 
 import os
-import warnings
 
 import torch
 from torch import Tensor
+
+from heavyball.warn import warn
 
 # More than this share of a device's memory for the preconditioner of one tensor is worth a warning.
 SHARE = 0.25
@@ -27,9 +28,9 @@ def warn_if_large(name: str, param: Tensor, size: int, advice: str) -> None:
     memory = memory_of(param.device)
     if memory is None or size <= SHARE * memory:
         return
-    warnings.warn(
+    warn(
         f"{name}: the preconditioner of a parameter of shape {tuple(param.shape)} takes "
         f"{size / 2**30:.1f} GiB, more than {SHARE:.0%} of the {memory / 2**30:.1f} GiB of "
         f"{param.device}: {advice}",
-        stacklevel=2,
+        UserWarning,
     )

@@ -1,9 +1,9 @@
 """Inverse roots of positive semi-definite matrices."""
 
-import warnings
-
 import torch
 from torch import Tensor
+
+from heavyball.warn import warn
 
 
 def inverse_root(matrix: Tensor, order: int, eps: float, fallback: Tensor) -> Tensor:
@@ -20,10 +20,10 @@ def inverse_root(matrix: Tensor, order: int, eps: float, fallback: Tensor) -> Te
     try:
         values, vectors = _eigh(safe)
     except torch.linalg.LinAlgError as error:
-        warnings.warn(
+        warn(
             f"an eigen-decomposition of a {tuple(matrix.shape)} failed in float64 too, the roots of "
             f"before are kept: {error}",
-            stacklevel=2,
+            UserWarning,
         )
         return fallback
     largest = values.amax(dim=-1, keepdim=True)

@@ -1,6 +1,5 @@
 """`heavyball plan`: how much memory optimizers take for an architecture."""
 
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from heavyball.presets import PRESETS
 from heavyball.race.errors import REFUSALS, RaceError, one_line
 from heavyball.race.shapes import architecture
 from heavyball.report import readable_bytes
+from heavyball.warn import warn
 
 DTYPES = {
     "float32": torch.float32,
@@ -42,7 +42,7 @@ def plans(
     if not found:
         raise RaceError(left[0])
     for message in left:
-        warnings.warn(f"left out {message}", stacklevel=2)
+        warn(f"left out {message}", UserWarning)
     return found
 
 
