@@ -35,11 +35,12 @@ from heavyball.checks import (
 )
 from heavyball.compiler.engine import Engine, sources
 from heavyball.compiler.watch import SHOWN
+from heavyball.evaluation import Evaluated, Look, Stamp, stamp, warn_of_written, written
 from heavyball.formats import Choice, Storage
 from heavyball.fused import FusedBackward, Singles, refuse_rivals, refuse_scaler
 from heavyball.loading import fit
 from heavyball.report import optimizer_repr, routing_table
-from heavyball.runner import Counts, Job, Scalars, add_missing_state, average
+from heavyball.runner import Counts, Job, Scalars, add_missing_state
 from heavyball.storage import CORRECTION, PARAM, stream_of
 from heavyball.together import Together
 from heavyball.transform import check_live, finite, nearest, nonnegative
@@ -133,6 +134,8 @@ class ChainOpt(Optimizer):
         self._singles = Singles(self)
         self._fused: FusedBackward | None = None
         self._rivals_checked = 0
+        self._switching = False  # between training and evaluation
+        self._loaded_in: dict[Tensor, Stamp] = {}  # evaluation mode, what the parameters were then
         self._scalars: list[Scalars] = []
         self._counts = Counts()
         defaults: dict[str, Any] = {"lr": lr}
@@ -430,19 +433,30 @@ class ChainOpt(Optimizer):
 
         A chain with `schedule_free` or `parameter_ema` evaluates at an average. In evaluation mode
         a copy of the training weights is kept, so that training goes on bit for bit. Calling it
-        again changes nothing, and for other chains it does nothing at all.
+        again changes nothing, and for other chains it does nothing at all. Ended by an exception, it
+        leaves the weights to train with in the parameters.
+
+        Warns if other weights were written into the parameters in evaluation mode: going back to
+        training mode replaces them.
         """
         if not isinstance(mode, bool):
             raise TypeError(f"train(mode={mode!r}): expected True or False")
-        changing = [g for g in self.param_groups if g.get("train_mode", mode) != mode]
-        programs = self._all_programs() if changing else {}
-        for group in changing:
-            for param in group["params"]:
-                if mode:
-                    self._restore_weights(param)
-                else:
-                    self._average_weights(programs[param], param, group)
-            group["train_mode"] = mode
+        if "train_mode" not in self.defaults:
+            return self
+        looks: list[Look] = []
+        try:
+            if self._switching:  # an exception ended a switch
+                self._restore_weights()
+            if not mode:
+                self._show_averages()
+            elif not self._training():
+                looks = list(written(self._evaluated(), self._loaded_in))
+                self._restore_weights()
+        except BaseException:
+            if self._switching:  # what is not in the parameters yet is still in the state
+                self._restore_weights()
+            raise
+        warn_of_written(looks)
         return self
 
     def eval(self) -> Self:
@@ -453,25 +467,48 @@ class ChainOpt(Optimizer):
     def averaged(self) -> Iterator[Self]:
         """Evaluate inside a `with` block, and go back to the mode of before."""
         before = self._training()
-        self.eval()
         try:
+            self.eval()
             yield self
         finally:
             self.train(before)
 
-    def _average_weights(self, program: Program, param: Tensor, group: Mapping[str, Any]) -> None:
-        state = self.state.get(param)
-        for node in program.evaluators:
-            if state:
-                value = average(node, param, state, group, Scalars())
-                state[SAVED_WEIGHTS] = param.detach().clone()
-                if state["step"]:  # before the first step there is nothing to average
-                    param.copy_(value)
+    def _evaluated(self) -> Iterator[Evaluated]:
+        """Every parameter that is averaged and has state."""
+        programs = self._all_programs()
+        for place in self._places():
+            state = self.state.get(place.param, {})
+            for node in programs[place.param].evaluators if "step" in state else ():
+                yield Evaluated(place, node, state)
 
-    def _restore_weights(self, param: Tensor) -> None:
-        state = self.state.get(param, {})
-        if SAVED_WEIGHTS in state:
-            param.copy_(state.pop(SAVED_WEIGHTS))
+    def _show_averages(self) -> None:
+        evaluated = list(self._evaluated())
+        if not self._training() and all(SAVED_WEIGHTS in each.state for each in evaluated):
+            return
+        self._switching = True
+        for group in self.param_groups:
+            group["train_mode"] = False  # first, so that no step takes an average for the weights
+        for each in evaluated:
+            if SAVED_WEIGHTS not in each.state:  # a parameter may stand twice
+                value = each.average(each.place.param)
+                each.state[SAVED_WEIGHTS] = each.place.param.detach().clone()
+                each.place.param.copy_(value)
+        self._loaded_in = {}
+        self._switching = False
+
+    def _restore_weights(self) -> None:
+        """Put the weights to train with back. What an exception has ended can be begun again."""
+        self._switching = True
+        for group in self.param_groups:
+            for param in group["params"]:
+                state = self.state.get(param, {})
+                if SAVED_WEIGHTS in state:
+                    param.copy_(state[SAVED_WEIGHTS])
+                    del state[SAVED_WEIGHTS]
+        for group in self.param_groups:
+            group["train_mode"] = True
+        self._loaded_in = {}
+        self._switching = False
 
     @torch.no_grad()
     def reset_corrections(self) -> None:
@@ -506,6 +543,7 @@ class ChainOpt(Optimizer):
         self._engine = Engine(self._compile)
         self._singles = Singles(self)
         self._rivals_checked = -1
+        self._switching, self._loaded_in = False, {}
         loaded = self.__dict__.pop("_loading", None)
         if loaded is None:
             self._programs, self._kinds = {}, {}  # parameters are new tensors after unpickling
@@ -515,6 +553,8 @@ class ChainOpt(Optimizer):
                 self._fused = FusedBackward(self)
         else:
             self._reinstate(loaded)
+            if not self._training():
+                self._loaded_in = {p: stamp(p) for g in self.param_groups for p in g["params"]}
             if self._fused is not None:
                 self._fused.begin()
 
