@@ -423,6 +423,7 @@ def share_of(job: Job, key: str, totals: Mapping[str, Tensor]) -> Shares | None:
     request = next(run, None)
     while request is not None:
         if isinstance(request, Call):
+            request.trial = True  # the step asks again
             answer: Any = serve([request], stack=False)[0]
         elif request[0] == key:
             run.close()

@@ -44,7 +44,8 @@ class Call:
 
     update: None for `after`. count: None where only the tensor `step` knows it. context: what the
     function asks for besides options and hyper-parameters; numbers are 0-d tensors. gate: whether it
-    is run at all. new: states that this step has changed before.
+    is run at all. new: states that this step has changed before. trial: whether the answer is thrown
+    away and asked for again, so that states are written in copies only.
     """
 
     node: "Node"
@@ -54,6 +55,7 @@ class Call:
     context: dict[str, Any]
     after: bool = False
     gate: Tensor | None = None
+    trial: bool = False
     new: dict[str, Tensor] = field(default_factory=dict)
     old: list[Pieces] = field(default_factory=list)
     vectors: list[Tensor] = field(default_factory=list)
@@ -99,6 +101,8 @@ def serve(calls: list[Call], stack: bool) -> list[Answer | None]:
         if call.count is None:
             call.count = int(call.context["step"])
         call.old = old_states(call)
+        if call.trial:
+            call.old = [_copied(pieces) for pieces in call.old]
     groups = list(_groups(open_calls, stack))
     for group, found in zip(groups, each(_answer, groups, [_cost(g) for g in groups]), strict=True):
         answers.update(zip(map(id, group), found, strict=True))
@@ -148,6 +152,12 @@ def _kind(call: Call) -> Any:
 
 def _flat(pieces: Pieces) -> tuple[Tensor | None, ...]:
     return pieces if isinstance(pieces, tuple) else (pieces,)
+
+
+def _copied(pieces: Pieces) -> Pieces:
+    if isinstance(pieces, tuple):
+        return tuple(None if piece is None else piece.clone() for piece in pieces)
+    return None if pieces is None else pieces.clone()
 
 
 # ---- one call

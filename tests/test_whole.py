@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from models import parameters, snapshot, train
 
 from heavyball import chainable as C
 from heavyball.chainable import State, transform, zeros
 from heavyball.numerics import normals
+from heavyball.transforms import TRANSFORMS
 
 SEEN: list = []
 
@@ -254,3 +256,56 @@ def asks_for_basis(update, *, basis):
 @transform(whole=True)
 def wrong_shape(update):
     return update.mT
+
+
+# ---- sums over all parameters behind a whole transform
+
+
+@transform(whole=True, total=zeros)
+def adds_in_place(update, total):
+    """A whole transform that writes its state where it is, as a user's may."""
+    total += update
+    return total.clone(), total
+
+
+BEFORE_A_SUM = {
+    **{n: t for n, t in TRANSFORMS.items() if t.whole and "eigenbasis" not in n},
+    "in place": adds_in_place,
+    "shampoo, mean": C.shampoo(beta2=0.9, max_precond_dim=3, split=True),
+    "psgd_kron, all": C.psgd_kron(cached=True, delayed=True, q_dtype="bfloat16"),
+    "soap_precond": C.soap_precond(),
+    "soap_precond, split": C.soap_precond(max_precond_dim=3, split=True, precondition_frequency=1),
+    "soap_precond, vectors": C.soap_precond(precondition_1d=True, merge_dims=True),
+    "soap_precond, inner": C.soap_precond(C.scale_by_laprop, C.clip_by_global_norm(max_norm=1e9)),
+}
+SUMS = {
+    "clip": (C.clip_by_global_norm(max_norm=1e9),),
+    "two": (C.clip_by_global_norm(max_norm=1e9), C.sign, C.clip_by_global_norm(max_norm=1.0)),
+    "d": (C.prodigy_d(d0=0.1), C.scale_by_adam),
+    "branch": (C.graft(C.clip_by_global_norm(max_norm=1e9), C.sign),),
+}
+
+
+@pytest.mark.filterwarnings("ignore:the chain:RuntimeWarning", "ignore:lr=:RuntimeWarning")
+@pytest.mark.parametrize("sums", SUMS)
+@pytest.mark.parametrize("name", BEFORE_A_SUM)
+def test_a_sum_behind_a_whole_transform_does_not_run_it_twice(name: str, sums: str) -> None:
+    def trained(*chain: object, **options: object) -> dict[str, torch.Tensor]:
+        # no two of one shape, whose products would be made together, and round otherwise
+        params = parameters((4, 3), (3, 6), (2, 3, 2), (5,), dtype=torch.float64)
+        route = C.route(C.when(BEFORE_A_SUM[name], min_ndim=2), otherwise=C.scale_by_adam)
+        opt = C.ChainOpt(params, 0.01, route, *chain, **options)
+        train(opt, range(4))
+        return snapshot(opt)
+
+    found = [
+        trained(*SUMS[sums], foreach=foreach, compile=compiled)
+        for foreach in (None, True, False)
+        for compiled in ((False, "auto") if (name, sums) == ("soap_precond", "clip") else (False,))
+    ]
+    for other in found[1:]:
+        for key, value in found[0].items():
+            torch.testing.assert_close(other[key], value, rtol=1e-9, atol=1e-12, msg=key)
+    if sums == "clip":  # one that has nothing to do
+        for key, value in trained(compile=False).items():
+            torch.testing.assert_close(found[0][key], value, rtol=1e-9, atol=1e-12, msg=key)
