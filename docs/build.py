@@ -1,10 +1,12 @@
 """Writes the generated parts of the documentation; `--check` only says whether they are current."""
 
+import ast
 import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import stubs
 import torch
 
 import heavyball
@@ -120,6 +122,13 @@ def fill(text: str, name: str, content: str) -> str:
     return f"{before}{start}\n{content}\n{end}{rest.split(end)[1]}"
 
 
+def stub() -> str:
+    """`heavyball/chainable.pyi`, with the imports of the module itself."""
+    module = (ROOT / "heavyball" / "chainable.py").read_text()
+    tree = ast.parse(module)
+    return stubs.chainable([ast.unparse(n) for n in tree.body if isinstance(n, ast.ImportFrom)])
+
+
 def build() -> dict[Path, str]:
     """Every generated file with its text."""
     readme, page = ROOT / "README.md", ROOT / "docs" / "transforms.md"
@@ -129,11 +138,14 @@ def build() -> dict[Path, str]:
         readme: fill(text, "transforms", transforms()),
         page: fill(page.read_text(), "details", "\n".join(details())),
         precond: fill(precond.read_text(), "schedule", schedule()),
+        ROOT / "heavyball" / "chainable.pyi": stub(),
     }
 
 
 def main() -> int:
-    stale = [path for path, text in build().items() if path.read_text() != text]
+    stale = [
+        path for path, text in build().items() if not path.exists() or path.read_text() != text
+    ]
     if "--check" in sys.argv:
         for path in stale:
             print(f"{path.relative_to(ROOT)} is not current: run make docs")

@@ -29,6 +29,7 @@ class SGD(Preset):
         **options: Unpack[PresetOptions],
     ):
         speed = shared("momentum", momentum)
+        ball: C.Transform
         if flag("nesterov", nesterov):
             if momentum <= 0 or dampening != 0:
                 raise ValueError(

@@ -174,7 +174,11 @@ class ProdigyPlusScheduleFree(Preset):
             reason = "the growth of d is bounded anyway"
             _exclude('use_speed="progress"', "d_limiter=True", reason, "d_limiter=False")
         b = shared("betas", betas)
-        plus = {"use_speed": chosen["use_speed"], "d_limiter": d_limiter, "narrow_sums": True}
+        plus: dict[str, Any] = {
+            "use_speed": chosen["use_speed"],
+            "d_limiter": d_limiter,
+            "narrow_sums": True,
+        }
         form = C.prodigy_progress_d if progress else C.prodigy_plus_d(**plus)
         rate = form(
             betas=b,
@@ -190,7 +194,9 @@ class ProdigyPlusScheduleFree(Preset):
         chain: list[Any] = [*_directions(chosen, b, eps), rate]
         if use_stableadamw:
             chain.append(C.clip_update_rms)
-        caution = "cautious" if use_cautious else "grams" if use_grams else "none"
+        caution: Literal["cautious", "grams", "none"] = (
+            "cautious" if use_cautious else "grams" if use_grams else "none"
+        )
         writer = C.schedule_free(beta=b[0], caution=caution, weight_at="now", c=schedulefree_c)
         if not use_schedulefree:
             chain += [C.cautious] if use_cautious else [C.grams] if use_grams else []

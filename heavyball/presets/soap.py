@@ -6,6 +6,7 @@ from torch import Tensor
 
 from heavyball import chainable as C
 from heavyball.basis import MergeDims
+from heavyball.numerics import EpsPlacement
 from heavyball.numerics.eigenbasis import Refresh
 from heavyball.presets.base import Preset, PresetOptions, split_options
 from heavyball.schedule import Schedule
@@ -126,7 +127,7 @@ class SOAP(BasisPreset):
     ):
         b = shared("betas", betas)
         # PaLM's average needs no bias correction, so there is none to put eps before
-        placement = "outside" if options.get("palm", self.palm_default) else "biased"
+        placement: EpsPlacement = "outside" if options.get("palm", self.palm_default) else "biased"
         adam = C.scale_by_adam(betas=b, eps=eps, eps_placement=placement, correct_bias=correct_bias)
         chosen: RuleOptions = {**options, "shampoo_beta": shampoo_beta}
         self.build_in_basis(params, lr, adam, chosen, beta1=b[0], weight_decay=weight_decay)
