@@ -1,5 +1,7 @@
 """Optimizers for PyTorch as chains of composable gradient transforms."""
 
+from typing import Any
+
 from heavyball import chainable, checkpoint, utils
 from heavyball.fused import FusedBackward, fuse_backward
 from heavyball.memory import MemoryPlan, memory_plan
@@ -42,6 +44,7 @@ from heavyball.presets import (
     SOAPNAdam,
 )
 from heavyball.schedule import PrecondSchedule
+from heavyball.transform import no_attribute
 
 __version__ = "0.1.0"
 
@@ -91,3 +94,10 @@ __all__ = [
     "memory_plan",
     "utils",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The error for a name that is not there, with the nearest that is."""
+    if name in chainable.__all__:
+        raise AttributeError(f"heavyball has no {name!r}; it is heavyball.chainable.{name}")
+    raise no_attribute(__name__, name, __all__)

@@ -8,7 +8,7 @@ from heavyball.transform import (
     State,
     Transform,
     copy_of_param,
-    nearest,
+    no_attribute,
     scalar,
     shared,
     squares,
@@ -26,7 +26,7 @@ def __getattr__(name: str) -> Transform:
     """A transform that was added to `TRANSFORMS` after the import."""
     if name in TRANSFORMS:
         return TRANSFORMS[name]
-    raise AttributeError(f"heavyball.chainable has no {name!r}; {nearest(name, TRANSFORMS)}")
+    raise no_attribute(__name__, name, [*__all__, *TRANSFORMS])
 
 
 COMBINATORS = {

@@ -72,8 +72,7 @@ def fit(
         which. Nothing has been changed then.
     """
     counts = [[len(g["params"]) for g in gs] for gs in (loading["param_groups"], opt.param_groups)]
-    if counts[0] != counts[1] and (strict or len(counts[0]) != len(counts[1])):
-        return loading, LoadResult([], [])  # torch's own error says it
+    _refuse_other_groups(counts[0], counts[1], strict)
     matches = list(_matches(opt, loading, _by_name(opt, loading, counts) if not strict else None))
     for match in matches:
         match.compare()
@@ -89,6 +88,22 @@ def fit(
     if not opt._training():
         raise RuntimeError("load_state_dict(strict=False) in evaluation mode: call train() first")
     return _partial(opt, loading, matches)
+
+
+def _refuse_other_groups(saved: list[int], own: list[int], strict: bool) -> None:
+    """Refuse groups that cannot be told which is which; in torch's words, with the numbers."""
+    if len(saved) != len(own):
+        raise ValueError(
+            "load_state_dict: loaded state dict has a different number of parameter groups: "
+            f"{len(saved)} were saved, this optimizer has {len(own)}"
+        )
+    for index, (there, here) in enumerate(zip(saved, own, strict=True) if strict else ()):
+        if there != here:
+            raise ValueError(
+                "load_state_dict: loaded state dict contains a parameter group that doesn't match the "
+                f"size of optimizer's group: of group {index} {there} parameters were saved, here it "
+                f"has {here}. {HINT}"
+            )
 
 
 def _refuse(opt: "ChainOpt", loading: Mapping[str, Any], matches: list[Match]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from heavyball.advice import Advice
-from heavyball.chain import BOOKKEEPING, Chain, Program
+from heavyball.chain import Chain, Program
 from heavyball.changes import Kind, kind, notice
 from heavyball.checkpoint import (
     DESCRIPTION,
@@ -22,14 +22,16 @@ from heavyball.checkpoint import (
     migrate,
 )
 from heavyball.checks import (
+    TORCH_SWITCHES,
     Place,
+    check_entries,
     check_gradient,
     check_shape,
     check_state,
+    check_torch_switches,
     checked_lr,
     checked_seed,
     describe,
-    frozen,
     labelled,
     overlaps,
 )
@@ -43,7 +45,7 @@ from heavyball.report import optimizer_repr, routing_table
 from heavyball.runner import Counts, Job, Scalars, add_missing_state
 from heavyball.storage import CORRECTION, PARAM, stream_of
 from heavyball.together import Together
-from heavyball.transform import check_live, finite, nearest, nonnegative
+from heavyball.transform import check_live, finite, frozen, nearest, nonnegative
 
 
 class ChainOpt(Optimizer):
@@ -71,6 +73,9 @@ class ChainOpt(Optimizer):
     param_ecc: the same for the parameters, whose correction is state; they must have that 16-bit dtype.
     fuse_backward: step each parameter inside `backward()`, as soon as its gradient is complete, and
         free the gradient; see `heavyball.fuse_backward`.
+    fused, capturable, differentiable: torch's, taken where they ask for nothing that is not so:
+        every chain is fused where it can be, elementwise ones can be captured, and none is
+        differentiable.
 
     Errors: TypeError or ValueError when the chain or a hyper-parameter cannot be right, naming it;
         at a step, ValueError before anything has been changed.
@@ -93,7 +98,8 @@ class ChainOpt(Optimizer):
         param_ecc: str | None = None,
         **unknown: Any,
     ):
-        for name in unknown:
+        check_torch_switches(type(self).__name__, unknown, foreach)
+        for name in unknown.keys() - TORCH_SWITCHES.keys():
             known = (
                 "weight_decay",
                 "warmup_steps",
@@ -121,6 +127,11 @@ class ChainOpt(Optimizer):
         lr = checked_lr(lr)
         storage = Storage(storage_dtype, ecc, param_ecc)
         self._chain = Chain(transforms, type(self).__name__, storage)
+        if unknown.get("capturable") and any(p.has_whole for p in self._chain.programs):
+            raise ValueError(
+                "capturable=True: a chain with transforms of whole tensors decides on the host, so it "
+                f"cannot be captured in a CUDA graph: {self._chain!r}"
+            )
         self._foreach = foreach
         self._compile = compile
         self._stochastic_rounding = stochastic_rounding
@@ -184,23 +195,21 @@ class ChainOpt(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, in mid-training too, with hyper-parameters of their own.
 
-        Errors: ValueError naming an unknown key, a value outside its interval, or a parameter that
-            cannot be optimized; the optimizer is then as it was.
+        Entries that the chain does not know are kept, saved and loaded, as in torch: they are
+        somebody else's.
+
+        Errors: ValueError naming a key that is nearly a known one, a value outside its interval, or a
+            parameter that cannot be optimized; the optimizer is then as it was.
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"a parameter group must be a dict, got {type(param_group).__name__}")
         group = dict(param_group)
         known = [key for key in self.defaults if key not in ("train_mode", "differentiable")]
-        for key in group:
-            if key in ("params", "train_mode", "differentiable", *self.defaults, *BOOKKEEPING):
-                continue
-            if not (isinstance(key, str) and key.startswith("_")):
-                raise ValueError(
-                    f"parameter group: unknown entry {key!r}; "
-                    f"{nearest(str(key), ['params', *known])}"
-                )
+        check_entries(type(self), group, known, self._chain)
+        # a mode is the optimizer's own, whatever another one's group says
+        group.pop("train_mode", None)
         if "train_mode" in self.defaults and self.param_groups:
-            group.setdefault("train_mode", self.param_groups[0]["train_mode"])
+            group["train_mode"] = self.param_groups[0]["train_mode"]
         for key in known:
             if key in group:
                 group[key] = self._checked(key, group[key])

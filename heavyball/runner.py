@@ -18,7 +18,7 @@ from heavyball.chain import Fork, Node, Program
 from heavyball.numerics import SCALAR, compute_dtype, saturate, shape_of, working
 from heavyball.states import add_several, working_param, working_state
 from heavyball.storage import create, create_param, drawing, held, held_param
-from heavyball.transform import CONTEXT, State, keyword_names
+from heavyball.transform import CONTEXT, State, frozen, keyword_names
 from heavyball.whole import Call, serve, stacks
 
 # Dtypes of state that do not have the range of float64.
@@ -36,8 +36,7 @@ class Scalars:
         value = group[key]
         if value is None:
             return None
-        if isinstance(value, list):
-            value = tuple(value)  # a list could change in place and still be equal to itself
+        value = frozen(value)  # a list could change in place and still be equal to itself
         if isinstance(value, Tensor):
             return value.detach().to(device, SCALAR).reshape(())
         known, tensors = self._filled.get((key, device), (None, None))

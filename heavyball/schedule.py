@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from heavyball.numerics.late import sum_between
-from heavyball.transform import check_live, positive
+from heavyball.transform import check_live, is_sequence, positive
 
 # Steps per table of sums: one table is made at once, and a handful of them is kept.
 BLOCK = 4096
@@ -127,7 +127,7 @@ def as_schedule(frequency: int | None, scheduler: object) -> Schedule:
         return Every(frequency)
     if isinstance(scheduler, Schedule):
         return scheduler
-    if isinstance(scheduler, (tuple, list)) and len(scheduler) == 2:
+    if is_sequence(scheduler) and len(scheduler) == 2:
         return PrecondSchedule(*scheduler)
     raise TypeError(
         f"precond_scheduler={scheduler!r}: expected two numbers (a, b) or a heavyball.PrecondSchedule"

@@ -71,7 +71,7 @@ class Together:
     def _hyper(self, group: Mapping[str, Any], name: str) -> float:
         assert self.node is not None
         key, index = self.node.hyper[name]
-        return group[key] if index is None else group[key][index]
+        return float(group[key] if index is None else group[key][index])
 
     def finish(
         self, groups: list[dict[str, Any]], found: list[tuple[Job, tuple[Tensor, ...]]]

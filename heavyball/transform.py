@@ -11,7 +11,7 @@ import math
 import numbers
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
@@ -177,8 +177,18 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """The end of an error message: what is known, and the nearest of it."""
     known = list(dict.fromkeys(known))
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if not close:
+        lower = {text.lower(): text for text in known}
+        close = [lower[t] for t in difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.5)]
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return f"known: {', '.join(known) if known else 'none'}{hint}"
+
+
+def no_attribute(module: str, name: str, known: Iterable[str]) -> AttributeError:
+    """The error for a name that a module does not have, with the nearest of those that it has."""
+    if name.startswith("__"):  # asked for by Python and by tools, not by people
+        return AttributeError(f"module {module!r} has no attribute {name!r}")
+    return AttributeError(f"{module} has no {name!r}; {nearest(name, known)}")
 
 
 def _is_real(value: object) -> bool:
@@ -192,9 +202,30 @@ def _number(name: str, value: Any) -> float:
 
 
 def _numbers(name: str, value: Any) -> tuple[float, ...]:
-    if not isinstance(value, (tuple, list)):
-        raise TypeError(f"{name}={value!r}: expected a tuple of numbers")
+    if not is_sequence(value):
+        raise TypeError(f"{name}={value!r}: expected a sequence of numbers")
     return tuple(_number(name, v) for v in value)
+
+
+# What is neither in order nor numbers, although it has a length.
+_NO_SEQUENCES = (str, bytes, bytearray, Mapping, Set, Tensor)
+
+
+def is_sequence(value: Any) -> bool:
+    """Whether it can hold numbers in order: a tuple, a list, an array, a configuration's own kind."""
+    if isinstance(value, float):  # by far the most frequent
+        return False
+    if isinstance(value, tuple | list):
+        return True
+    ordered = hasattr(value, "__len__") and hasattr(value, "__getitem__")
+    return ordered and not isinstance(value, _NO_SEQUENCES) and getattr(value, "ndim", 1) > 0
+
+
+def frozen(value: Any) -> Any:
+    """A copy that does not change with a sequence in the group, and that can be compared."""
+    if isinstance(value, float | tuple):
+        return value
+    return tuple(value) if is_sequence(value) else value
 
 
 def check_live(name: str, value: Any, like: Any, domain: Interval, index: int | None = None) -> Any:
@@ -236,8 +267,15 @@ def _check_option(name: str, value: Any, default: Any, annotation: Any) -> Any:
         accepted = tuple(typing.get_origin(p) or p for p in parts)
     if isinstance(value, bool) and accepted not in (bool, (bool,)):
         raise TypeError(f"{name}={value!r}: expected {annotation}, got a bool")
+    names = accepted if isinstance(accepted, tuple) else (accepted,)
     if not isinstance(value, accepted):
-        names = accepted if isinstance(accepted, tuple) else (accepted,)
+        # numbers of numpy
+        if int in names and isinstance(value, numbers.Integral):
+            return int(value)
+        if float in names and _is_real(value):
+            return float(value)
+        if tuple in names and is_sequence(value):
+            return tuple(value.tolist() if hasattr(value, "tolist") else value)
         expected = " or ".join(getattr(t, "__name__", str(t)) for t in names)
         raise TypeError(f"{name}={value!r}: expected {expected}, got {type(value).__name__}")
     return value

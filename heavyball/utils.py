@@ -1,11 +1,20 @@
-"""Settings of the process that a user may want; nothing here changes what an optimizer computes."""
+"""Settings of the process that a user may want."""
 
 from typing import Any
 
 import torch
 
+from heavyball.transform import no_attribute
+
+__all__ = ["compile_mode", "set_torch", "zeroth_power_mode"]
+
 # None runs every optimizer of the process without compiled kernels, whatever its `compile` says.
 compile_mode: str | None = "auto"
+
+# How SOAP's presets and `soap_precond` refresh a basis where they are not told: "qr", "newtonschulz",
+# "svd" or "eigh", see `heavyball.numerics.eigenbasis.refreshed`; "newtonschulz5" makes so many steps.
+# It counts for chains that are built after it is set.
+zeroth_power_mode: str = "qr"
 
 
 def set_torch() -> dict[str, tuple[Any, Any]]:
@@ -35,3 +44,8 @@ def set_torch() -> dict[str, tuple[Any, Any]]:
     if not exact and note("cudnn.benchmark", cudnn.benchmark, True):
         cudnn.benchmark = True
     return changed
+
+
+def __getattr__(name: str) -> Any:
+    """The error for a name that is not there, with the nearest that is."""
+    raise no_attribute(__name__, name, __all__)

@@ -225,8 +225,7 @@ def _arguments(group: list[Call], wanted: tuple[str, ...] | None) -> dict[str, A
     for name, (key, index) in call.node.hyper.items():
         if name in t.host:
             value = job.group[key]
-            value = value if index is None else value[index]
-            arguments[name] = value.item() if isinstance(value, Tensor) else value
+            arguments[name] = float(value if index is None else value[index])
         else:
             value = job.scalars.get(job.group, key, job.param.device)
             arguments[name] = value if index is None else value[index]

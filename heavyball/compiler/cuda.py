@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from heavyball.compiler.cpp import Printer
-from heavyball.compiler.launch import Kernel, Table
+from heavyball.compiler.launch import Kernel, Table, entry
 from heavyball.compiler.toolchain import ToolchainError
 from heavyball.compiler.triton_arrays import Memory, TritonArrayPrinter
 from heavyball.compiler.triton_printer import CHUNK, DEVICES, WARPS, TritonPrinter
@@ -225,10 +225,8 @@ class DeviceTable(Table):
                 value = group[key]
                 if isinstance(value, Tensor) and serves(value.device):
                     there.append((number, place, value))
-                elif isinstance(value, tuple | list):
-                    row[place] = float(value[index])
                 else:
-                    row[place] = float(value)
+                    row[place] = entry(value, index)
             rows.append(row)
         values = torch.tensor(rows, dtype=SCALAR)
         if self.hyper is None:

@@ -15,6 +15,7 @@ from heavyball.compiler.axes import Runs, along, first_axes, is_along
 from heavyball.numerics import measures
 from heavyball.runner import SCALAR, Job, compute_dtype, has_narrow, share_name, start, working
 from heavyball.storage import is_companion
+from heavyball.transform import is_sequence
 from heavyball.whole import Answer, Call
 
 
@@ -537,7 +538,7 @@ class _Hypers:
         value = group[key]
         if value is None:
             return None
-        if isinstance(value, tuple | list):
+        if is_sequence(value):
             return tuple(self._recorder.number("hyper", key, i) for i in range(len(value)))
         return self._recorder.number("hyper", key, 0)
 

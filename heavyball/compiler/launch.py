@@ -21,6 +21,7 @@ from heavyball.compiler.triton_printer import DEVICES as TRITON_DEVICES
 from heavyball.compiler.triton_printer import TritonPrinter
 from heavyball.runner import SCALAR, SHARE, Job, compute_dtype
 from heavyball.storage import is_root
+from heavyball.transform import is_sequence
 
 _forked = False
 
@@ -272,4 +273,4 @@ def hyper_values(
 def entry(value: Any, index: int) -> float:
     if isinstance(value, Tensor):
         return value.item()
-    return float(value[index] if isinstance(value, tuple | list) else value)
+    return float(value[index] if is_sequence(value) else value)

@@ -14,6 +14,7 @@ from heavyball import utils
 from heavyball.compiler import cuda
 from heavyball.compiler.engine import Plan
 from heavyball.compiler.launch import Table, entry, hyper_values, threads
+from heavyball.transform import frozen
 
 
 class Row:
@@ -53,7 +54,7 @@ class Row:
         """
         if utils.compile_mode is None or not self._stays(state):
             return False
-        if [self._group.get(key) for key in self._keys] != self._values and not self._refill(check):
+        if self._differs() and not self._refill(check):
             return False
         grad = self._param.grad
         assert grad is not None
@@ -62,6 +63,13 @@ class Row:
         table.kernel.run(*self._arguments, threads(table.elements))
         torch.autograd.graph.increment_version(self._param)
         return True
+
+    def _differs(self) -> bool:
+        """Whether a value of the group may be another one than the kernel has."""
+        try:
+            return [self._group.get(key) for key in self._keys] != self._values
+        except ValueError:  # of an array, which compares entry by entry
+            return True
 
     def _stays(self, state: Mapping[Tensor, Any]) -> bool:
         param = self._param
@@ -98,6 +106,6 @@ class Row:
         for place, (key, index) in enumerate(self._table.kernel.hypers):
             self._numbers[place] = entry(self._group[key], index)
         values = [self._group.get(key) for key in self._keys]
-        # a list or a tensor may change in place, so it is never taken to be as it was
-        changing = any(isinstance(value, Tensor | list) for value in values)
+        # what may change in place is never taken to be as it was
+        changing = any(isinstance(v, Tensor) or frozen(v) is not v for v in values)
         self._values = None if changing else values

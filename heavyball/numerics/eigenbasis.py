@@ -6,7 +6,7 @@ stays as it is.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,12 +16,28 @@ from heavyball.numerics.orthogonalize import newton_schulz
 from heavyball.numerics.scratch import scratch
 from heavyball.warn import warn
 
-Refresh = Literal["qr", "newtonschulz", "svd", "eigh"]
+Refresh = str
+REFRESHES = ("qr", "newtonschulz", "svd", "eigh")
 
 # Added to the diagonal, so that the eigenvectors of a zero matrix are those of the identity.
 TINY = 1e-30
 # Newton-Schulz steps to full precision for singular values from 1e-3 on; here they are 1 or more.
 POLAR_STEPS = 8
+
+
+def checked_refresh(way: Any, name: str = "zeroth_power_mode") -> Refresh:
+    """One of `REFRESHES`, or "newtonschulz" with a number of steps.
+
+    Errors: ValueError naming the value.
+    """
+    plain = way.removeprefix("newtonschulz") if isinstance(way, str) else ""
+    counted = plain != way and plain.isascii() and plain.isdigit() and 1 <= int(plain[:4]) <= 100
+    if way in REFRESHES or counted:
+        return way
+    raise ValueError(
+        f"{name}={way!r}: expected one of {', '.join(map(repr, REFRESHES))}, or 'newtonschulz' with a "
+        "number of steps from 1 to 100"
+    )
 
 
 def eigenbasis(matrix: Tensor, fallback: Tensor | None = None) -> Tensor:
@@ -43,7 +59,8 @@ def refreshed(matrix: Tensor, basis: Tensor, way: Refresh) -> tuple[Tensor, Tens
     qr            the orthogonal factor of A Q: one power iteration.
     newtonschulz  the polar factor of Q (I + L - L^T), with L the strictly lower triangle of Q^T A Q,
                   its columns over their norms in Q^T A Q: the iteration of qr to first order, made of
-                  products alone.
+                  products alone. "newtonschulz5" makes 5 steps for the polar factor instead of 8, which
+                  leaves the basis as far from orthogonal as they do.
     svd           the left singular vectors of A Q: all the way to the eigenvectors.
     eigh          the eigenvectors of A.
 
@@ -62,9 +79,10 @@ def refreshed(matrix: Tensor, basis: Tensor, way: Refresh) -> tuple[Tensor, Tens
     if way == "eigh":
         return _decomposed(_by_eigh, matrix, lambda: _columns(basis, order)), order
     image = _columns(image.mT, order)
+    steps = int(way.removeprefix("newtonschulz") or POLAR_STEPS) if way.startswith("n") else 0
     if way == "svd":
         return _decomposed(_by_svd, image, lambda: _columns(basis, order)), order
-    new = _by_qr(image) if way == "qr" else _by_polar(_columns(basis, order), image)
+    new = _by_qr(image) if way == "qr" else _by_polar(_columns(basis, order), image, steps)
     return _where(known & _usable(new), new, lambda: _columns(basis, order)), order
 
 
@@ -154,14 +172,14 @@ def _by_qr(matrix: Tensor) -> Tensor:
     return torch.linalg.householder_product(*torch.geqrf(matrix))
 
 
-def _by_polar(basis: Tensor, image: Tensor) -> Tensor:
+def _by_polar(basis: Tensor, image: Tensor, steps: int) -> Tensor:
     rotated = product(basis.mT, image)
     # over the largest first, since the squares of 1e30 would not be finite
     rotated = _over(rotated, rotated.abs().amax((-2, -1), keepdim=True))
     lower = _over(rotated, torch.linalg.vector_norm(rotated, dim=-2, keepdim=True)).tril(-1)
     # I + (L - L^T) has no singular value below 1, so the polar factor is well conditioned
     turned = basis + product(basis, lower - lower.mT)
-    return newton_schulz(turned, "polar_express", POLAR_STEPS)
+    return newton_schulz(turned, "polar_express", steps)
 
 
 def _over(x: Tensor, size: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Named optimizers."""
 
+from typing import Any
+
 from heavyball.presets.base import CLIPPINGS, DEFAULTS, Preset, PresetOptions
 from heavyball.presets.first_order import (
     ADOPT,
@@ -39,6 +41,7 @@ from heavyball.presets.soap import (
     SOAPAdEMAMix,
     SOAPNAdam,
 )
+from heavyball.transform import no_attribute
 
 PRESETS: dict[str, type[Preset]] = {
     cls.__name__: cls
@@ -122,3 +125,8 @@ __all__ = [
     "SOAPNAdam",
     "Shampoo",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The error for a name that is not there, with the nearest that is."""
+    raise no_attribute(__name__, name, __all__)

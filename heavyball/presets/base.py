@@ -8,6 +8,7 @@ from typing import Any, ClassVar, TypedDict
 from torch import Tensor
 
 from heavyball import chainable as C
+from heavyball.checks import TORCH_SWITCHES
 from heavyball.formats import Choice
 from heavyball.optimizer import ChainOpt
 from heavyball.transform import Shared, Transform, check_live, nearest, nonnegative
@@ -40,8 +41,8 @@ class OptionsButRounding(TypedDict, total=False):
         function of a tensor, applied to the gradient or to the finished update.
     palm, beta2_scale: PaLM's schedule for beta2, 1 - t^(-beta2_scale).
     foreach: False steps one parameter at a time, for the smallest peak memory.
-    compile, stochastic_rounding, seed, fuse_backward, storage_dtype, ecc, param_ecc: as in
-        `ChainOpt`.
+    compile, stochastic_rounding, seed, fuse_backward, storage_dtype, ecc, param_ecc, fused,
+    capturable, differentiable: as in `ChainOpt`.
     """
 
     warmup_steps: float
@@ -59,6 +60,9 @@ class OptionsButRounding(TypedDict, total=False):
     storage_dtype: Choice
     ecc: Choice
     param_ecc: str | None
+    fused: bool | None
+    capturable: bool
+    differentiable: bool
 
 
 class PresetOptions(OptionsButRounding, total=False):
@@ -144,7 +148,7 @@ class Preset(ChainOpt):
             lr,
             *elements,
             weight_decay=weight_decay,
-            **{name: chosen[name] for name in PASSED_ON},
+            **{name: chosen[name] for name in (*PASSED_ON, *TORCH_SWITCHES) if name in chosen},
         )
 
 
@@ -152,7 +156,7 @@ def _checked_options(preset: type[Preset], options: PresetOptions) -> dict[str, 
     own = [n for n in inspect.signature(preset.__init__).parameters if n not in ("self", "options")]
     own += preset.more_options
     for name in options:
-        if name not in DEFAULTS:
+        if name not in DEFAULTS and name not in TORCH_SWITCHES:
             raise TypeError(
                 f"{preset.__name__} has no option {name!r}; {nearest(name, [*own, *DEFAULTS])}"
             )

@@ -1,6 +1,8 @@
 """Presets that find their learning rate themselves."""
 
-from collections.abc import Iterable, Iterator
+import functools
+import inspect
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, Literal, Unpack
 
 import torch
@@ -56,7 +58,7 @@ class Prodigy(Preset):
             split_groups=split_groups,
         )
         chain: tuple = (C.scale_by_adam(betas=b, eps=eps, correct_bias=False), rate)
-        if isinstance(betas, tuple | list) and len(betas) and betas[0] == 0:
+        if b.value[0] == 0:
             chain += (C.in_new_unit,)
         if not flag("decouple", decouple):
             chain, weight_decay = (C.regularized(weight_decay=weight_decay), *chain), 0.0
@@ -111,6 +113,18 @@ def _exclude(first: str, second: str, reason: str, remedy: str) -> None:
     raise ValueError(f"{first} and {second} exclude each other: {reason}; pass {remedy}")
 
 
+def _noting_what_is_given(init: Callable[..., None]) -> Callable[..., None]:
+    """Keep the names of the arguments that were given in `self._given`."""
+    names = list(inspect.signature(init).parameters)
+
+    @functools.wraps(init)
+    def noting(self: Any, *args: Any, **options: Any) -> None:
+        self._given = frozenset((*names[1 : len(args) + 1], *options))
+        init(self, *args, **options)
+
+    return noting
+
+
 class ProdigyPlusScheduleFree(Preset):
     """Schedule-free descent that finds its learning rate; prodigy-plus-schedule-free's arguments.
 
@@ -121,11 +135,16 @@ class ProdigyPlusScheduleFree(Preset):
     `use_speed=True` is that of 1.9.0, "progress" that of 2.0.1, see `prodigy_progress_d`.
 
     Units: the step is `lr` d per element, d in weight units, see `opt.d`; leave `lr` at 1.
-    Errors: ValueError where two options exclude each other, with the reason and what to pass.
+    An option left at its default gives way to one that was given: `eps=None` switches StableAdamW off,
+    `use_focus=True` the factors.
+
+    Errors: ValueError where two options that were given exclude each other, with the reason and what
+        to pass.
     Source: prodigy-plus-schedule-free 1.9.0 (`schedulefree_c`, `d_limiter`, "progress": 2.0.1), after
         https://arxiv.org/abs/2306.06101 and https://arxiv.org/abs/2405.15682.
     """
 
+    @_noting_what_is_given
     def __init__(
         self,
         params: Any,
@@ -159,12 +178,13 @@ class ProdigyPlusScheduleFree(Preset):
         d_limiter: bool = False,
         **options: Unpack[OptionsButRounding],
     ):
-        given = {name: value for name, value in locals().items() if isinstance(value, bool)}
+        switches = {name: value for name, value in locals().items() if isinstance(value, bool)}
         progress = use_speed == "progress"
         if not progress:
             flag('use_speed (or "progress")', use_speed)
         chosen = {"use_speed": use_speed is True}
-        chosen |= {name: flag(name, value) for name, value in given.items()}
+        chosen |= {name: flag(name, value) for name, value in switches.items()}
+        _give_way(chosen, self._given, eps)
         _check_pairs(chosen, eps)
         if schedulefree_c and not use_schedulefree:
             raise ValueError(
@@ -192,7 +212,7 @@ class ProdigyPlusScheduleFree(Preset):
             split_groups_mean=split_groups_mean,
         )
         chain: list[Any] = [*_directions(chosen, b, eps), rate]
-        if use_stableadamw:
+        if chosen["use_stableadamw"]:
             chain.append(C.clip_update_rms)
         caution: Literal["cautious", "grams", "none"] = (
             "cautious" if use_cautious else "grams" if use_grams else "none"
@@ -202,7 +222,7 @@ class ProdigyPlusScheduleFree(Preset):
             chain += [C.cautious] if use_cautious else [C.grams] if use_grams else []
         chain.append(C.separate_decay(weight_decay=weight_decay, by_lr=weight_decay_by_lr))
         passed: PresetOptions = {**options, "stochastic_rounding": stochastic_rounding}
-        if factored and not factored_fp32 and not use_focus:
+        if chosen["factored"] and not factored_fp32:
             params = [*params] if not isinstance(params, Tensor) else params
             if any(p.dtype in (torch.bfloat16, torch.float16) for p in _tensors(params)):
                 passed.setdefault("storage_dtype", {"row": "bfloat16", "col": "bfloat16"})
@@ -258,8 +278,16 @@ def _direction(chosen: dict[str, bool], betas: Any, eps: float | None) -> list[A
     return [C.scale_by_exp_avg_sq(**arguments)]
 
 
+def _give_way(chosen: dict[str, bool], given: Collection[str], eps: float | None) -> None:
+    """Switch off an option that was left at its default where one that was given excludes it."""
+    if eps is None and "use_stableadamw" not in given:
+        chosen["use_stableadamw"] = False
+    if chosen["use_focus"] and "factored" not in given:
+        chosen["factored"] = False
+
+
 def _check_pairs(chosen: dict[str, bool], eps: float | None) -> None:
-    """Refuse what the original prints a line about and switches off."""
+    """Refuse two options that were given and exclude each other."""
     if chosen["use_cautious"] and chosen["use_grams"]:
         reason = "both decide by the sign of the update what becomes of an entry"
         _exclude("use_cautious=True", "use_grams=True", reason, "one of them")

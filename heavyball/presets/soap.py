@@ -5,9 +5,10 @@ from typing import Any, ClassVar, Unpack
 from torch import Tensor
 
 from heavyball import chainable as C
+from heavyball import utils
 from heavyball.basis import MergeDims
 from heavyball.numerics import EpsPlacement
-from heavyball.numerics.eigenbasis import Refresh
+from heavyball.numerics.eigenbasis import Refresh, checked_refresh
 from heavyball.presets.base import Preset, PresetOptions, split_options
 from heavyball.schedule import Schedule
 from heavyball.transform import Shared, Transform, shared
@@ -22,6 +23,7 @@ class BasisOptions(PresetOptions, total=False):
         `to_eigenbasis`.
     precondition_frequency, precond_scheduler: refresh every so many steps, or by a schedule, the two
         numbers of one, or a `heavyball.PrecondSchedule`; only one of the two can be given.
+        `zeroth_power_mode` is `heavyball.utils.zeroth_power_mode` if it is not given.
     max_precond_dim, merge_dims, split: which axes have a basis, as in `to_eigenbasis`.
     normalize_grads: give the update, rotated back, the root mean square 1.
     """
@@ -82,6 +84,11 @@ class BasisPreset(Preset):
         PaLM's schedule goes inside, where steps are counted from the rule's own first one.
         """
         mine, common = split_options(options, BASIS_DEFAULTS)
+        way = checked_refresh(
+            mine.get("zeroth_power_mode", utils.zeroth_power_mode),
+            f"{'' if 'zeroth_power_mode' in mine else 'heavyball.utils.'}zeroth_power_mode",
+        )
+        mine["zeroth_power_mode"] = way
         chosen = {**BASIS_DEFAULTS, "precond_scheduler": self.scheduler_default, **mine}
         if chosen["precond_scheduler"] is not None and "precondition_frequency" in mine:
             raise ValueError(

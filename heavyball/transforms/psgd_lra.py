@@ -14,6 +14,9 @@ from heavyball.transform import Live, State, positive, scalar, transform
 CHOICE = 1  # the salts of random numbers
 LEFT, RIGHT = 1, 2
 
+# What is above is not of low rank: a fit takes the cube of it, and N times it in memory, twice.
+LARGEST_RANK = 1024
+
 Loads = tuple[Tensor, Tensor, Tensor]
 
 
@@ -35,8 +38,8 @@ def _problem(shape: torch.Size, options: Mapping[str, Any]) -> str | None:
     value = options["preconditioner_update_probability"]
     if value is not None and not callable(value):
         checked_probability(value, "preconditioner_update_probability")
-    if options["rank"] < 1:
-        raise ValueError(f"rank={options['rank']!r}: expected at least 1")
+    if not 1 <= options["rank"] <= LARGEST_RANK:
+        raise ValueError(f"rank={options['rank']!r}: expected 1 to {LARGEST_RANK}")
     return None
 
 

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from heavyball import basis as pieces_of
+from heavyball import utils
 from heavyball.basis import MergeDims, Pieces, carried, each_block, refresh_pieces, working_of
 from heavyball.combine import Within, as_chain
-from heavyball.numerics.eigenbasis import Refresh, eigenbasis
+from heavyball.numerics.eigenbasis import Refresh, checked_refresh, eigenbasis
 from heavyball.numerics.modes import rotate, update_gram
 from heavyball.schedule import Schedule, as_schedule
 from heavyball.transform import Live, State, fraction, positive, transform
@@ -94,6 +95,7 @@ def _refresh(
         "precondition_frequency": positive,
         "max_precond_dim": positive,
     },
+    requires=lambda shape, options: checked_refresh(options["zeroth_power_mode"]) and None,
     after=_refresh,
     due=_due,
 )
@@ -207,8 +209,14 @@ def soap_precond(*inner: Any, normalize_grads: bool = False, **options: Any) -> 
     """Run a chain, Adam by default, in the eigenbasis of Shampoo's preconditioner.
 
     `soap_precond()` is SOAP, `soap_precond(scale_by_laprop)` is LaProp in the eigenbasis. The options
-    are those of `to_eigenbasis`, and `normalize_grads` of `from_eigenbasis`.
+    are those of `to_eigenbasis`, and `normalize_grads` of `from_eigenbasis`. `zeroth_power_mode` is
+    `heavyball.utils.zeroth_power_mode` if it is not given.
     """
+    if "zeroth_power_mode" in options:
+        checked_refresh(options["zeroth_power_mode"])
+    else:
+        way = checked_refresh(utils.zeroth_power_mode, "heavyball.utils.zeroth_power_mode")
+        options |= {"zeroth_power_mode": way} if way != "qr" else {}
     enter = to_eigenbasis(**options)
     # a schedule that cannot be is refused here rather than at the first step
     _schedule(enter.options["precondition_frequency"], enter.options["precond_scheduler"])

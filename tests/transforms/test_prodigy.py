@@ -4,6 +4,7 @@ The suite's fixture runs chains as written; the kernels are compared with that i
 """
 
 import contextlib
+import copy
 import io
 import math
 from collections.abc import Callable, Sequence
@@ -387,9 +388,12 @@ def test_it_is_the_package_as_it_comes_in_float32(options: dict[str, Any]) -> No
 
 def test_every_excluded_pair_raises_with_the_reason() -> None:
     for options, words in (
-        ({"eps": None}, "eps=None and use_stableadamw=True exclude.*use_stableadamw=False"),
+        (
+            {"eps": None, "use_stableadamw": True},
+            "eps=None and use_stableadamw=True exclude.*use_stableadamw=False",
+        ),
         ({"use_cautious": True, "use_grams": True}, "use_cautious.*use_grams"),
-        ({"use_focus": True}, "factored.*factored=False"),
+        ({"use_focus": True, "factored": True}, "factored.*factored=False"),
         ({"use_focus": True, "factored": False, "use_adopt": True}, "focus.*use_adopt"),
         (
             {"use_focus": True, "factored": False, "eps": None, "use_stableadamw": False},
@@ -398,6 +402,35 @@ def test_every_excluded_pair_raises_with_the_reason() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             heavyball.ProdigyPlusScheduleFree(weights((2, 2)), **options)
+
+
+@pytest.mark.parametrize(
+    ("given", "implied"),
+    [
+        ({"eps": None}, {"use_stableadamw": False}),
+        ({"use_focus": True}, {"factored": False}),
+        ({"use_focus": True, "factored_fp32": False}, {"factored": False}),
+        ({"eps": None, "use_muon_pp": True}, {"use_stableadamw": False}),
+    ],
+    ids=str,
+)
+def test_an_option_left_at_its_default_gives_way_to_one_that_was_given(given, implied) -> None:
+    alone = heavyball.ProdigyPlusScheduleFree(weights((2, 2)), **given)
+    both = heavyball.ProdigyPlusScheduleFree(weights((2, 2)), **given, **implied)
+    assert repr(alone.chain) == repr(both.chain)
+    other = copy.deepcopy(alone)
+    other.load_state_dict(both.state_dict())
+    walk(alone, alone.param_groups[0]["params"], 1)
+
+
+def test_every_option_of_the_original_is_taken_by_its_place() -> None:
+    # in the order of prodigy-plus-schedule-free 1.9.0
+    places = (1.0, (0.9, 0.99), None, 0.0, True, False, 1e-6, 1.0, 0, False, None, True, True)
+    opt = heavyball.ProdigyPlusScheduleFree(weights((2, 2)), *places)
+    named = heavyball.ProdigyPlusScheduleFree(weights((2, 2)), eps=None)
+    assert repr(opt.chain) == repr(named.chain)
+    with pytest.raises(ValueError, match="eps=None and use_stableadamw=True"):
+        heavyball.ProdigyPlusScheduleFree(weights((2, 2)), *places, True, True, False, True)
 
 
 # ---- the original's defects

@@ -651,3 +651,52 @@ def test_a_frequency_and_a_schedule_exclude_each_other() -> None:
 def test_the_way_back_needs_the_way_there() -> None:
     with pytest.raises(ValueError, match="from_eigenbasis asks for 'bases'"):
         C.ChainOpt(parameters((2, 2)), 1e-3, C.from_eigenbasis)
+
+
+@pytest.mark.parametrize("way", ["eigh", "newtonschulz", "newtonschulz5", "svd", "qr"])
+def test_the_process_decides_how_a_basis_is_refreshed_where_nobody_says(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(**options: Any) -> list[Any]:
+        rule = C.soap_precond(C.scale_by_laprop, **options)
+        lazy = {"precond_scheduler": None, "precondition_frequency": 1}
+        return [
+            heavyball.SOAP(parameters((3, 3)), **options),
+            heavyball.PrecondSchedulePaLMSOAP(parameters((3, 3)), **lazy, **options),
+            C.ChainOpt(parameters((3, 3)), 0.01, rule),
+        ]
+
+    before = made()
+    monkeypatch.setattr(heavyball.utils, "zeroth_power_mode", way)
+    for opt, given, early in zip(made(), made(zeroth_power_mode=way), before, strict=True):
+        assert opt.state_dict()["heavyball"] == given.state_dict()["heavyball"]
+        same = opt.state_dict()["heavyball"] == early.state_dict()["heavyball"]
+        assert same == (way == "qr")  # those that were built before keep theirs
+    told = heavyball.SOAP(parameters((3, 3)), zeroth_power_mode="qr")
+    assert told.state_dict()["heavyball"] == before[0].state_dict()["heavyball"]
+
+
+@pytest.mark.parametrize(
+    "way", ["newtonschulz0", "newtonschulz-1", "newtonschulz101", "QR", None, 5]
+)
+def test_a_way_to_refresh_that_is_not_known_is_refused(
+    way: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=f"zeroth_power_mode={way!r}: expected one of 'qr'"):
+        heavyball.SOAP(parameters((3, 3)), zeroth_power_mode=way)
+    monkeypatch.setattr(heavyball.utils, "zeroth_power_mode", way)
+    for build in (heavyball.SOAP, lambda params: C.ChainOpt(params, 0.01, C.soap_precond())):
+        with pytest.raises(ValueError, match=r"heavyball\.utils\.zeroth_power_mode="):
+            build(parameters((3, 3)))
+    heavyball.SOAP(parameters((3, 3)), zeroth_power_mode="eigh")
+
+
+@pytest.mark.parametrize(("way", "off"), [("newtonschulz5", 0.5), ("newtonschulz12", 1e-5)])
+def test_a_number_of_steps_for_the_polar_factor(way: str, off: float) -> None:
+    gram = normal((1, 6, 6), 1).float()
+    gram = gram @ gram.mT
+    basis = torch.linalg.qr(normal((1, 6, 6), 2).float()).Q
+    new, _ = E.refreshed(gram, basis, way)
+    usual, _ = E.refreshed(gram, basis, "newtonschulz")
+    torch.testing.assert_close(new, usual, rtol=0, atol=off)
+    assert torch.equal(new, usual) == (way == "newtonschulz8")

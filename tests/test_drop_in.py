@@ -1,0 +1,308 @@
+"""What scripts for torch.optim and frameworks hand over: arguments, group entries, sequences, names."""
+
+import array
+import collections
+import types
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+import heavyball
+from heavyball.checks import edits
+
+C = heavyball.chainable
+DROP_IN = ("AdamW", "SGD", "RMSprop", "NAdam")
+TORCH = (
+    *("Adam", "AdamW", "SGD", "RMSprop", "NAdam", "RAdam", "Adagrad", "Adadelta", "Adamax", "ASGD"),
+    *("Rprop", "Muon"),
+)
+
+
+def weights(*shape: int) -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.linspace(-1, 1, 6).reshape(shape or (2, 3)))
+
+
+def run(opt: torch.optim.Optimizer, p: torch.nn.Parameter, steps: int = 3) -> torch.Tensor:
+    for t in range(steps):
+        p.grad = torch.linspace(1, 2, p.numel()).reshape(p.shape) - t
+        opt.step()
+    return p.detach()
+
+
+# ---- arguments
+
+
+@pytest.mark.parametrize("name", DROP_IN)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"fused": True},
+        {"fused": False, "foreach": True},
+        {"fused": None},
+        {"capturable": False},
+        {"capturable": True},
+        {"differentiable": False},
+        {"maximize": True, "fused": True},
+        {"foreach": False, "capturable": False, "differentiable": False, "maximize": False},
+    ],
+    ids=str,
+)
+def test_arguments_of_torch_that_change_no_number_are_taken(name, options):
+    p, q = weights(), weights()
+    kept = {n: v for n, v in options.items() if n in ("maximize", "foreach")}
+    right = run(getattr(torch.optim, name)([q], lr=0.1, **kept), q)
+    found = run(getattr(heavyball, name)([p], lr=0.1, compile=False, **options), p)
+    torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "cls", [*heavyball.PRESETS.values(), None], ids=lambda c: getattr(c, "__name__", "chain")
+)
+def test_what_torchs_arguments_ask_for_and_is_not_so_is_refused_by_name(cls):
+    def make(**options):
+        if cls is None:
+            return C.ChainOpt([weights()], 0.1, C.scale_by_adam, compile=False, **options)
+        return cls([weights()], compile=False, **options)
+
+    with pytest.raises(ValueError, match=r"differentiable=True .*torch\.optim.*leave it out"):
+        make(differentiable=True)
+    with pytest.raises(ValueError, match="fused=True and foreach=True"):
+        make(fused=True, foreach=True)
+    for name in ("fused", "capturable", "differentiable"):
+        with pytest.raises(TypeError, match=f"{name}='yes'"):
+            make(**{name: "yes"})
+    opt = make(fused=True, differentiable=False)
+    if any(program.has_whole for program in opt.chain.programs):
+        with pytest.raises(ValueError, match=r"capturable=True.*CUDA graph"):
+            make(capturable=True)
+    else:
+        make(capturable=True)
+
+
+# ---- groups
+
+FOREIGN = {
+    **{"lr_scale": 0.7, "lr_mult": 2.0, "layer_id": 3, "group_name": "head", "use_muon": True},
+    **{"fused": None, "foreach": None, "capturable": True, "amsgrad": False, "maximize": False},
+    **{"is_bias": True, "initial_lr": 0.5, "wd_mult": 0.0, "decay": True, "role": "r", "k": 3},
+    **{"decoupled_weight_decay": True, "train_mode_of_others": 1, "d_model": 512},
+}
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "SFAdamW", "SOAP", "Muon", "Prodigy"])
+def test_entries_of_others_are_kept_saved_and_loaded(name, tmp_path):
+    def make(**more):
+        return heavyball.PRESETS[name]([{"params": [weights()], **more}], compile=False)
+
+    for entries in [FOREIGN, *({key: value} for key, value in FOREIGN.items())]:
+        opt = make(**entries)
+        assert opt.param_groups[0].items() >= entries.items()
+        torch.save(opt.state_dict(), tmp_path / "saved.pt")
+        saved = torch.load(tmp_path / "saved.pt", weights_only=True)
+        assert saved["param_groups"][0].items() >= entries.items()
+        other = make()
+        other.load_state_dict(saved)
+        assert other.param_groups[0].items() >= entries.items()
+        run(other, other.param_groups[0]["params"][0], 1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ("weight_deacy", "weight_decay"),
+        ("weigth_decay", "weight_decay"),
+        ("weightdecay", "weight_decay"),
+        ("weight-decay", "weight_decay"),
+        ("wieght_deacy", "weight_decay"),
+        ("Weight_Decay", "weight_decay"),
+        ("beta", "betas"),
+        ("beats", "betas"),
+        ("esp", "eps"),
+        ("LR", "lr"),
+        ("warmup_step", "warmup_steps"),
+        ("param", "params"),
+    ],
+)
+def test_a_near_miss_of_a_known_entry_is_refused(wrong, meant):
+    opt = heavyball.AdamW([weights()])
+    for add in (lambda g: heavyball.AdamW([g]), opt.add_param_group):
+        with pytest.raises(ValueError, match=f"'{wrong}'.*did you mean '{meant}'"):
+            add({"params": [weights()], wrong: 0.5})
+    assert len(opt.param_groups) == 1
+
+
+def test_the_distance_of_names():
+    found = [
+        edits(a, b)
+        for a, b in [("", "ab"), ("abc", "abc"), ("abcd", "acbd"), ("kitten", "sitting")]
+    ]
+    assert found == [2, 0, 1, 3]
+
+
+@pytest.mark.parametrize("name", [*TORCH, *heavyball.PRESETS])
+def test_groups_of_another_optimizer_are_taken_over(name):
+    source = getattr(torch.optim, name) if name in TORCH else heavyball.PRESETS[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        groups = source([("w", weights())], lr=0.1).param_groups
+    if name in heavyball.PRESETS:
+        groups[0]["train_mode"] = False  # of its own mode, not of the next one's
+    for cls in (
+        heavyball.SGD,
+        heavyball.SFAdamW,
+        heavyball.PSGDKron,
+        heavyball.ProdigyPlusScheduleFree,
+    ):
+        taken = {k: v for k, v in groups[0].items() if k != "betas" or cls is heavyball.SGD}
+        taken.pop("nesterov", None)
+        opt = cls([taken], lr=0.5)
+        assert opt.param_groups[0]["lr"] == 0.1
+        assert opt.param_groups[0]["param_names"] == ["w"]
+        assert opt.param_groups[0].get("train_mode", True)
+        run(opt, opt.param_groups[0]["params"][0], 1)
+
+
+@pytest.mark.parametrize(
+    ("cls", "entry"),
+    [
+        (heavyball.AdamW, "amsgrad"),
+        (heavyball.AdamW, "maximize"),
+        (heavyball.SOAP, "maximize"),
+        (heavyball.SGD, "nesterov"),
+        (heavyball.RMSprop, "centered"),
+        (heavyball.Lion, "differentiable"),
+    ],
+)
+def test_an_entry_that_asks_for_another_chain_is_refused(cls, entry):
+    with pytest.raises(ValueError, match=f"{entry}=True has no effect"):
+        cls([{"params": [weights()], entry: True}])
+    options = {"maximize": True} if entry == "maximize" else {entry: True, "momentum": 0.9}
+    if cls in (heavyball.SGD, heavyball.RMSprop):
+        cls([{"params": [weights()], entry: True}], **options)  # where the chain does it
+
+
+@pytest.mark.parametrize(
+    "name", ["Prodigy", "ProdigyPlusScheduleFree", "PrecondScheduleProdigySOAP"]
+)
+def test_what_is_found_while_training_cannot_be_given(name):
+    with pytest.raises(ValueError, match=r"d cannot be given.*give d0"):
+        heavyball.PRESETS[name]([{"params": [weights()], "d": 1e-3}])
+
+
+# ---- sequences and numbers
+
+
+class Config(collections.abc.Sequence):
+    """As configuration libraries have: neither a tuple nor a list."""
+
+    def __init__(self, *values):
+        self.values = values
+
+    def __len__(self):
+        return len(self.values)
+
+    def __getitem__(self, place):
+        return self.values[place]
+
+
+KINDS = {
+    "list": list,
+    "config": lambda values: Config(*values),
+    "user list": collections.UserList,
+    "deque": collections.deque,
+    "numpy": np.array,
+    "numpy float32": lambda values: np.array(values, dtype=np.float32),
+    "numpy numbers": lambda values: tuple(map(np.float64, values)),
+    "array": lambda values: array.array("d", values),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("where", ["constructor", "group", "later", "later, in place"])
+@pytest.mark.parametrize("options", [{}, {"compile": False}, {"fuse_backward": True}], ids=str)
+def test_any_sequence_of_numbers_is_taken_everywhere(kind, where, options):
+    wanted = (0.75, 0.9375)  # which float32 has too
+    made = KINDS[kind](wanted)
+
+    def train(given, value, changed):
+        p = weights()
+        first = {"betas": given} if where == "constructor" else {}
+        group = {"betas": given} if where == "group" else {}
+        opt = heavyball.AdamW([{"params": [p], **group}], lr=0.1, **first, **options)
+        for step in range(5):
+            if step == 2 and where.startswith("later"):
+                opt.param_groups[0]["betas"] = value
+            if step == 3 and where.endswith("in place") and hasattr(made, "__setitem__"):
+                changed(opt)
+            loss = (p * (torch.linspace(1, 2, 6).reshape(2, 3) - step)).sum()
+            loss.backward()
+            opt.step()
+            opt.zero_grad()
+        return p.detach()
+
+    found = train(made, made, lambda opt: made.__setitem__(0, 0.5))
+    right = train(wanted, wanted, lambda opt: opt.param_groups[0].update(betas=(0.5, wanted[1])))
+    assert torch.equal(found, right)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["ab", b"ab", {0.9, 0.99}, {0.9: 1, 0.99: 2}, 0.9, np.array(0.9), ("0.9", "0.99"), (True, 0.9)],
+    ids=repr,
+)
+def test_what_is_no_sequence_of_numbers_is_refused(wrong):
+    with pytest.raises(TypeError, match="betas"):
+        heavyball.AdamW([weights()], betas=wrong)
+    with pytest.raises(TypeError, match="betas"):
+        heavyball.AdamW([{"params": [weights()], "betas": wrong}])
+    opt = heavyball.AdamW([weights()])
+    opt.param_groups[0]["betas"] = wrong
+    with pytest.raises(TypeError, match="betas"):
+        run(opt, opt.param_groups[0]["params"][0], 1)
+
+
+def test_numbers_of_numpy_are_numbers():
+    opt = heavyball.PSGDLRA([weights()], lr=np.float32(0.5), rank=np.int64(2), seed=np.int32(3))
+    group = opt.param_groups[0]
+    assert type(group["lr"]) is float
+    assert type(group["seed"]) is int
+    opt = heavyball.SOAP([weights()], precondition_frequency=np.int16(3), eps=np.float16(0.5))
+    assert type(opt.param_groups[0]["eps"]) is float
+    pair = heavyball.SOAP([weights()], precond_scheduler=np.array([0.5, 4.0]))
+    assert repr(pair.chain) == repr(heavyball.SOAP([weights()], precond_scheduler=(0.5, 4.0)).chain)
+
+
+# ---- names
+
+
+@pytest.mark.parametrize(
+    "module", [heavyball, C, heavyball.presets, heavyball.utils], ids=lambda m: m.__name__
+)
+def test_a_name_that_is_nearly_right_is_answered_with_the_right_one(module: types.ModuleType):
+    names = [n for n in getattr(module, "__all__", dir(module)) if len(n) > 4 and n[0] != "_"]
+    assert names
+    for name in names:
+        swapped = name[:2] + name[3] + name[2] + name[4:]
+        for wrong in {swapped, name[:-1], name + "s", name.swapcase()} - {*names, *dir(module)}:
+            with pytest.raises(AttributeError, match=r"did you mean|it is heavyball") as caught:
+                getattr(module, wrong)
+            assert wrong in str(caught.value)
+    with pytest.raises(AttributeError, match="did you mean 'AdamW'"):
+        heavyball.AdmaW  # noqa: B018
+    with pytest.raises(AttributeError, match=r"it is heavyball\.chainable\.scale_by_adam"):
+        heavyball.scale_by_adam  # noqa: B018
+    assert not hasattr(module, "__path_that_nobody_has__")
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_groups_that_differ_are_told_with_their_numbers(strict):
+    def make(*sizes):
+        groups = [{"params": [weights() for _ in range(size)]} for size in sizes]
+        return heavyball.AdamW(groups, compile=False)
+
+    with pytest.raises(ValueError, match=r"different number of parameter groups.*3.*1"):
+        make(3).load_state_dict(make(1, 1, 1).state_dict(), strict)
+    with pytest.raises(ValueError, match=r"\b5\b.*\b2\b"):
+        make(1, 2).load_state_dict(make(1, 5).state_dict(), strict)
