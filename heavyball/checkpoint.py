@@ -18,7 +18,7 @@ from heavyball.runner import add_missing_state
 from heavyball.storage import fault, is_companion, is_real, layout, main_of, recode
 from heavyball.transform import Transform
 
-VERSION = 1
+VERSION = 2
 DESCRIPTION = "heavyball"
 # A copy of the weights that are trained, held while the parameters hold an average.
 SAVED_WEIGHTS = "train_param"

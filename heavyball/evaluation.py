@@ -1,12 +1,9 @@
 """The weights to evaluate with, and what was written over them."""
 
 import contextlib
-import sys
-import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,6 +13,7 @@ from heavyball.checkpoint import SAVED_WEIGHTS
 from heavyball.checks import Place
 from heavyball.numerics import working
 from heavyball.runner import Scalars, average
+from heavyball.warn import warn
 
 # A parameter, and whether it was written, still on its device.
 Look = tuple[Place, Tensor]
@@ -85,22 +83,9 @@ def warn_of_written(looks: list[Look]) -> None:
     ]
     if lost:
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
-        warnings.warn(
+        warn(
             f"{lost[0]}{more}: other weights were written in evaluation mode, where the parameters hold "
             "the average, and train() has replaced them by those that were trained; load weights in "
             "training mode, and the optimizer's state with them, see docs/checkpoints.md",
             UserWarning,
-            stacklevel=_outside(),
         )
-
-
-def _outside() -> int:
-    """The stacklevel of the first caller that is neither of this package, torch nor contextlib."""
-    inner = (str(Path(__file__).parent), str(Path(torch.__file__).parent), "contextlib.py")
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and (
-        frame.f_code.co_filename.startswith(inner[:2])
-        or frame.f_code.co_filename.endswith(inner[2])
-    ):
-        level, frame = level + 1, frame.f_back
-    return level

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from heavyball import migrations  # noqa: F401  (it registers them)
 from heavyball.chain import BOOKKEEPING, Program
 from heavyball.checkpoint import (
     DESCRIPTION,

@@ -542,23 +542,23 @@ SCHEDULE_FREE = (
 
 @mutant("schedule_free", *SCHEDULE_FREE)
 def an_average_that_never_moves(right: Wrong) -> Wrong:
-    def wrong(u: Any, z: Any, total: Any, lr_max: Any, **kw: Any) -> tuple:
-        param, new_z, _, _ = right(u, z, total + 1e30, lr_max, **kw)
-        return param, new_z, *right(u, z, total, lr_max, **kw)[2:]
+    def wrong(u: Any, z: Any, total: Any, *numbers: Any, **kw: Any) -> tuple:
+        param, new_z, *_ = right(u, z, total + 1e30, *numbers, **kw)
+        return param, new_z, *right(u, z, total, *numbers, **kw)[2:]
 
     return wrong
 
 
 @mutant("schedule_free", *SCHEDULE_FREE[2:])
 def an_average_weighed_by_the_present_rate(right: Wrong) -> Wrong:
-    return lambda u, z, total, lr_max, **kw: right(u, z, total, 0 * lr_max, **kw)
+    return lambda u, z, total, lr_max, last, **kw: right(u, z, total, 0 * lr_max, last, **kw)
 
 
 @mutant("schedule_free", *SCHEDULE_FREE[:3])
 def a_base_point_that_takes_the_new_z(right: Wrong) -> Wrong:
-    def wrong(u: Any, z: Any, total: Any, lr_max: Any, *, lr: Any, **kw: Any) -> tuple:
-        param, *_ = right(u, z - lr * u, total, lr_max, lr=lr, **kw)
-        return param, *right(u, z, total, lr_max, lr=lr, **kw)[1:]
+    def wrong(u: Any, z: Any, *numbers: Any, lr: Any, **kw: Any) -> tuple:
+        param, *_ = right(u, z - lr * u, *numbers, lr=lr, **kw)
+        return param, *right(u, z, *numbers, lr=lr, **kw)[1:]
 
     return wrong
 

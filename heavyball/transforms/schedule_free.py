@@ -11,9 +11,16 @@ from heavyball.transforms.cautious import CautiousScale, mask_disagreeing
 
 
 def averaged_iterate(
-    param: Tensor, z: Tensor, weight_sum: Tensor, lr_max: Tensor, *, beta: Tensor
+    param: Tensor,
+    z: Tensor,
+    weight_sum: Tensor,
+    lr_max: Tensor,
+    last_beta: Tensor,
+    *,
+    beta: Tensor,
 ) -> Tensor:
-    """x = y + (1 - 1 / beta) (z - y), the point to evaluate at."""
+    """x = y + (1 - 1 / beta) (z - y), the point to evaluate at, with the beta that y was made with."""
+    beta = torch.where(last_beta > 0, last_beta, beta)
     return lerp(param, z, 1 - 1 / beta)
 
 
@@ -22,6 +29,7 @@ def averaged_iterate(
     z=copy_of_param,
     weight_sum=scalar(0.0),
     lr_max=scalar(0.0),
+    last_beta=scalar(0.0),
     domains={"beta": open_fraction},
     excludes={"parameter_ema": "both decide which weights are evaluated"},
     evaluate=averaged_iterate,
@@ -31,6 +39,7 @@ def schedule_free(
     z: Tensor,
     weight_sum: Tensor,
     lr_max: Tensor,
+    last_beta: Tensor,
     *,
     step: Tensor,
     param: Tensor,
@@ -43,12 +52,13 @@ def schedule_free(
     caution_scale: CautiousScale = "mean",
     weight_at: Literal["peak", "now"] = "peak",
     shrink: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Step from z, average the steps in x, and take gradients in between, at y.
 
     w_t = t^r max(lr_1..lr_t)^weight_lr_power;  c_t = w_t / (w_1 + .. + w_t)
     y <- y + c_t (z - y) - lr (1 - beta (1 - c_t)) u;  z <- z - lr u
-    which keeps y = (1 - beta) z + beta x with x <- (1 - c_t) x + c_t z.
+    which keeps y = (1 - beta) z + beta x with x <- (1 - c_t) x + c_t z. Where beta has changed since
+    the last step, y moves first, with x and z as they are: y <- z + beta / beta_old (y - z).
 
     The parameter holds y while training and x in evaluation mode, see `ChainOpt.eval`. A decay before
     this element decays y and z by the same amount, as the authors do.
@@ -70,6 +80,9 @@ def schedule_free(
     weight_sum = weight_sum + weight
     share = torch.where(weight_sum > 0, weight / weight_sum, 0.0)
     share = torch.where(c > 0, (c * (1 - beta) * share).clamp(max=1), share)
+    # without a change the factor is 0, and the sum exact
+    moved = torch.where(last_beta > 0, beta / last_beta - 1, 0.0)
+    param = param + moved * (param - z)
     forward = 1 - beta * (1 - share)
     change = share * (param - z) + lr * forward * update
     if caution == "cautious":
@@ -77,5 +90,11 @@ def schedule_free(
     elif caution == "grams":
         change = update.sign() * change.abs()
     if shrink is None:
-        return param - change, z - lr * update, weight_sum, lr_max
-    return param - change - forward * shrink, z - lr * update - shrink, weight_sum, lr_max
+        return param - change, z - lr * update, weight_sum, lr_max, beta
+    return (
+        param - change - forward * shrink,
+        z - lr * update - shrink,
+        weight_sum,
+        lr_max,
+        beta,
+    )

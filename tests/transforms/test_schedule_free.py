@@ -392,3 +392,49 @@ def test_a_late_parameter_is_averaged_from_its_own_first_step() -> None:
     alone = walk(make, begin[1:], [[g[1]] for g in grads[3:]])
     for (_, p), (other,) in zip(path[3:], alone, strict=True):
         assert torch.equal(p, other)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("options", [{}, {"c": 2.0, "r": 1.0}], ids=str)
+def test_a_changing_beta_moves_y_and_leaves_the_average(compile: bool, options: dict) -> None:
+    """x, y and z kept explicitly, with a beta that cycles as OneCycleLR does it."""
+    betas = [0.95, 0.95, 0.9, 0.85, 0.6, 0.85, 0.95, 0.95]
+    grads = [torch.randn(7, generator=torch.Generator().manual_seed(t)).double() for t in range(8)]
+    p = torch.nn.Parameter(torch.linspace(-1, 1, 7).double())
+    elements = (C.sign, C.schedule_free(**options))
+    opt = C.ChainOpt([p], 0.1, *elements, compile=compile, weight_decay=0.0)
+    x = z = p.detach().clone()
+    total = 0.0
+    for t, (beta, grad) in enumerate(zip(betas, grads, strict=True)):
+        opt.param_groups[0]["beta"] = beta
+        p.grad = grad.clone()
+        opt.step()
+        weight = (t + 1) ** options.get("r", 0.0) * 0.1**2
+        total += weight
+        share = weight / total
+        if "c" in options:
+            share = min(1.0, options["c"] * (1 - beta) * share)
+        z = z - 0.1 * grad.sign()
+        x = (1 - share) * x + share * z
+        torch.testing.assert_close(p.detach(), (1 - beta) * z + beta * x, rtol=1e-12, atol=1e-12)
+        for other in (beta, 0.3):  # of a step that is not taken
+            opt.param_groups[0]["beta"] = other
+            with opt.averaged():
+                torch.testing.assert_close(p.detach(), x, rtol=1e-12, atol=1e-12)
+
+
+def test_the_weights_of_one_cycle_are_averages() -> None:
+    p = torch.nn.Parameter(torch.zeros(3).double())
+    opt = C.ChainOpt([p], 0.1, C.sign, C.schedule_free(weight_lr_power=0.0), compile=False)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        opt, max_lr=0.1, total_steps=40, cycle_momentum=False
+    )
+    mean = torch.zeros(3).double()
+    for t in range(39):
+        opt.param_groups[0]["beta"] = 0.95 - 0.1 * (t < 20) * t / 20
+        p.grad = torch.tensor([1.0, -1.0, (-1.0) ** t]).double()
+        opt.step()
+        schedule.step()
+        mean += (opt.state[p]["schedule_free.z"] - mean) / (t + 1)
+        with opt.averaged():
+            torch.testing.assert_close(p.detach(), mean, rtol=1e-10, atol=1e-12)
