@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from heavyball.autocast import without_autocast
 from heavyball.chain import Program
 from heavyball.checks import Place
 from heavyball.compiler.engine import Engine
@@ -209,6 +210,7 @@ class Singles:
             found[param] = Single(place, engine, [{"params": [param]}], refusal)
         return found
 
+    @without_autocast
     def step(self, single: Single, what: str) -> None:
         """Step one parameter with its gradient, and free the gradient."""
         opt, place = self._opt, single.place

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from heavyball.advice import Advice
+from heavyball.autocast import without_autocast
 from heavyball.chain import Chain, Program
 from heavyball.changes import Kind, kind, notice
 from heavyball.checkpoint import (
@@ -275,6 +276,11 @@ class ChainOpt(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._step()
+        return loss
+
+    @without_autocast
+    def _step(self) -> None:
         self._check_groups()
         refuse_rivals(self)
         if self._fused is not None:
@@ -294,7 +300,6 @@ class ChainOpt(Optimizer):
         self._give_up_state()
         if self._fused is not None:
             self._fused.finish()
-        return loss
 
     def _give_up_state(self) -> None:
         """Free the state that its group does not need any more."""
@@ -407,6 +412,7 @@ class ChainOpt(Optimizer):
         return state
 
     @torch.no_grad()
+    @without_autocast
     def init_state(self) -> Self:
         """Create the state of every parameter that requires a gradient, before the first step.
 
@@ -437,6 +443,7 @@ class ChainOpt(Optimizer):
         return all(group.get("train_mode", True) for group in self.param_groups)
 
     @torch.no_grad()
+    @without_autocast
     def train(self, mode: bool = True) -> Self:
         """Put the weights to train with into the parameters (`mode=False`: those to evaluate with).
 
@@ -677,6 +684,7 @@ class ChainOpt(Optimizer):
         """A table of which parameter got which chain."""
         return routing_table(self.param_groups, self._all_programs())
 
+    @without_autocast
     def kernel_sources(self) -> list[str]:
         """The source of each kernel that steps the parameters which have a gradient now.
 
