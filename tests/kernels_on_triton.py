@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from unittest import mock
 
 import numpy as np
+import operations
 import pytest
 import torch
 from triton.language import core
@@ -31,6 +32,7 @@ NUMPY = {
     "tanh": np.tanh,
     "atan2": np.arctan2,
     "pow": np.power,
+    "fmod": np.fmod,
 }
 # one element; less than a block; several axes; two blocks of which one is not full
 SHAPES = ((1,), (7,), (3, 5, 2), (BLOCK + 77,))
@@ -131,6 +133,27 @@ KERNELS = [name for name, t in C.TRANSFORMS.items() if not t.whole]
 @pytest.mark.parametrize("name", KERNELS)
 def test_every_transform(name: str) -> None:
     assert_near(pair(chain_of(name), ((1,), (BLOCK + 77,), (5, 6)), steps=2))
+
+
+# numbers of a tensor are float64 in any kernel
+LEVELS = (
+    ("elements", torch.float32),
+    ("elements", torch.float64),
+    ("numbers", torch.float32),
+    ("rows", torch.float32),
+    ("columns", torch.float64),
+)
+
+
+@pytest.mark.parametrize(("level", "dtype"), LEVELS)
+def test_every_operation(level: str, dtype: torch.dtype) -> None:
+    operations.check(level, dtype, DEVICE, filler=CHUNK, shifts=3 if level == "elements" else 1)
+
+
+@pytest.mark.parametrize("of", [operations.of_all, operations.of_axes])
+@pytest.mark.parametrize("shape", [(7, 5), (3, CHUNK // 2)])
+def test_every_sum(of, shape: tuple) -> None:
+    operations.check_sums(of, shape, DEVICE)
 
 
 def _size(update, *, mean, beta):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from heavyball.compiler.cpp_storage import CODES, CORRECTED, ROOTS, WIDE
-from heavyball.compiler.graph import Graph, NotPrintableError, Ref, Value
+from heavyball.compiler.graph import LOGIC, Graph, NotPrintableError, Ref, Value
 from heavyball.compiler.stages import Pass, Schedule, schedule
 from heavyball.storage import COMPANIONS, CORRECTION, SCALE, is_companion, word_of
 
@@ -40,6 +40,9 @@ INFIX = {
     "and": "&",
     "or": "|",
 }
+# False for a NaN on the left, which so passes through, as one on the right does.
+MAXIMUM = "({0} < {1} || {1} != {1}) ? {1} : {0}"
+MINIMUM = "({1} < {0} || {1} != {1}) ? {1} : {0}"
 # Operations as C++ expressions; {0}, {1}, {2} are the arguments, {T} is the type.
 FORMS = {
     "neg": "-{0}",
@@ -60,12 +63,12 @@ FORMS = {
     # written as comparisons that are false for a NaN, which so passes through
     "isfinite": "std::fabs({0}) <= std::numeric_limits<{T}>::max()",
     "isnan": "{0} != {0}",
-    "clamp_min": "{0} < {1} ? {1} : {0}",
-    "clamp_max": "{1} < {0} ? {1} : {0}",
-    "maximum": "({0} < {1} || {1} != {1}) ? {1} : {0}",
-    "minimum": "({1} < {0} || {1} != {1}) ? {1} : {0}",
+    "clamp_min": MAXIMUM,
+    "clamp_max": MINIMUM,
+    "maximum": MAXIMUM,
+    "minimum": MINIMUM,
     "atan2": "std::atan2({0}, {1})",
-    "remainder": "{0} - std::floor({0} / {1}) * {1}",
+    "remainder": "remainder_of({0}, {1})",
     "pow": "std::pow({0}, {1})",
     # as torch: exact at both ends
     "lerp": "std::fabs({2}) < {T}(0.5) ? {0} + {2} * ({1} - {0})"
@@ -80,7 +83,6 @@ SIZES = {
     "numel": "(double)row[0]",
     "slices": "(double)((row[0] + {k} - 1) / {k})",
 }
-LOGIC = ("and", "or", "not")
 PICKS = ("load", "pick")
 
 PRELUDE = """\
@@ -132,6 +134,12 @@ static inline void store(bf16* p, float v) {
     p->bits = (uint16_t)(v != v ? 0x7fc0u : rounded);
 }
 static inline void store(bf16* p, double v) { store(p, (float)v); }
+
+// With the sign of y, and exact, as torch's.
+template <typename F> static inline F remainder_of(F x, F y) {
+    const F rest = std::fmod(x, y);
+    return rest != 0 && (rest < 0) != (y < 0) ? rest + y : rest;
+}
 
 // The same bits as heavyball/numerics/rounding.py.
 static inline uint32_t mix(uint32_t x) {

@@ -218,7 +218,8 @@ VIEWS = {
 FILLS = {"zeros_like.default": 0.0, "ones_like.default": 1.0}
 REDUCING = {"sum", "mean", "linalg_vector_norm", "amax", "any", "all"}
 SUMMING = {"sum", "linalg_vector_norm"}
-BOOLEAN = {"gt", "ge", "lt", "le", "eq", "ne", "and", "or", "not", "isfinite", "isnan"}
+LOGIC = ("and", "or", "not")
+BOOLEAN = {"gt", "ge", "lt", "le", "eq", "ne", *LOGIC, "isfinite", "isnan"}
 
 
 class SizeWatch(TorchFunctionMode):
@@ -443,6 +444,10 @@ class Recorder(TorchDispatchMode):
         if name in SAME:
             if kwargs.get("alpha", 1) != 1 or len(args) > len(_plain(args)):
                 raise NotPrintableError(f"the operation {name} with {kwargs or args}")
+            if SAME[name] in LOGIC:
+                # of numbers, torch takes whether they are not zero
+                truths = (Ref(self._cast(self._argument(a), level, "bool")) for a in args)
+                return self.graph.add(SAME[name], tuple(truths), level, kind)
             return self._emit(SAME[name], args, level, kind)
         raise NotPrintableError(f"the operation {name}")
 
@@ -500,7 +505,7 @@ class Recorder(TorchDispatchMode):
         if op in ("amax", "any", "all") and (before, level) != ("element", "scalar"):
             raise NotPrintableError(f"the operation {name} over some of the axes")
         if op == "amax":
-            return self.graph.add("amax", (source,), level, "float")
+            return self._largest(source, before, level)
         total = self.graph.add("sum", (source,), level, "float")
         if op == "sum":
             return total
@@ -509,6 +514,15 @@ class Recorder(TorchDispatchMode):
         size = self.graph.add(*count, "scalar", "float")
         divided = "eq" if op == "all" else "div"
         return self.graph.add(divided, (Ref(total), Ref(size)), level, self._kind_of(divided))
+
+    def _largest(self, source: Ref, before: str, level: str) -> int:
+        """The largest value, NaN if there is one, which comparisons would pass over."""
+        largest = self.graph.add("amax", (source,), level, "float")
+        missing = Ref(self.graph.add("isnan", (source,), before, "bool"))
+        counted = Ref(self.graph.add("to_float", (missing,), before, "float"))
+        total = Ref(self.graph.add("sum", (counted,), level, "float"))
+        some = Ref(self.graph.add("gt", (total, 0.0), level, "bool"))
+        return self.graph.add("where", (some, float("nan"), Ref(largest)), level, "float")
 
     @staticmethod
     def _kind_of(op: str) -> str:

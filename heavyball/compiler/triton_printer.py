@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable
 import torch
 
 from heavyball.compiler.cpp import INFIX as CPP_INFIX
-from heavyball.compiler.cpp import LOGIC, PICKS, Printer, refuse_codes
-from heavyball.compiler.graph import BOOLEAN, Graph, NotPrintableError, Ref, Value
+from heavyball.compiler.cpp import PICKS, Printer, refuse_codes
+from heavyball.compiler.graph import BOOLEAN, LOGIC, Graph, NotPrintableError, Ref, Value
 from heavyball.compiler.stages import Pass
 from heavyball.compiler.triton_storage import CORRECTED, ROOTS
 from heavyball.storage import CORRECTION, word_of
@@ -29,6 +29,8 @@ SLICE = 128
 HEIGHT = 64
 
 INFIX = {op: sign for op, sign in CPP_INFIX.items() if op != "div"}
+MAXIMUM = "tl.where({0} < {1}, {1}, tl.where({1} != {1}, {1}, {0}))"
+MINIMUM = "tl.where({1} < {0}, {1}, tl.where({1} != {1}, {1}, {0}))"
 # Operations as Triton expressions; {0}, {1}, {2} are the arguments, the others constants of the type.
 FORMS = {
     "div": "divide({0}, {1})",
@@ -50,12 +52,12 @@ FORMS = {
     # written as comparisons that are false for a NaN, which so passes through
     "isfinite": "tl.abs({0}) <= {largest}",
     "isnan": "{0} != {0}",
-    "clamp_min": "tl.where({0} < {1}, {1}, {0})",
-    "clamp_max": "tl.where({1} < {0}, {1}, {0})",
-    "maximum": "tl.where({0} < {1}, {1}, tl.where({1} != {1}, {1}, {0}))",
-    "minimum": "tl.where({1} < {0}, {1}, tl.where({1} != {1}, {1}, {0}))",
+    "clamp_min": MAXIMUM,
+    "clamp_max": MINIMUM,
+    "maximum": MAXIMUM,
+    "minimum": MINIMUM,
     "atan2": "libdevice.atan2({0}, {1})",
-    "remainder": "{0} - tl.floor(divide({0}, {1})) * {1}",
+    "remainder": "remainder_of({0}, {1})",
     "pow": "libdevice.pow({0}, {1})",
     # as torch: exact at both ends
     "lerp": "tl.where(tl.abs({2}) < {half}, {0} + {2} * ({1} - {0}),"
@@ -82,6 +84,13 @@ def root(x):
         return tl.sqrt(x)
     else:
         return tl.sqrt_rn(x)
+
+
+@triton.jit
+def remainder_of(x, y):
+    """With the sign of y, and exact, as torch's."""
+    rest = libdevice.fmod(x, y)
+    return tl.where((rest != 0) & ((rest < 0) != (y < 0)), rest + y, rest)
 
 
 @triton.jit
