@@ -13,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-cuda bench psgd-efficiency bench-peers bench-duels lint docs clean \
+.PHONY: demo test test-cuda fuzz bench psgd-efficiency bench-peers bench-duels lint docs clean \
 	comparison comparison-chars comparison-mnist
 
 $(BIN)/python:
@@ -36,6 +36,11 @@ test: $(VENV)/installed-test
 test-cuda: $(VENV)/installed-test
 	HEAVYBALL_TEST_DEVICE=cuda $(BIN)/python -m pytest --numprocesses 4 tests/test_cuda.py \
 		tests/kernels_on_triton.py tests/test_presets.py tests/test_checkpoint.py tests/test_together.py
+
+SEED := 0
+SECONDS := 300
+fuzz: $(VENV)/installed-test
+	cd tests && OMP_WAIT_POLICY=PASSIVE ../$(BIN)/python fuzz.py --seed $(SEED) --seconds $(SECONDS)
 
 bench: $(VENV)/installed-race
 	$(BIN)/python -m heavyball.race.bench --threads 2 --out docs/measurements.md

@@ -1,9 +1,11 @@
 """What is computed in another way than a transform says, against what it says."""
 
+import operations
 import pytest
 import torch
 
 import heavyball
+from heavyball.compiler import algebra
 from heavyball.transform import Interval
 
 C = heavyball.chainable
@@ -65,3 +67,37 @@ def test_a_direction_that_is_clipped_is_divided_once(direction) -> None:
     (source,) = opt.kernel_sources()
     write = source[source.rindex("PART void pass_") :]
     assert write[: write.index("scalars_end")].count(" / ") == 1
+
+
+@C.transform(exp_avg=C.zeros)
+def over_a_difference(update, exp_avg):
+    """A direction whose divisor changes its sign between the elements, though neither part has one."""
+    exp_avg = exp_avg + update
+    return exp_avg / (update.square() - update.abs()), exp_avg
+
+
+def test_a_difference_of_what_is_not_negative_may_be_negative() -> None:
+    ends = []
+    for compiled in (False, True):
+        p, opt = opt_of((over_a_difference, C.cautious), compiled)
+        for step in range(3):
+            p.grad = 2 * torch.randn(99, generator=torch.Generator().manual_seed(step))
+            opt.step()
+        ends.append(p.detach())
+    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)
+
+
+# by name: of one argument, or of two
+POSITIVE = [name for name in operations.CASES if name in algebra.NEVER_NEGATIVE]
+KEEPING = [name for name in operations.CASES if name in algebra.KEEPING | algebra.ANY]
+
+
+@pytest.mark.parametrize("name", POSITIVE + KEEPING)
+def test_what_is_taken_for_never_negative_is_not(name: str) -> None:
+    x, y = operations.pairs(torch.float64, shifts=33)
+    if name in KEEPING:
+        x = x.abs()
+        y = y if name in algebra.ANY else y.abs()
+    found = operations.CASES[name](x, y)
+    # an infinite divisor is the exception that `simplified` names, as 1 / sqrt(-0.0) is
+    assert not (found[found.isfinite()] < 0).any()

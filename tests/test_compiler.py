@@ -19,7 +19,7 @@ from oracles import anywhere
 
 import heavyball
 from heavyball.compiler import engine, launch, toolchain
-from heavyball.compiler.cpp import CHUNK, SMALL
+from heavyball.compiler.cpp import BATCH, CHUNK, SMALL
 
 C = heavyball.chainable
 
@@ -265,6 +265,62 @@ def test_every_layout_gives_the_eager_result(layout: str) -> None:
         assert p.stride() == x.stride()
         ends.append(p.detach().clone())
     torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)
+
+
+def test_passes_over_several_batches_each_meet_their_own_chunks() -> None:
+    """Four large tensors in three batches; every other pass walks a batch backwards."""
+    shapes = ((BATCH + 5,), (BATCH // 2 + 3,), (BATCH // 2 + SMALL,), (SMALL + 1,))
+    assert_near(pair((C.scale_by_adam, C.cautious), shapes, steps=2))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_changed_seed_gives_other_random_bits(fused: bool) -> None:
+    ends = []
+    for compiled, seed in ((False, 5), (True, 5), (True, 6)):
+        p = torch.nn.Parameter(values((300,), 0, torch.bfloat16))
+        opt = C.ChainOpt([p], 1e-3, C.sign, compile=compiled, seed=3)
+        for step in range(4):
+            opt.param_groups[0]["seed"] = 3 if step < 2 else seed
+            p.grad = torch.ones_like(p)
+            opt.step_parameter(p) if fused else opt.step()
+        ends.append(p.detach().clone())
+    eager, same, other = ends
+    assert torch.equal(eager, same)
+    assert not torch.equal(same, other)
+
+
+@pytest.mark.parametrize("way", ["step", "step_parameter", "backward"])
+def test_a_gradient_may_change_its_dtype_between_steps(way: str) -> None:
+    kinds = (torch.float32, torch.bfloat16, torch.bfloat16, torch.float16, torch.float32)
+    ends = []
+    for compiled in (False, True):
+        p = torch.nn.Parameter(values((300,), 0, torch.float32))
+        p.grad_dtype = None
+        opt = C.ChainOpt([p], 0.1, C.scale_by_adam, compile=compiled)
+        if way == "backward":
+            heavyball.fuse_backward(opt)
+        for step, kind in enumerate(kinds):
+            grad = values((300,), 1 + step, kind)
+            if way == "backward":
+                # the gradient takes the dtype of what the parameter is cast to
+                torch.autograd.backward([_Cast.apply(p, kind)], [grad])
+            else:
+                p.grad = grad
+            opt.step_parameter(p) if way == "step_parameter" else opt.step()
+        ends.append(p.detach().clone())
+    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)
+
+
+class _Cast(torch.autograd.Function):
+    """A cast whose gradient stays as it comes."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, kind: torch.dtype) -> torch.Tensor:
+        return x.to(kind, copy=True)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple:
+        return grad, None
 
 
 def test_overlapping_memory_is_refused() -> None:

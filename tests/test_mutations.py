@@ -573,6 +573,19 @@ def a_caution_that_is_not_heard(right: Wrong) -> Wrong:
     return lambda *args, caution, **kw: right(*args, caution="none", **kw)
 
 
+@mutant("schedule_free", test_schedule_free.test_an_average_is_never_longer_than_the_last_point)
+def a_share_above_one(right: Wrong) -> Wrong:
+    # (1 - c_t) x + c_t z with c_t = c (1 - beta) / t, whatever that is
+    def wrong(
+        u: Any, z: Any, *args: Any, step: Any, param: Any, beta: Any, c: Any, **kw: Any
+    ) -> Any:
+        _, new, *rest = right(u, z, *args, step=step, param=param, beta=beta, c=c, **kw)
+        share = c * (1 - beta) / step
+        return param - share * (param - z) + (1 - beta * (1 - share)) * (new - z), new, *rest
+
+    return wrong
+
+
 @mutant(
     "accumulate",
     lambda: test_accumulate.test_it_is_the_inner_chain_on_mean_gradients("mean", 3),
@@ -680,6 +693,42 @@ def an_lr_that_stays(right: Wrong) -> Wrong:
 )
 def row_squares_that_are_not_kept(right: Wrong) -> Wrong:
     return lambda u, state, **kw: (right(u, state, **kw)[0], 2 * state)
+
+
+@mutant(
+    "scale_by_normuon",
+    lambda: test_muon.test_a_grafted_normuon_has_the_size_of_the_momentum((6, 4), False),
+    lambda: test_muon.test_a_grafted_normuon_has_the_size_of_the_momentum((3, 5, 4), True),
+)
+def a_graft_of_the_size_of_the_orthogonal_factor(right: Wrong) -> Wrong:
+    return lambda u, *args, scale, **kw: right(u, *args, scale="none", **kw)
+
+
+@mutant(
+    "psgd_kron",
+    lambda: test_psgd.test_factors_are_balanced_at_one_fit_in_a_hundred((5, 4), True, 0.005),
+)
+def factors_that_are_never_balanced(right: Wrong) -> Wrong:
+    return lambda *a, chance, **kw: right(*a, chance=lambda salt=0: 1.0 if salt else chance(), **kw)
+
+
+@mutant(
+    "psgd_kron",
+    lambda: test_psgd.test_factors_are_balanced_at_one_fit_in_a_hundred((5, 4), True, 0.5),
+)
+def factors_that_are_always_balanced(right: Wrong) -> Wrong:
+    return lambda *a, chance, **kw: right(*a, chance=lambda salt=0: 0.0, **kw)
+
+
+def large_squares(element: str) -> Callable[[], None]:
+    return lambda: test_clip.test_a_sum_of_squares_does_not_overflow(
+        getattr(C, element), 1.0, False
+    )
+
+
+@mutant("clip_by_norm", large_squares("clip_by_norm"))
+def squares_summed_in_float32(right: Wrong) -> Wrong:
+    return lambda u, *, max_norm: u * (max_norm / u.square().sum().sqrt()).clamp(max=1)
 
 
 def update_is_p_times_what_came_in() -> None:

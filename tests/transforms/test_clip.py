@@ -19,6 +19,8 @@ from pytorch_optimizer.optimizer.agc import agc
 
 from heavyball import chainable as C
 
+# elements of a large tensor
+N = 2**17
 POINTS = torch.tensor([-3.0, -0.5, -0.01, 0.0, 0.2, 1.0, 5.0], dtype=torch.float64)
 CLIPS = {
     "clip_by_norm": lambda x: x.square().sum().sqrt(),
@@ -163,3 +165,25 @@ def test_agc_leaves_alone_what_is_within_the_bound_however_small_that_is() -> No
     p = torch.zeros(4, dtype=torch.float64)
     grad = torch.full((4,), 1e-8, dtype=torch.float64)
     assert torch.equal(updates([C.adaptive_gradient_clip(clipping=1e-4)], [grad], p)[0], grad)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("element", "size"),
+    [
+        (C.clip_by_norm, 1.0),
+        (C.clip_by_global_norm, 1.0),
+        (C.l2_normalize, 1.0),
+        (C.clip_by_rms, N**0.5),
+        (C.rms_normalize, N**0.5),
+    ],
+    ids=repr,
+)
+def test_a_sum_of_squares_does_not_overflow(element: object, size: float, compiled: bool) -> None:
+    """The largest that a gradient may be: so many squares of 2^56 are 2^129, infinite in float32."""
+    param = torch.nn.Parameter(torch.zeros(N))
+    optimizer = C.ChainOpt([param], 1.0, element, compile=compiled)
+    param.grad = torch.full((N,), 1e30)
+    optimizer.step()
+    # 20 roundings, and 1e-6 beside the norm
+    torch.testing.assert_close(param.detach(), torch.full((N,), -size / N**0.5), rtol=3e-6, atol=0)

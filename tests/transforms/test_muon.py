@@ -212,6 +212,22 @@ def test_normuon_is_its_definition_written_out() -> None:
         close(a, b, atol=1e-9)  # row_eps is also in the second quotient
 
 
+@pytest.mark.parametrize(
+    ("shape", "stacked"), [((6, 4), False), ((4, 6), False), ((3, 5, 4), True)]
+)
+def test_a_grafted_normuon_has_the_size_of_the_momentum(shape: tuple, stacked: bool) -> None:
+    grads = [g for (g,) in gradients(3, [shape])]
+    found = updates([C.scale_by_normuon(scale="graft", momentum=0.9, stacked=stacked)], grads)
+    for t, update in enumerate(found, start=1):
+        buffer = 0.1 * decayed_sum(grads[:t], 0.9)
+        given = 0.1 * grads[t - 1] + 0.9 * buffer
+        axes = (-2, -1)
+        expected = torch.linalg.vector_norm(given, dim=axes)
+        close(
+            torch.linalg.vector_norm(update, dim=axes), expected, atol=1e-8 * expected.max().item()
+        )
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_zero_rank_deficient_and_badly_conditioned_gradients(method: str) -> None:
     (x,) = starts([(6, 9)])

@@ -233,6 +233,35 @@ def test_the_golden_values_with_the_papers_scale_of_cautious() -> None:
     assert quadratic(C.ChainOpt([param], 1.0, *chain), param) == pytest.approx(expected, rel=5e-9)
 
 
+def test_the_estimate_of_the_plus_form_is_its_recurrence() -> None:
+    """Also where gradients speak against the direction so far, before and after d has moved."""
+    beta2, d0 = 0.9, 1e-2
+    beta3 = math.sqrt(beta2)
+    param = nn.Parameter(torch.zeros(3, dtype=F64))
+    element = C.prodigy_plus_d(d0=d0, betas=(0.9, beta2), slice_p=1)
+    opt = C.ChainOpt([param], 1.0, element)
+    d, numerator, s = d0, 0.0, torch.zeros(3, dtype=F64)
+    seen = set()
+    # both signs, as the weights move along -g: against, along for long, against hardly, along, ...
+    signs = [1, -1, 1, 1, 1, 1, 1, 1, -0.01, 1, 1, -1, -0.2, 1, 1, 1]
+    for step, sign in enumerate(signs):
+        grad = sign * (2 + torch.cos(step + torch.arange(3, dtype=F64)))
+        added = math.sqrt(d) * float(grad @ -param.detach())
+        s = beta3 * s + math.sqrt(d) * grad
+        numerator *= beta3
+        seen.add((added > 0, d > d0, added < numerator))
+        if added >= 0:
+            numerator += added
+        elif d > d0:
+            numerator = min(numerator, added)
+        d = max(d, math.atan2(numerator, float(s.abs().sum())))
+        param.grad = grad
+        opt.step()
+        assert float(opt.param_groups[0]["d"]) == pytest.approx(d, rel=1e-10)
+    assert d > d0
+    assert {(False, False), (False, True)} <= {(along, moved) for along, moved, _ in seen}
+
+
 def test_d_of_two_groups_has_the_golden_values() -> None:
     for options, expected in (
         ({}, (1.0883994e-4, 1.0919260e-4)),

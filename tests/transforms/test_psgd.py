@@ -246,6 +246,29 @@ def test_cached_is_the_same_but_for_rounding(shape: tuple[int, ...], delayed: bo
             assert torch.equal(square, q)
 
 
+def largest_of(factors: Any, shape: tuple[int, ...]) -> list[float]:
+    return [q.abs().max().item() for q in full(factors, shape)]
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (3, 4, 2)])
+@pytest.mark.parametrize("line", [True, False])
+@pytest.mark.parametrize("chance", [0.005, 0.5])
+def test_factors_are_balanced_at_one_fit_in_a_hundred(
+    shape: tuple[int, ...], line: bool, chance: float
+) -> None:
+    options = {"preconditioner_update_probability": 1.0, "store_triu_as_line": line}
+    made = C.psgd_kron(**{**OPTIONS, **options})
+    uneven = [10.0**k * q for k, q in enumerate(begin(shape, **options)[0])]
+    (x,) = inputs(shape, 1)
+    # too small a step to be seen in an entry
+    given = {**made.options, "precond_lr": 1e-30, "grad": x, "count": 1, "noise": Draws()}
+    _, new, _ = made.update(x, tuple(uneven), None, chance=lambda salt=0: chance, **given)
+    sizes = largest_of(new, shape)
+    even = 10 ** (sum(range(len(shape))) / len(shape))
+    expected = [even] * len(shape) if chance < 0.01 else [10.0**k for k in range(len(shape))]
+    assert sizes == pytest.approx(expected, rel=1e-12)
+
+
 def test_a_step_without_a_fit_keeps_the_factors() -> None:
     factors, _ = begin((5, 4))
     x = inputs((5, 4))[0]

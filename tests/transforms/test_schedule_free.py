@@ -311,6 +311,17 @@ def test_both_identities_of_the_average_hold() -> None:
     assert (x - start).abs().max() > 0.1
 
 
+def test_an_average_is_never_longer_than_the_last_point() -> None:
+    """c_t is at most 1: where c asks for more, x is z, and so is y."""
+    begin, grads = starts(), gradients(8)
+    beta, large = 0.5, 40.0
+    free = walk(chain(C.schedule_free(beta=beta, c=large), lr=0.1), begin, grads)
+    plain = walk(chain(C.descend, lr=0.1), begin, grads)
+    for one, other in zip(free, plain, strict=True):
+        for y, z in zip(one, other, strict=True):
+            close(y, z, atol=40 * EPS)
+
+
 def test_the_first_step_puts_all_three_points_together() -> None:
     (start,), (grad,) = starts([(3, 4)]), [g for (g,) in gradients(1, [(3, 4)])]
     param = torch.nn.Parameter(start.clone())
