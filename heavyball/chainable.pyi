@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 from heavyball.transform import Shared
 from heavyball.combine import graft, parallel, route, when, within
 from heavyball.optimizer import ChainOpt
-from heavyball.transform import Interval, Live, State, Transform, copy_of_param, nearest, scalar, shared, squares, transform, zeros
+from heavyball.transform import Interval, Live, State, Transform, copy_of_param, no_attribute, scalar, shared, squares, transform, zeros
 from heavyball.transforms import TRANSFORMS
 from heavyball.transforms.soap import soap_precond
 
@@ -88,7 +88,7 @@ class _Cautious(Transform):
 cautious: _Cautious
 
 class _CautiousDecay(Transform):
-    """Decay only the entries that the update also moves towards zero."""
+    """Decay only the entries that the update does not move away from zero."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -338,6 +338,7 @@ class _Muon(Transform):
         scale: Literal['original', 'match_rms_adamw', 'none', 'graft', 'spectral'] = 'original',
         stacked: bool = False,
         products: Literal['auto', 'full', 'bfloat16'] = 'auto',
+        restart: Any | None = None,
     ) -> Self: ...
 
 muon: _Muon
@@ -374,6 +375,7 @@ class _Orthogonalize(Transform):
         scale: Literal['original', 'match_rms_adamw', 'none', 'graft', 'spectral'] = 'none',
         stacked: bool = False,
         products: Literal['auto', 'full', 'bfloat16'] = 'auto',
+        restart: Any | None = None,
     ) -> Self: ...
 
 orthogonalize: _Orthogonalize
@@ -675,6 +677,7 @@ class _ScaleByNormuon(Transform):
         scale: Literal['original', 'match_rms_adamw', 'none', 'graft', 'spectral'] = 'original',
         stacked: bool = False,
         products: Literal['auto', 'full', 'bfloat16'] = 'auto',
+        restart: Any | None = None,
     ) -> Self: ...
 
 scale_by_normuon: _ScaleByNormuon
@@ -803,7 +806,7 @@ class _ToEigenbasis(Transform):
         merge_dims: Literal[False, True, 'left'] = False,
         precondition_1d: bool = False,
         split: bool = False,
-        zeroth_power_mode: Literal['qr', 'newtonschulz', 'svd', 'eigh'] = 'qr',
+        zeroth_power_mode: str = 'qr',
         rotate_second_moment: bool = False,
         spread_refreshes: bool = False,
     ) -> Self: ...

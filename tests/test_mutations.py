@@ -658,6 +658,14 @@ def a_transposed_shape_for_the_scale(right: Wrong) -> Wrong:
 
 @mutant(
     "orthogonalize",
+    test_muon.test_the_gram_form_has_as_many_digits_in_float32_as_products_with_the_matrix,
+)
+def a_gram_form_that_never_begins_anew(right: Wrong) -> Wrong:
+    return lambda u, *, restart, **kw: right(u, restart=(), **kw)
+
+
+@mutant(
+    "orthogonalize",
     lambda: test_muon.test_kernels_are_matrices_of_their_first_axis_and_the_rest((6, 3, 2, 2)),
 )
 def kernels_as_stacks_of_matrices(right: Wrong) -> Wrong:
@@ -919,6 +927,14 @@ def a_direction_in_the_old_unit(right: Wrong) -> Wrong:
 @mutant("separate_decay", plus(weight_decay=0.1), plus(weight_decay=0.01, weight_decay_by_lr=False))
 def a_separate_decay_that_grows_the_weights(right: Wrong) -> Wrong:
     return lambda u, **kw: (u, -right(u, **kw)[1])
+
+
+@mutant(
+    "cautious_decay",
+    lambda: test_decay.test_cautious_decay_takes_the_entries_that_do_not_move(False),
+)
+def a_cautious_decay_of_what_moves_alone(right: Wrong) -> Wrong:
+    return lambda u, *, param, **kw: torch.where(u * param == 0, u, right(u, param=param, **kw))
 
 
 DECAYS = {

@@ -41,6 +41,8 @@ TABLES: dict[str, tuple[Row, ...]] = {
 }
 # Polar Express as published shrinks every polynomial but the last by this, against rounding.
 SAFETY = 1.01
+# Up to so many steps one restart of the Gram form is enough, for every table.
+FEW_STEPS = 5
 # From this ratio of the sides on, the Gram form needs fewer operations.
 ELONGATED = 2.5
 
@@ -59,6 +61,11 @@ def table(coefficients: str, steps: int) -> tuple[Row, ...]:
     return tuple(found)
 
 
+def restarts(steps: int) -> tuple[int, ...]:
+    """The steps before which the Gram form begins anew by default."""
+    return (2,) if steps <= FEW_STEPS else tuple(range(2, steps, 2))
+
+
 def newton_schulz(
     x: Tensor,
     coefficients: str = "quintic",
@@ -66,6 +73,7 @@ def newton_schulz(
     eps: float | Tensor = 1e-7,
     scale: float = 1.0,
     products: Products = "full",
+    restart: tuple[int, ...] | None = None,
 ) -> Tensor:
     """Matrices whose singular values are pushed towards 1, with the singular vectors of `x`.
 
@@ -73,11 +81,13 @@ def newton_schulz(
     result = scale * X_steps.  A tall matrix is multiplied from the right, with A = X_k^T X_k.
 
     Where the longer side is ELONGATED times the shorter or more, the same polynomials act on the Gram
-    matrix A of the shorter side alone: with P_k = a I + b A + c A^2, A <- P A P and Q <- P Q, so the
-    long matrix is multiplied only at the beginning and the end. Squaring doubles the exponent of the
-    condition number, so singular values under about 1e-4 of the largest lose relative accuracy in
-    float32, where they contribute least.
+    matrix A of the shorter side alone: with P_k = a I + b A + c A^2, A <- P A P and Q <- P Q, and the
+    result is Q X. Squaring doubles the exponent of the condition number, and what it has rounded away
+    grows with every step, so X <- Q X, A <- X X^T and Q <- I begin anew before some of them.
 
+    restart: the steps, counted from 0, before which the Gram form begins anew; None for (2,) up to five
+        steps and for every second step of more: at a condition of 1e5 float32 then stays within ten
+        times the error of the products with X. () never does.
     products: "full" multiplies in the dtype of x; "bfloat16" in bfloat16, as the authors do, which puts
         the result off by up to 0.035 per entry; "auto" takes bfloat16 for float32 where there are units
         for it, and "full" elsewhere. They are ten times faster on CUDA; on a CPU with AMX up to three
@@ -87,9 +97,11 @@ def newton_schulz(
     """
     if x.ndim > 3:
         flat = x.flatten(0, -3)
-        return newton_schulz(flat, coefficients, steps, eps, scale, products).reshape(x.shape)
+        return newton_schulz(flat, coefficients, steps, eps, scale, products, restart).reshape(
+            x.shape
+        )
     if x.ndim == 3 and len(x) == 1:  # products of matrices are faster than batched ones
-        return newton_schulz(x[0], coefficients, steps, eps, scale, products)[None]
+        return newton_schulz(x[0], coefficients, steps, eps, scale, products, restart)[None]
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + eps
     rows = table(coefficients, steps)
     if not rows:
@@ -103,7 +115,7 @@ def newton_schulz(
         return _plain_form(narrow.copy_(unit), rows).to(x.dtype)  # squaring takes too many digits
     short, long = sorted(x.shape[-2:])
     if long >= ELONGATED * short:
-        return _gram_form(unit, rows)
+        return _gram_form(unit, rows, restarts(len(rows)) if restart is None else restart)
     return _plain_form(unit, rows, torch.empty_like(unit))
 
 
@@ -148,17 +160,23 @@ def _plain_form(x: Tensor, rows: tuple[Row, ...], out: Tensor | None = None) -> 
     return x
 
 
-def _gram_form(x: Tensor, rows: tuple[Row, ...]) -> Tensor:
-    gram = _gram(x)
-    product: Tensor | None = None
+def _gram_form(x: Tensor, rows: tuple[Row, ...], restart: tuple[int, ...]) -> Tensor:
+    gram, product = _gram(x), None
     for k, (a, b, c) in enumerate(rows):
+        if k in restart and product is not None:
+            x, product = _times(product, x), None
+            gram = _gram(x)
         step = _add(gram, gram, gram, b, c)
         step.diagonal(dim1=-2, dim2=-1).add_(a)
         product = step if product is None else step @ product
-        if k < len(rows) - 1:
+        if k + 1 < len(rows) and k + 1 not in restart:
             gram = step @ gram @ step
     assert product is not None
-    # polynomials of one matrix commute
+    return _times(product, x)
+
+
+def _times(product: Tensor, x: Tensor) -> Tensor:
+    """Polynomials of one matrix commute, so a tall matrix is multiplied from the right."""
     return x @ product if _is_tall(x) else product @ x
 
 

@@ -121,13 +121,13 @@ def separate_decay(
 
 @transform(kind="decay")
 def cautious_decay(update: Tensor, *, param: Tensor, weight_decay: Live = 0.0) -> Tensor:
-    """Decay only the entries that the update also moves towards zero.
+    """Decay only the entries that the update does not move away from zero.
 
-    D = wd p where u p > 0, else 0
+    D = wd p where u p >= 0, else 0; an entry whose update is exactly 0 decays
 
-    Source: Chen et al. 2025, https://arxiv.org/abs/2510.12402.
+    Source: Chen et al. 2025, Algorithm 1, https://arxiv.org/abs/2510.12402.
     """
-    agree = update.sign() * param.sign() > 0
+    agree = update.sign() * param.sign() >= 0
     return update + weight_decay * torch.where(agree, param, 0.0)
 
 

@@ -21,12 +21,28 @@ def needs_matrix(shape: torch.Size, options: Mapping[str, Any]) -> str | None:
     """
     if options.get("method") == "svd" and options.get("products") == "bfloat16":
         raise ValueError("method='svd' has no products to make in bfloat16: leave out products")
+    _check_restart(options)
     if len(shape) >= 2:
         return None
     return (
         "needs a matrix, two dimensions or more; route the parameter to another chain: "
         "route(when(muon, min_ndim=2), otherwise=scale_by_adam)"
     )
+
+
+def _check_restart(options: Mapping[str, Any]) -> None:
+    restart = options.get("restart")
+    if restart is None:
+        return
+    if not all(type(k) is int and k > 0 for k in restart):
+        raise ValueError(
+            f"restart={restart!r}: expected None or a tuple of steps, 1 for the second"
+        )
+    for name, value in (("method", "svd"), ("products", "bfloat16")):
+        if options[name] == value:
+            raise ValueError(
+                f"restart={restart!r} has no effect with {name}={value!r}: leave it out"
+            )
 
 
 def as_matrices(update: Tensor, stacked: bool) -> Tensor:
@@ -52,13 +68,14 @@ def orthogonal(
     eps: Tensor | float,
     scale: Scale = "none",
     products: Products = "auto",
+    restart: tuple[int, ...] | None = None,
 ) -> Tensor:
     """The orthogonal factor of a batch of matrices, scaled."""
     factor = static_scale(scale, *x.shape[-2:])
     if method == "svd":
         result = polar_factor(x) * factor
     else:
-        result = newton_schulz(x, method, steps, eps, factor, products)
+        result = newton_schulz(x, method, steps, eps, factor, products, restart)
     if scale != "graft":
         return result
     size = torch.linalg.vector_norm(result, dim=(-2, -1), keepdim=True)
@@ -76,6 +93,7 @@ def orthogonalize(
     scale: Scale = "none",
     stacked: bool = False,
     products: Products = "auto",
+    restart: tuple[int, ...] | None = None,
 ) -> Tensor:
     """Push all singular values of a matrix to 1 and keep its singular vectors.
 
@@ -90,6 +108,9 @@ def orthogonalize(
     products: "full" in the dtype of the mathematics; "bfloat16" as the authors, which puts an entry off
         by up to 0.035; "auto" is bfloat16 for float32 on devices with units for it, and on processors
         with AMX for large matrices, else "full".
+    restart: the steps before which elongated matrices begin anew with the Gram matrix of what they
+        have become, against the loss of digits; None for as many as float32 needs. See
+        `heavyball.numerics.orthogonalize.newton_schulz`.
 
     Shapes: (m, n), or n-d as above. A zero matrix stays zero.
     Units: the result has none.
@@ -100,7 +121,7 @@ def orthogonalize(
         last two axes.
     """
     x = as_matrices(update, stacked)
-    return orthogonal(x, method, steps, eps, scale, products).reshape(update.shape)
+    return orthogonal(x, method, steps, eps, scale, products, restart).reshape(update.shape)
 
 
 @transform(momentum_buffer=zeros, domains={"momentum": fraction})
@@ -129,6 +150,7 @@ def muon(
     scale: Scale = "original",
     stacked: bool = False,
     products: Products = "auto",
+    restart: tuple[int, ...] | None = None,
 ) -> Tensor:
     """Momentum, then all its singular values nearly 1.
 
@@ -141,7 +163,7 @@ def muon(
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; torch.optim.Muon.
     """
     x = as_matrices(update, stacked)
-    return orthogonal(x, method, steps, eps, scale, products).reshape(update.shape)
+    return orthogonal(x, method, steps, eps, scale, products, restart).reshape(update.shape)
 
 
 def _row_means(param: Tensor, options: Mapping[str, Any]) -> Tensor:
@@ -167,6 +189,7 @@ def scale_by_normuon(
     scale: Scale = "original",
     stacked: bool = False,
     products: Products = "auto",
+    restart: tuple[int, ...] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Muon whose rows are brought to one size by their running mean squares.
 
@@ -180,7 +203,7 @@ def scale_by_normuon(
     Source: Li et al. 2025, https://arxiv.org/abs/2510.05491.
     """
     x = as_matrices(update, stacked)
-    o = orthogonal(x, method, steps, eps, "none", products)
+    o = orthogonal(x, method, steps, eps, "none", products, restart)
     before = row_square.reshape(*o.shape[:-1], 1)
     square = lerp(before, o.square().mean(-1, keepdim=True), 1 - beta2)
     evened = o / (square.sqrt() + row_eps)

@@ -109,11 +109,22 @@ def test_cautious_decay_touches_only_what_also_moves_towards_zero() -> None:
     p = begin[0]
     for t, (new,) in enumerate(path):
         u = grads[t][0]
-        agree = ((u > 0) & (p > 0)) | ((u < 0) & (p < 0))
+        agree = ~(((u > 0) & (p < 0)) | ((u < 0) & (p > 0)))
         assert 0 < agree.sum() < 30
         expected = torch.where(agree, p * (1 - RATES[t] * WD), p) - RATES[t] * u
         close(new, expected, atol=10 * EPS * 10)
         p = new
+
+
+@pytest.mark.parametrize("compiled", [False, "auto"])
+def test_cautious_decay_takes_the_entries_that_do_not_move(compiled: bool | str) -> None:
+    p = torch.nn.Parameter(torch.tensor([2.0, -2.0, 0.0, 2.0, -2.0, 2.0, -2.0]))
+    # the sign of a zero is no sign
+    p.grad = torch.tensor([0.0, 0.0, 1.0, -0.0, -0.0, 1.0, 1.0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("heavyball.utils.compile_mode", "auto")
+        C.ChainOpt([p], 1.0, C.cautious_decay(weight_decay=0.5), compile=compiled).step()
+    assert p.tolist() == [1.0, -1.0, -1.0, 1.0, -1.0, 0.0, -3.0]
 
 
 def test_decay_to_the_mean_of_the_weights() -> None:

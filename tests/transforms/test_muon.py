@@ -1,6 +1,7 @@
 """orthogonalize, muon and scale_by_normuon against golden values, torch.optim.Muon and the SVD."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -106,15 +107,47 @@ def test_each_singular_value_goes_through_the_polynomials(
         close(found, (u * goal) @ vh, atol=1e-10, rtol=1e-10)
 
 
-def test_the_gram_form_is_the_same_in_float32_up_to_a_condition_of_1e3() -> None:
+def conditioned(rows: int, columns: int, condition: float) -> Tensor:
+    """A matrix with singular values from 1 to 1 / condition."""
     made = torch.Generator().manual_seed(0)
-    u, _ = torch.linalg.qr(torch.randn(24, 24, generator=made, dtype=torch.float64))
-    v, _ = torch.linalg.qr(torch.randn(200, 24, generator=made, dtype=torch.float64))
-    for method in METHODS[:3]:
-        x = (u * torch.logspace(0, -3, 24, dtype=torch.float64)) @ v.mT
-        exact = newton_schulz(x, method)
-        # the Gram matrix of a condition 1e6 is rounded at 6e-8 of its largest value
-        close(newton_schulz(x.float(), method).double(), exact, atol=1e-3)
+    u, _ = torch.linalg.qr(torch.randn(rows, rows, generator=made, dtype=torch.float64))
+    v, _ = torch.linalg.qr(torch.randn(columns, rows, generator=made, dtype=torch.float64))
+    values = torch.logspace(0, -math.log10(condition), rows, dtype=torch.float64)
+    return (u * values) @ v.mT
+
+
+def test_the_gram_form_has_as_many_digits_in_float32_as_products_with_the_matrix() -> None:
+    x = conditioned(48, 200, 1e5)
+    for method, steps in itertools.product(METHODS[:3], (1, 2, 3, 4, 5, 6, 7, 8, 10, 12)):
+        unit, rows = x / x.norm(), table(method, steps)
+        exact = orthogonalize._plain_form(unit.clone(), rows)
+        plain = orthogonalize._plain_form(unit.float(), rows).double()
+        for turned in (x, x.mT):
+            t = C.orthogonalize(method=method, steps=steps)
+            (found,) = updates([t], [turned.float()])
+            wrong = (found.double() - (exact if turned is x else exact.mT)).abs().max()
+            assert wrong < 10 * (plain - exact).abs().max(), (method, steps)
+
+
+@pytest.mark.parametrize("restart", [(), (1,), (2,), (2, 4), (1, 2, 3, 4), (4,), None])
+def test_where_the_gram_form_begins_anew_changes_nothing_but_the_rounding(restart) -> None:
+    for shape in ((7, 40), (40, 7)):
+        (x,) = starts([shape], seed=3)
+        for method in METHODS[:3]:
+            t = C.orthogonalize(method=method, restart=restart)
+            plain = orthogonalize._plain_form(x / (x.norm() + 1e-7), table(method, 5))
+            close(updates([t], [x])[0], plain, atol=1e-12)
+
+
+def test_restarts_that_cannot_be_are_refused() -> None:
+    (p,) = starts([(4, 12)])
+    for t in (C.orthogonalize, C.muon, C.scale_by_normuon):
+        for wrong in ((0,), (2, -1), (1.5,), (True,)):
+            with pytest.raises(ValueError, match=r"restart=.*: expected None or a tuple of steps"):
+                C.ChainOpt([p], 1.0, t(restart=wrong))
+        for more in ({"method": "svd"}, {"products": "bfloat16"}):
+            with pytest.raises(ValueError, match=r"restart=\(2,\) has no effect with"):
+                C.ChainOpt([p], 1.0, t(restart=(2,), **more))
 
 
 def test_a_batch_is_its_matrices_one_by_one() -> None:
