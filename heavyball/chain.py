@@ -1,11 +1,13 @@
 """A chain that has been checked: its elements have keys, its hyper-parameters names in the group."""
 
 import functools
+import types
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from heavyball.combine import Element, Parallel, Route, When, Within, as_chain, chain_repr
@@ -22,6 +24,9 @@ from heavyball.transform import (
 )
 from heavyball.transforms.decay import decoupled
 from heavyball.transforms.descend import descend
+
+# What holds nothing else.
+PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +116,11 @@ class Program:
         """Equal for programs that compute the same: their functions, options and names."""
         return tuple(map(_identity, self.nodes))
 
+    @functools.cached_property
+    def is_library(self) -> bool:
+        """Whether nothing in it is the user's, so that it may be kept when its optimizers are gone."""
+        return _is_library(tuple(node.transform for node in self.flat), set())
+
     def __repr__(self) -> str:
         return " | ".join(map(_shown, visible(self.nodes)))
 
@@ -130,6 +140,30 @@ def _identity(node: Node | Fork) -> Any:
     declared = (t.kind, states, t.provides, numbers, t.gives)
     inner = tuple(n.key for n in node.inner)
     return (t.update, t.over_all, options, declared, node.key, tuple(node.hyper.items()), inner)
+
+
+def _is_library(value: Any, seen: set[int]) -> bool:
+    """Whether a value is plain, or a function or declaration of the library's that holds only such."""
+    if id(value) in seen or value is None or isinstance(value, PLAIN):
+        return True
+    seen.add(id(value))
+    inner: Iterable[Any]
+    if isinstance(value, types.FunctionType):
+        if value.__module__.partition(".")[0] != "heavyball":
+            return False
+        cells = (cell.cell_contents for cell in value.__closure__ or ())
+        inner = (*cells, value.__defaults__, value.__kwdefaults__)
+    elif isinstance(value, types.BuiltinFunctionType):  # of a module or class, not of an object
+        return isinstance(value.__self__, (types.ModuleType, type))
+    elif type(value) in (tuple, list, set, frozenset):
+        inner = value
+    elif isinstance(value, Mapping):
+        inner = (*value.keys(), *value.values())
+    elif type(value).__module__.partition(".")[0] == "heavyball" and is_dataclass(value):
+        inner = (part for name, part in vars(value).items() if name != "annotations")
+    else:
+        return False
+    return all(_is_library(part, seen) for part in inner)
 
 
 def _shown(node: Node | Fork) -> str:

@@ -199,6 +199,7 @@ class Singles:
     def _found(self) -> dict[Tensor, Single]:
         known = {p: s for p, s in self._known.items() if s.holds(self._opt)}
         programs = self._opt._all_programs()
+        mode, shared = self._opt._compile, self._opt._engine.known
         found: dict[Tensor, Single] = {}
         for place in self._opt._places():
             param = place.param
@@ -206,7 +207,7 @@ class Singles:
                 found[param].refusal = ValueError(f"{place.label} is in the optimizer twice")
                 continue
             refusal = sums_in(programs[param])
-            engine = known[param].engine if param in known else Engine(self._opt._compile)
+            engine = known[param].engine if param in known else Engine(mode, shared)
             found[param] = Single(place, engine, [{"params": [param]}], refusal)
         return found
 

@@ -3,8 +3,8 @@
 `@transform` reads the function's signature once and yields a frozen `Transform`.
 """
 
+import contextlib
 import difflib
-import functools
 import importlib
 import inspect
 import math
@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 # A live hyper-parameter of a transform: a float (or a tuple of floats) where it is declared, a 0-d
 # tensor (or a tuple of them) when the function runs.
@@ -586,9 +587,21 @@ def transform(
     return declare if fn is None else declare(fn)
 
 
-@functools.lru_cache(maxsize=1024)
+# By function, which is not kept alive: it may be a user's and hold much.
+_keyword_names = WeakIdKeyDictionary()
+
+
 def keyword_names(fn: Callable[..., Any] | None) -> tuple[str, ...]:
-    return () if fn is None else tuple(inspect.getfullargspec(fn).kwonlyargs)
+    if fn is None:
+        return ()
+    names = _keyword_names.get(fn)
+    if names is None:
+        names = tuple(inspect.getfullargspec(fn).kwonlyargs)
+        with contextlib.suppress(
+            TypeError
+        ):  # there are callables that cannot be referred to weakly
+            _keyword_names[fn] = names
+    return names
 
 
 def _mentions_tensor(annotation: Any) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from heavyball.compiler.cpp import Printer
 from heavyball.compiler.launch import Kernel, Table, entry
+from heavyball.compiler.recent import Recent
 from heavyball.compiler.toolchain import ToolchainError
 from heavyball.compiler.triton_arrays import Memory, TritonArrayPrinter
 from heavyball.compiler.triton_printer import CHUNK, DEVICES, WARPS, TritonPrinter
@@ -25,7 +26,7 @@ ALIGNMENT = 16
 # Without fusion every operation is rounded as in torch, and as written in the graph.
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False}
 
-_kernels: dict[Any, Kernel] = {}
+_kernels: dict[Any, Kernel] = Recent(4096)
 
 
 def serves(device: torch.device) -> bool:
@@ -75,7 +76,8 @@ def build(printer: Printer) -> Kernel:
     assert isinstance(printer, TritonPrinter)
     source = printer.source()
     key = (source, printer.names)
-    if key not in _kernels:
+    kernel = _kernels.get(key)
+    if kernel is None:
         try:
             module = load(source)
             passes = [module[name] for name in printer.functions]
@@ -85,7 +87,7 @@ def build(printer: Printer) -> Kernel:
         except Exception as error:  # whatever Triton's stages raise
             lines = str(error).strip().splitlines() or [""]
             raise ToolchainError(f"Triton: {type(error).__name__}: {lines[-1]}") from error
-        _kernels[key] = DeviceKernel(
+        kernel = _kernels[key] = DeviceKernel(
             tensors=printer.tensors,
             numbers=printer.numbers,
             hypers=printer.hypers,
@@ -97,7 +99,7 @@ def build(printer: Printer) -> Kernel:
             run=passes,
             memory=printer.memory if isinstance(printer, TritonArrayPrinter) else None,
         )
-    return _kernels[key]
+    return kernel
 
 
 class Mirror:

@@ -15,6 +15,7 @@ from heavyball.compiler.axes import axes_of, run_sizes
 from heavyball.compiler.cpp import Printer
 from heavyball.compiler.graph import NotPrintableError
 from heavyball.compiler.launch import (
+    FUNCTION,
     Kernel,
     OrderError,
     Table,
@@ -22,6 +23,7 @@ from heavyball.compiler.launch import (
     check_layout,
     printers_for,
 )
+from heavyball.compiler.recent import Recent
 from heavyball.compiler.staging import Copied, copied, orders, settle, stage
 from heavyball.compiler.toolchain import ToolchainError
 from heavyball.compiler.watch import Snapshot
@@ -186,17 +188,32 @@ class Plan:
             together.renew(groups, made)
 
 
-# Kernels by what they depend on, for all optimizers of the process.
-_known: dict[Signature, Kernel] = {}
-_known_parts: dict[Signature, Parts] = {}
+# Kernels by what they depend on, for all optimizers of the process, of programs that hold only the
+# library's own functions. Those with a user's are kept by the optimizer, so that they are freed with it.
+_known: dict[Signature, Kernel] = Recent(4096)
+_known_parts: dict[Signature, Parts] = Recent(4096)
+
+
+@dataclass(eq=False)
+class Known:
+    """What is known of an optimizer's programs, for all of its engines."""
+
+    kernels: dict[Signature, Kernel] = field(default_factory=dict)
+    parts: dict[Signature, Parts] = field(default_factory=dict)
+    # why there is no kernel, and that without what differs from kernel to kernel
+    refused: dict[Signature, tuple[str, str | None]] = field(default_factory=lambda: Recent(4096))
+    told: set[str] = field(default_factory=set)
 
 
 class Engine:
-    """Steps one optimizer, through kernels where it can. It holds nothing a checkpoint would need."""
+    """Steps one optimizer, through kernels where it can. It holds nothing a checkpoint would need.
 
-    def __init__(self, mode: str | bool):
+    known: what the optimizer's other engines know.
+    """
+
+    def __init__(self, mode: str | bool, known: Known | None = None):
         self.mode = mode
-        self._refused: dict[Signature, Exception] = {}
+        self.known = known or Known()
         self._printed: dict[Signature, tuple[Any, bool]] = {}  # while tables are made
         self._plan: Plan | None = None
 
@@ -304,7 +321,7 @@ class Engine:
                 work = stage(job, strides)
                 kernels = {key: self._kernel(work, key) for key in wanted}
             except NotPrintableError as error:
-                self._refuse(job, error)
+                self._refuse(job, str(error))
                 break
             except OrderError:
                 continue
@@ -312,14 +329,14 @@ class Engine:
                 settle(job, work)
             return work, copied(job, work, strides), kernels
         else:
-            self._refuse(job, NotPrintableError(NOT_CONTIGUOUS))
+            self._refuse(job, NOT_CONTIGUOUS)
         return job, None, {None: None}
 
     def _as_it_lies(self, job: Job, wanted: list[str | None]) -> dict[str | None, Kernel | None]:
         try:
             return {key: self._kernel(job, key) for key in wanted}
         except OrderError:
-            self._refuse(job, NotPrintableError(NOT_CONTIGUOUS))
+            self._refuse(job, NOT_CONTIGUOUS)
             return {None: None}
 
     def _prepare(self, jobs: list[Job], total_keys: list[str]) -> None:
@@ -333,7 +350,7 @@ class Engine:
             for key in ("whole" if job.program.has_whole else None, *sums):
                 kind = (*signature(job), key)
                 exact = (*kind, job.param.shape)
-                asked = (_known, _known_parts, self._refused, self._printed)
+                asked = (*self._kept(job), self.known.refused, self._printed)
                 if any(k in place for k in (kind, exact) for place in asked):
                     continue
                 with contextlib.suppress(NotPrintableError, OrderError):
@@ -341,7 +358,7 @@ class Engine:
                     printed = self._print(job, key)[0]
                     made = printed[1] if key == "whole" else [printed]
                     found.update((p.source(), None) for p in made if p is not None)
-        toolchain.prepare(found)
+        toolchain.prepare(found, FUNCTION)
 
     def _print(self, job: Job, share: str | None) -> tuple[Any, bool]:
         """What `printers_for` says, or `printers` for "whole", asked once while tables are made."""
@@ -359,50 +376,56 @@ class Engine:
         self._printed |= {(*known, key, *end): (made, sized) for key, made in found.items()}
         return found[share], sized
 
+    def _kept(self, job: Job) -> tuple[dict[Signature, Kernel], dict[Signature, Parts]]:
+        """Where kernels, and programs in parts, of a job's program are kept."""
+        if job.program.is_library:
+            return _known, _known_parts
+        return self.known.kernels, self.known.parts
+
     def _kernel(self, job: Job, share: str | None) -> Kernel | None:
         """The kernel of a job's program for tensors like its own; None where there is none."""
-        kind = (*signature(job), share)
-        exact = (*kind, job.param.shape)
-        try:
-            check_layout(job)
-            for key in (kind, exact):
-                if key in _known:
-                    return _known[key]
-            if exact in self._refused:
-                raise self._refused[exact]
-            printer, sized = self._print(job, share)
-            make: Callable[[Any], Kernel] = cuda.build if cuda.serves(job.param.device) else build
-            kernel = _known[exact if sized else kind] = make(printer)
-            return kernel
-        except (NotPrintableError, ToolchainError) as error:
-            self._refused[exact] = error
-            self._refuse(job, error)
-            return None
+        make: Callable[[Any], Kernel] = cuda.build if cuda.serves(job.param.device) else build
+        return self._found(job, share, self._kept(job)[0], make)
 
     def _parts(self, job: Job) -> Parts | None:
         """The segments of a program with whole transforms, compiled; None where there is none."""
-        kind = (*signature(job), "whole")
+        return self._found(job, "whole", self._kept(job)[1], lambda printed: build_parts(*printed))
+
+    def _found(
+        self, job: Job, share: str | None, kept: dict[Signature, Any], make: Callable[[Any], Any]
+    ) -> Any:
+        """What is kept for a job, or is made from what is printed; None where it cannot be made."""
+        kind = (*signature(job), share)
         exact = (*kind, job.param.shape)
+        place, refused = exact, self.known.refused
         try:
             check_layout(job)
             for key in (kind, exact):
-                if key in _known_parts:
-                    return _known_parts[key]
-            if exact in self._refused:
-                raise self._refused[exact]
-            (segments, found), sized = self._print(job, "whole")
-            parts = _known_parts[exact if sized else kind] = build_parts(segments, found)
-            return parts
+                if (found := kept.get(key)) is not None:
+                    return found
+                if key in refused:
+                    self._refuse(job, *refused[key])
+                    return None
+            printed, sized = self._print(job, share)
+            place = exact if sized else kind
+            kept[place] = made = make(printed)
+            return made
         except (NotPrintableError, ToolchainError) as error:
-            self._refused[exact] = error
-            self._refuse(job, error)
+            # not the exception, whose frames hold tensors
+            refused[place] = str(error), getattr(error, "cause", None)
+            self._refuse(job, *refused[place])
             return None
 
-    def _refuse(self, job: Job, error: Exception) -> None:
-        message = f"the chain {job.program!r} runs without a compiled kernel: {error}"
+    def _refuse(self, job: Job, reason: str, cause: str | None = None) -> None:
+        """Warn or raise. A cause is the machine's, and is told once for all programs and kernels."""
+        message = f"the chain {job.program!r} runs without a compiled kernel: {reason}"
         if self.mode is True:
             raise RuntimeError(f"compile=True, but {message}") from None
-        warn_once(message)
+        if cause is None:
+            warn_once(message)
+        elif cause not in self.known.told:
+            self.known.told.add(cause)
+            warn_once(message, f"{job.program!r}: {cause}")
 
 
 def sources(jobs: list[Job], total_keys: list[str]) -> list[str]:
@@ -444,8 +467,13 @@ def _add_row(table: Table, index: int, job: Job, group: int) -> None:
 _warned: set[str] = set()
 
 
-def warn_once(message: str) -> None:
-    """Warn, but say the same thing only once in a process."""
-    if message not in _warned:
-        _warned.add(message)
+def warn_once(message: str, what: str | None = None) -> None:
+    """Warn, but say the same thing only once in a process.
+
+    what: by what to tell that it is the same, where that is not the message.
+    """
+    if len(_warned) >= 4096:  # chains of functions that are made anew
+        _warned.clear()
+    if (what or message) not in _warned:
+        _warned.add(what or message)
         warn(message)

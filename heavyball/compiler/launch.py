@@ -15,6 +15,7 @@ from heavyball.compiler.axes import Runs
 from heavyball.compiler.cpp import BATCH, CHUNK, SMALL, Printer
 from heavyball.compiler.cpp_matrix import MatrixPrinter
 from heavyball.compiler.graph import Graph, NotPrintableError, record
+from heavyball.compiler.recent import Recent
 from heavyball.compiler.sums import with_final_states
 from heavyball.compiler.triton_matrix import TritonMatrixPrinter
 from heavyball.compiler.triton_printer import DEVICES as TRITON_DEVICES
@@ -32,7 +33,8 @@ def _note_fork() -> None:
 
 
 # OpenMP's threads do not survive a fork, and a parallel region would wait for them forever.
-os.register_at_fork(after_in_child=_note_fork)
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_note_fork)
 
 
 # A thread should have at least this many elements: waking one costs as much as stepping them.
@@ -59,20 +61,23 @@ class Kernel:
     run: Any
 
 
+FUNCTION = "run"  # what a kernel's function is called
+
 # By source and by the names in it: two chains may print the same code for different hyper-parameters.
-_kernels: dict[Any, Kernel] = {}
+_kernels: dict[Any, Kernel] = Recent(4096)
 
 
 def build(printer: Printer) -> Kernel:
     """Compile what a printer prints, or take it from the process's or the disk's cache."""
     source = printer.source()
     key = (source, printer.names)
-    if key not in _kernels:
-        run = toolchain.load(source).run
+    kernel = _kernels.get(key)
+    if kernel is None:
+        run = toolchain.load(source, FUNCTION).run
         pointer, size = ctypes.c_void_p, ctypes.c_int64
         run.argtypes = [pointer, size, *[pointer] * 3, size, *[pointer] * 3, ctypes.c_int]
         run.restype = None
-        _kernels[key] = Kernel(
+        kernel = _kernels[key] = Kernel(
             tensors=printer.tensors,
             numbers=printer.numbers,
             hypers=printer.hypers,
@@ -83,7 +88,7 @@ def build(printer: Printer) -> Kernel:
             parts=max([len(p.reductions) for p in printer.plan.passes] + [1]),
             run=run,
         )
-    return _kernels[key]
+    return kernel
 
 
 def dense(tensor: Tensor) -> bool:

@@ -84,7 +84,7 @@ def native() -> Callable[..., int] | None:
     if ctypes.c_uint32.from_address(place).value != MAJOR or not describe:
         return None
     try:
-        library = toolchain.load(SOURCE)
+        library = toolchain.load(SOURCE, "watch")
     except toolchain.ToolchainError:
         return None
     pointer, size = ctypes.c_void_p, ctypes.c_int64

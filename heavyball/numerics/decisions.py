@@ -2,9 +2,12 @@
 
 import functools
 import math
+import weakref
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Literal
+
+from torch.utils.weak import WeakIdKeyDictionary
 
 Decision = Literal["stochastic", "cumulative", "deterministic"]
 # A probability, a function of the number of steps before this one, or None for `annealed`.
@@ -93,7 +96,20 @@ def checked_probability(value: float, name: str) -> float:
     return value
 
 
-@functools.lru_cache(maxsize=256)
+# By function, which is not kept alive: it may be a user's and hold much.
+_of_functions = WeakIdKeyDictionary()
+_of_values = functools.lru_cache(maxsize=256)(Occasions)
+
+
 def occasions(probability: Probability, decision: Decision) -> Occasions:
     """The one `Occasions` of these values, so that its sums are not made again at every step."""
-    return Occasions(probability, decision)
+    if not callable(probability):
+        return _of_values(probability, decision)
+    try:
+        known = _of_functions.setdefault(probability, {})
+    except TypeError:  # there are callables that cannot be referred to weakly
+        return _of_values(probability, decision)
+    if decision not in known:
+        ref = weakref.ref(probability)
+        known[decision] = Occasions(lambda n: ref()(n), decision)  # type: ignore[misc]
+    return known[decision]

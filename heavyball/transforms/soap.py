@@ -18,9 +18,13 @@ from heavyball.transforms.adam import scale_by_adam
 from heavyball.view import WorkingShape
 
 
-@functools.lru_cache(maxsize=64)
 def _schedule(frequency: int, scheduler: Any) -> Schedule:
-    return as_schedule(frequency, scheduler)
+    # a user's schedule is given back as it is, and not kept when its optimizers are gone
+    found = _of_numbers if scheduler is None or isinstance(scheduler, tuple) else as_schedule
+    return found(frequency, scheduler)
+
+
+_of_numbers = functools.lru_cache(maxsize=64)(as_schedule)
 
 
 def _due(

@@ -197,7 +197,7 @@ def _processor() -> str:
 
 def _compiler() -> str:
     try:
-        command = [toolchain.compiler(), "--version"]
+        command = [*toolchain.compiler(), "--version"]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         return done.stdout.splitlines()[0]
     except (toolchain.ToolchainError, OSError, subprocess.CalledProcessError):
