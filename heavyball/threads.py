@@ -4,11 +4,12 @@ A decomposition gains little from a second thread: two of them at once, each on 
 the time of one after the other on two. Large products are better off with all threads.
 """
 
+import contextlib
 import functools
 import heapq
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
 
@@ -53,10 +54,23 @@ def each(
             return fn(item)
 
     pool = _pool(torch.get_num_threads())
-    running = {index: pool.submit(alone, items[index]) for index in together}
-    wait(running.values())  # so that an error finds no thread still at work
-    found = {index: future.result() for index, future in running.items()}
+    if pool is None:
+        found = _by_turns(alone, {index: items[index] for index in together})
+    else:
+        running = {index: pool.submit(alone, items[index]) for index in together}
+        wait(running.values())  # so that an error finds no thread still at work
+        found = {index: future.result() for index, future in running.items()}
     return [found[i] if i in found else fn(item) for i, item in enumerate(items)]
+
+
+def _by_turns(fn: Callable[[Item], Result], items: Mapping[int, Item]) -> dict[int, Result]:
+    """What threads would compute, where none can be started: with one of torch's, to the same bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return {index: fn(item) for index, item in items.items()}
+    finally:
+        torch.set_num_threads(threads)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -86,7 +100,8 @@ def _watched() -> bool:
     return modes > 0 or torch.is_inference_mode_enabled() or torch.is_autocast_enabled("cpu")
 
 
-def _pool(size: int) -> ThreadPoolExecutor:
+def _pool(size: int) -> ThreadPoolExecutor | None:
+    """Threads that have begun; None where so many cannot be started."""
     with _lock:
         if size not in _pools:
             ready = threading.Barrier(size)
@@ -95,11 +110,18 @@ def _pool(size: int) -> ThreadPoolExecutor:
                 # asking first: a thread takes the number that was set last when torch first meets it
                 torch.get_num_threads()
                 torch.set_num_threads(1)
-                ready.wait()
+                with contextlib.suppress(threading.BrokenBarrierError):
+                    ready.wait()
 
             pool = ThreadPoolExecutor(size, "heavyball", begin)
-            wait([pool.submit(int) for _ in range(size)])
-            # threads that begin later, anybody's, have the number that was set last
-            torch.set_num_threads(size)
+            try:
+                wait([pool.submit(int) for _ in range(size)])
+            except RuntimeError:  # the system has no more threads for us, or the interpreter ends
+                ready.abort()
+                pool.shutdown()
+                return None
+            finally:
+                # threads that begin later, anybody's, have the number that was set last
+                torch.set_num_threads(size)
             _pools[size] = pool
         return _pools[size]

@@ -231,7 +231,7 @@ def test_a_sparse_gradient_in_mid_training_is_refused() -> None:
 
 
 def test_without_a_compiler_tensors_are_compared_plainly(monkeypatch) -> None:
-    def fail(source: str) -> None:
+    def fail(source: str, name: str) -> None:
         raise toolchain.ToolchainError("none here")
 
     monkeypatch.setattr(toolchain, "load", fail)

@@ -29,6 +29,11 @@ OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False}
 _kernels: dict[Any, Kernel] = Recent(4096)
 
 
+def forget() -> None:
+    """Build again what the process has."""
+    _kernels.clear()
+
+
 def serves(device: torch.device) -> bool:
     """Whether kernels for this device are printed as Triton."""
     return device.type in DEVICES

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from heavyball import utils
-from heavyball.compiler import cuda, toolchain
+from heavyball.compiler import cuda, launch, toolchain, watch
 from heavyball.compiler.axes import axes_of, run_sizes
 from heavyball.compiler.cpp import Printer
 from heavyball.compiler.graph import NotPrintableError
@@ -192,6 +192,15 @@ class Plan:
 # library's own functions. Those with a user's are kept by the optimizer, so that they are freed with it.
 _known: dict[Signature, Kernel] = Recent(4096)
 _known_parts: dict[Signature, Parts] = Recent(4096)
+
+
+def forget_kernels() -> None:
+    """Find kernels on the disk or compile them anew, as in a new process, also those that failed."""
+    for known in (_known, _known_parts, _warned):
+        known.clear()
+    for part in (launch, cuda, toolchain):
+        part.forget()
+    watch.native.cache_clear()
 
 
 @dataclass(eq=False)

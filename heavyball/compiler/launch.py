@@ -67,6 +67,11 @@ FUNCTION = "run"  # what a kernel's function is called
 _kernels: dict[Any, Kernel] = Recent(4096)
 
 
+def forget() -> None:
+    """Look on the disk again for what the process has loaded."""
+    _kernels.clear()
+
+
 def build(printer: Printer) -> Kernel:
     """Compile what a printer prints, or take it from the process's or the disk's cache."""
     source = printer.source()

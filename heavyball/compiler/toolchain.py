@@ -69,7 +69,7 @@ if hasattr(os, "register_at_fork"):  # a thread that holds one is not there in a
     os.register_at_fork(after_in_child=_locks.clear)
 
 
-def forget_failures() -> None:
+def forget() -> None:
     """Try again what failed in this process, as after a compiler was installed."""
     for known in (_failed, _hung, _known_flags):
         known.clear()
