@@ -101,6 +101,10 @@ class Program:
             if s.needed_by in n.transform.hyper or s.until is not None
             for part in ("", *COMPANIONS)
         }
+        # state of one number, which is float64
+        self.numbers = ("step", *(n.state_key(k) for n, k, s in self.states if s.is_number))
+        # the shape and dtype of each state, by shape and dtype of the parameter, see `checks.py`
+        self.expected: dict[Any, dict[str, Any]] = {}
         # what each state holds, numbers excepted
         self.holds: dict[str, Holds] = {
             n.state_key(name): s.holds for n, name, s in self.states if not s.is_number

@@ -276,16 +276,11 @@ def refuse_processes(places: list[Place]) -> None:
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
         return
-    if distributed.get_world_size() > 1:
-        from torch.distributed.tensor import DTensor
-
-        for place in places:
-            if not isinstance(place.param, DTensor):
-                raise ValueError(
-                    f"fuse_backward: {place.label} in {distributed.get_world_size()} processes would be "
-                    "stepped before its gradient is averaged over them; shard it (DTensor), or step "
-                    "without fuse_backward"
-                )
+    if places and distributed.get_world_size() > 1:
+        raise ValueError(
+            f"fuse_backward: {places[0].label} in {distributed.get_world_size()} processes would be "
+            "stepped before its gradient is averaged over them; step without fuse_backward"
+        )
 
 
 def refuse_scaler(opt: "ChainOpt") -> None:

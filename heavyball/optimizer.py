@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from heavyball.addresses import as_numbers, check_memory, check_plain, check_state_memory
 from heavyball.advice import Advice
 from heavyball.autocast import without_autocast
 from heavyball.chain import Chain, Program
@@ -238,6 +239,7 @@ class ChainOpt(Optimizer):
     def _program_of(self, label: str, name: str | None, param: Tensor) -> Program:
         if param.is_complex() or not param.is_floating_point():
             raise ValueError(f"{label} is {param.dtype}, expected a real floating-point dtype")
+        check_plain(label, param)
         if overlaps(param):
             raise ValueError(f"{label}: its elements overlap in memory; pass a contiguous tensor")
         self._chain.storage.check_param(label, param)
@@ -369,8 +371,12 @@ class ChainOpt(Optimizer):
         for place in self._places() if places is None else places:
             param = place.param
             if param.grad is not None:
-                check_gradient(place.label, param, param.grad)
-                check_state(place.label, param, self.state.get(param, {}))
+                label, state = place.label, self.state.get(param, {})
+                check_memory(label, param)
+                check_gradient(label, param, param.grad)
+                check_memory(f"{label}: its gradient", param.grad)
+                check_state(label, param, state)
+                check_state_memory(label, programs[param], param, place.group, state)
                 if param.numel() > 0:  # else there is nothing to step, and no mean of it to keep
                     found.append(place)
         return [self._job(programs[p.param], p) for p in found]
@@ -409,6 +415,7 @@ class ChainOpt(Optimizer):
             self._begin_anew(param, state)
         if not state or not program.lazy_keys <= state.keys():
             add_missing_state(program, param, group, state)
+        as_numbers(program, state)
         return state
 
     @torch.no_grad()

@@ -138,15 +138,24 @@ class Frame:
 
 
 def add_missing_state(
-    program: Program, param: Tensor, group: Mapping[str, Any], state: dict[str, Tensor]
+    program: Program,
+    param: Tensor,
+    group: Mapping[str, Any],
+    state: dict[str, Tensor],
+    all_lazy: bool = False,
 ) -> None:
-    """Create the state that a parameter needs under the group's present values and does not have."""
+    """Create the state that a parameter needs under the group's present values and does not have.
+
+    all_lazy: also what it would need under other values.
+    """
     if "step" not in state:
         state["step"] = torch.zeros((), dtype=SCALAR, device=param.device)
     create_param(state, param, program.storage.param)
     for node, name, declared in program.states:
         key = node.state_key(name)
-        if key in state or (key in program.lazy_keys and not lazy_wanted(node, declared, group)):
+        if key in state:
+            continue
+        if key in program.lazy_keys and not (all_lazy or lazy_wanted(node, declared, group)):
             continue
         if declared.several:
             add_several(program, node, name, param, state)

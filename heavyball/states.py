@@ -8,6 +8,7 @@ from torch import Tensor
 from heavyball.chain import Node, Program
 from heavyball.numerics import compute_dtype, working
 from heavyball.storage import create, held, held_param
+from heavyball.transform import Holds
 
 if TYPE_CHECKING:
     from heavyball.runner import Job
@@ -41,8 +42,13 @@ def _piece(key: str, call: "Call") -> Tensor:
 
 
 def loaded(job: "Job", key: str) -> Tensor:
-    """A state tensor promoted to the dtype of the mathematics, however it is kept."""
-    return held(job.state, key, job.program.holds_of(key)).load(compute_dtype(job.param.dtype))
+    """A state tensor promoted to the dtype of the mathematics, however it is kept; never 0-d."""
+    return _loaded(job, key, job.program.holds_of(key))
+
+
+def _loaded(job: "Job", key: str, holds: Holds | None) -> Tensor:
+    tensor = held(job.state, key, holds).load(compute_dtype(job.param.dtype))
+    return tensor.reshape(1) if tensor.ndim == 0 else tensor
 
 
 def working_param(param: Tensor, state: Mapping[str, Tensor]) -> Tensor:
@@ -56,8 +62,7 @@ def working_state(node: Node, name: str, job: "Job") -> Tensor | None:
     tensor = job.state.get(key)
     if tensor is None or declared.is_number:
         return tensor
-    tensor = held(job.state, key, declared.holds).load(compute_dtype(job.param.dtype))
-    return tensor.reshape(1) if tensor.ndim == 0 else tensor
+    return _loaded(job, key, declared.holds)
 
 
 def new_states(node: Node, job: "Job", values: list[Pieces]) -> dict[str, Tensor]:

@@ -193,7 +193,8 @@ class Printer:
         self.tensors = sorted(self._with_companions(tensors))
         for name in self.tensors:
             kind = dtypes[name]
-            if not (kind.is_floating_point or is_companion(name) or name + SCALE in dtypes):
+            plain = kind.is_floating_point or is_companion(name) or name + SCALE in dtypes
+            if not plain or kind not in CTYPES:
                 raise NotPrintableError(f"a tensor of {kind}, {name}")
         numbers = {args[0] for args in ops["number"]} | set(self.plan.numbers)
         self.numbers = sorted(numbers)

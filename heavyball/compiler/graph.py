@@ -609,7 +609,7 @@ def trace(
     job = Job(program, param, grad, live, {}, _Hypers(recorder))  # type: ignore[arg-type]
     job.narrow = has_narrow(state)
     for name, tensor in meta.items():
-        if tensor.ndim == 0 and _is_number(program, name):
+        if tensor.ndim == 0 and name in program.numbers:
             job.state[name] = recorder.bind(tensor, "number", name)
         else:
             promoted = torch.empty(tensor.shape, dtype=compute, device="meta")
@@ -649,11 +649,6 @@ def _slices(program: Program) -> set[str]:
         for n, name, declared in program.states
         if declared.slice_by is not None and n.transform.options[declared.slice_by] > 1
     }
-
-
-def _is_number(program: Program, key: str) -> bool:
-    numbers = {n.state_key(name) for n, name, declared in program.states if declared.is_number}
-    return key in numbers or key == "step"
 
 
 def _run(job: Job, recorder: Recorder, share: str | None) -> dict[str, Tensor]:

@@ -43,6 +43,8 @@ class Row:
             return None
         if len(plan.tables) != 1 or plan.shares:
             return None
+        if plan.copies:  # whose addresses are good for one step
+            return None
         if isinstance(plan.tables[0], cuda.DeviceTable) or plan.tables[0].grad_column is None:
             return None
         return cls(plan, plan.tables[0], keys)
@@ -56,10 +58,11 @@ class Row:
             return False
         if self._differs() and not self._refill(check):
             return False
-        grad = self._param.grad
-        assert grad is not None
+        address = self._param.grad.data_ptr()  # type: ignore[union-attr]
+        if not address:
+            return False
         table = self._table
-        self._cells[table.grad_column] = grad.data_ptr()  # type: ignore[index]
+        self._cells[table.grad_column] = address  # type: ignore[index]
         table.kernel.run(*self._arguments, threads(table.elements))
         torch.autograd.graph.increment_version(self._param)
         return True
@@ -77,11 +80,11 @@ class Row:
         if kind != self._kind or state.get(param) is not self._held:
             return False
         grad = param.grad
-        if grad is None or grad.layout is not torch.strided:
+        if grad is None or type(grad) is not Tensor or grad.layout is not torch.strided:
             return False
         if grad.dtype is not self._grad_dtype or grad.device != kind[1]:
             return False
-        if grad.shape != kind[2] or grad.stride() != kind[3]:
+        if grad.shape != kind[2] or grad.stride() != kind[3] or grad.is_neg():
             return False
         held = self._held
         if len(held) != len(self._tensors):

@@ -34,14 +34,22 @@ struct Described {
 };
 typedef int (*Describe)(void*, Described*);
 
+static bool has_elements(const Described& t) {
+    for (int k = 0; k < t.axes; ++k)
+        if (!t.shape[k]) return false;
+    return true;
+}
+
 // Write down (`compare` = 0) or compare how tensors lie in memory: four numbers and two for each axis.
 // Addresses are part of it for the first `fixed` tensors; those of the others go to `moved`.
-// Returns how many tensors are as they were, -1 with a Python exception where there is no tensor.
+// Returns how many tensors are as they were and have memory for their elements, -1 with a Python
+// exception where there is no tensor.
 extern "C" int64_t watch(Describe describe, void* const* objects, int64_t fixed, int64_t count,
                          int64_t* seen, int64_t* moved, int compare) {
     for (int64_t i = 0; i < count; ++i) {
         Described t;
         if (describe(objects[i], &t)) return -1;
+        if (!t.data && has_elements(t)) return i;
         int64_t address = (int64_t)t.data + (int64_t)t.offset;
         if (i >= fixed) {
             moved[i - fixed] = address;
@@ -137,11 +145,14 @@ class Layouts:
     def _compare_plainly(self, moving: list[Any]) -> bool:
         try:
             kinds = list(map(_kind, chain(self._fixed, moving)))
-        except (AttributeError, RuntimeError):  # no tensor, or none with strides
+            moved = [t.data_ptr() for t in moving]
+        except (AttributeError, RuntimeError):  # no tensor, or none with strides or memory
             return False
         if kinds != self._kinds or [t.data_ptr() for t in self._fixed] != self._addresses:
             return False
-        self._moved.copy_(torch.tensor([t.data_ptr() for t in moving], dtype=torch.int64))
+        if any(t.numel() and not address for t, address in zip(moving, moved, strict=True)):
+            return False
+        self._moved.copy_(torch.tensor(moved, dtype=torch.int64, device="cpu"))
         return True
 
 
