@@ -163,7 +163,7 @@ def _own(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 def _number(value: Any) -> Any:
     """Numbers as tensors: torch's optimizers load a count of steps in either form."""
     plain = isinstance(value, int | float) and not isinstance(value, bool)
-    return torch.tensor(value, dtype=torch.float64) if plain else value
+    return torch.tensor(value, dtype=torch.float64, device="cpu") if plain else value
 
 
 def rename_transform(state_dict: dict[str, Any], old: str, new: str) -> dict[str, Any]:

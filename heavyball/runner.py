@@ -470,7 +470,7 @@ def _meet(
     if rate is not None and rate.key == key:
         assert finisher is not None
         finisher(found)
-        return {key: torch.zeros((), dtype=SCALAR)}
+        return {key: torch.zeros((), dtype=SCALAR, device="cpu")}
     total = None
     for _, (share,) in found:
         share = share.to(SCALAR)

@@ -164,6 +164,7 @@ def _starts(schedule: PrecondSchedule) -> list[float]:
 
 def _running(schedule: PrecondSchedule, block: int, start: float) -> Tensor:
     first = block * BLOCK + 1
-    steps = torch.arange(first, first + BLOCK, dtype=torch.float64)
+    steps = torch.arange(first, first + BLOCK, dtype=torch.float64, device="cpu")
     shares = 1 / (1 + (schedule.a * steps.log10()) ** schedule.b)
-    return torch.cat([torch.tensor([start], dtype=torch.float64), shares]).cumsum(0)[1:]
+    before = torch.tensor([start], dtype=torch.float64, device="cpu")
+    return torch.cat([before, shares]).cumsum(0)[1:]

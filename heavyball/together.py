@@ -51,7 +51,7 @@ class Together:
                 group[name] = first
             else:
                 value = self._hyper(group, first) if isinstance(first, str) else first
-                group[name] = torch.full((), value, dtype=SCALAR)
+                group[name] = torch.full((), value, dtype=SCALAR, device="cpu")
         self.settle(group)
 
     def begin_again(self, index: int, groups: list[dict[str, Any]]) -> None:

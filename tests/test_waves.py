@@ -8,6 +8,7 @@ import test_whole
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from models import CASES, parameters
 from oracles import anywhere
 
 from heavyball import chainable as C
@@ -351,3 +352,23 @@ def test_a_sum_over_all_behind_a_whole_transform_runs_eagerly_and_says_so():
         RuntimeError, match="clip_by_global_norm sums over all parameters behind muon"
     ):
         opt.step()
+
+
+WHOLE = [case for case in CASES if any(p.has_whole for p in case(parameters((1,))).chain.programs)]
+
+
+@pytest.mark.parametrize("case", WHOLE, ids=repr)
+def test_a_number_beside_a_vector_of_one_is_stepped_as_each_alone(case) -> None:
+    """A learnable temperature has the shape (), a bias of one output (1,): both may share a stack."""
+    for shapes in (((), (1,)), ((1,), (), (1, 1), ())):
+        ends = []
+        for options in ({"compile": False, "foreach": False}, {"compile": False}, {}):
+            params = [torch.nn.Parameter(torch.full(shape, 1.5)) for shape in shapes]
+            opt = case(params, lr=1e-2, **options)
+            for step in range(7):
+                for place, p in enumerate(params):
+                    p.grad = torch.full_like(p, 0.3 + 0.1 * step - 0.35 * place)
+                opt.step()
+            ends.append([p.detach() for p in params])
+        for others in ends[1:]:
+            torch.testing.assert_close(others, ends[0], rtol=1e-5, atol=1e-6)

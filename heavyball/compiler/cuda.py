@@ -140,7 +140,8 @@ class Mirror:
 
 
 def _pinned_like(host: Tensor, device: torch.device) -> Tensor:
-    return torch.empty(host.shape, dtype=host.dtype, pin_memory=device.type == "cuda")
+    pinned = device.type == "cuda"
+    return torch.empty(host.shape, dtype=host.dtype, device="cpu", pin_memory=pinned)
 
 
 def _sent(host: Tensor, device: torch.device) -> Tensor:
@@ -171,12 +172,12 @@ class DeviceTable(Table):
         flat = kernel.starts is None
         self.give_shares_room(self.device)
         if self.shares is not None:
-            self.positions = _sent(torch.tensor(self.members), self.device)
-        self.fixed = torch.tensor(self.rows, dtype=torch.int64)
+            self.positions = _sent(torch.tensor(self.members, device="cpu"), self.device)
+        self.fixed = torch.tensor(self.rows, dtype=torch.int64, device="cpu")
         pieces = [-(-row[0] // CHUNK) for row in self.rows] if flat else self._tiles()
         chunks = [(index, part) for index, n in enumerate(pieces) for part in range(n)]
         self.mirror = Mirror(self.fixed, self.device)  # type: ignore[arg-type]
-        self.chunks = _sent(torch.tensor(chunks, dtype=torch.int64), self.device)
+        self.chunks = _sent(torch.tensor(chunks, dtype=torch.int64, device="cpu"), self.device)
         self.scratch = torch.empty(count * kernel.values, dtype=SCALAR, device=self.device)
         self.parts = torch.empty(len(chunks) * kernel.parts, dtype=SCALAR, device=self.device)
         self.arrived = torch.zeros(count, dtype=torch.int32, device=self.device)
@@ -192,7 +193,7 @@ class DeviceTable(Table):
         for n, _ in needs:
             places.append([place])
             place += n * self.memory.element_size()
-        self.fixed = torch.cat([self.fixed, torch.tensor(places)], 1)  # type: ignore[list-item]
+        self.fixed = torch.cat([self.fixed, torch.tensor(places, device="cpu")], 1)  # type: ignore[list-item]
         return [tiles for _, tiles in needs]
 
     def step(self, groups: Sequence[Mapping[str, Any]], totals: Mapping[str, Tensor]) -> None:
@@ -235,7 +236,7 @@ class DeviceTable(Table):
                 else:
                     row[place] = entry(value, index)
             rows.append(row)
-        values = torch.tensor(rows, dtype=SCALAR)
+        values = torch.tensor(rows, dtype=SCALAR, device="cpu")
         if self.hyper is None:
             self.hyper = Mirror(values, self.device)
         self.hyper.send(values)
@@ -296,7 +297,11 @@ def _collected(
     for table in tables:
         if table.shares is not None:
             places = table.positions if isinstance(table, DeviceTable) else None
-            places = _sent(torch.tensor(table.members), device) if places is None else places
+            places = (
+                _sent(torch.tensor(table.members, device="cpu"), device)
+                if places is None
+                else places
+            )
             shares.index_copy_(0, places.to(device), table.shares.to(device))
     for index, found in eager.items():
         for place, share in enumerate(found):

@@ -91,7 +91,7 @@ class Plan:
         shares = (t for ts in self.shares.values() for t in ts)
         for table in [*self.all_tables, *shares]:
             if table.grad_column is not None:
-                rows = torch.tensor([self.places[i] for i in table.members])
+                rows = torch.tensor([self.places[i] for i in table.members], device="cpu")
                 self.columns.append((table, rows))
         kinds = {(id(job.program), id(job.group)): job for job in self.jobs}
         self.kinds = [job for job in kinds.values() if job.program.lazy_keys]
@@ -145,7 +145,7 @@ class Plan:
                 shares = share_of(self.jobs[index], key, totals)
                 if shares is not None:
                     found[index] = [share.item() for share in shares]
-            totals[key] = torch.zeros((), dtype=SCALAR)
+            totals[key] = torch.zeros((), dtype=SCALAR, device="cpu")
             if together.node is not None and key == together.node.key:
                 self._finish(found, together, groups)
             else:
@@ -184,7 +184,10 @@ class Plan:
             before = sums.get(place, [0.0] * len(shares))
             sums[place] = [a + b for a, b in zip(before, shares, strict=True)]
         if sums:
-            made = {k: tuple(torch.tensor(v, dtype=SCALAR).unbind()) for k, v in sums.items()}
+            made = {
+                k: tuple(torch.tensor(v, dtype=SCALAR, device="cpu").unbind())
+                for k, v in sums.items()
+            }
             together.renew(groups, made)
 
 

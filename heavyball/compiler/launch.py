@@ -206,12 +206,14 @@ class Table:
         batches = _batches(large, chunks) if flat else []
         self.count = len(batches) if flat else len(self.rows) - self.small
         self.give_shares_room(torch.device("cpu"))
-        self.fixed = torch.tensor(self.rows, dtype=torch.int64)
-        self.large = torch.tensor(large, dtype=torch.int64)
-        self.chunks = torch.tensor(chunks, dtype=torch.int64)
-        self.batches = torch.tensor(batches, dtype=torch.int64)
-        self.scratch = torch.empty(len(large) * self.kernel.values, dtype=torch.float64)
-        self.parts = torch.empty(len(chunks) * self.kernel.parts, dtype=torch.float64)
+        self.fixed = torch.tensor(self.rows, dtype=torch.int64, device="cpu")
+        self.large = torch.tensor(large, dtype=torch.int64, device="cpu")
+        self.chunks = torch.tensor(chunks, dtype=torch.int64, device="cpu")
+        self.batches = torch.tensor(batches, dtype=torch.int64, device="cpu")
+        self.scratch = torch.empty(
+            len(large) * self.kernel.values, dtype=torch.float64, device="cpu"
+        )
+        self.parts = torch.empty(len(chunks) * self.kernel.parts, dtype=torch.float64, device="cpu")
 
     def give_shares_room(self, device: torch.device) -> None:
         """Make the memory in which each tensor leaves its shares of sums over all parameters."""
@@ -277,7 +279,7 @@ def hyper_values(
     """Each group's live hyper-parameters, and the sums over all parameters, as the kernel reads them."""
     sums = [totals[key] for key in kernel.totals]
     rows = [[entry(group[key], i) for key, i in kernel.hypers] + sums for group in groups]
-    return torch.tensor(rows, dtype=torch.float64)
+    return torch.tensor(rows, dtype=torch.float64, device="cpu")
 
 
 def entry(value: Any, index: int) -> float:

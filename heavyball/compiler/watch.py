@@ -111,7 +111,7 @@ class Layouts:
         self._fixed = fixed
         self._addresses = [t.data_ptr() for t in fixed]
         self._kinds = list(map(_kind, chain(fixed, moving)))
-        self._moved = torch.empty(len(moving), dtype=torch.int64)
+        self._moved = torch.empty(len(moving), dtype=torch.int64, device="cpu")
         self._objects = array.array("q", map(id, fixed))
         self._seen: Tensor | None = None
 
@@ -126,7 +126,7 @@ class Layouts:
                 return None
             if run is not None:
                 self._seen = torch.empty(
-                    sum(4 + 2 * len(k[2]) for k in self._kinds), dtype=torch.int64
+                    sum(4 + 2 * len(k[2]) for k in self._kinds), dtype=torch.int64, device="cpu"
                 )
                 self._run(run, moving, compare=False)
             return self._moved
@@ -263,7 +263,7 @@ class Kept:
         if any(map(weakref.getweakrefcount, self._tensors)):
             return False
         # the memory is held by the tensor alone, as that of a tensor which nobody else can know
-        other = torch.zeros(1)
+        other = torch.zeros(1, device="cpu")
         memory = [t.untyped_storage() for t in (other, *self._tensors)]
         references = list(map(count, memory))
         holders = [uses(m._cdata) for m in memory]

@@ -267,10 +267,13 @@ class Wave:
     def _pointers(self, entries: list[Entry], name: str) -> Tensor:
         """Where a temporary tensor of each parameter begins."""
         if name.startswith("whole."):
-            return torch.tensor([e.results[name].data_ptr() for e in entries], dtype=torch.int64)
+            return _host([e.results[name].data_ptr() for e in entries])
         size = self.dtype.itemsize
-        offsets = torch.tensor([e.offset * size for e in entries], dtype=torch.int64)
-        return offsets + self.scratch[name].data_ptr()
+        return _host([e.offset * size for e in entries]) + self.scratch[name].data_ptr()
+
+
+def _host(numbers: list[int]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
 
 def _put(place: Tensor, value: Tensor | float) -> None:

@@ -11,7 +11,7 @@ EpsPlacement = Literal["outside", "maximum", "inside", "biased"]
 def lerp(start: Tensor, end: Tensor, weight: Tensor) -> Tensor:
     """`start + weight * (end - start)`, exact at the weights 0 and 1 for finite values."""
     # torch.lerp refuses a weight of another dtype, and scalars are float64 here
-    return torch.lerp(start, end, torch.as_tensor(weight).to(start))
+    return torch.lerp(start, end, torch.as_tensor(weight, dtype=start.dtype, device=start.device))
 
 
 def debiased_weight(beta: Tensor, step: Tensor) -> Tensor:

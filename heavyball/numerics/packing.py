@@ -62,7 +62,7 @@ def join(kept: Tensor, correction: Tensor) -> Tensor:
     """
     back = kept.to(torch.float32)
     wide = torch.float64 if correction.dtype == torch.int16 else torch.float32
-    inverse = torch.tensor(1 / LEVELS[correction.dtype], dtype=wide)
+    inverse = torch.tensor(1 / LEVELS[correction.dtype], dtype=wide, device="cpu")
     part = correction.to(wide) * inverse * HALF[kept.dtype]
     moved = (back.to(wide) + part * _unit(back, kept.dtype).to(wide)).to(torch.float32)
     return torch.where(correction == 0, back, moved)  # adding zero would lose the sign of -0
@@ -137,6 +137,6 @@ def decode(codes: Tensor, scale: Tensor) -> Tensor:
     """The values of blocks of codes, which `encode` made."""
     code, wide = codes.to(torch.float32), scale.to(torch.float32)[:, None]
     if codes.dtype == torch.int8:
-        part = code * torch.tensor(1 / SIGNED)
+        part = code * torch.tensor(1 / SIGNED, dtype=torch.float32, device="cpu")
         return part / (2 - part.abs()) * wide
     return code * (wide / UNSIGNED)

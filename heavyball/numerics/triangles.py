@@ -122,7 +122,7 @@ def from_line(line: Tensor, out: Tensor | None = None) -> Tensor:
     if size >= 2 * BLOCK:
         _copy_rows(line.contiguous(), out, opening=True)
         return out
-    return out.masked_scatter_(torch.ones(size, size, dtype=torch.bool).triu_(), line)
+    return out.masked_scatter_(torch.ones(size, size, dtype=torch.bool, device="cpu").triu_(), line)
 
 
 def _copy_rows(line: Tensor, matrix: Tensor, opening: bool) -> None:
