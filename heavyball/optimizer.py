@@ -43,6 +43,7 @@ from heavyball.evaluation import Evaluated, Look, Stamp, stamp, warn_of_written,
 from heavyball.formats import Choice, Storage
 from heavyball.fused import FusedBackward, Singles, refuse_rivals, refuse_scaler
 from heavyball.loading import fit
+from heavyball.numerics import lasting, version_of
 from heavyball.report import optimizer_repr, routing_table
 from heavyball.runner import Counts, Job, Scalars, add_missing_state
 from heavyball.storage import CORRECTION, PARAM, stream_of
@@ -143,7 +144,7 @@ class ChainOpt(Optimizer):
         self._checked_values: dict[int, list[Any]] = {}
         self._programs: dict[Tensor, Program] = {}
         self._kinds: dict[Tensor, Kind] = {}
-        self._fresh: dict[Tensor, list[tuple[Tensor, int]]] = {}
+        self._fresh: dict[Tensor, list[tuple[Tensor, int | None]]] = {}
         self._singles = Singles(self)
         self._fused: FusedBackward | None = None
         self._rivals_checked = 0
@@ -414,7 +415,8 @@ class ChainOpt(Optimizer):
         if param in self._fresh:
             self._begin_anew(param, state)
         if not state or not program.lazy_keys <= state.keys():
-            add_missing_state(program, param, group, state)
+            with lasting():
+                add_missing_state(program, param, group, state)
         as_numbers(program, state)
         return state
 
@@ -431,7 +433,7 @@ class ChainOpt(Optimizer):
             for param in group["params"]:
                 if param.requires_grad and param.numel() and not self.state.get(param):
                     state = self._state_of(programs[param], param, group)
-                    self._fresh[param] = [(tensor, tensor._version) for tensor in state.values()]
+                    self._fresh[param] = [(tensor, version_of(tensor)) for tensor in state.values()]
         self._engine.forget()
         return self
 
@@ -439,7 +441,7 @@ class ChainOpt(Optimizer):
         """Drop untouched state of `init_state`: weights may have been loaded since it was made."""
         made, found = self._fresh.pop(param), list(state.values())
         if len(made) == len(found) and all(
-            tensor is own and tensor._version == version
+            tensor is own and version_of(tensor) == version
             for own, (tensor, version) in zip(found, made, strict=True)
         ):
             state.clear()
@@ -641,6 +643,7 @@ class ChainOpt(Optimizer):
             self.__dict__.pop("_loading", None)
         return results[0]
 
+    @lasting()
     def _reinstate(self, loading: Mapping[str, Any]) -> None:
         """Undo torch's cast of state to the parameter's dtype, and share no memory with the dict."""
         programs = self._all_programs()

@@ -15,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from heavyball.calls import call, run_hooks
 from heavyball.chain import Fork, Node, Program
-from heavyball.numerics import SCALAR, compute_dtype, saturate, shape_of, working
+from heavyball.numerics import SCALAR, compute_dtype, saturate, shape_of, version_of, working
 from heavyball.states import add_several, working_param, working_state
 from heavyball.storage import create, create_param, drawing, held, held_param
 from heavyball.transform import CONTEXT, State, frozen, keyword_names
@@ -60,14 +60,14 @@ class Counts:
     def read(self, step: Tensor) -> int:
         """How many gradients a parameter has had, given its `step` tensor."""
         version, count = self._known.get(step, (None, 0))
-        if version != step._version:
+        if version is None or version != version_of(step):
             count = int(step)
             self.note(step, count)
         return count
 
     def note(self, step: Tensor, count: int) -> None:
         """Remember what was just written to a `step` tensor."""
-        self._known[step] = step._version, count
+        self._known[step] = version_of(step), count
 
 
 @dataclass
@@ -255,6 +255,9 @@ def _apply(node: Node, update: Any, frame: Frame) -> Run:
             arguments["total"] = total
     before = update
     update, new, provided = _results(node, t.update(update, *old, **arguments))
+    compute = compute_dtype(frame.job.param.dtype)
+    if update.is_floating_point() and update.dtype != compute:
+        update = update.to(compute)  # a condition times a number is float64
     _check_shapes(node, before, update, old, new)
     for name, before, after in zip(t.states, old, new, strict=True):
         if before is not None:

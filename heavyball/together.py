@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from heavyball.chain import Chain
+from heavyball.numerics import lasting
 from heavyball.runner import SCALAR, Job, Scalars
 from heavyball.transform import Member
 
@@ -37,6 +38,7 @@ class Together:
         self.node = chain.rate
         self._scalars: list[Scalars] = []
 
+    @lasting()
     def begin(self, index: int, groups: list[dict[str, Any]]) -> None:
         """Give a new group its numbers."""
         if self.node is None or not groups[index]["params"]:
@@ -60,6 +62,7 @@ class Together:
             if isinstance(first, int) and groups[index].get(name) == 0:
                 self.begin(index, groups)
 
+    @lasting()
     def settle(self, group: dict[str, Any]) -> None:
         """Bring a group's numbers to where its parameters are, in memory of their own."""
         for name in self.node.transform.common if self.node else ():

@@ -12,6 +12,7 @@ import numpy as np
 import operations
 import pytest
 import torch
+from conditions import CONDITIONS, conditional
 from triton.language import core
 from triton.runtime import interpreter
 
@@ -182,6 +183,13 @@ COMPOSITE = {
         C.parameter_ema(beta=0.5),
     ),
 }
+
+
+@pytest.mark.parametrize("name", CONDITIONS)
+def test_conditions_and_numbers(name: str) -> None:
+    dtype = torch.float64 if name in ("plus", "either") else torch.float32
+    chain = (C.exp_avg, conditional(name)(strength=0.7))
+    assert_near(pair(chain, ((1,), (BLOCK + 77,)), dtype, steps=2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -13,6 +13,7 @@ import weakref
 
 import pytest
 import torch
+from conditions import CONDITIONS, conditional
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from oracles import anywhere
@@ -600,3 +601,60 @@ def test_a_parameter_that_stands_twice_is_stepped_twice() -> None:
         ends.append(p.detach().clone())
     assert torch.equal(*ends)
     assert torch.equal(ends[0], torch.full((3,), 0.5))
+
+
+def conditioned(names: list[str], dtype: torch.dtype, compile: bool):
+    p = torch.nn.Parameter(values((7, 11), 0, dtype))
+    opt = C.ChainOpt([p], 0.1, C.exp_avg, conditional(*names)(strength=0.7), compile=compile)
+    for step in range(5):
+        p.grad = values((7, 11), step + 1, dtype)
+        opt.step()
+    return p.detach(), opt
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_conditions_and_numbers_mix_in_every_operation(dtype: torch.dtype) -> None:
+    for name in CONDITIONS:
+        conditioned([name], dtype, False)[1].kernel_sources()  # raises where it cannot be printed
+    for first in range(3):
+        names = list(CONDITIONS)[first::3]
+        ends = [conditioned(names, dtype, compile)[0] for compile in (False, True)]
+        near = {} if dtype == torch.bfloat16 else {"rtol": 1e-6, "atol": 1e-6}
+        torch.testing.assert_close(*ends, **near)
+
+
+def test_an_update_goes_on_in_the_dtype_of_the_mathematics() -> None:
+    """A condition times a number is float64: the transforms behind see float32 in both paths."""
+    seen = []
+
+    @C.transform()
+    def look(update):
+        seen.append(update.dtype)
+        return update
+
+    for compile in (False, True):
+        p = torch.nn.Parameter(values((7,), 0, torch.float32))
+        p.grad = values((7,), 1, torch.float32)
+        C.ChainOpt([p], 0.1, conditional("times")(strength=0.7), look, compile=compile).step()
+    assert set(seen) == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    "rounded",
+    [
+        lambda u, s: u.double(),
+        lambda u, s: u.half(),
+        lambda u, s: u * (3 * s).long(),
+        lambda u, s: torch.zeros_like(u, dtype=torch.float64) + u,
+        lambda u, s: u * ((u > 0) * 2 & 2),
+    ],
+)
+def test_a_dtype_that_was_asked_for_is_not_replaced(rounded) -> None:
+    @C.transform()
+    def asking(update, *, strength: C.Live = 0.5):
+        return rounded(update, strength)
+
+    p = torch.nn.Parameter(values((7,), 0, torch.float32))
+    p.grad = values((7,), 1, torch.float32)
+    with pytest.raises(RuntimeError, match="runs without a compiled kernel"):
+        C.ChainOpt([p], 0.1, asking, compile=True).step()

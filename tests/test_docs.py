@@ -74,6 +74,24 @@ def test_the_examples_run(page: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_transform_in_ten_lines_is_compiled(tmp_path: Path) -> None:
+    (block,) = [text for text in blocks(ROOT / "README.md") if "damp_turns" in text]
+    script = tmp_path / "example.py"
+    steps = (
+        "for _ in range(3):\n    model(torch.ones(2, 64)).sum().backward()\n    opt.step()\n"
+        "print(len(opt.kernel_sources()))"
+    )
+    script.write_text(f"import torch\nmodel = torch.nn.Linear(64, 10)\n{block}\n{steps}")
+    done = subprocess.run(
+        [sys.executable, "-W", "error::RuntimeWarning", script],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
+
+
 # Saves twice, then dies while it saves for the third time.
 KILLED = """
 import os, signal, sys, io

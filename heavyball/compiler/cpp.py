@@ -39,6 +39,7 @@ INFIX = {
     "ne": "!=",
     "and": "&",
     "or": "|",
+    "xor": "^",
 }
 # False for a NaN on the left, which so passes through, as one on the right does.
 MAXIMUM = "({0} < {1} || {1} != {1}) ? {1} : {0}"

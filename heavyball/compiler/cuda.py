@@ -16,6 +16,7 @@ from heavyball.compiler.recent import Recent
 from heavyball.compiler.toolchain import ToolchainError
 from heavyball.compiler.triton_arrays import Memory, TritonArrayPrinter
 from heavyball.compiler.triton_printer import CHUNK, DEVICES, WARPS, TritonPrinter
+from heavyball.numerics import lasting
 from heavyball.runner import SCALAR, drive, share_of, take_given
 from heavyball.together import Pending, Together
 
@@ -238,7 +239,8 @@ class DeviceTable(Table):
             rows.append(row)
         values = torch.tensor(rows, dtype=SCALAR, device="cpu")
         if self.hyper is None:
-            self.hyper = Mirror(values, self.device)
+            with lasting():
+                self.hyper = Mirror(values, self.device)
         self.hyper.send(values)
         for number, place, value in there:
             self.hyper.tensor[number, place].copy_(value.detach().reshape(()), non_blocking=True)

@@ -28,6 +28,7 @@ from heavyball.compiler.staging import Copied, copied, orders, settle, stage
 from heavyball.compiler.toolchain import ToolchainError
 from heavyball.compiler.watch import Snapshot
 from heavyball.compiler.waves import Entry, Parts, Waves, arrange, build_parts, printers
+from heavyball.numerics import lasting
 from heavyball.runner import SCALAR, SHARE, Job, drive, lazy_wanted, run, share_of, take_given
 from heavyball.together import Pending, Together
 from heavyball.warn import warn
@@ -83,6 +84,7 @@ class Plan:
         """Every state tensor. They are in no list here: `Kept` counts who refers to them."""
         return (tensor for job in self.jobs for tensor in job.state.values())
 
+    @lasting()
     def remember(self, groups: list[dict[str, Any]], attributes: Mapping[str, Any]) -> None:
         """Note what must still hold when the tables are used again."""
         self.snapshot = Snapshot(groups, attributes)
@@ -282,6 +284,7 @@ class Engine:
         plan.release(range(len(jobs)))
         self._plan = plan
 
+    @lasting()
     def _make(self, jobs: list[Job], total_keys: list[str], foreach: bool | None) -> Plan:
         """Sort jobs into tables; jobs without a kernel are the plan's `eager` ones."""
         groups: list[Mapping[str, Any]] = []

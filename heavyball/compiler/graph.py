@@ -194,6 +194,8 @@ SAME = {
     "logical_and.default": "and",
     "bitwise_or.Tensor": "or",
     "logical_or.default": "or",
+    "bitwise_xor.Tensor": "xor",
+    "logical_xor.default": "xor",
     "bitwise_not.default": "not",
     "logical_not.default": "not",
     **{
@@ -215,10 +217,16 @@ VIEWS = {
     "lift_fresh.default",
     "contiguous.default",
 }
+# Where a program asks for the dtype of the result.
+CASTS = {"_to_copy.default", "copy_.default"}
+MADE = {"zeros_like.default", "ones_like.default", "full.default", "full_like.default"}
+# What torch makes of conditions and numbers: `1 - strength * turned` is float64, `0.5 * turned` float32,
+# `2 * turned` int64.
+PROMOTED = (torch.float64, torch.float32, torch.int64)
 FILLS = {"zeros_like.default": 0.0, "ones_like.default": 1.0}
 REDUCING = {"sum", "mean", "linalg_vector_norm", "amax", "any", "all"}
 SUMMING = {"sum", "linalg_vector_norm"}
-LOGIC = ("and", "or", "not")
+LOGIC = ("and", "or", "xor", "not")
 BOOLEAN = {"gt", "ge", "lt", "le", "eq", "ne", *LOGIC, "isfinite", "isnan"}
 
 
@@ -377,14 +385,17 @@ class Recorder(TorchDispatchMode):
         self._index[id(tensor)] = index
         self._alive.append(tensor)  # or another tensor could get the same id
 
-    def _level(self, tensor: Tensor, reduced: bool = False) -> str:
-        """Where a tensor's values belong; what a reduction leaves may be float64, as its sums are."""
+    def _level(self, tensor: Tensor, any_dtype: bool = False) -> str:
+        """Where a tensor's values belong.
+
+        any_dtype: of the elements too, as sums are float64.
+        """
         if tensor.ndim == 0:
             return "scalar"
         if tensor.shape == self.slice_shape:
             return "slice"
         if tensor.numel() == self.numel:
-            if not reduced and tensor.dtype not in (self.dtype, torch.bool):
+            if not any_dtype and tensor.dtype not in (self.dtype, torch.bool):
                 raise NotPrintableError(f"elements of {tensor.dtype} beside {self.dtype}")
             return "element"
         if tensor.numel() == 1:
@@ -424,7 +435,9 @@ class Recorder(TorchDispatchMode):
 
     def _record(self, name: str, args: Any, kwargs: Any, result: Tensor) -> int:
         reduced = name.split(".")[0] in REDUCING
-        level, kind = self._level(result, reduced), self._kind(result)
+        promoted = result.dtype in PROMOTED and self._promotes(name, args)
+        level = self._level(result, reduced or promoted)
+        kind = "float" if promoted else self._kind(result)
         if name in VIEWS:
             return self.find(args[0])
         if name in FILLS:
@@ -433,7 +446,7 @@ class Recorder(TorchDispatchMode):
             return self._constant(float(args[1]), level, kind)
         if name == "scalar_tensor.default":
             return self._constant(float(args[0]), level, kind)
-        if name in ("_to_copy.default", "copy_.default"):
+        if name in CASTS:
             return self._cast(self._argument(args[0]), level, kind)
         if reduced:
             return self._reduction(name, args, kwargs, level)
@@ -444,12 +457,21 @@ class Recorder(TorchDispatchMode):
         if name in SAME:
             if kwargs.get("alpha", 1) != 1 or len(args) > len(_plain(args)):
                 raise NotPrintableError(f"the operation {name} with {kwargs or args}")
+            if name.startswith("bitwise") and kind != "bool":
+                raise NotPrintableError(f"the operation {name} of whole numbers")
             if SAME[name] in LOGIC:
                 # of numbers, torch takes whether they are not zero
                 truths = (Ref(self._cast(self._argument(a), level, "bool")) for a in args)
                 return self.graph.add(SAME[name], tuple(truths), level, kind)
             return self._emit(SAME[name], args, level, kind)
         raise NotPrintableError(f"the operation {name}")
+
+    @staticmethod
+    def _promotes(name: str, args: Any) -> bool:
+        """Whether torch's rules alone decide the dtype of an operation's result."""
+        if name in CASTS:
+            return args[0].dtype == torch.bool
+        return name not in MADE
 
     def _argument(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -488,7 +510,7 @@ class Recorder(TorchDispatchMode):
         if op == "linalg_vector_norm" and order != 2:
             raise NotPrintableError(f"a norm of order {order}")
         # a value that was spread over more elements counts as often as it is there
-        spread = before != self._level(args[0], reduced=True)
+        spread = before != self._level(args[0], any_dtype=True)
         if before == level and (op == "mean" or (op in SUMMING and not spread)):
             # over axes of size 1
             plain = op != "linalg_vector_norm"

@@ -67,6 +67,8 @@ FORMS = {
     "to_float": "tl.where({0}, {one}, {zero})",
     "to_bool": "{0} != {zero}",
 }
+# Of conditions as numbers, where one is per tensor and the other per element.
+MIXED = {"and": "{0} * {1} != {zero}", "or": "{0} + {1} != {zero}", "xor": "{0} != {1}"}
 
 PRELUDE = '''\
 @triton.jit
@@ -356,7 +358,9 @@ class TritonPrinter(Printer):
         if not isinstance(argument, Ref):
             return _literal(float(argument), type_)  # type: ignore[arg-type]
         name = names[argument.index]
-        if self.graph.values[argument.index].kind == "bool" and value.op not in LOGIC:
+        if value.op in LOGIC:
+            return _as_number(name, type_) if self._mixes(value) else name
+        if self.graph.values[argument.index].kind == "bool":
             if value.op in ("where", "to_float") and argument == value.args[0]:
                 return name
             return _as_number(name, type_)
@@ -374,11 +378,18 @@ class TritonPrinter(Printer):
             name = self._argument(value, value.args[0], names, type_)
             return f"{name} * {name}" if value.args[1] == 2.0 else f"root({name})"
         arguments = [self._argument(value, a, names, type_) for a in value.args]
+        if self._mixes(value):
+            return MIXED[value.op].format(*arguments, **_constants(type_))
         if value.op in INFIX:
             return f"{arguments[0]} {INFIX[value.op]} {arguments[1]}"
         if value.op not in FORMS:
             raise NotPrintableError(f"the operation {value.op} on CUDA")
         return FORMS[value.op].format(*arguments, **_constants(type_))
+
+    def _mixes(self, value: Value) -> bool:
+        """Whether an operation on conditions has one per tensor, which the interpreter cannot spread."""
+        found = [self.graph.values[a.index].level for a in value.args if isinstance(a, Ref)]
+        return value.op in MIXED and "scalar" in found and value.level != "scalar"
 
     # ---- elements
 

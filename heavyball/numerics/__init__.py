@@ -10,7 +10,7 @@ from heavyball.numerics.averages import (
     second_moment,
     second_weight,
 )
-from heavyball.numerics.dtypes import SCALAR, compute_dtype, working
+from heavyball.numerics.dtypes import SCALAR, compute_dtype, lasting, version_of, working
 from heavyball.numerics.measures import (
     count,
     dot,
@@ -43,6 +43,7 @@ __all__ = [
     "generator",
     "host_uniform",
     "is_single",
+    "lasting",
     "lerp",
     "mean_like",
     "norm",
@@ -57,5 +58,6 @@ __all__ = [
     "second_weight",
     "shape_of",
     "stream",
+    "version_of",
     "working",
 ]

@@ -1,4 +1,7 @@
-"""The dtypes of the mathematics."""
+"""The dtypes of the mathematics, and what else a tensor is to it."""
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -18,3 +21,15 @@ def working(tensor: Tensor) -> Tensor:
     """
     tensor = tensor.detach().to(compute_dtype(tensor.dtype))
     return tensor.reshape(1) if tensor.ndim == 0 else tensor
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """How often a tensor was written to; None where inference mode made it, which does not count."""
+    return None if tensor.is_inference() else tensor._version
+
+
+@contextlib.contextmanager
+def lasting() -> Iterator[None]:
+    """What is made here may be written to when the caller's inference mode has ended."""
+    with torch.inference_mode(False), torch.no_grad():  # the first alone would record gradients
+        yield

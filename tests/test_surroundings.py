@@ -1,0 +1,141 @@
+"""What a program sets for itself changes no step: default device and dtype, inference mode."""
+
+import ast
+import contextlib
+import copy
+import itertools
+import pathlib
+
+import pytest
+import torch
+from continued import STORED
+from models import CASES, Case, averages, differences, parameters, snapshot
+from torch.utils import _device
+
+import heavyball
+
+CPU = torch.device("cpu")
+
+
+@contextlib.contextmanager
+def default_device(device):
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+SURROUNDINGS = {
+    "default device": lambda: default_device("meta"),
+    "with device": lambda: torch.device("meta"),
+    "float64": lambda: default_dtype(torch.float64),
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+    "inference": torch.inference_mode,
+}
+
+
+def gradients(params, step: int) -> None:
+    for p in params:
+        place = torch.arange(p.numel(), dtype=torch.float64, device=p.device).reshape(p.shape)
+        p.grad = torch.cos(place * (step + 1) + step).to(p.dtype)
+
+
+def life(case: Case, compile: object, dtype: torch.dtype, context) -> list:
+    """All that an optimizer does, inside the context: what the weights and the state are after it."""
+    first = [p.detach() for p in parameters(dtype=dtype)]
+    with context():
+        params = [torch.nn.Parameter(p.clone()) for p in first]
+        lr = torch.tensor(0.01, dtype=torch.float64, device=CPU)
+        opt = case(params, lr=lr, compile=compile)
+        opt.init_state()
+        ends = []
+        for step in range(4):
+            gradients(params, step)
+            opt.step()
+        ends.append(snapshot(opt))
+        if averages(opt):
+            opt.eval()
+            ends.append(snapshot(opt))
+            opt.train()
+        saved = copy.deepcopy(opt.state_dict())
+        opt = case(params, lr=0.01, compile=compile)
+        opt.load_state_dict(saved)
+        for step in range(4, 7):
+            gradients(params, step)
+            opt.step()
+        ends.append(snapshot(opt))
+    return ends
+
+
+@pytest.mark.parametrize("case", [*CASES, *STORED], ids=repr)
+def test_a_step_is_the_same_in_any_surroundings(case: Case) -> None:
+    for compile in ("auto", False):
+        want = life(case, compile, torch.float32, contextlib.nullcontext)
+        for name, context in SURROUNDINGS.items():
+            found = life(case, compile, torch.float32, context)
+            assert [differences(*pair) for pair in zip(found, want, strict=True)] == [
+                [] for _ in want
+            ], (name, compile)
+
+
+@pytest.mark.parametrize("compile", ["auto", False])
+@pytest.mark.parametrize(
+    "name", ["AdamW", "SFAdamW", "FactoredAdamW", "SOAP", "PSGDKron", "Prodigy"]
+)
+def test_what_inference_mode_has_made_can_be_used_when_it_has_ended(name: str, compile) -> None:
+    ends = []
+    for context in (contextlib.nullcontext, torch.inference_mode):
+        params = parameters()
+        with context():
+            opt = heavyball.PRESETS[name](params, lr=0.01, compile=compile)
+        for step in range(6):
+            with context() if step % 2 == 0 else contextlib.nullcontext():
+                gradients(params, step)
+                opt.step()
+        with context():
+            opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+        gradients(params, 6)
+        opt.step()
+        ends.append(snapshot(opt))
+    assert not differences(*ends)
+
+
+def factory_calls(path: pathlib.Path):
+    """The calls of torch's functions that make a tensor where no device is said."""
+    names = {f.__name__ for f in _device._device_constructors()}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr in names
+            and isinstance(node.func.value, ast.Name)
+            and node.func.value.id == "torch"
+            and not {"device", None} & {keyword.arg for keyword in node.keywords}
+        ):
+            yield f"{path.name}:{node.lineno} {ast.unparse(node)}"
+
+
+def test_every_tensor_is_made_on_a_device_that_is_said() -> None:
+    """So a default device changes nothing, on any machine."""
+    package = pathlib.Path(heavyball.__file__).parent
+    library = [path for path in package.rglob("*.py") if "race" not in path.parts]
+    assert len(library) > 80
+    assert not list(itertools.chain.from_iterable(map(factory_calls, library)))
+
+
+def test_a_call_without_a_device_is_found(tmp_path: pathlib.Path) -> None:
+    source = (
+        "def f(x):\n    return torch.zeros(3), torch.tensor([1], device=x.device), x.zeros(2)\n"
+    )
+    (tmp_path / "a.py").write_text(source)
+    assert list(factory_calls(tmp_path / "a.py")) == ["a.py:2 torch.zeros(3)"]
