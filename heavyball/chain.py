@@ -105,10 +105,27 @@ class Program:
         self.numbers = ("step", *(n.state_key(k) for n, k, s in self.states if s.is_number))
         # the shape and dtype of each state, by shape and dtype of the parameter, see `checks.py`
         self.expected: dict[Any, dict[str, Any]] = {}
+        self._owned: set[str] = set()  # keys that were found to be the optimizer's own
         # what each state holds, numbers excepted
         self.holds: dict[str, Holds] = {
             n.state_key(name): s.holds for n, name, s in self.states if not s.is_number
         }
+
+    def owns(self, keys: Iterable[Any]) -> bool:
+        """Whether these keys of a state are the optimizer's own; others may keep entries there too."""
+        new = set(keys) - self._owned
+        found = {key for key in new if self._is_own(key)}
+        self._owned |= found
+        return len(found) == len(new)
+
+    def _is_own(self, key: Any) -> bool:
+        if not isinstance(key, str):
+            return False
+        main = key.split(":")[0]
+        name, _, index = main.rpartition(".")
+        one = {"step", "train_param", "param"} | {n.state_key(x) for n, x, s in self.states}
+        several = {n.state_key(x) for n, x, s in self.states if s.several}
+        return main in one or (index.isdigit() and name in several)
 
     def holds_of(self, key: str) -> Holds | None:
         """What a state tensor holds, one of several under one name too; None for a number."""

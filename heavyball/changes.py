@@ -42,7 +42,7 @@ def notice(opt: "ChainOpt", programs: dict[Tensor, Program], kinds: dict[Tensor,
     for param in changed:
         index, _, name = places[param]
         program = found[param] = opt._program_of(labels[param], name, param)
-        if opt.state.get(param):
+        if "step" in opt.state.get(param, ()):
             group = opt.param_groups[index]
             expected[param] = _checked(labels[param], program, param, group, opt.state[param])
     for param, tensors in expected.items():
@@ -57,8 +57,8 @@ def _refuse_replaced(
     opt: "ChainOpt", new: list[Tensor], gone: list[Tensor], labels: Mapping[Tensor, str]
 ) -> None:
     """Refuse parameters without state where ones with state have gone: their training would be lost."""
-    bare = [p for p in new if not opt.state.get(p)]
-    lost = [p for p in gone if opt.state.get(p)]
+    bare = [p for p in new if "step" not in opt.state.get(p, ())]
+    lost = [p for p in gone if "step" in opt.state.get(p, ())]
     if bare and lost:
         shapes = ", ".join(str(tuple(p.shape)) for p in lost[:3])
         raise ValueError(
@@ -76,7 +76,8 @@ def _checked(
     state: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     expected = expected_state(program, param, group)
-    missing, extra, wrong = misfits(state, expected, program, param)
+    own = {key: value for key, value in state.items() if program.owns((key,))}
+    missing, extra, wrong = misfits(own, expected, program, param)
     if missing or extra:
         wrong.append(f"missing: {by_transform(missing)}; has no place: {by_transform(extra)}")
     if wrong:

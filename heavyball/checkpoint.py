@@ -87,6 +87,20 @@ def _conditions(rule: When) -> Iterable[str]:
             yield f"{name}={_text(getattr(rule, name))}"
 
 
+def plain(value: Any) -> Any:
+    """A value with plain Python numbers in place of numpy's, which schedules leave behind."""
+    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        found = {key: plain(v) for key, v in value.items()}
+        return found if any(found[k] is not v for k, v in value.items()) else value
+    if type(value) in (list, tuple):
+        parts = [plain(v) for v in value]
+        same = all(a is b for a, b in zip(parts, value, strict=True))
+        return value if same else type(value)(parts)
+    return value
+
+
 def owner(key: str) -> str:
     """The transform that a state key belongs to: `exp_avg.1` for `exp_avg.1.mean`."""
     name, *rest = key.split(".")
@@ -187,17 +201,29 @@ def rename_transform(state_dict: dict[str, Any], old: str, new: str) -> dict[str
 # ---- what fits
 
 
-def expected_state(program: Program, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The state that a parameter would be given now, as tensors without memory."""
+def expected_state(
+    program: Program, param: Tensor, group: Mapping[str, Any], all_lazy: bool = False
+) -> dict[str, Tensor]:
+    """The state that a parameter would be given now, as tensors without memory.
+
+    all_lazy: also what it would be given under other values of the group.
+    """
     expected: dict[str, Tensor] = {}
-    add_missing_state(program, param.detach().to("meta"), group, expected)
+    add_missing_state(program, param.detach().to("meta"), group, expected, all_lazy)
     return expected
 
 
 def misfits(
-    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], program: Program, param: Tensor
+    found: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    program: Program,
+    param: Tensor,
+    full: Mapping[str, Tensor] | None = None,
 ) -> tuple[list[str], list[str], list[str]]:
-    """Keys that are missing, keys that are too many, and what is wrong with the others."""
+    """Keys that are missing, keys that are too many, and what is wrong with the others.
+
+    full: what state there could be under other values of the group.
+    """
     lazy = program.lazy_keys
     # a tensor in another format is brought into this one, so its companions are no keys of their own
     both = found.keys() & expected.keys()
@@ -211,7 +237,8 @@ def misfits(
     for key, tensor in found.items():
         if is_companion(key) and main_of(key) in both:
             continue
-        like = param if key == SAVED_WEIGHTS else expected.get(key)
+        known = expected if key in expected or full is None else full
+        like = param if key == SAVED_WEIGHTS else known.get(key)
         if like is None:
             continue
         if not isinstance(tensor, Tensor):
@@ -222,7 +249,7 @@ def misfits(
             )
         elif broken := fault(found, key):
             wrong.append(broken)
-        elif key != SAVED_WEIGHTS and not _convertible(found, expected, key):
+        elif key != SAVED_WEIGHTS and not _convertible(found, known, key):
             wrong.append(f"{key!r} is {tensor.dtype}, expected {like.dtype}")
     return missing, extra, wrong
 

@@ -213,9 +213,11 @@ def check_gradient(label: str, param: Tensor, grad: Tensor) -> None:
         raise ValueError(f"{label} is on {param.device}, its gradient on {grad.device}")
 
 
-def check_state(label: str, param: Tensor, state: Mapping[str, Tensor]) -> None:
+def check_state(label: str, program: Program, param: Tensor, state: Mapping[str, Tensor]) -> None:
     """Refuse state that stayed behind when its parameter was moved."""
     for key, tensor in state.items():
+        if not program.owns((key,)):
+            continue
         if tensor.device != param.device:
             raise ValueError(
                 f"{label} is on {param.device}, but its state {key!r} on {tensor.device}; "

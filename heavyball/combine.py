@@ -51,6 +51,24 @@ class Parallel:
         return f"{self.name}({', '.join(map(chain_repr, self.branches))}{more})"
 
 
+# What torch.compile and its replicas put before the names of a model's parameters.
+WRAPPERS = ("_orig_mod", "module")
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name in the model itself, whatever wraps the model or parts of it."""
+    parts = name.split(".")
+    return ".".join([p for p in parts[:-1] if p not in WRAPPERS] + parts[-1:])
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a pattern is for this parameter, as it is called in the model or in what wraps it."""
+    if not any(c in pattern for c in "*?["):
+        return plain_name(name) == plain_name(pattern)
+    patterns = (pattern, pattern.replace("_orig_mod.", ""))
+    return any(fnmatch.fnmatchcase(n, p) for n in (name, plain_name(name)) for p in patterns)
+
+
 @dataclass(frozen=True)
 class When:
     """A chain and the parameters that it is for."""
@@ -70,7 +88,7 @@ class When:
                     f"{self!r} asks for names, but a parameter of shape {tuple(param.shape)} has "
                     "none: pass model.named_parameters()"
                 )
-            if not fnmatch.fnmatchcase(name, self.name):
+            if not _matches(name, self.name):
                 return False
         if self.ndim is not None and param.ndim != self.ndim:
             return False
@@ -78,6 +96,7 @@ class When:
             return False
         if self.max_ndim is not None and param.ndim > self.max_ndim:
             return False
+        name = None if name is None else plain_name(name)
         return self.predicate is None or bool(self.predicate(name, param))
 
     def __repr__(self) -> str:
@@ -191,9 +210,10 @@ def when(
 ) -> When:
     """A rule for `route`: this chain for the parameters that meet every condition given.
 
-    name: a shell pattern such as "*.bias", for parameters given with their names.
+    name: a shell pattern such as "*.bias", for parameters given with their names. `_orig_mod.` and
+        `module.`, which torch.compile and replicas put before names, are no part of them.
     ndim, min_ndim, max_ndim: the number of dimensions.
-    predicate: `fn(name, parameter) -> bool`; the name is None where there is none.
+    predicate: `fn(name, parameter) -> bool`; the name is the plain one, None where there is none.
     """
     if len(chain) == 1 and isinstance(chain[0], (tuple, list)):
         chain = tuple(chain[0])

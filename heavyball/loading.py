@@ -1,6 +1,7 @@
 """Fits a state dict to an optimizer: all of it or an error, or what matches and a list of the rest."""
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +14,16 @@ from heavyball.checkpoint import (
     SAVED_WEIGHTS,
     LoadResult,
     by_transform,
+    convert,
     expected_state,
     misfits,
     structure,
 )
 from heavyball.checks import describe, labelled
+from heavyball.combine import plain_name
+from heavyball.numerics import lasting
 from heavyball.runner import add_missing_state
+from heavyball.validation import check_hyper, check_source, impossible
 
 if TYPE_CHECKING:
     from heavyball.optimizer import ChainOpt
@@ -42,10 +47,18 @@ class Match:
     extra: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
 
-    def compare(self) -> None:
+    def compare(self, same_chain: bool) -> None:
+        """Find out what fits. `same_chain`: what the chain does not know are then entries of others.
+
+        Errors: ValueError for what fits nowhere.
+        """
         self.expected = expected_state(self.program, self.param, self.group)
         if self.saved:
-            found = misfits(self.saved, self.expected, self.program, self.param)
+            full = expected_state(self.program, self.param, self.group, all_lazy=True)
+            for fault in impossible(self.saved, full, self.program, self.param):
+                raise ValueError(f"load_state_dict: of the state saved for {self.label}, {fault}")
+            own = {k: v for k, v in self.saved.items() if self.program.owns((k,)) or not same_chain}
+            found = misfits(own, self.expected, self.program, self.param, full)
             self.missing, self.extra, self.wrong = found
 
     def lacks_weights(self) -> bool:
@@ -64,31 +77,85 @@ class Match:
         return taken
 
 
-def fit(
-    opt: "ChainOpt", loading: dict[str, Any], strict: bool
-) -> tuple[dict[str, Any], LoadResult]:
-    """The part of a state dict that is to be loaded, in torch's form, and what was left of it.
+@dataclass
+class Fitted:
+    """What is to be loaded: state by parameter, groups, entries of no parameter, and what was left."""
+
+    states: dict[Tensor, dict[str, Any]]
+    groups: list[dict[str, Any]]
+    others: dict[Any, Any]
+    left: LoadResult
+
+
+def fit(opt: "ChainOpt", loading: Mapping[str, Any], strict: bool) -> Fitted:
+    """What of a state dict is to be loaded, in memory of its own, and what was left of it.
 
     Errors: ValueError with `strict` if anything is left; else if it cannot be said which parameter is
-        which. Nothing has been changed then.
+        which, or a number cannot be. Nothing has been changed then.
     """
+    if strict:
+        check_source(loading)
+    for index, group in enumerate(loading["param_groups"]):
+        check_hyper(opt.chain, index, group, strict)
     counts = [[len(g["params"]) for g in gs] for gs in (loading["param_groups"], opt.param_groups)]
     _refuse_other_groups(counts[0], counts[1], strict)
-    matches = list(_matches(opt, loading, _by_name(opt, loading, counts) if not strict else None))
+    by_name = _by_name(opt, loading, counts, strict)
+    sources = _sources(opt, loading, by_name)
+    matches = list(_matches(opt, loading, by_name, sources))
     for match in matches:
-        match.compare()
+        match.compare(_same_chain(opt, loading))
     for match in matches:
         if match.lacks_weights():
             raise ValueError(
                 f"load_state_dict: the state saved for {match.label} is of evaluation mode, but the "
                 f"weights to train on with, {SAVED_WEIGHTS!r}, are missing; see docs/checkpoints.md"
             )
+    left = LoadResult([], [])
     if strict:
         _refuse(opt, loading, matches)
-        return loading, LoadResult([], [])
-    if not opt._training():
-        raise RuntimeError("load_state_dict(strict=False) in evaluation mode: call train() first")
-    return _partial(opt, loading, matches)
+        groups = [dict(loading["param_groups"][source]) for source in sources]
+        states = {match.param: dict(match.saved) for match in matches}
+    else:
+        if not opt._training():
+            raise RuntimeError(
+                "load_state_dict(strict=False) in evaluation mode: call train() first"
+            )
+        saved_groups = loading["param_groups"]
+        groups = [_entries(opt, i, saved_groups[n], left) for i, n in enumerate(sources)]
+        states = {}
+        for match in matches:
+            if match.param not in states:
+                states[match.param] = _state(opt, match, left)
+    known = {number for group in loading["param_groups"] for number in group["params"]}
+    others = {key: value for key, value in loading["state"].items() if key not in known}
+    groups = [opt._with_own(index, group) for index, group in enumerate(groups)]
+    groups_of = {
+        p: g for own, g in zip(opt.param_groups, groups, strict=True) for p in own["params"]
+    }
+    ready = {
+        match.param: _ready(match, states[match.param], groups_of[match.param])
+        for match in matches
+        if states[match.param]
+    }
+    return Fitted(ready, groups, others, left)
+
+
+@lasting()
+def _ready(match: Match, state: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
+    """Copies of what is loaded, on the parameter's device and in the formats of this optimizer."""
+    made = {
+        key: value.detach().clone().to(match.param.device)
+        if isinstance(value, Tensor)
+        else copy.deepcopy(value)
+        for key, value in state.items()
+    }
+    convert(made, expected_state(match.program, match.param, group), match.program)
+    return made
+
+
+def _same_chain(opt: "ChainOpt", loading: Mapping[str, Any]) -> bool:
+    described = loading.get(DESCRIPTION)
+    return isinstance(described, Mapping) and described.get("chain") == structure(opt.chain)
 
 
 def _refuse_other_groups(saved: list[int], own: list[int], strict: bool) -> None:
@@ -112,7 +179,7 @@ def _refuse(opt: "ChainOpt", loading: Mapping[str, Any], matches: list[Match]) -
     extra = by_transform(key for match in matches for key in match.extra)
     keys = f"missing state: {missing}; state that has no place: {extra}"
     described, own = loading.get(DESCRIPTION), structure(opt.chain)
-    if isinstance(described, dict) and described.get("chain") != own:
+    if isinstance(described, Mapping) and described.get("chain") != own:
         raise ValueError(
             "load_state_dict: the state was saved by another chain\n"
             f"  saved:     {described.get('chain')}\n  this one:  {own}\n  {keys}\n  {HINT}"
@@ -130,18 +197,54 @@ def _refuse(opt: "ChainOpt", loading: Mapping[str, Any], matches: list[Match]) -
 # ---- which parameter is which
 
 
+def _names(groups: Sequence[Mapping[str, Any]], ids: bool) -> list[list[str]] | None:
+    """The names of the parameters in each group; None where not all have one, or two the same.
+
+    ids: whether a parameter's number in the dict, where it is a string, is its name.
+    """
+    named: list[list[str]] = []
+    for group in groups:
+        names = group.get("param_names")
+        if names is None and ids and all(isinstance(n, str) for n in group["params"]):
+            names = group["params"]
+        if names is None:
+            return None
+        named.append(list(names))
+    for plainly in (plain_name, str):  # two that differ in what wraps them keep that
+        found = [[plainly(name) for name in names] for names in named]
+        places = {
+            (name, number)
+            for names, group in zip(found, groups, strict=True)
+            for name, number in zip(names, map(_place, group["params"]), strict=True)
+        }
+        if len({name for name, _ in places}) == len(places):
+            return found
+    return None
+
+
+def _place(number: Any) -> Any:
+    return id(number) if isinstance(number, Tensor) else number
+
+
 def _by_name(
-    opt: "ChainOpt", loading: Mapping[str, Any], counts: list[list[int]]
-) -> dict[str, Any] | None:
-    """The saved parameters' numbers by name; None where they are matched by their places."""
-    saved: dict[str, Any] = {}
-    for group in loading["param_groups"]:
-        names = group.get("param_names") or [n for n in group["params"] if isinstance(n, str)]
-        saved.update(zip(names, group["params"], strict=False))
-    own = [name for group in opt.param_groups for name in group.get("param_names") or ()]
-    total = sum(counts[1])
-    if len(own) == total and len(saved) == sum(counts[0]) and saved.keys() & set(own):
-        return saved
+    opt: "ChainOpt", loading: Mapping[str, Any], counts: list[list[int]], strict: bool
+) -> list[list[int | None]] | None:
+    """Where each parameter of each group was saved: the saved group's number, None for nowhere.
+
+    None where parameters are matched by their places.
+
+    Errors: ValueError with `strict` if the names of both sides are not the same, group by group.
+    """
+    saved, own = _names(loading["param_groups"], True), _names(opt.param_groups, False)
+    given = any("param_names" in group for group in loading["param_groups"])
+    if saved is not None and own is not None:
+        there = {name: index for index, names in enumerate(saved) for name in names}
+        shared = there.keys() & {name for names in own for name in names}
+        # strings in place of numbers may be anything, so without a match they are just numbers
+        if strict and (given or len(shared) == len(there)):
+            _refuse_other_names(saved, own)
+        if shared and (strict is False or given or len(shared) == len(there)):
+            return [[there.get(name) for name in names] for names in own]
     if counts[0] != counts[1]:
         raise ValueError(
             f"load_state_dict: the groups saved have {counts[0]} parameters, those here {counts[1]}; "
@@ -150,18 +253,51 @@ def _by_name(
     return None
 
 
+def _refuse_other_names(saved: list[list[str]], own: list[list[str]]) -> None:
+    for index, (there, here) in enumerate(zip(saved, own, strict=True)):
+        if set(there) != set(here):
+            missing = ", ".join(n for n in here if n not in there) or "none"
+            extra = ", ".join(n for n in there if n not in here) or "none"
+            raise ValueError(
+                f"load_state_dict: group {index} was saved with other parameters: not saved there: "
+                f"{missing}; saved there and not here: {extra}. {HINT}"
+            )
+
+
+def _sources(
+    opt: "ChainOpt", loading: Mapping[str, Any], by_name: list[list[int | None]] | None
+) -> list[int]:
+    """The saved group that each group gets its entries from: that of its parameters, if it is one."""
+    found = list(range(len(opt.param_groups)))
+    for index, places in enumerate(by_name or ()):
+        several = set(places) - {None}
+        if len(several) == 1:
+            found[index] = several.pop()  # type: ignore[assignment]
+    return found
+
+
 def _matches(
-    opt: "ChainOpt", loading: Mapping[str, Any], by_name: Mapping[str, Any] | None
+    opt: "ChainOpt",
+    loading: Mapping[str, Any],
+    by_name: list[list[int | None]] | None,
+    sources: list[int],
 ) -> Iterator[Match]:
     programs, state, number = opt._all_programs(), loading["state"], 0
-    groups = zip(opt.param_groups, loading["param_groups"], strict=True)
-    for index, (group, saved_group) in enumerate(groups):
+    saved_names, own_names = _names(loading["param_groups"], True), _names(opt.param_groups, False)
+    numbers: dict[str, Any] = {}
+    for names, saved_group in zip(saved_names or (), loading["param_groups"], strict=False):
+        numbers.update(zip(names, saved_group["params"], strict=True))
+    for index, (group, source) in enumerate(zip(opt.param_groups, sources, strict=True)):
+        saved_group = loading["param_groups"][source]
         values = {**opt.defaults, **saved_group}
         for position, (name, param) in enumerate(labelled(index, group)):
-            known = by_name is None or name in by_name
-            place = saved_group["params"][position] if by_name is None else by_name.get(name or "")
+            if by_name is None:
+                known, place = True, saved_group["params"][position]
+            else:
+                known = by_name[index][position] is not None
+                place = numbers.get(own_names[index][position]) if known else None  # type: ignore[index]
             label, short = describe(name, index, position, param), name or str(number)
-            found = state.get(place) or {}
+            found = state.get(place, {}) if known else {}
             yield Match(label, short, param, programs[param], values, known, found)
             number += 1
 
@@ -169,25 +305,7 @@ def _matches(
 # ---- what matches
 
 
-def _partial(
-    opt: "ChainOpt", loading: Mapping[str, Any], matches: list[Match]
-) -> tuple[dict[str, Any], LoadResult]:
-    left = LoadResult([], [])
-    groups = [
-        _entries(opt, index, saved, left) for index, saved in enumerate(loading["param_groups"])
-    ]
-    state: dict[int, dict[str, Tensor]] = {}
-    for number, match in enumerate(matches):
-        kept = _state(opt, match, left)
-        if kept:
-            state[number] = kept
-    numbers = iter(range(len(matches)))
-    for own, group in zip(opt.param_groups, groups, strict=True):
-        group["params"] = [next(numbers) for _ in own["params"]]
-    return {"state": state, "param_groups": groups}, left
-
-
-def _state(opt: "ChainOpt", match: Match, left: LoadResult) -> dict[str, Tensor]:
+def _state(opt: "ChainOpt", match: Match, left: LoadResult) -> dict[str, Any]:
     """The state of one parameter: what was saved, and what it has where nothing was."""
     own, taken = dict(opt.state.get(match.param, {})), match.usable()
     missing = match.missing if taken else match.expected if match.saved or not match.known else own

@@ -18,10 +18,9 @@ from heavyball.checkpoint import (
     DESCRIPTION,
     SAVED_WEIGHTS,
     LoadResult,
-    convert,
     description,
-    expected_state,
     migrate,
+    plain,
 )
 from heavyball.checks import (
     TORCH_SWITCHES,
@@ -46,9 +45,11 @@ from heavyball.loading import fit
 from heavyball.numerics import lasting, version_of
 from heavyball.report import optimizer_repr, routing_table
 from heavyball.runner import Counts, Job, Scalars, add_missing_state
+from heavyball.states import Own
 from heavyball.storage import CORRECTION, PARAM, stream_of
 from heavyball.together import Together
 from heavyball.transform import check_live, finite, frozen, nearest, nonnegative
+from heavyball.validation import check_form
 
 
 class ChainOpt(Optimizer):
@@ -376,7 +377,7 @@ class ChainOpt(Optimizer):
                 check_memory(label, param)
                 check_gradient(label, param, param.grad)
                 check_memory(f"{label}: its gradient", param.grad)
-                check_state(label, param, state)
+                check_state(label, programs[param], param, state)
                 check_state_memory(label, programs[param], param, place.group, state)
                 if param.numel() > 0:  # else there is nothing to step, and no mean of it to keep
                     found.append(place)
@@ -385,6 +386,8 @@ class ChainOpt(Optimizer):
     def _job(self, program: Program, place: Place) -> Job:
         param, group, scalars = place.param, place.group, self._scalars[place.index]
         state = self._state_of(program, param, group)
+        if not program.owns(state):
+            state = Own(state, program)
         job = Job(program, param, param.grad, group, state, scalars)  # type: ignore[arg-type]
         kept = (param, *state.values())
         rounded = self._chain.storage.is_random or any(t.dtype == torch.bfloat16 for t in kept)
@@ -413,8 +416,8 @@ class ChainOpt(Optimizer):
     def _state_of(self, program: Program, param: Tensor, group: Mapping) -> dict[str, Tensor]:
         state = self.state[param]
         if param in self._fresh:
-            self._begin_anew(param, state)
-        if not state or not program.lazy_keys <= state.keys():
+            self._begin_anew(param, Own(state, program))
+        if "step" not in state or not program.lazy_keys <= state.keys():
             with lasting():
                 add_missing_state(program, param, group, state)
         as_numbers(program, state)
@@ -431,8 +434,12 @@ class ChainOpt(Optimizer):
         programs = self._all_programs()
         for group in self.param_groups:
             for param in group["params"]:
-                if param.requires_grad and param.numel() and not self.state.get(param):
-                    state = self._state_of(programs[param], param, group)
+                if (
+                    param.requires_grad
+                    and param.numel()
+                    and "step" not in self.state.get(param, ())
+                ):
+                    state = Own(self._state_of(programs[param], param, group), programs[param])
                     self._fresh[param] = [(tensor, version_of(tensor)) for tensor in state.values()]
         self._engine.forget()
         return self
@@ -555,8 +562,6 @@ class ChainOpt(Optimizer):
         return {**state, "_fuse_backward": self._fused is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if "_loading" in self.__dict__:
-            self._keep_own(state["param_groups"])
         super().__setstate__(state)
         self._scalars = []
         self._counts = Counts()
@@ -577,21 +582,23 @@ class ChainOpt(Optimizer):
             if self.__dict__.pop("_fuse_backward"):
                 self._fused = FusedBackward(self)
         else:
-            self._reinstate(loaded)
+            self.__dict__["state"].update(loaded)
             if not self._training():
                 self._loaded_in = {p: stamp(p) for g in self.param_groups for p in g["params"]}
             if self._fused is not None:
                 self._fused.begin()
 
-    def _keep_own(self, loaded: list[dict[str, Any]]) -> None:
-        """What a loaded group does not decide: names, and hyper-parameters that it does not know."""
-        for own, group in zip(self.param_groups, loaded, strict=True):
-            if "param_names" in own:
-                group["param_names"] = own["param_names"]
-            common = self._chain.rate.transform.common if self._chain.rate else ()
-            for key in (*self.defaults, *common):
-                if key in own:
-                    group.setdefault(key, own[key])
+    def _with_own(self, index: int, loaded: dict[str, Any]) -> dict[str, Any]:
+        """A loaded group with what it does not decide: names, and hyper-parameters it does not know."""
+        own, group = self.param_groups[index], dict(loaded)
+        group.pop("param_names", None)
+        common = self._chain.rate.transform.common if self._chain.rate else ()
+        for key in ("param_names", *self.defaults, *common):
+            if key in own:
+                group.setdefault(key, own[key])
+        group["params"] = own["params"]
+        self._together.settle(group)
+        return group
 
     def state_dict(self) -> dict[str, Any]:
         """The state of all parameters in the groups, the groups, and a description of the chain.
@@ -601,6 +608,8 @@ class ChainOpt(Optimizer):
         """
 
         def describe_chain(_: Optimizer, saved: dict[str, Any]) -> None:
+            saved["param_groups"] = [plain(group) for group in saved["param_groups"]]
+            saved["state"] = {n: plain(state) for n, state in saved["state"].items()}
             saved[DESCRIPTION] = description(self._chain)
 
         held = {param for group in self.param_groups for param in group["params"]}
@@ -624,38 +633,38 @@ class ChainOpt(Optimizer):
         strict: False loads what matches, and the result says what it left: parameters match by name
             where both sides have names, else by place; state matches by key and shape.
 
-        Errors: ValueError if the dict is of a newer version; with `strict`, if it was saved by another
-            chain, naming the difference. Nothing has been changed then.
+        Errors: ValueError if the dict is of a newer version, is none, or holds numbers that cannot be;
+            with `strict`, if it was saved by another chain, for other names, or by torch.optim.
+            Whatever is raised, nothing has been changed then.
         """
+        if not isinstance(state_dict, Mapping):
+            check_form(state_dict)
         results = []
 
         def capture(_: Optimizer, loading: dict[str, Any]) -> dict[str, Any]:
-            self._loading, left = fit(self, migrate(loading), strict)
-            results.append(left)
-            return self._loading
+            check_form(loading)
+            fitted = fit(self, migrate(loading), strict)
+            self._loading = fitted.states
+            results.append(fitted.left)
+            numbers = iter(range(sum(len(group["params"]) for group in fitted.groups)))
+            groups = [{**g, "params": [next(numbers) for _ in g["params"]]} for g in fitted.groups]
+            return {"state": fitted.others, "param_groups": groups}
 
+        before = dict(self.__dict__)
         # Registered last, so it sees what the user's own hooks made of the dict.
         handle = self.register_load_state_dict_pre_hook(capture)
         try:
-            super().load_state_dict(state_dict)
+            super().load_state_dict(dict(state_dict))
+        except BaseException:
+            shown = self.__dict__.get(SHOWN, 0)
+            self.__dict__.clear()  # new state and groups took the place of the old ones, if any did
+            self.__dict__.update(before)
+            self.__dict__[SHOWN] = shown + 1
+            raise
         finally:
             handle.remove()
             self.__dict__.pop("_loading", None)
         return results[0]
-
-    @lasting()
-    def _reinstate(self, loading: Mapping[str, Any]) -> None:
-        """Undo torch's cast of state to the parameter's dtype, and share no memory with the dict."""
-        programs = self._all_programs()
-        for saved, group in zip(loading["param_groups"], self.param_groups, strict=True):
-            self._together.settle(group)
-            for number, param in zip(saved["params"], group["params"], strict=True):
-                state = self.state[param] if loading["state"].get(number) else {}
-                for key, value in loading["state"].get(number, {}).items():
-                    state[key] = value.detach().clone().to(param.device)
-                if state:
-                    program = programs[param]
-                    convert(state, expected_state(program, param, group), program)
 
     # ---- looking at it
 

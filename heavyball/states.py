@@ -18,6 +18,26 @@ if TYPE_CHECKING:
 Pieces = Tensor | tuple[Tensor | None, ...] | None
 
 
+class Own(dict[str, Tensor]):
+    """What of a parameter's state is the optimizer's, where others keep entries there too.
+
+    What is put in or taken out is so in the state itself.
+    """
+
+    def __init__(self, state: dict[str, Tensor], program: Program):
+        super().__init__({k: v for k, v in state.items() if program.owns((k,))})
+        self._state = state
+
+    def __setitem__(self, key: str, tensor: Tensor) -> None:
+        super().__setitem__(key, tensor)
+        self._state[key] = tensor
+
+    def clear(self) -> None:
+        for key in self:
+            del self._state[key]
+        super().clear()
+
+
 def old_states(call: "Call") -> list[Pieces]:
     """The states of a call's node as they are now, promoted."""
     return [_whole_state(call, name) for name in call.node.transform.states]

@@ -59,6 +59,7 @@ class State:
     several: for transforms of whole tensors: `init` gives a tuple of tensors (or None), kept as
         `<key>.0`, `<key>.1`, ... It also runs on meta tensors.
     slice_by: the option k of a state with an entry for every k-th element, see `numerics.every`.
+    low: of a number, the least that it can be; what is loaded is held against it.
     until: (option, counter): it is given up one step before the group's counter reaches the option;
         0 keeps it for good.
     """
@@ -71,6 +72,7 @@ class State:
     several: bool = False
     slice_by: str | None = None
     until: tuple[str, str] | None = None
+    low: float = -math.inf
 
     def needs(self, name: str) -> "State":
         """The same state, held only while the option or hyper-parameter `name` is not zero."""
@@ -105,13 +107,13 @@ copy_of_param = State(
 )
 
 
-def scalar(value: float) -> State:
-    """A float64 number per parameter."""
+def scalar(value: float, low: float = -math.inf) -> State:
+    """A float64 number per parameter, never below `low`."""
 
     def init(param: Tensor, options: Mapping[str, Any]) -> Tensor:
         return torch.full((), value, dtype=torch.float64, device=param.device)
 
-    return State(init, f"a number, at first {value:g}", is_number=True)
+    return State(init, f"a number, at first {value:g}", is_number=True, low=low)
 
 
 @dataclass(frozen=True)

@@ -214,7 +214,11 @@ class Kept:
         self._owners = [p for p in params if self._state.get(p)]  # all but those without elements
         self._held = [self._state[p] for p in self._owners]
         self._keys, self._sizes = list(chain.from_iterable(self._held)), list(map(len, self._held))
-        self._tensors = list(_values(self._held))
+        self._values = list(_values(self._held))
+        # others may keep what they like beside it; without them it is one list, see `_alone`
+        dense = [t for t in self._values if isinstance(t, Tensor) and t.layout is torch.strided]
+        self._tensors = self._values if len(dense) == len(self._values) else dense
+        del dense
         self._layouts = Layouts(self._tensors, [])
         self._shown = attributes.get(SHOWN, 0)
         self.sealed = False
@@ -244,7 +248,7 @@ class Kept:
             return False
         if list(map(len, self._held)) != self._sizes:
             return False
-        if not all(map(operator.is_, _values(self._held), self._tensors)):
+        if not all(map(operator.is_, _values(self._held), self._values)):
             return False
         return self._layouts.addresses([]) is not None
 

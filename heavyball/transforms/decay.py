@@ -49,7 +49,7 @@ def regularized(
     return update + weight_decay * param, grad + weight_decay * param
 
 
-@transform(kind="decay", lr_max=scalar(0.0))
+@transform(kind="decay", lr_max=scalar(0.0, low=0.0))
 def independent(
     update: Tensor,
     lr_max: Tensor,
@@ -75,7 +75,7 @@ def independent(
     return update + share * param, lr_max
 
 
-@transform(kind="decay", lr_max=scalar(0.0))
+@transform(kind="decay", lr_max=scalar(0.0, low=0.0))
 def adamc(
     update: Tensor,
     lr_max: Tensor,

@@ -11,7 +11,7 @@ from heavyball.transform import Live, scalar, squares, transform, zeros
     exp_avg=zeros,
     exp_avg_sq=squares,
     grad_avg=zeros.needs("centered"),
-    lr_avg=scalar(0.0).needs("lr_in_momentum"),
+    lr_avg=scalar(0.0, low=0.0).needs("lr_in_momentum"),
 )
 def scale_by_laprop(
     update: Tensor,

@@ -6,7 +6,9 @@ from torch import Tensor
 from heavyball.transform import Live, scalar, transform, zeros
 
 
-@transform(momentum_buffer=zeros.needs("momentum"), buffer_steps=scalar(0.0).needs("momentum"))
+@transform(
+    momentum_buffer=zeros.needs("momentum"), buffer_steps=scalar(0.0, low=0.0).needs("momentum")
+)
 def heavyball_momentum(
     update: Tensor,
     momentum_buffer: Tensor | None,

@@ -26,7 +26,7 @@ def adaptive_orthogonalize(update: Tensor, *, steps: int = 6, eps: Live = 1e-7) 
     return (result * along).reshape(update.shape)
 
 
-@transform(square=scalar(0.0))
+@transform(square=scalar(0.0, low=0.0))
 def scale_by_tensor_rms(
     update: Tensor,
     square: Tensor,

@@ -6,7 +6,7 @@ from heavyball.numerics import EpsPlacement, lerp, root, second_moment
 from heavyball.transform import Live, scalar, squares, transform, zeros
 
 
-@transform(exp_avg=zeros, exp_avg_sq=squares, mu_product=scalar(1.0))
+@transform(exp_avg=zeros, exp_avg_sq=squares, mu_product=scalar(1.0, low=0.0))
 def scale_by_nadam(
     update: Tensor,
     exp_avg: Tensor,

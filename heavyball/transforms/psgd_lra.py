@@ -131,9 +131,9 @@ def fitted(
     left=State(_thin, "U, drawn at the first step"),
     right=State(_thin, "V, drawn at the first step"),
     diagonal=State(_diagonal, "d, at first precond_init_scale"),
-    load=scalar(0.0),
-    left_load=scalar(0.0),
-    right_load=scalar(0.0),
+    load=scalar(0.0, low=0.0),
+    left_load=scalar(0.0, low=0.0),
+    right_load=scalar(0.0, low=0.0),
 )
 def psgd_lra(
     update: Tensor,

@@ -27,9 +27,9 @@ def averaged_iterate(
 @transform(
     kind="writer",
     z=copy_of_param,
-    weight_sum=scalar(0.0),
-    lr_max=scalar(0.0),
-    last_beta=scalar(0.0),
+    weight_sum=scalar(0.0, low=0.0),
+    lr_max=scalar(0.0, low=0.0),
+    last_beta=scalar(0.0, low=0.0),
     domains={"beta": open_fraction},
     excludes={"parameter_ema": "both decide which weights are evaluated"},
     evaluate=averaged_iterate,

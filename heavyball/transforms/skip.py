@@ -11,7 +11,7 @@ def _count_nonfinite(update: Tensor, *, raw_grad: Tensor) -> Tensor:
 
 
 @transform(
-    skipped=scalar(0.0),
+    skipped=scalar(0.0, low=0.0),
     provides=("gate", "step"),
     over_all=_count_nonfinite,
     before_state="it must come first, or a bad gradient reaches that state",
