@@ -11,7 +11,9 @@ import dataclasses
 import io
 import itertools
 import math
+import os
 import random
+import signal
 import time
 import typing
 import warnings
@@ -299,6 +301,10 @@ CHECKS = {
 PLAIN = ("resumed", "deepcopy", "memory plan", "step_parameter")
 
 
+REFUSED = "refused"
+LIMIT = 60  # seconds for a case
+
+
 class RefusedError(Exception):
     """The case asks for what the library refuses when an optimizer is made."""
 
@@ -315,6 +321,31 @@ def failure(case: Case) -> str | None:
             return CHECKS[case.check](case)
         except Exception as error:
             return f"{type(error).__name__}: {error}"
+
+
+def in_child(case: Case) -> str | None:
+    """The same in a process of its own, so that one which crashes is told like any other."""
+    if not hasattr(os, "fork"):
+        return failure(case)
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(LIMIT)  # what has spoilt its memory may wait for ever
+        try:
+            found = repr(failure(case))
+        except RefusedError:
+            found = REFUSED
+        os.write(write, found.encode()[:60_000])
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read, "rb") as pipe:
+        found = pipe.read().decode(errors="replace")
+    status = os.waitpid(child, 0)[1]
+    if status or not found:
+        return f"the process ended with status {status}"
+    if found == REFUSED:
+        raise RefusedError
+    return None if found == "None" else found
 
 
 # ---- random cases
@@ -343,7 +374,7 @@ def _number(name: str, t: Any, draw: random.Random) -> Any:
 def element(name: str, draw: random.Random) -> str:
     """A transform of the catalogue, a third of the time with an option or two of its own."""
     t, given = C.TRANSFORMS[name], {}
-    for _ in range(draw.choice([0, 0, 1, 2])):
+    for _ in range(draw.choice([0, 1, 1, 2])):
         names = [*t.options, *t.hyper]
         if names:
             picked = draw.choice(names)
@@ -451,14 +482,17 @@ def smaller(case: Case) -> Iterator[Case]:
         yield replace(case, dtype="float32")
 
 
-def shrunk(case: Case, seconds: float = 60) -> Case:
+Tell = Callable[[Case], str | None]
+
+
+def shrunk(case: Case, tell: Tell = failure, seconds: float = 60) -> Case:
     """The smallest case that can be reached from this one, one change at a time, and still fails."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         for other in smaller(case):
             try:
-                wrong = failure(other)
-            except (RefusedError, IndexError):
+                wrong = tell(other)
+            except RefusedError:
                 continue
             if wrong is not None:
                 case = other
@@ -477,14 +511,16 @@ def program(case: Case) -> str:
     )
 
 
-def fuzz(seed: int, seconds: float, most: int | None = None) -> Iterator[tuple[Case, str | None]]:
+def fuzz(
+    seed: int, seconds: float, most: int | None = None, tell: Tell = failure
+) -> Iterator[tuple[Case, str | None]]:
     """The first cases of a seed that are not refused, and what is wrong with each, or None."""
     end = time.monotonic() + seconds
     for case in itertools.islice(cases(seed), most):
         if time.monotonic() > end:
             return
         with contextlib.suppress(RefusedError):
-            yield case, failure(case)
+            yield case, tell(case)
 
 
 def main() -> None:
@@ -496,13 +532,14 @@ def main() -> None:
     )
     given = parser.parse_args()
     tried = found = 0
-    for case, wrong in fuzz(given.seed, given.seconds):
+    for case, wrong in fuzz(given.seed, given.seconds, tell=in_child):
         tried += 1
         if wrong is None:
             continue
         found += 1
-        least = shrunk(case)
-        print(f"# {failure(least)}\n{program(least)}\n", flush=True)
+        print(f"# as drawn: {wrong}\n{program(case)}\n", flush=True)
+        least = shrunk(case, in_child)
+        print(f"# {in_child(least)}\n{program(least)}\n", flush=True)
         if not given.keep_going:
             break
     print(f"{found} of {tried} cases fail, seed {given.seed}")
