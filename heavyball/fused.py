@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 def fuse_backward(opt: "ChainOpt") -> "FusedBackward":
     """Step each parameter inside `backward()`, as soon as its gradient is complete, and free that.
 
-    The results are those of the ordinary step, bit for bit, and at no time do all gradients exist.
+    At no time do all gradients exist. The results are those of the ordinary step with
+    `foreach=False` to the bit, and without it too unless matrix methods step small parameters of one
+    shape together, whose batched products round otherwise.
     `opt.step()` then ends the step: it steps what has a gradient all the same (one assigned by hand)
     and must follow every `backward()`. Calling this again changes nothing; `remove()` undoes it. A
     copied or unpickled optimizer is fused as its original was, over its own parameters.

@@ -338,7 +338,9 @@ def run(
     Parameters run one after the other where they can. Where the chain needs sums over all of them, or
     small ones can share a call of a whole transform, their intermediate tensors are kept while they
     wait for each other. With `foreach=False` the part before a sum runs again after it instead, so
-    that at most one parameter's intermediate tensors exist at a time. Same results either way.
+    that at most one parameter's intermediate tensors exist at a time. The mathematics is the same either
+    way; small parameters whose whole transforms are called together have batched products, which round
+    otherwise.
 
     finisher: takes the shares of an element that has a `finish`.
     """

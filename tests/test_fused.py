@@ -799,3 +799,26 @@ def test_the_eager_step_adds_its_intermediate_tensors_for_one_parameter():
     ordinary, fused = peak_of_a_step(False, False), peak_of_a_step(True, False)
     # both hold the same intermediate tensors of one parameter at a time; only gradients differ
     assert ordinary - fused >= (LAYERS - 2) * LAYER
+
+
+MATRIX = ["SOAP", "Muon", "Shampoo", "PSGDKron", "PSGDPRO", "NorMuon"]
+
+
+@pytest.mark.parametrize("name", MATRIX)
+def test_one_at_a_time_gives_the_same_bits_however_it_is_asked_for(name: str) -> None:
+    def trained(shapes: tuple, **options: object) -> list[torch.Tensor]:
+        params = parameters(*shapes)
+        opt = getattr(heavyball, name)(params, lr=1e-2, compile=False, **options)
+        for seed in range(6):
+            fill_gradients(params, seed)
+            grads = [p.grad for p in params]
+            opt.zero_grad()
+            sum((p * g).sum() for p, g in zip(params, grads, strict=True)).backward()
+            opt.step()
+        return clones(params)
+
+    equal, unlike = ((7, 7), (7, 7), (7,), (7, 7)), ((7, 6), (5, 12), (3,))
+    assert_same(trained(equal, fuse_backward=True), trained(equal, foreach=False))
+    assert_same(trained(unlike, fuse_backward=True), trained(unlike, foreach=False))
+    # nothing to make together
+    assert_same(trained(unlike), trained(unlike, foreach=False))

@@ -404,3 +404,19 @@ def test_skip_not_finite_leaves_out_the_step(case, poison, compile):
     changed = differences(before, snapshot(opt))
     # the parameters' own counts of calls, and of the steps left out
     assert {key.split(".", 1)[-1] for key in changed} == {"step", "skip_not_finite.skipped"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("first", [0.0, 1e-30, 1e-300])
+def test_a_first_gradient_of_nothing_divides_none_out_of_the_range(dtype, first) -> None:
+    largest = torch.finfo(dtype).max
+    for behind in (C.graft(C.sign, C.muon_momentum), C.scale_by_adam, C.muon, C.soap_precond()):
+        for later in ((largest,), (0.0, largest), (largest / 1e100, 1.0), (largest, 0.0, 1e-30)):
+            p = torch.nn.Parameter(torch.ones(3, 4, dtype=dtype))
+            front = C.scale_by_tensor_rms(first_only=True)
+            opt = C.ChainOpt([p], 1e-3, front, behind, compile=False)
+            for value in (first, *later):
+                p.grad = torch.full_like(p, value)
+                opt.step()
+                assert p.isfinite().all()
+                assert all(v.isfinite().all() for v in opt.state[p].values())

@@ -7,6 +7,9 @@ from heavyball.numerics import lerp, rms, second_weight
 from heavyball.transform import Live, scalar, transform
 from heavyball.transforms.muon import as_matrices, needs_matrix, orthogonal
 
+# The largest multiple of a first gradient that the transforms behind can square in float32.
+LARGEST = 2.0**56
+
 
 @transform(whole=True, requires=needs_matrix)
 def adaptive_orthogonalize(update: Tensor, *, steps: int = 6, eps: Live = 1e-7) -> Tensor:
@@ -42,7 +45,8 @@ def scale_by_tensor_rms(
 
     r <- beta2 r + (1 - beta2) max(RMS(u), 1e-8)^2;  u' = u / (sqrt(r) + eps)
 
-    correct_bias: correct the bias of r. first_only: r is that of the first step for good.
+    correct_bias: correct the bias of r. first_only: r is that of the first step for good, and u' stays
+        within 2^56, so that its square is finite.
 
     Shapes: all (*).
     Units: the result has none.
@@ -51,7 +55,8 @@ def scale_by_tensor_rms(
     size = rms(update).clamp(min=1e-8).square()
     if first_only:
         square = torch.where(step == 1, size, square)
-    else:
-        old = square if unit_change is None else square * unit_change**2
-        square = lerp(old, size, second_weight(beta2, step, None, correct_bias))
+        # behind a first gradient of zero it would be out of the range that gradients are kept in
+        return (update / (square.sqrt() + eps)).clamp(-LARGEST, LARGEST), square
+    old = square if unit_change is None else square * unit_change**2
+    square = lerp(old, size, second_weight(beta2, step, None, correct_bias))
     return update / (square.sqrt() + eps), square
