@@ -1,5 +1,6 @@
 """What the documentation says is what the code says."""
 
+import importlib.util
 import os
 import re
 import signal
@@ -46,32 +47,61 @@ def blocks(page: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
 
 
-@pytest.mark.parametrize(
-    "page",
-    [
-        "README.md",
-        "docs/writing-a-transform.md",
-        "docs/precond_schedule.md",
-        "docs/fused_backward.md",
-    ],
-)
-def test_the_examples_run(page: str, tmp_path: Path) -> None:
+# Every page with examples, and what has to be there before they run.
+PAGES = {
+    page.relative_to(ROOT).as_posix(): ""
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    if blocks(page)
+}
+PAGES["docs/measurements.md"] = "import time, statistics\n"  # a function for a GPU, not called
+PAGES["docs/prodigy.md"] = "def evaluate(model): pass\n"
+HEAD = "import torch\nmodel = torch.nn.Linear(64, 10)\nimport heavyball\nC = heavyball.chainable\n"
+# Whatever a page leaves in `opt` can step.
+TAIL = """
+if "opt" in globals():
+    opt.zero_grad()
+    p = next(model.parameters())
+    model(torch.randn(8, 64).to(p.dtype)).square().mean().backward()
+    opt.step()
+"""
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_examples_run_without_a_warning(page: str, tmp_path: Path) -> None:
     """Each page's examples in order, as a user would type them."""
     lines = []
     for block in blocks(ROOT / page):
         prompts = [line[4:] for line in block.splitlines() if line.startswith((">>> ", "... "))]
         lines.append("\n".join(prompts) if prompts else block)
-    assert lines
     script = tmp_path / "example.py"  # a transform can only be declared in a file
-    head = (
-        "import torch\nmodel = torch.nn.Linear(64, 10)\nimport heavyball\nC = heavyball.chainable\n"
-    )
-    script.write_text(head + "\n".join(lines))
+    tail = TAIL if page not in ("docs/fused_backward.md", "docs/precision.md") else ""
+    script.write_text(HEAD + PAGES[page] + "\n".join(lines) + tail)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, script], capture_output=True, text=True, cwd=tmp_path, env=environment
-    )
+    # torch's own deprecations are not the pages'
+    words = [sys.executable, "-W", "error::UserWarning", script]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
+    assert page == "README.md" or "Warning" not in done.stderr
+
+
+def test_the_first_step_of_the_guides_transform_is_of_the_size_of_a_step(tmp_path: Path) -> None:
+    """Its denominator measures the first gradient, as those of the library do."""
+    page = tmp_path / "guide.py"
+    page.write_text(blocks(ROOT / "docs/writing-a-transform.md")[0])
+    spec = importlib.util.spec_from_file_location("guide", page)
+    assert spec is not None
+    assert spec.loader is not None
+    guide = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(guide)
+    for size in (1e-6, 1.0, 1e6):
+        p = torch.nn.Parameter(torch.zeros(3))
+        opt = C.ChainOpt([p], 0.5, guide.belief(eps=1e-12), compile=False)
+        for _ in range(3):
+            p.grad = torch.tensor([1.0, -2.0, 3.0]) * size
+            before = p.detach().clone()
+            opt.step()
+            assert ((p - before).abs() < 1).all()
+        torch.testing.assert_close(p.detach().sign(), torch.tensor([-1.0, 1.0, -1.0]))
 
 
 def test_the_transform_in_ten_lines_is_compiled(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import datetime
 import functools
+import os
 import shlex
 import warnings
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from typing import Any
 
 import click
 
-from heavyball.race.errors import RaceError, one_line
+from heavyball.race.errors import RaceError, one_line, shown
 from heavyball.race.shapes import ARCHITECTURES
 from heavyball.race.tasks import TASKS
 
@@ -37,7 +38,7 @@ class Numbers(click.ParamType):
         except ValueError:
             found = ()
         if not found:
-            self.fail(f"{value!r}: expected numbers separated by commas", param, ctx)
+            self.fail(f"{shown(value)}: expected numbers separated by commas", param, ctx)
         return found
 
 
@@ -66,6 +67,21 @@ class Target(click.ParamType):
             return float(value)
         except ValueError:
             return str(value)
+
+
+class Place(click.Path):
+    """A path that can be one; whether something is there is asked where it matters."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Path:
+        try:
+            place = Path(value).expanduser()
+            if os.path.lexists(place):
+                place.stat()
+            return Path(super().convert(place, param, ctx))  # type: ignore[arg-type]
+        except FileNotFoundError:
+            return place
+        except (OSError, ValueError, RuntimeError) as error:
+            self.fail(f"{shown(str(value))}: {one_line(error)}", param, ctx)
 
 
 OPTIONS = (
@@ -106,7 +122,9 @@ OPTIONS = (
         type=float,
         help="For every contender that has a decay and does not set its own.",
     ),
-    click.option("--data", help="Folder of the data files, or a .txt file for the task chars."),
+    click.option(
+        "--data", type=Place(), help="Folder of the data files, or a .txt file for the task chars."
+    ),
     click.option("--threads", type=int, help="Threads of torch. [default: the task's]"),
     click.option(
         "--device",
@@ -115,12 +133,12 @@ OPTIONS = (
     ),
     click.option(
         "--out",
-        type=click.Path(path_type=Path, file_okay=False),
+        type=Place(file_okay=False),
         help="Folder for race.json, race.png and the runs. [default: races/TASK-DATE-TIME]",
     ),
     click.option(
         "--resume",
-        type=click.Path(path_type=Path, file_okay=False),
+        type=Place(file_okay=False),
         help="Finish the race in this folder, with the arguments it was begun with.",
     ),
     click.option("--overwrite", is_flag=True, help="Replace the race that --out holds."),
@@ -229,16 +247,16 @@ def plan_memory(optimizers: tuple[str, ...], model: str, dtype: str, **options: 
     "--seeds", type=Seeds(), default="3", help="A number N, or seeds as 0,1,5. [default: 3]"
 )
 @click.option("--steps", type=click.IntRange(1), help="Steps of every run.")
-@click.option("--data", type=click.Path(path_type=Path), help="As for a race on chars.")
+@click.option("--data", type=Place(), help="As for a race on chars.")
 @click.option("--task", "names", multiple=True, help="chars or digits. [default: both]")
 @click.option(
     "--page",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=Place(dir_okay=False),
     help="A page with the marks of docs/precision.md, into which the table is put.",
 )
 @click.option(
     "--picture",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=Place(dir_okay=False),
     help="Where the picture goes. [default: precision.png]",
 )
 def precision(
@@ -279,7 +297,9 @@ def clean_errors() -> Iterator[None]:
             warnings.showwarning = _note
             yield
     except RaceError as error:
-        raise Refusal(one_line(error)) from None
+        text = one_line(error)
+        # a text that was refused may be part of it, however long it is
+        raise Refusal(text if len(text) < 1000 else f"{text[:450]} ... {text[-450:]}") from None
 
 
 def _note(message: Warning | str, *place: Any, **more: Any) -> None:
@@ -333,15 +353,12 @@ def refuse_conflicts(plan: Any, given: dict[str, Any]) -> None:
 
     Errors: RaceError naming the option and both values.
     """
+    from heavyball.race.plan import flag
+
     for name, value in _settled(given).items():
         saved = getattr(plan, name)
         if saved != value:
-            shown = FLAGS.get(name, "--" + name.replace("_", "-"))
-            raise RaceError(f"{shown} {value!r} conflicts with the saved {saved!r}")
-
-
-# Options that are called otherwise than the plan's entries.
-FLAGS = {"optimizers": "--optimizer", "chains": "--chain", "lrs": "--lr"}
+            raise RaceError(f"{flag(name)} {value!r} conflicts with the saved {saved!r}")
 
 
 def default_folder(task: str) -> Path:
@@ -351,4 +368,4 @@ def default_folder(task: str) -> Path:
 
 def _settled(given: dict[str, Any]) -> dict[str, Any]:
     data = given.get("data")
-    return given if data is None else {**given, "data": str(Path(data).expanduser().resolve())}
+    return given if data is None else {**given, "data": str(Path(data).resolve())}

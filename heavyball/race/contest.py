@@ -56,6 +56,7 @@ def hold(
         environments = store.saved().get("environments", []) if resume else []
         if len(done) < race.count() or not environments:
             environments = [*environments, environment(race.plan.device)]
+        store.prepare()
         if overwrite:
             store.clear()
         header = describe(race, environments)
@@ -104,7 +105,8 @@ def _missing_runs(
 def threads(count: int | None) -> Iterator[None]:
     """Let torch use this many threads, and as many as before afterwards."""
     before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
+    if count:
+        torch.set_num_threads(count)
     try:
         yield
     finally:

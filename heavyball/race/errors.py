@@ -21,11 +21,19 @@ def one_line(error: BaseException | str) -> str:
     return text or type(error).__name__
 
 
+def shown(value: object, length: int = 60) -> str:
+    """A value in an error message, cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # more digits than Python prints
+        text = f"{type(value).__name__} of too many digits"
+    return text if len(text) <= length else text[:length] + "..."
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """The message for a name nobody knows, with the nearest known ones, or all of them."""
     known = sorted(known)
     lower = {k.lower(): k for k in reversed(known)}
     close = difflib.get_close_matches(name[:80].lower(), lower, n=3, cutoff=0.5)
     hint = "nearest" if close else "known"
-    shown = name if len(name) <= 60 else name[:60] + "..."
-    return f"no {kind} {shown!r}; {hint}: {', '.join([lower[c] for c in close] or known) or 'none'}"
+    return f"no {kind} {shown(name)}; {hint}: {', '.join([lower[c] for c in close] or known) or 'none'}"

@@ -2,7 +2,7 @@
 
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -10,11 +10,23 @@ from typing import Any, Literal
 import torch
 
 from heavyball.race.contenders import Contender, ablations, distinct, from_chain, from_optimizer
-from heavyball.race.errors import RaceError, one_line, unknown
+from heavyball.race.errors import RaceError, one_line, shown, unknown
 from heavyball.race.tasks import Task, open_task
 from heavyball.race.training import Settings, rehearse
 
 LARGEST_SEED = 2**31 - 1
+# The largest value of each number that an option gives: a run has generators of its own for so many
+# steps, torch starts every thread that it is asked for, and a batch is held at once.
+LARGEST = {
+    "steps": 2**31 - 1,
+    "epochs": 2**31 - 1,
+    "batch_size": 2**16,
+    "eval_every": 2**31 - 1,
+    "threads": 1024,
+    "grid_seeds": 2**31 - 1,
+}
+DEVICES = ("cpu", "cuda")
+KINDS = ("race", "ablate")
 
 
 @dataclass(frozen=True)
@@ -39,40 +51,47 @@ class Plan:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
+        self._check_types()
         if self.kind == "ablate" and (self.optimizers or len(self.chains) != 1):
             raise RaceError("an ablation needs a chain: heavyball ablate 'exp_avg | sign'")
         if not self.optimizers and not self.chains:
             raise RaceError("nothing to race: give --optimizer or --chain, once or more")
         if self.steps is not None and self.epochs is not None:
             raise RaceError("--steps and --epochs exclude each other")
-        for name in ("steps", "epochs", "batch_size", "eval_every", "threads", "grid_seeds"):
+        for name, largest in LARGEST.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise RaceError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+            if value is not None and not 1 <= value <= largest:
+                expected = "at least 1" if value < 1 else f"at most {largest}"
+                raise RaceError(f"{flag(name)} {shown(value)}: expected {expected}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise RaceError("--device cuda: torch sees no CUDA device")
         decay = self.weight_decay
         if decay is not None and not (math.isfinite(decay) and decay >= 0):
             raise RaceError(f"--weight-decay {decay}: expected a finite number, 0 or more")
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-            raise RaceError(f"--seeds {self.seeds}: expected one or more, each once")
-        for seed in self.seeds:
-            if not 0 <= seed <= LARGEST_SEED:
-                raise RaceError(f"--seeds {seed}: expected 0 to {LARGEST_SEED}")
-
+        check_seeds(self.seeds)
         if self.grid_seeds is not None and self.grid_seeds > len(self.seeds):
             raise RaceError(f"--grid-seeds {self.grid_seeds}: there are {len(self.seeds)} seeds")
 
+    def _check_types(self) -> None:
+        """Refuse what is of another type, as a file that was edited by hand may hold it."""
+        for field in fields(self):
+            value, (expected, fits) = getattr(self, field.name), TYPES[field.name]
+            if not (value is None and field.default is None) and not fits(value):
+                raise RaceError(f"{flag(field.name)} {shown(value)}: expected {expected}")
+
     @classmethod
-    def from_json(cls, saved: dict[str, Any]) -> "Plan":
+    def from_json(cls, saved: Any) -> "Plan":
         """The plan that `to_json` wrote.
 
-        Errors: RaceError if an entry is missing or unknown.
+        Errors: RaceError if it is none, or an entry is missing, unknown or of another type.
         """
+        if not isinstance(saved, dict):
+            raise RaceError(f"the saved arguments are {shown(saved)}, expected names with values")
         saved = {"device": "cpu", "grid_seeds": None, **saved}  # of before there was a choice
         known = {f.name for f in fields(cls)}
         if set(saved) != known:
-            raise RaceError(f"the saved arguments differ from what is known: {set(saved) ^ known}")
+            names = ", ".join(map(shown, sorted(set(saved) ^ known)))
+            raise RaceError(f"the saved arguments differ from what is known: {names}")
         values: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
         return cls(**values)
 
@@ -99,8 +118,55 @@ class Plan:
 
     def _option(self, name: str) -> list[str]:
         value = getattr(self, name)
-        return [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
+        return [] if value is None else [flag(name), str(value)]
 
+
+def flag(name: str) -> str:
+    """How an option is written on the command line."""
+    plain = {"optimizers": "optimizer", "chains": "chain", "lrs": "lr"}.get(name, name)
+    return "--" + plain.replace("_", "-")
+
+
+def check_seeds(seeds: tuple[int, ...]) -> None:
+    """Refuse seeds that are none, stand twice or are out of range."""
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise RaceError(f"--seeds {shown(seeds)}: expected one or more, each once")
+    for seed in seeds:
+        if not 0 <= seed <= LARGEST_SEED:
+            raise RaceError(f"--seeds {shown(seed)}: expected 0 to {LARGEST_SEED}")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    # an int that float() cannot hold is none
+    return isinstance(value, float) or (_is_whole(value) and abs(value) < 2**1023)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _each(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, tuple) and all(map(fits, value))
+
+
+# What each argument must be: in words, and the test.
+TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "kind": (f"one of {', '.join(KINDS)}", lambda value: _is_text(value) and value in KINDS),
+    "task": ("the name of a task", _is_text),
+    "data": ("a path", _is_text),
+    "optimizers": ("a list of texts", _each(_is_text)),
+    "chains": ("a list of texts", _each(_is_text)),
+    "lrs": ("a list of finite numbers", _each(lambda v: _is_number(v) and math.isfinite(v))),
+    "seeds": ("a list of whole numbers", _each(_is_whole)),
+    "target": ("a number or a contender", lambda value: _is_text(value) or _is_number(value)),
+    "weight_decay": ("a number", _is_number),
+    "device": (f"one of {', '.join(DEVICES)}", lambda value: _is_text(value) and value in DEVICES),
+    **dict.fromkeys(LARGEST, ("a whole number", _is_whole)),
+}
 
 Run = tuple[Contender, float, int]
 
@@ -205,5 +271,9 @@ def _settings(plan: Plan, task: Task) -> Settings:
         steps = plan.steps or task.steps
     else:
         steps = plan.steps or (plan.epochs or task.epochs) * epoch
+        if steps > LARGEST["steps"]:
+            raise RaceError(
+                f"--epochs {plan.epochs}: {steps} steps, expected at most {LARGEST['steps']}"
+            )
     eval_every = plan.eval_every or max(1, steps // task.evaluations)
     return Settings(steps, batch_size, eval_every, plan.weight_decay)

@@ -17,10 +17,11 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import heavyball
-from heavyball.race.errors import RaceError, unknown
+from heavyball.race.errors import RaceError, one_line, unknown
+from heavyball.race.plan import LARGEST, check_seeds
 from heavyball.race.plot import COLORS, DASHES, STYLE
 from heavyball.race.tasks import Task, open_task
-from heavyball.race.tasks.files import write_atomically
+from heavyball.race.tasks.files import check_folder, write_atomically
 from heavyball.race.training import seeded
 
 # Steps and learning rate for each task.
@@ -198,8 +199,13 @@ def measure(
     for name in names:
         if name not in LENGTHS:
             raise RaceError(unknown("task", name, LENGTHS))
+    check_seeds(tuple(seeds))
+    if steps is not None and steps > LARGEST["steps"]:
+        raise RaceError(f"--steps {steps}: expected at most {LARGEST['steps']}")
     if page is not None:
         _marked(page)
+        check_folder(page.parent)
+    check_folder(picture.parent)
     tasks = []
     for name in names or LENGTHS:
         length, lr = LENGTHS[name]
@@ -223,7 +229,10 @@ def measure(
 
 def _marked(page: Path) -> re.Match:
     pattern = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
-    found = pattern.search(page.read_text() if page.is_file() else "")
+    try:
+        found = pattern.search(page.read_text("utf-8") if page.is_file() else "")
+    except (OSError, ValueError) as error:
+        raise RaceError(f"{page} cannot be read: {one_line(error)}") from None
     if found is None:
         raise RaceError(f"{page} has no lines {BEGIN} and {END}")
     return found
@@ -236,4 +245,4 @@ def put_into(page: Path, text: str) -> None:
     """
     found = _marked(page)
     new = found.string[: found.start()] + f"{BEGIN}\n{text}\n{END}" + found.string[found.end() :]
-    write_atomically(page, new.encode())
+    write_atomically(page, new.encode("utf-8"))

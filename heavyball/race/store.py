@@ -3,16 +3,18 @@
 import hashlib
 import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 from heavyball.race.errors import RaceError, one_line
 from heavyball.race.plan import Plan, Race
-from heavyball.race.tasks.files import write_atomically
+from heavyball.race.tasks.files import check_folder, write_atomically
 
 FORMAT = 1
 SUMMARY, CURVES, RUNS = "race.json", "race.png", "runs"
+DIGEST = "sha256"  # the entry of a record for that of all others
 
 Key = tuple[str, float, int]
 
@@ -33,7 +35,10 @@ class Store:
 
     def holds_race(self) -> bool:
         """Whether a race was begun here."""
-        return self.summary.exists()
+        try:
+            return os.path.lexists(self.summary)
+        except (OSError, ValueError) as error:
+            raise RaceError(f"{self.folder}: {one_line(error)}") from None
 
     def saved(self) -> dict[str, Any]:
         """What `race.json` holds.
@@ -48,11 +53,27 @@ class Store:
             raise RaceError(f"{self.summary} cannot be read: {one_line(error)}") from None
         if not isinstance(saved, dict) or saved.get("format") != FORMAT:
             raise RaceError(f"{self.summary} is not the record of a race in format {FORMAT}")
+        if not _are_environments(saved.get("environments", [])):
+            raise RaceError(f"{self.summary}: environments is damaged, expected a list of facts")
         return saved
 
     def plan(self) -> Plan:
         """The arguments that the race here was begun with."""
-        return Plan.from_json(self.saved().get("arguments") or {})
+        try:
+            return Plan.from_json(self.saved().get("arguments"))
+        except RaceError as error:
+            raise RaceError(f"{self.summary}: {error}") from None
+
+    def prepare(self) -> None:
+        """Make the folders, and see that everything can be written that is to be written at the end.
+
+        Errors: RaceError naming what stands in the way.
+        """
+        for path in (self.summary, self.picture):
+            if os.path.lexists(path) and not path.is_file():
+                raise RaceError(f"{path} cannot be written: something that is no file is there")
+        for path in (self.folder, self.folder / RUNS):
+            check_folder(path)
 
     def clear(self) -> None:
         """Remove what a race wrote, files that it was killed in the middle of too, and nothing else."""
@@ -78,13 +99,11 @@ class Store:
         }
         found, expected = {}, fingerprint(race)
         for path in sorted((self.folder / RUNS).glob("*.json")):
-            try:
-                record = json.loads(path.read_text("utf-8"))
+            record = _intact(path)
+            if record is not None and record.pop("race", None) == expected:
                 key = (record["contender"], record["lr"], record["seed"])
-            except (OSError, ValueError, KeyError, TypeError):
-                continue
-            if record.pop("race", None) == expected and key in wanted:
-                found[key] = record
+                if key in wanted:
+                    found[key] = record
         return found
 
     def save(self, race: Race, record: dict[str, Any]) -> None:
@@ -92,14 +111,38 @@ class Store:
         place = [c.label for c in race.contenders].index(record["contender"])
         slug = re.sub(r"[^A-Za-z0-9]+", "-", record["contender"]).strip("-")[:40]
         name = f"{place:02d}-{slug}-lr{record['lr']!r}-seed{record['seed']}.json"
-        self._dump(self.folder / RUNS / name, {**record, "race": fingerprint(race)})
+        content = finite({**record, "race": fingerprint(race)})
+        self._dump(self.folder / RUNS / name, {**content, DIGEST: digest(content)})
 
     def _dump(self, path: Path, content: dict[str, Any]) -> None:
         text = json.dumps(finite(content), indent=1, allow_nan=False, ensure_ascii=False)
-        try:
-            write_atomically(path, (text + "\n").encode("utf-8"))
-        except OSError as error:
-            raise RaceError(f"{path} cannot be written: {one_line(error)}") from None
+        write_atomically(path, (text + "\n").encode("utf-8"))
+
+
+def digest(content: dict[str, Any]) -> str:
+    """A hash of plain values, by which a damaged record is known."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _intact(path: Path) -> dict[str, Any] | None:
+    """A record as it was written, or None where it is damaged in any way."""
+    try:
+        if not path.is_file():
+            return None
+        record = json.loads(path.read_text("utf-8"))
+        if not isinstance(record, dict) or record.pop(DIGEST, None) != digest(record):
+            return None
+    except (OSError, ValueError, RecursionError):
+        return None
+    return record
+
+
+def _are_environments(value: Any) -> bool:
+    plain = (str, int, float, type(None))
+    return isinstance(value, list) and all(
+        isinstance(entry, dict) and all(isinstance(fact, plain) for fact in entry.values())
+        for entry in value
+    )
 
 
 def fingerprint(race: Race) -> str:

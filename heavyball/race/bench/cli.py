@@ -22,6 +22,9 @@ from heavyball.race.bench.cases import CHAINS, PEERS
 from heavyball.race.bench.duels import DUELS
 from heavyball.race.bench.measure import Result, Settings, measure
 from heavyball.race.bench.shapes import SETS, Shapes
+from heavyball.race.cli import Place, clean_errors
+from heavyball.race.plan import LARGEST
+from heavyball.race.tasks.files import check_folder
 
 PEERS_PYTHON = Path(".venv-peers/bin/python")
 TERMINAL_WIDTH = 190
@@ -32,11 +35,17 @@ TERMINAL_WIDTH = 190
 @click.option(
     "--chain", "chains", multiple=True, type=click.Choice(list(CHAINS)), help="[default: all]"
 )
-@click.option("--steps", type=click.IntRange(1), help="Timed steps of each; else by the shape set.")
-@click.option("--threads", type=click.IntRange(1), help="[default: torch's number]")
+@click.option(
+    "--steps",
+    type=click.IntRange(1, LARGEST["steps"]),
+    help="Timed steps of each; else by the shape set.",
+)
+@click.option(
+    "--threads", type=click.IntRange(1, LARGEST["threads"]), help="[default: torch's number]"
+)
 @click.option(
     "--starts",
-    type=click.IntRange(0),
+    type=click.IntRange(0, 1000),
     default=1,
     show_default=True,
     help="Processes for each kind of first step; 0 leaves first steps and memory out.",
@@ -51,7 +60,7 @@ TERMINAL_WIDTH = 190
 @click.option("--peers", is_flag=True, help="Measure other libraries too, without first steps.")
 @click.option(
     "--peers-python",
-    type=click.Path(path_type=Path),
+    type=Place(),
     default=PEERS_PYTHON,
     show_default=True,
     help="The Python that has the libraries of heavyball/race/bench/peers.txt.",
@@ -63,7 +72,7 @@ TERMINAL_WIDTH = 190
     show_default=True,
     help="Where the tensors are. The goals are those of the CPU.",
 )
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Document to update.")
+@click.option("--out", type=Place(dir_okay=False), help="Document to update.")
 @click.option("--quick", is_flag=True, help="Small tensors, few steps: tries the command only.")
 def bench(
     sets: tuple[str, ...],
@@ -81,6 +90,9 @@ def bench(
     """Measure optimizer steps, by turns with torch's fused AdamW on the same shapes."""
     if (peers or chosen_duels) and not peers_python.exists():
         raise click.UsageError(f"there is no {peers_python}; make bench-peers installs it")
+    if out is not None:
+        with clean_errors():
+            check_folder(out.parent)
     cases = [CHAINS[name] for name in chains or CHAINS] + (PEERS if peers else [])
     if device == "cuda":
         cases = [dataclasses.replace(case, goals={}) for case in cases]

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from heavyball.race.errors import RaceError, unknown
+from heavyball.race.errors import RaceError, one_line, unknown
 from heavyball.race.tasks.base import Task
 from heavyball.race.tasks.chars import Chars
 from heavyball.race.tasks.digits import Digits
@@ -19,7 +19,10 @@ def open_task(name: str, data: Path | None = None) -> Task:
     """
     if name not in TASKS:
         raise RaceError(unknown("task", name, TASKS))
-    return TASKS[name](data)
+    try:
+        return TASKS[name](data)
+    except OSError as error:
+        raise RaceError(f"--data {data}: {one_line(error)}") from None
 
 
 __all__ = ["TASKS", "Task", "open_task"]

@@ -24,6 +24,7 @@ REMOTE = Remote(
 )
 CONTEXT, WIDTH, HEADS, LAYERS = 64, 96, 4, 2
 TEST_WINDOWS = 256
+LEAST = 10 * (CONTEXT + 1)  # characters, so that the test part holds one window
 
 
 class Chars(Task):
@@ -48,15 +49,14 @@ class Chars(Task):
             text = raw.decode("utf-8")
         except UnicodeDecodeError as error:
             raise RaceError(f"the text is not UTF-8: {error}") from None
+        if len(text) < LEAST:
+            raise RaceError(f"the text has {len(text)} characters, at least {LEAST} are needed")
         self.sha256 = hashlib.sha256(raw).hexdigest()
         self.alphabet = sorted(set(text))
         index = {c: i for i, c in enumerate(self.alphabet)}
         codes = torch.tensor([index[c] for c in text], dtype=torch.int64)
         cut = len(codes) * 9 // 10
         self.train, test = codes[:cut], codes[cut:]
-        if len(test) <= CONTEXT:
-            needed = 10 * (CONTEXT + 1)
-            raise RaceError(f"the text has {len(text)} characters, at least {needed} are needed")
         count = min(TEST_WINDOWS, (len(test) - 1) // CONTEXT)
         starts = torch.linspace(0, len(test) - CONTEXT - 1, count, dtype=torch.float64).long()
         self.test = test[starts[:, None] + torch.arange(CONTEXT + 1)]
