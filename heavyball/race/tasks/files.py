@@ -155,7 +155,7 @@ def check_folder(folder: Path) -> None:
         os.close(handle)
         os.unlink(name)
     except (OSError, ValueError) as error:
-        raise RaceError(f"nothing can be written to {folder}: {one_line(error)}") from None
+        raise RaceError(f"{folder} cannot be written: {one_line(error)}") from None
 
 
 def write_atomically(path: Path, raw: bytes) -> None:
