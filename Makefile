@@ -1,6 +1,7 @@
 # make demo    install into .venv and race four optimizers on handwritten digits
 # make test    install into .venv and run the tests
 # make test-cuda   on a machine with a GPU: the shared suites and every kernel there
+# make test-asan   the kernel suites with sanitizers in the kernels: memory and undefined behaviour
 # make bench   measure optimizer steps, write docs/measurements.md (on a quiet machine)
 # make bench-peers   the same for other libraries, installed into .venv-peers
 # make psgd-efficiency   memory and time of PSGD's factors, write docs/psgd_efficiency.md
@@ -13,7 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-cuda fuzz bench psgd-efficiency bench-peers bench-duels lint docs clean \
+.PHONY: demo test test-cuda test-asan fuzz bench psgd-efficiency bench-peers bench-duels lint docs clean \
 	comparison comparison-chars comparison-mnist
 
 $(BIN)/python:
@@ -41,6 +42,17 @@ SEED := 0
 SECONDS := 300
 fuzz: $(VENV)/installed-test
 	cd tests && OMP_WAIT_POLICY=PASSIVE ../$(BIN)/python fuzz.py --seed $(SEED) --seconds $(SECONDS)
+
+# Both runtimes come first in the process, as Python itself is built without them; what torch and Python
+# keep at the end is no leak of a kernel's.
+SANITIZED_CXX ?= c++
+RUNTIMES = $(foreach name,libasan.so libubsan.so,$(shell $(SANITIZED_CXX) -print-file-name=$(name)))
+test-asan: $(VENV)/installed-test
+	SANITIZED_CXX=$(SANITIZED_CXX) CXX=$(CURDIR)/tests/sanitized-cxx HEAVYBALL_CACHE=$(CURDIR)/build/asan \
+		LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 \
+		OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses 2 --dist loadfile \
+		tests/test_addresses.py tests/test_compiler.py tests/test_axes.py tests/test_staging.py \
+		tests/test_waves.py tests/test_fused.py tests/test_storage.py tests/test_sums.py
 
 bench: $(VENV)/installed-race
 	$(BIN)/python -m heavyball.race.bench --threads 2 --out docs/measurements.md
