@@ -63,7 +63,7 @@ class ChainOpt(Optimizer):
     weight_decay: the decay's coefficient, a live hyper-parameter like every float of the chain.
     warmup_steps: lr grows linearly over this many steps of each parameter: lr min(1, t / warmup).
     foreach: False steps one parameter at a time, for the smallest peak memory; else intermediate
-        tensors may be kept for all of them where that saves time. The results are the same bits where
+        tensors may be kept for all of them where that saves time. The bits are the same where
         no whole transform (SOAP, Muon, PSGD, Shampoo) takes several parameters of one shape at once;
         batched products round otherwise, see docs/fused_backward.md.
     compile: "auto" runs the chain as one compiled kernel where that is possible and warns once where it
