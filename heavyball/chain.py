@@ -415,7 +415,8 @@ def _rate_first(nodes: tuple[Node | Fork, ...]) -> tuple[Node | Fork, ...]:
     """Put a rate before everything whose state it rescales.
 
     It stays behind what must come first (a skipped step has no part in its sums) and behind what
-    replaces the gradient that it looks at.
+    replaces the gradient that it looks at. What replaces it in some of the steps alone comes first
+    wherever it is written, unless moments stand before it: they would miss changes of their unit.
     """
     place = next((i for i, n in enumerate(nodes) if _kind(n) == "rate"), None)
     if place is None:
@@ -425,7 +426,19 @@ def _rate_first(nodes: tuple[Node | Fork, ...]) -> tuple[Node | Fork, ...]:
         if isinstance(node, Node):
             t = node.transform
             start = i + 1 if t.before_state or "grad" in t.provides else start
-    return (*nodes[:start], nodes[place], *nodes[start:place], *nodes[place + 1 :])
+    rest = (*nodes[:place], *nodes[place + 1 :])
+    for i in range(start, len(rest)):
+        if any(_has_unit(n) for n in flatten(rest[i : i + 1])):
+            break
+        if isinstance(rest[i], Node) and {"grad", "gate"} <= set(rest[i].transform.provides):
+            start = i + 1
+    return (*rest[:start], nodes[place], *rest[start:])
+
+
+def _has_unit(node: Node) -> bool:
+    """Whether a node keeps something in the unit of the gradient."""
+    kept = node.transform.all_states.values()
+    return node.transform.whole or any(s.holds in ("moment", "square") for s in kept)
 
 
 def _kind(node: Node | Fork) -> str:

@@ -38,6 +38,7 @@ from heavyball.checks import (
 )
 from heavyball.compiler.engine import Engine, sources
 from heavyball.compiler.watch import SHOWN
+from heavyball.estimate import check_alike, check_fixed, warn_of_half
 from heavyball.evaluation import Evaluated, Look, Stamp, stamp, warn_of_written, written
 from heavyball.formats import Choice, Storage
 from heavyball.fused import FusedBackward, Singles, refuse_rivals, refuse_scaler
@@ -212,6 +213,7 @@ class ChainOpt(Optimizer):
         group = dict(param_group)
         known = [key for key in self.defaults if key not in ("train_mode", "differentiable")]
         check_entries(type(self), group, known, self._chain)
+        check_fixed(self._chain, group)
         # a mode is the optimizer's own, whatever another one's group says
         group.pop("train_mode", None)
         if "train_mode" in self.defaults and self.param_groups:
@@ -222,6 +224,7 @@ class ChainOpt(Optimizer):
         super().add_param_group(group)
         group = self.param_groups[-1]
         try:
+            check_alike(self._chain, self.param_groups)
             found = dict(self._resolve(len(self.param_groups) - 1, group))
             self._singles.forget()
             if self._fused is not None:
@@ -232,6 +235,9 @@ class ChainOpt(Optimizer):
             raise
         self._programs.update(found)
         self._kinds.update((param, kind(param)) for param in found)
+        index = len(self.param_groups) - 1
+        named = enumerate(labelled(index, group))
+        warn_of_half(self._chain, {p: describe(name, index, i, p) for i, (name, p) in named})
         self._together.begin(len(self.param_groups) - 1, self.param_groups)
         self._engine.forget()
         self._rivals_checked = -1
@@ -352,6 +358,7 @@ class ChainOpt(Optimizer):
                 found = [frozen(group.get(key)) for key in keys]
                 if found != self._checked_values.get(index):
                     self._check_group(index, group)
+                    check_alike(self._chain, self.param_groups)
                     self._together.begin_again(index, self.param_groups)
                     self._checked_values[index] = found
 

@@ -246,9 +246,10 @@ def _apply(node: Node, update: Any, frame: Frame) -> Run:
     old = [_in_present_unit(node, name, frame) for name in t.states]
     if t.over_all is not None:
         known = {**dict(zip(t.states, old, strict=True)), **arguments}
-        asked = {n: frame.context(n) if n in CONTEXT else known[n] for n in t.over_all_context}
+        there = CONTEXT.keys() | frame.job.program.common
+        asked = {n: frame.context(n) if n in there else known[n] for n in t.over_all_context}
         shares = t.over_all(update, **asked)
-        total = yield node.key, _gated(shares if t.finish else (shares,), gate)
+        total = yield node.key, _given(shares, frame) if t.finish else _gated((shares,), gate)
         if t.finish:
             arguments = _arguments(node, frame)  # the group's numbers are new now
         else:
@@ -263,10 +264,14 @@ def _apply(node: Node, update: Any, frame: Frame) -> Run:
         if before is not None:
             kept = after if gate is None else torch.where(gate, after, before)
             frame.new[node.state_key(name)] = kept
-    for place, share in enumerate(_gated(provided[len(t.provides) :], gate)):
-        frame.new[share_name(node.key, place)] = share
+    if t.gives:
+        for place, share in enumerate(_given(provided[len(t.provides) :], frame)):
+            frame.new[share_name(node.key, place)] = share
     for name, value in zip(t.provides, provided[: len(t.provides)], strict=True):
         env[name] = _both(gate, value) if name == "gate" else value
+        if name == "unit_change" and gate is not None:
+            # what is left out keeps the unit of the step before, as this element's own state does
+            env[name] = torch.where(gate, value, 1.0)
         if name in ("gate", "step"):
             env["count"] = None  # no longer known on the host
     if t.kind == "writer":
@@ -285,6 +290,13 @@ def share_name(key: str, place: int) -> str:
 def _gated(shares: Shares, gate: Tensor | None) -> Shares:
     """Nothing of a frozen parameter may reach the others."""
     return shares if gate is None else tuple(torch.where(gate, s, 0) for s in shares)
+
+
+def _given(shares: Shares, frame: Frame) -> Shares:
+    """The shares of an element with a `finish`, and behind them 1, or 0 if the step is left out."""
+    gate, device = frame.env["gate"], frame.job.param.device
+    happens = torch.full((), 1.0, dtype=SCALAR, device=device) if gate is None else gate.to(SCALAR)
+    return (*_gated(shares, gate), happens)
 
 
 def _check_shapes(

@@ -5,13 +5,14 @@ on the device of its first parameter (an int counts its steps). A parameter that
 present ones, and one without a gradient has no part in them.
 """
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from heavyball.chain import Chain
+from heavyball.chain import Chain, Program
 from heavyball.numerics import lasting
 from heavyball.runner import SCALAR, Job, Scalars
 from heavyball.transform import Member
@@ -31,12 +32,19 @@ def sums_of(found: list[tuple[Job, tuple[Tensor, ...]]]) -> Sums:
     return sums
 
 
+def _is_gated(program: Program) -> bool:
+    """Whether something in front of a program's rate may leave out steps."""
+    before = itertools.takewhile(lambda node: node is not program.rate, program.flat)
+    return any("gate" in node.transform.provides for node in before)
+
+
 class Together:
     """Makes and renews the common numbers of an optimizer's groups. Nothing waits for the device."""
 
     def __init__(self, chain: Chain):
         self.node = chain.rate
         self._scalars: list[Scalars] = []
+        self._gated = any(_is_gated(program) for program in chain.programs)
 
     @lasting()
     def begin(self, index: int, groups: list[dict[str, Any]]) -> None:
@@ -88,21 +96,38 @@ class Together:
         t = self.node.transform
         assert t.finish is not None
         home = next(s[0].device for s in sums.values())
+        # the last share counts the parameters whose step no gate has left out
+        counts = {place: shares[-1].to(home) for place, shares in sums.items()}
+        sums = {place: shares[:-1] for place, shares in sums.items()}
+        unsure = (
+            self._gated and home.type != "cpu"
+        )  # only the device knows, and nothing waits for it
+        if self._gated and not unsure:
+            sums = {place: shares for place, shares in sums.items() if counts[place].tolist() > 0}
+        if not sums:
+            return
         while len(self._scalars) < len(groups):
             self._scalars.append(Scalars())
         whole = [i for i, g in enumerate(groups) if set(t.common) <= g.keys()]
         for i in whole:
             for name, first in t.common.items():
                 if isinstance(first, int) and id(groups[i]) in sums:
-                    groups[i][name] += 1
+                    more = counts[id(groups[i])] > 0 if unsure else 1
+                    groups[i][name] = groups[i][name] + more
         members = [self._member(groups[i], self._scalars[i], sums, home) for i in whole]
+        together = not t.options.get("split_groups", True)
+        everyone = torch.stack([*counts.values()]).sum()
         for i, values in zip(whole, t.finish(members, t.options), strict=True):
+            count = everyone if together else counts.get(id(groups[i]), everyone)
             kept = {name: groups[i][before] for name, before in t.past.items()}
             for name, value in (kept | values).items():
-                if isinstance(value, Tensor):
-                    groups[i][name].copy_(value)
-                else:
+                if not isinstance(value, Tensor):
                     groups[i][name] = value
+                elif unsure:
+                    old = groups[i][name]
+                    old.copy_(torch.where(count.to(old.device) > 0, value.to(old.device), old))
+                else:
+                    groups[i][name].copy_(value)
 
     def _member(
         self,

@@ -292,7 +292,8 @@ def _is_union(annotation: Any) -> bool:
 class Member:
     """One group as `finish` sees it.
 
-    sums: what its parameters gave, added up; None if none of them had a gradient in this step.
+    sums: what its parameters gave, added up; None if none of them had a gradient in this step, or a
+        gate has left it out.
     values: the element's common numbers (after this step, for its count) and hyper-parameters.
     """
 

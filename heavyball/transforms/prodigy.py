@@ -63,6 +63,44 @@ def added_up(members: Sequence[Member], pool: list[int]) -> tuple[Tensor, ...]:
     return tuple(torch.stack(parts).sum() for parts in zip(*found, strict=True))  # type: ignore[arg-type]
 
 
+# ---- parameters without a gradient in a step
+#
+# N sums over all steps, so the norm that is set against it must be of the same parameters, also of
+# those that have no gradient now. What is missing decays, as N does, while the same ones are missing.
+
+# of the last step: ||s||_1 over all parameters, over those that were missing, and what the latter has
+# decayed by; and the most parameters that a step has had
+COVERED = {"d_norm": 0.0, "d_missing": 0.0, "d_faded": 1.0, "d_members": 0.0}
+# By how much of the norm the missing part may differ while it is taken to be the same: s is rounded.
+SAME = 0.01
+# What d never exceeds: weights that follow it, and what is made of them, stay finite.
+MOST = 2.0**40
+# What no entry of s exceeds.
+LARGEST = 2.0**120
+
+
+def covered(
+    v: Mapping[str, Any], beta3: Tensor, now: Tensor, before: Tensor, count: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The norm over all parameters, and `COVERED` after a step.
+
+    now: ||s||_1 over those that took part. before: theirs as it was. count: their number.
+    """
+    missing = count < v["d_members"]
+    theirs = torch.where(missing, (v["d_norm"] - before).clamp(min=0), 0.0)
+    norm = now + theirs
+    same = missing & ((theirs - v["d_missing"]).abs() <= SAME * norm)
+    faded = torch.where(same, beta3 * v["d_faded"], 1.0)
+    members = torch.maximum(v["d_members"], count)
+    found = {"d_norm": norm, "d_missing": theirs, "d_faded": faded, "d_members": members}
+    return now + faded * theirs, found
+
+
+def where_any(count: Tensor, new: Mapping[str, Tensor], v: Mapping[str, Any]) -> dict[str, Tensor]:
+    """New numbers of the group, or the old ones where no parameter took part."""
+    return {name: torch.where(count > 0, value, v[name]) for name, value in new.items()}
+
+
 # ---- the authors' Prodigy
 
 
@@ -82,7 +120,7 @@ def _next_sums(
     safeguard_warmup: bool,
 ) -> Tensor:
     new = beta3 * s + d / d0 * (d if safeguard_warmup else dlr) * gradient
-    return torch.where(dlr > 0, new, s)
+    return torch.where(dlr > 0, new.clamp(-LARGEST, LARGEST), s)
 
 
 def _shares(
@@ -101,29 +139,35 @@ def _shares(
     slice_p: int,
     safeguard_warmup: bool,
     use_bias_correction: bool,
-) -> tuple[Tensor, Tensor]:
-    gradient = every(grad, slice_p)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    gradient, decay = every(grad, slice_p), beta3_of(beta3, betas)
     dlr = d * lr * _correction(step, betas, use_bias_correction)
-    s = _next_sums(s, gradient, d, d0, dlr, beta3_of(beta3, betas), safeguard_warmup)
-    size = torch.where(dlr > 0, s.abs().sum(dtype=torch.float64), 0.0)
-    return d / d0 * dlr * dot(gradient, p0 - every(param, slice_p)), size
+    new = _next_sums(s, gradient, d, d0, dlr, decay, safeguard_warmup)
+    trains = dlr > 0
+    shares = (
+        d / d0 * dlr * dot(gradient, p0 - every(param, slice_p)),
+        new.abs().sum(dtype=torch.float64),
+        s.abs().sum(dtype=torch.float64),
+    )
+    return (*(torch.where(trains, share, 0.0) for share in shares), trains.to(torch.float64))  # type: ignore[return-value]
 
 
 def _estimate(members: Sequence[Member], options: Mapping[str, Any]) -> list[dict[str, Any]]:
     new: list[dict[str, Any]] = [{} for _ in members]
     for pool in pools(members, options["split_groups"]):
-        added, size = added_up(members, pool)
+        added, now, before, count = added_up(members, pool)
         v = members[pool[0]].values
-        beta3 = beta3_of(v.get("beta3"), (None, v["betas"][1]))
+        beta3 = beta3_of(v.get("beta3"), v["betas"])
+        size, found = covered(v, beta3, now, before, count)
         numerator = torch.where(size > 0, beta3 * v["d_numerator"] + added, v["d_numerator"])
-        d, d_hat = v["d"], torch.where(size > 0, v["d_coef"] * numerator / size, v["d"])
+        d = v["d"]
+        d_hat = torch.where(size > 0, (v["d_coef"] * numerator / size).clamp(max=MOST), d)
         d_max = torch.maximum(v["d_max"], d_hat)
         d = torch.where(d == v["d0"], torch.maximum(d, d_hat), d)
-        grown = torch.minimum(d_max, d * v["growth_rate"])
-        d = torch.where(size > 0, grown, v["d"])
-        everyone = pool if options["split_groups"] else range(len(members))
-        for i in everyone:
-            new[i] |= {"d": d, "d_max": d_max, "d_numerator": numerator}
+        d = torch.where(size > 0, torch.minimum(d_max, d * v["growth_rate"]), v["d"])
+        found = where_any(count, {**found, "d": d, "d_max": d_max, "d_numerator": numerator}, v)
+        for i in pool if options["split_groups"] else range(len(members)):
+            new[i] |= found
     return new
 
 
@@ -139,7 +183,14 @@ def _estimate(members: Sequence[Member], options: Mapping[str, Any]) -> list[dic
         "growth_rate": Interval(1, float("inf"), high_open=False),
         "slice_p": COUNT,
     },
-    common={"d": "d0", "d_before": "d0", "d_max": "d0", "d_numerator": 0.0, "d_steps": 0},
+    common={
+        "d": "d0",
+        "d_before": "d0",
+        "d_max": "d0",
+        "d_numerator": 0.0,
+        **COVERED,
+        "d_steps": 0,
+    },
     past={"d_before": "d"},
     over_all=_shares,
     finish=_estimate,
@@ -165,12 +216,12 @@ def prodigy_d(
     safeguard_warmup: bool = False,
     use_bias_correction: bool = False,
     split_groups: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Multiply the learning rate by the distance to the solution, estimated as in Prodigy.
 
     with the d of before the step, of everything behind: lr' = d lr
     N <- beta3 N + (d / d0) lr' <g, p_1 - p>;  s <- beta3 s + (d / d0) lr' g
-    d^ = d_coef N / ||s||_1, N and the norm over all parameters with a gradient
+    d^ = d_coef N / ||s||_1, N and the norm over all parameters, those without a gradient now as well
     d_max <- max(d_max, d^);  d <- min(d_max, d growth_rate); while d is d0, first d <- max(d, d^)
 
     Moments behind it weigh each gradient with the d of its step, and `eps` has the unit of the new d,
@@ -190,8 +241,8 @@ def prodigy_d(
         while s is 0 everywhere a step is an ordinary one.
     """
     dlr = d_before * lr * _correction(step, betas, use_bias_correction)
-    rest = (safeguard_warmup,)
-    s = _next_sums(s, every(grad, slice_p), d_before, d0, dlr, beta3_of(beta3, betas), *rest)
+    decay = beta3_of(beta3, betas)
+    s = _next_sums(s, every(grad, slice_p), d_before, d0, dlr, decay, safeguard_warmup)
     return update, p0, s, d_before, dlr, unit_change_of(unit, d_before), d / d_before
 
 
@@ -220,19 +271,57 @@ def rectification(step: Tensor, beta2: Tensor) -> Tensor:
     return torch.where(length > 4, square.clamp(min=0).sqrt(), 0.0)
 
 
+# What groups keep that step with the harmonic mean of their d: it, the least that it may fall to when
+# another group joins, and whether the group trained in the last step.
+STEPPING = {"d_step": "d0", "d_least": 0.0, "d_active": 0.0}
+
+
 def stepping_d(
-    new: list[dict[str, Any]], members: Sequence[Member], options: Mapping[str, Any]
+    new: list[dict[str, Any]],
+    members: Sequence[Member],
+    options: Mapping[str, Any],
+    measure: str,
 ) -> list[dict[str, Any]]:
-    """Add the d that each group steps with: its own, or the harmonic mean of those that have stepped."""
-    stepped = [i for i, m in enumerate(members) if m.values["d_steps"]]
-    if options["split_groups"] and options["split_groups_mean"] and len(members) > 1:
-        mean = len(stepped) / torch.stack([1 / new[i]["d"] for i in stepped]).sum()
-        for i in stepped:
-            new[i]["d_step"] = mean
-    else:
+    """Add the d that each group steps with: its own, or the harmonic mean of those that train.
+
+    A group trains where a parameter took part in the step and has something to say: the common
+    number `measure` is not 0. Where one begins to, the d that the others step with is at most halved.
+    """
+    if not (options["split_groups"] and options["split_groups_mean"]):
         for values in new:
             values["d_step"] = values["d"]
+        return new
+    if len(members) == 1:
+        active = torch.where(
+            _trains(new[0], members[0], measure), 1.0, members[0].values["d_active"]
+        )
+        return [{**new[0], "d_step": new[0]["d"], "d_active": active}]
+    trains = torch.stack([_trains(*pair, measure) for pair in zip(new, members, strict=True)])
+    before = torch.stack([m.values["d_active"] > 0 for m in members])
+    d = torch.stack([values["d"] for values in new])
+    number = trains.sum(dtype=torch.float64)
+    mean = torch.where(number > 1, number / torch.where(trains, 1 / d, 0.0).sum(), d)
+    steps = torch.stack([m.values["d_step"] for m in members])
+    least = torch.stack([m.values["d_least"] for m in members])
+    joined = (trains & ~before).any() & trains & before
+    least = torch.where(joined, torch.maximum(least, steps / 2), least).minimum(number * d)
+    found = {
+        "d_step": torch.where(trains, torch.maximum(mean, least), steps),
+        "d_least": torch.where(trains, least, 0.0),
+        "d_active": trains.to(torch.float64),
+    }
+    for i, values in enumerate(new):
+        v = members[i].values
+        values |= {
+            name: torch.where(number > 0, value[i], v[name]) for name, value in found.items()
+        }
     return new
+
+
+def _trains(values: Mapping[str, Tensor], member: Member, measure: str) -> Tensor:
+    if member.sums is None:
+        return torch.zeros_like(values["d"], dtype=torch.bool)
+    return (member.sums[-1] > 0) & (values.get(measure, member.values[measure]) != 0)
 
 
 def _estimate_plus(members: Sequence[Member], options: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -241,8 +330,10 @@ def _estimate_plus(members: Sequence[Member], options: Mapping[str, Any]) -> lis
         v = members[pool[0]].values
         if options["prodigy_steps"] and v["d_steps"] >= options["prodigy_steps"]:
             continue
-        added, size = added_up(members, pool)
-        numerator = beta3_of(v.get("beta3"), v["betas"]) * v["d_numerator"]
+        added, now, before, count = added_up(members, pool)
+        beta3 = beta3_of(v.get("beta3"), v["betas"])
+        size, found = covered(v, beta3, now, before, count)
+        numerator = beta3 * v["d_numerator"]
         # What speaks against the direction so far counts only once d has moved, and does not add up.
         against = torch.where(v["d"] > v["d0"], torch.minimum(numerator, added), numerator)
         numerator = torch.where(added < 0, against, numerator + added)
@@ -250,15 +341,16 @@ def _estimate_plus(members: Sequence[Member], options: Mapping[str, Any]) -> lis
             most = v["d"] * 2**0.25
             d_hat = v["d_coef"] * torch.minimum(torch.atan2(numerator, size), most)
         else:
-            # an arc tangent, which is 0 at 0 / 0 and bounded
+            # an arc tangent, which is bounded
             d_hat = torch.atan2(v["d_coef"] * numerator, size)
-        d = torch.maximum(v["d"], d_hat)
+        # where s has become too small for its dtype there is nothing to compare N with
+        d = torch.where(size > 0, torch.maximum(v["d"], d_hat.clamp(max=MOST)), v["d"])
         if options["use_speed"]:
             d = torch.minimum(d, v["d"] ** 0.975)
-        everyone = pool if options["split_groups"] else range(len(members))
-        for i in everyone:
-            new[i] |= {"d": d, "d_numerator": numerator}
-    return stepping_d(new, members, options)
+        found = where_any(count, {**found, "d": d, "d_numerator": numerator}, v)
+        for i in pool if options["split_groups"] else range(len(members)):
+            new[i] |= found
+    return stepping_d(new, members, options, "d_norm")
 
 
 @transform(
@@ -273,8 +365,8 @@ def _estimate_plus(members: Sequence[Member], options: Mapping[str, Any]) -> lis
         "slice_p": COUNT,
         "prodigy_steps": Interval(0, float("inf")),
     },
-    common={"d": "d0", "d_step": "d0", "d_numerator": 0.0, "d_steps": 0},
-    gives=("numerator", "denominator"),
+    common={"d": "d0", "d_numerator": 0.0, **COVERED, **STEPPING, "d_steps": 0},
+    gives=("numerator", "denominator", "before", "count"),
     finish=_estimate_plus,
 )
 def prodigy_plus_d(
@@ -322,7 +414,7 @@ def prodigy_plus_d(
     narrow_sums: keep s of float32 weights in bfloat16, rounded stochastically: 2 bytes per 11 elements
         less. p0 is never narrowed, since p_1 - p is its difference to what it is nearly equal to.
     split_groups: a d for each group; split_groups_mean: with it, lr' takes the harmonic mean of the d
-        of all groups that have stepped.
+        of all groups that train. Where a group begins to, this at most halves.
 
     Shapes: all (*).
     Units: `lr` is a factor around 1; d has the unit of the weights.
@@ -334,16 +426,21 @@ def prodigy_plus_d(
     # the larger updates of the first steps, where d has not moved, tell it which way to go
     threshold = torch.where(d <= d0, 1.0 if use_speed else 50.0, 1.0)
     provided = (d_step * lr * rect, unit_change_of(unit, d), threshold)
+    trains = lr > 0
+    count = trains.to(torch.float64)
     if s is None or p0 is None:
         none = torch.zeros_like(d)
-        return update, None, None, d, *provided, none, none  # type: ignore[return-value]
+        return update, None, None, d, *provided, none, none, none, count  # type: ignore[return-value]
     gradient, x = every(grad, slice_p), d.sqrt()
     along = dot(gradient, p0 - every(param, slice_p))
     if use_speed:
         along, gradient, x = along.sign(), gradient.sign(), d0 * x
-    new = beta3_of(beta3, betas) * s + x * gradient
-    size = new.abs().sum(dtype=torch.float64)
-    if after_first:
-        new = torch.where(step > 1, new, s)
-        size = torch.where(step > 1, size, 0.0)
-    return update, p0, new, d, *provided, x * along, size
+    decay = beta3_of(beta3, betas)
+    new = torch.where(trains & (step > 1) if after_first else trains, decay * s + x * gradient, s)
+    shares = (
+        x * along,
+        new.abs().sum(dtype=torch.float64),
+        s.abs().sum(dtype=torch.float64),
+    )
+    shares = tuple(torch.where(trains, share, 0.0) for share in shares)
+    return update, p0, new, d, *provided, *shares, count

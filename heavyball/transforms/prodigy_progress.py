@@ -11,6 +11,8 @@ from heavyball.transform import Interval, Live, Member, positive, scalar, transf
 from heavyball.transforms.prodigy import (
     COUNT,
     FIRST,
+    MOST,
+    STEPPING,
     UNIT,
     added_up,
     beta3_of,
@@ -18,6 +20,7 @@ from heavyball.transforms.prodigy import (
     rectification,
     stepping_d,
     unit_change_of,
+    where_any,
 )
 
 # The least that a displacement is divided by.
@@ -32,20 +35,26 @@ def _estimate(members: Sequence[Member], options: Mapping[str, Any]) -> list[dic
         v = members[pool[0]].values
         if options["prodigy_steps"] and v["d_steps"] >= options["prodigy_steps"]:
             continue
-        (added,) = added_up(members, pool)
+        added, count = added_up(members, pool)
         before = v["d_numerator"]
         kept = beta3_of(v.get("beta3"), v["betas"]) * before
         # What speaks against the direction counts only once d has moved.
         numerator = torch.where((v["d"] > v["d0"]) | (added > 0), kept + added, kept)
         largest = torch.maximum(v["d_largest_numerator"], numerator)
         grows = (numerator >= largest) & (numerator > 0) & (before > 0)
-        ratio = torch.where(grows, numerator / before, 1.0).sqrt()
-        d_hat = v["d"] * ratio.clamp(max=GROWTH) * v["d_coef"] ** 0.125
-        d = torch.where(grows, torch.maximum(v["d"], d_hat), v["d"])
-        everyone = pool if options["split_groups"] else range(len(members))
-        for i in everyone:
-            new[i] |= {"d": d, "d_numerator": numerator, "d_largest_numerator": largest}
-    return stepping_d(new, members, options)
+        # N that falls where parameters have no gradient, and rises again, is no progress
+        gap = torch.where(count < v["d_members"], 1.0, v["d_gap"])
+        base = torch.where(gap > 0, torch.maximum(before, v["d_largest_numerator"]), before)
+        ratio = torch.where(grows, numerator / base, 1.0).sqrt()
+        gap = torch.where((numerator >= largest) & (count >= v["d_members"]), 0.0, gap)
+        d_hat = v["d_step"] * ratio.clamp(max=GROWTH) * v["d_coef"] ** 0.125
+        d = torch.where(grows, torch.maximum(v["d"], d_hat.clamp(max=MOST)), v["d"])
+        found = {"d": d, "d_numerator": numerator, "d_largest_numerator": largest}
+        found |= {"d_gap": gap, "d_members": torch.maximum(v["d_members"], count)}
+        found = where_any(count, found, v)
+        for i in pool if options["split_groups"] else range(len(members)):
+            new[i] |= found
+    return stepping_d(new, members, options, "d_numerator")
 
 
 @transform(
@@ -64,12 +73,14 @@ def _estimate(members: Sequence[Member], options: Mapping[str, Any]) -> list[dic
     },
     common={
         "d": "d0",
-        "d_step": "d0",
         "d_numerator": 0.0,
         "d_largest_numerator": 0.0,
+        "d_gap": 0.0,
+        "d_members": 0.0,
+        **STEPPING,
         "d_steps": 0,
     },
-    gives=("numerator",),
+    gives=("numerator", "count"),
     finish=_estimate,
 )
 def prodigy_progress_d(
@@ -102,7 +113,7 @@ def prodigy_progress_d(
     of everything behind: lr' = d lr
     a <- (1 - t^-0.75) a + t^-0.75 <g, p_1 - p>;  l_q <- max(l_q, ||p_1 - p||_q, 1e-8), q = 1 and 2,
         over every slice_p-th element of a tensor
-    n = sum d^2 / sqrt(d0) / (1 + l_2)^2 a / l_1
+    n = sum d^2 / sqrt(d0) / (1 + l_2)^2 a / l_1, with the d that the weights have moved by
     N' = beta3 N, and N' + n if n > 0 or d > d0
     where N' is positive and the largest so far, and N > 0:
         d <- max(d, d min(2^(1/4), sqrt(N' / N)) d_coef^(1/8))
@@ -120,8 +131,10 @@ def prodigy_progress_d(
     """
     rect = rectification(step, betas[1]) if use_bias_correction else 1.0
     provided = (d_step * lr * rect, unit_change_of(unit, d))
+    trains = lr > 0
+    count = trains.to(torch.float64)
     if p0 is None:
-        return update, None, along, l1, l2, d, *provided, torch.zeros_like(d)
+        return update, None, along, l1, l2, d, *provided, torch.zeros_like(d), count
     moved = p0 - every(param, slice_p)
     weight = step**-0.75
     if after_first:  # the second gradient is then the first that counts
@@ -129,12 +142,10 @@ def prodigy_progress_d(
     new_along = along + weight * (dot(every(grad, slice_p), moved) - along)
     new_l1 = torch.maximum(l1, moved.abs().sum(dtype=torch.float64))
     new_l2 = torch.maximum(l2, moved.square().sum(dtype=torch.float64).sqrt())
-    numerator = d**2 / d0.sqrt() / (1 + new_l2) ** 2 * new_along / new_l1
-    if after_first:
-        counts = step > 1
-        new_along, new_l1, new_l2 = (
-            torch.where(counts, new, old)
-            for new, old in ((new_along, along), (new_l1, l1), (new_l2, l2))
-        )
-        numerator = torch.where(counts, numerator, 0.0)
-    return update, p0, new_along, new_l1, new_l2, d, *provided, numerator
+    numerator = d_step**2 / d0.sqrt() / (1 + new_l2) ** 2 * new_along / new_l1
+    counts = trains & (step > 1) if after_first else trains
+    new_along, new_l1, new_l2, numerator = (
+        torch.where(counts, new, old)
+        for new, old in ((new_along, along), (new_l1, l1), (new_l2, l2), (numerator, 0.0))
+    )
+    return update, p0, new_along, new_l1, new_l2, d, *provided, numerator, count
