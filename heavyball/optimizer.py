@@ -212,8 +212,8 @@ class ChainOpt(Optimizer):
             raise TypeError(f"a parameter group must be a dict, got {type(param_group).__name__}")
         group = dict(param_group)
         known = [key for key in self.defaults if key not in ("train_mode", "differentiable")]
-        check_entries(type(self), group, known, self._chain)
         check_fixed(self._chain, group)
+        check_entries(type(self), group, known, self._chain)
         # a mode is the optimizer's own, whatever another one's group says
         group.pop("train_mode", None)
         if "train_mode" in self.defaults and self.param_groups:
