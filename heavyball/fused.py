@@ -1,6 +1,7 @@
 """Fused backward: step each parameter as soon as its gradient is complete, and free the gradient."""
 
 import functools
+import sys
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -109,15 +110,16 @@ class FusedBackward:
                 f"{single.place.label} is in {len(owners)} optimizers that step inside backward(), "
                 "and only one of them could: remove() the other's hooks"
             )
-        if param in self._stepped and opt._fused_ends_itself:
-            self.begin()
-        if param in self._stepped:
+        again = param in self._stepped
+        if again and not opt._fused_ends_itself:
             raise RuntimeError(
                 f"{single.place.label} has a second gradient before step(), but was stepped with the "
                 "first: with fuse_backward, call step() after every backward(); to accumulate "
                 "gradients, put `accumulate` into the chain"
             )
         opt._singles.step(single, "backward()")
+        if again:
+            self.begin()
         self._stepped.add(param)
 
     def check_left(self) -> None:
@@ -168,6 +170,8 @@ class Single:
     groups: list[dict[str, Any]]
     refusal: ValueError | None
     row: Row | None = None
+    # in which run of backward() it was stepped last
+    stepped_in: "Backward | None" = None
 
     def holds(self, opt: "ChainOpt") -> bool:
         """Whether the parameter still stands where it stood."""
@@ -178,6 +182,52 @@ class Single:
         return place.position < len(params) and params[place.position] is place.param
 
 
+# What a reentrant checkpoint's backward runs through, and a call of autograd's engine.
+_NODE = torch.autograd.function.BackwardCFunction.apply.__code__
+_ENGINE = torch.autograd.graph._engine_run_backward.__code__
+
+
+class Backward:
+    """A run of autograd's engine, in which hooks are called.
+
+    A reentrant checkpoint runs the engine again inside of a run. Its node is known by the number that
+    nodes are counted with as they are made.
+    """
+
+    def __init__(self, number: int, steps: int):
+        self.number = number
+        self.steps = steps  # how many steps of all parameters had ended
+        self._node = _checkpoint_around()
+        self._ended = False
+        torch.autograd.Variable._execution_engine.queue_callback(self._end)
+
+    def _end(self) -> None:
+        self._ended = True
+
+    def is_part_of_that_of(self, before: "Backward") -> bool:
+        """Whether an earlier run was inside of the same call of `backward()`."""
+        # runs are counted as they begin, so one with a smaller number is around that of before
+        if self is before or self.number < before.number:
+            return True
+        if self._node is None:
+            return False
+        if before._node is None:
+            return not before._ended
+        # checkpoints run backward from the last to the first; those of a later forward pass are newer
+        return self._node <= before._node
+
+
+def _checkpoint_around() -> int | None:
+    """The number of the outermost checkpoint's node that has led to this run; None without one."""
+    frame, inside, node = sys._getframe(1).f_back, False, None
+    while frame is not None:
+        inside |= frame.f_code is _ENGINE
+        if inside and frame.f_code is _NODE:
+            node = frame
+        frame = frame.f_back
+    return None if node is None else node.f_locals["self"]._sequence_nr()
+
+
 class Singles:
     """Steps the parameters of an optimizer one at a time."""
 
@@ -185,6 +235,8 @@ class Singles:
         self._opt = weakref.proxy(opt)
         self._known: dict[Tensor, Single] = {}
         self.pending = Pending(opt._together)
+        self._backward: Backward | None = None
+        self._steps = 0  # of all parameters
 
     def forget(self) -> None:
         """Look for every parameter anew: groups have changed."""
@@ -194,6 +246,8 @@ class Singles:
         """A parameter with its engine; None if it is not one of the optimizer's."""
         single = self._known.get(param)
         if single is None or not single.holds(self._opt):
+            if single is not None:  # what waits does so by the positions of before
+                self.pending.close(self._opt.param_groups)
             self._known = self._found()
             single = self._known.get(param)
         return single
@@ -217,16 +271,53 @@ class Singles:
     def step(self, single: Single, what: str) -> None:
         """Step one parameter with its gradient, and free the gradient."""
         opt, place = self._opt, single.place
+        self._refuse_part(single, what)
         training = place.group.get("train_mode", True)
         if not (training and single.row is not None and self._again(single, single.row)):
             if single.refusal is not None:
                 raise type(single.refusal)(f"{what}: {single.refusal}")
             opt._check_mode(what)
             opt._check_groups(place.index)
-            self.pending.before(place.param, opt.param_groups)
-            self._anew(single)
+            if self.pending.node is None:
+                self._anew(single)
+            else:
+                self._anew_with_others(single)
         place.param.grad = None
-        self.pending.after(opt.param_groups)
+        # what a scheduler looks at to see whether step() came first; such trainers need not call it
+        opt._opt_called = True
+
+    def _anew_with_others(self, single: Single) -> None:
+        """Step a parameter that gives something to the others."""
+        opt, pending, groups = self._opt, self.pending, self._opt.param_groups
+        if pending.before(single.place, groups):
+            opt._give_up_state()
+        if opt._advice.active:
+            opt._advice.before(groups, pending.waits(groups), [single.place.param])
+        self._anew(single)
+        if pending.after(groups):
+            opt._give_up_state()
+
+    def _refuse_part(self, single: Single, what: str) -> None:
+        """Refuse a second gradient of a parameter in one `backward()`: each is a part of the whole."""
+        number = torch._C._current_graph_task_id()
+        if number < 0:  # not in backward()
+            return
+        if self._backward is None or self._backward.number != number:
+            self._backward = Backward(number, self._steps)
+        before, single.stepped_in = single.stepped_in, self._backward
+        if before is None or before.steps != self._steps:
+            return
+        if self._backward.is_part_of_that_of(before):
+            raise RuntimeError(
+                f"{what}: {single.place.label} has a second gradient in one backward(), but was stepped "
+                "with the first: it is used in several reentrant checkpoints, or inside and outside of "
+                "one. Pass use_reentrant=False to torch.utils.checkpoint, or step without fused backward"
+            )
+
+    def end(self) -> None:
+        """The step of all parameters has ended."""
+        self._steps += 1
+        self._backward = None
 
     def _again(self, single: Single, row: Row) -> bool:
         attributes = self._opt.__dict__
@@ -256,7 +347,6 @@ class Singles:
             raise ValueError(f"step_parameter: {place.label} does not stand at index {index!r}")
         if param.grad is not None:
             self.step(single, "step_parameter()")
-        # what a scheduler looks at to see whether step() came first; such trainers need not call it
         self._opt._opt_called = True
 
 

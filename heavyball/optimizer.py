@@ -48,7 +48,7 @@ from heavyball.report import optimizer_repr, routing_table
 from heavyball.runner import Counts, Job, Scalars, add_missing_state
 from heavyball.states import Own
 from heavyball.storage import CORRECTION, PARAM, stream_of
-from heavyball.together import Together
+from heavyball.together import WAITING, Together
 from heavyball.transform import check_live, finite, frozen, nearest, nonnegative
 from heavyball.validation import check_form
 
@@ -297,18 +297,24 @@ class ChainOpt(Optimizer):
         refuse_rivals(self)
         if self._fused is not None:
             self._fused.check_left()
+        pending, together = self._singles.pending, self._together
+        begun = pending.waits(self.param_groups)
+        if begun:  # by parameters that were stepped one at a time
+            begun = pending.before_others(self.param_groups)
+            together = pending
         if self._advice.active:
-            self._advice.before(self.param_groups)
-        if not self._engine.step_again(self.param_groups, self.__dict__, self._together):
+            self._advice.before(self.param_groups, begun)
+        if not self._engine.step_again(self.param_groups, self.__dict__, together):
             self._engine.step(
                 self._jobs(),
                 self._chain.total_keys,
                 self._foreach,
                 self.param_groups,
                 self.__dict__,
-                self._together,
+                together,
             )
-        self._singles.pending.close(self.param_groups)
+        pending.close(self.param_groups)
+        self._singles.end()
         self._give_up_state()
         if self._fused is not None:
             self._fused.finish()
@@ -352,15 +358,20 @@ class ChainOpt(Optimizer):
 
     def _check_groups(self, only: int | None = None) -> None:
         """Check the live hyper-parameters of every group, or of one, where any has changed."""
-        keys = ("lr", "warmup_steps", "seed", *self._chain.hyper)
+        keys, changed = ("lr", "warmup_steps", "seed", *self._chain.hyper), {}
         for index, group in enumerate(self.param_groups):
             if only is None or index == only:
                 found = [frozen(group.get(key)) for key in keys]
                 if found != self._checked_values.get(index):
                     self._check_group(index, group)
-                    check_alike(self._chain, self.param_groups)
-                    self._together.begin_again(index, self.param_groups)
-                    self._checked_values[index] = found
+                    changed[index] = found
+        if changed:
+            check_alike(self._chain, self.param_groups)
+        if self._chain.rate is not None:
+            self._together.take(self.param_groups)
+        for index, found in changed.items():
+            self._together.begin_again(index, self.param_groups)
+            self._checked_values[index] = found
 
     def _places(self) -> Iterator[Place]:
         """Where each parameter stands."""
@@ -587,6 +598,8 @@ class ChainOpt(Optimizer):
         if loaded is None:
             self._programs, self._kinds = {}, {}  # parameters are new tensors after unpickling
             self._all_programs()
+            for group in self.param_groups:
+                self._together.settle(group)
             self._fused = None
             if self.__dict__.pop("_fuse_backward"):
                 self._fused = FusedBackward(self)
@@ -620,6 +633,9 @@ class ChainOpt(Optimizer):
             saved["param_groups"] = [plain(group) for group in saved["param_groups"]]
             saved["state"] = {n: plain(state) for n, state in saved["state"].items()}
             saved[DESCRIPTION] = description(self._chain)
+            for group in saved["param_groups"]:
+                if WAITING in group:  # the step that has begun goes on
+                    group[WAITING] = dict(group[WAITING])
 
         held = {param for group in self.param_groups for param in group["params"]}
         state = self.state
@@ -686,7 +702,8 @@ class ChainOpt(Optimizer):
     def d(self) -> list[float]:
         """The estimated distance of each group, of a chain that finds its learning rate.
 
-        It is read from the device, so a program that asks in every step waits in every step.
+        In a step of one parameter at a time it counts those that were stepped so far. It is read from
+        the device, so a program that asks in every step waits in every step.
         """
         return [float(group["d"]) for group in self._estimating()]
 
@@ -701,7 +718,7 @@ class ChainOpt(Optimizer):
             raise AttributeError(
                 f"{type(self).__name__} has no d: nothing in its chain estimates it, as prodigy_d does"
             )
-        return self.param_groups
+        return self._singles.pending.closed(self.param_groups)
 
     @property
     def chain(self) -> Chain:

@@ -337,6 +337,7 @@ class Transform:
     lead: "Transform | None" = None
     common: dict[str, str | float] = field(default_factory=dict)
     past: dict[str, str] = field(default_factory=dict)
+    made_from: dict[str, str] = field(default_factory=dict)
     gives: tuple[str, ...] = ()
     finish: Callable[..., Any] | None = None
     given: frozenset[str] = field(default_factory=frozenset)
@@ -459,6 +460,7 @@ def transform(
     lead: Transform | None = None,
     common: Mapping[str, str | float] | None = None,
     past: Mapping[str, str] | None = None,
+    made_from: Mapping[str, str] | None = None,
     gives: tuple[str, ...] = (),
     finish: Callable[..., Any] | None = None,
     **states: State,
@@ -485,6 +487,7 @@ def transform(
     common: numbers of the parameter group, each with a hyper-parameter that it begins at, or a float;
         an int counts the group's steps. They are entries of the group and context for every element.
     past: those of the common numbers that keep what another was before `finish`, by their names.
+    made_from: those that `finish` makes from another in every step, by their names.
     gives: names of further results, behind those of `provides`: shares of sums over all parameters
         that are not needed in this step. Only with `finish`.
     finish: `fn(members, options)` makes the new common numbers from the sums, see `together.py`: of
@@ -575,6 +578,7 @@ def transform(
             lead=lead,
             common=dict(common or {}),
             past=dict(past or {}),
+            made_from=dict(made_from or {}),
             gives=gives,
             finish=finish,
         )

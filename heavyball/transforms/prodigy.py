@@ -366,6 +366,7 @@ def _estimate_plus(members: Sequence[Member], options: Mapping[str, Any]) -> lis
         "prodigy_steps": Interval(0, float("inf")),
     },
     common={"d": "d0", "d_numerator": 0.0, **COVERED, **STEPPING, "d_steps": 0},
+    made_from={"d_step": "d"},
     gives=("numerator", "denominator", "before", "count"),
     finish=_estimate_plus,
 )

@@ -80,6 +80,7 @@ def _estimate(members: Sequence[Member], options: Mapping[str, Any]) -> list[dic
         **STEPPING,
         "d_steps": 0,
     },
+    made_from={"d_step": "d"},
     gives=("numerator", "count"),
     finish=_estimate,
 )
