@@ -23,6 +23,7 @@ from heavyball.checks import describe, labelled
 from heavyball.combine import plain_name
 from heavyball.numerics import lasting
 from heavyball.runner import add_missing_state
+from heavyball.together import WAITING
 from heavyball.validation import check_hyper, check_source, impossible
 
 if TYPE_CHECKING:
@@ -113,6 +114,7 @@ def fit(opt: "ChainOpt", loading: Mapping[str, Any], strict: bool) -> Fitted:
     left = LoadResult([], [])
     if strict:
         _refuse(opt, loading, matches)
+        _check_common(opt, loading)
         groups = [dict(loading["param_groups"][source]) for source in sources]
         states = {match.param: dict(match.saved) for match in matches}
     else:
@@ -192,6 +194,15 @@ def _refuse(opt: "ChainOpt", loading: Mapping[str, Any], matches: list[Match]) -
             )
         for fault in match.wrong:
             raise ValueError(f"load_state_dict: of the state saved for {match.label}, {fault}")
+
+
+def _check_common(opt: "ChainOpt", loading: Mapping[str, Any]) -> None:
+    for index, group in enumerate(loading["param_groups"]):
+        for name in group:
+            try:
+                opt._together.check_saved(index, name, group)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"load_state_dict: {error}") from None
 
 
 # ---- which parameter is which
@@ -325,24 +336,34 @@ def _entries(
     group = {k: v for k, v in opt.param_groups[index].items() if k != "params"}
     if "train_mode" in group:
         group["train_mode"] = True  # where nothing else was saved
+    group.pop(WAITING, None)  # of the state that is replaced
     for key, value in saved.items():
         if key in ("params", "param_names"):
             continue
         known = key in group or key in opt.defaults or key in BOOKKEEPING or key.startswith("_")
-        if known and _accepts(opt, key, value):
+        if known and _accepts(opt, index, key, saved):
             group[key] = value
         else:
             left.unexpected_keys.append(f"param_groups.{index}.{key}")
-    lacking = [k for k in opt.defaults if k not in saved and k != "differentiable"]
-    left.missing_keys.extend(f"param_groups.{index}.{k}" for k in lacking)
+    common = opt._together.common
+    loaded = {
+        n: group[n] for n in common if f"param_groups.{index}.{n}" not in left.unexpected_keys
+    }
+    following = opt._together.following(
+        {n: v for n, v in loaded.items() if n in saved}, opt.param_groups
+    )
+    group |= following
+    lacking = [k for k in (*opt.defaults, *common) if k not in saved and k not in following]
+    left.missing_keys.extend(f"param_groups.{index}.{k}" for k in lacking if k != "differentiable")
     return group
 
 
-def _accepts(opt: "ChainOpt", key: str, value: Any) -> bool:
-    if key not in (*opt.chain.hyper, "lr", "seed", "warmup_steps"):
-        return True
+def _accepts(opt: "ChainOpt", index: int, key: str, saved: Mapping[str, Any]) -> bool:
     try:
-        opt._checked(key, value)
+        if key in (*opt.chain.hyper, "lr", "seed", "warmup_steps"):
+            opt._checked(key, saved[key])
+        else:
+            opt._together.check_saved(index, key, saved)
     except (TypeError, ValueError):
         return False
     return True

@@ -594,12 +594,12 @@ class ChainOpt(Optimizer):
         self._singles = Singles(self)
         self._rivals_checked = -1
         self._switching, self._loaded_in = False, {}
+        for group in self.param_groups:
+            self._together.settle(group)
         loaded = self.__dict__.pop("_loading", None)
         if loaded is None:
             self._programs, self._kinds = {}, {}  # parameters are new tensors after unpickling
             self._all_programs()
-            for group in self.param_groups:
-                self._together.settle(group)
             self._fused = None
             if self.__dict__.pop("_fuse_backward"):
                 self._fused = FusedBackward(self)

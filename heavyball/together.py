@@ -55,7 +55,7 @@ class Together:
         self._scalars: list[Scalars] = []
         self._gated = any(_is_gated(program) for program in chain.programs)
         # by a group's identity and an entry's name: what was put there, and its version
-        self._put: dict[int, dict[str, tuple[Any, int]]] = {}
+        self._put: dict[int, dict[str, tuple[Any, int | None]]] = {}
         # which entries are still what they begin at
         self._begun: dict[int, set[str]] = {}
         # a CUDA graph writes into the tensors that it was captured with
@@ -129,7 +129,7 @@ class Together:
                     group[name] = _own(value, device)
             else:
                 group[name] = _own(value, device)
-        self._put.setdefault(id(group), {})[name] = group[name], version_of(group[name])
+        self._put.setdefault(id(group), {})[name] = group[name], _version(group[name])
 
     # ---- set by hand
 
@@ -146,7 +146,7 @@ class Together:
             return
         for index, new in given.items():
             self._refuse_made(index, new)
-            new |= self._following(new, groups)
+            new |= self.following(new, groups)
         if self._shared:
             given = self._for_all(given, len(groups))
         for index, new in given.items():
@@ -161,7 +161,7 @@ class Together:
             if name not in group:
                 raise ValueError(f"parameter group {index} has lost its entry {name!r}")
             value, known = group[name], put.get(name)
-            if known is None or value is not known[0] or version_of(value) != known[1]:
+            if known is None or value is not known[0] or _version(value) != known[1]:
                 given[name] = self.checked(name, value, index)
         return given
 
@@ -188,6 +188,19 @@ class Together:
             raise ValueError(f"{said} a finite number in {domain}")
         return number
 
+    def check_saved(self, index: int, name: str, group: Mapping[str, Any]) -> None:
+        """Check an entry of a saved group, if it is one of these numbers or what waits for a step's end.
+
+        Errors: TypeError or ValueError naming the group and the entry.
+        """
+        if name in self.common:
+            self.checked(name, group[name], index)
+        elif name == WAITING:
+            shares = 0 if self.node is None else len(self.node.transform.gives)
+            wrong = _wrong_waiting(group[name], len(group["params"]), shares)
+            if wrong:
+                raise ValueError(f"parameter group {index}: {name!r} {wrong}")
+
     def _refuse_made(self, index: int, new: Mapping[str, float]) -> None:
         assert self.node is not None
         t = self.node.transform
@@ -198,11 +211,10 @@ class Together:
                     "step; set that"
                 )
 
-    def _following(
-        self, new: Mapping[str, float], groups: list[dict[str, Any]]
-    ) -> dict[str, float]:
+    def following(self, new: Mapping[str, float], groups: list[dict[str, Any]]) -> dict[str, float]:
         """What follows from entries that were set: those that begin as they do."""
-        assert self.node is not None
+        if self.node is None:
+            return {}
         leaders: dict[str, str] = {}
         for name, first in self.common.items():
             if isinstance(first, str):
@@ -412,7 +424,7 @@ def _total(groups: list[dict[str, Any]], rest: Sums) -> Sums:
     return total
 
 
-def wrong_waiting(waiting: Any, params: int, shares: int) -> str | None:
+def _wrong_waiting(waiting: Any, params: int, shares: int) -> str | None:
     """What is wrong with an entry `WAITING` for so many parameters, which give so many numbers each."""
     if not isinstance(waiting, dict):
         return f"is {waiting!r}, expected a dict"
@@ -441,6 +453,10 @@ def _number(value: Any) -> float | None:
         return float(value)
     except OverflowError:
         return math.inf
+
+
+def _version(value: Any) -> int | None:
+    return version_of(value) if isinstance(value, Tensor) else None
 
 
 def _own(value: Any, device: torch.device) -> Tensor:
