@@ -196,7 +196,8 @@ class Together:
         if name in self.common:
             self.checked(name, group[name], index)
         elif name == WAITING:
-            shares = 0 if self.node is None else len(self.node.transform.gives)
+            given = () if self.node is None else self.node.transform.gives
+            shares = len(given) + 1 if given else 0  # and whether the parameter was stepped
             wrong = _wrong_waiting(group[name], len(group["params"]), shares)
             if wrong:
                 raise ValueError(f"parameter group {index}: {name!r} {wrong}")

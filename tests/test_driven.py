@@ -127,10 +127,10 @@ def test_a_gradient_assigned_by_hand_is_of_the_step_that_has_begun():
     [
         [],
         {"0": (torch.ones(()),)},
-        {5: (torch.ones(()), torch.ones(()))},
+        {5: (torch.ones(()),) * 5},
         {0: ()},
-        {0: (torch.tensor(math.nan), torch.ones(()))},
-        {0: (1.0, 2.0)},
+        {0: (torch.tensor(math.nan),) * 5},
+        {0: (1.0,) * 5},
     ],
     ids=repr,
 )
