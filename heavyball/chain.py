@@ -430,7 +430,8 @@ def _rate_first(nodes: tuple[Node | Fork, ...]) -> tuple[Node | Fork, ...]:
     for i in range(start, len(rest)):
         if any(_has_unit(n) for n in flatten(rest[i : i + 1])):
             break
-        if isinstance(rest[i], Node) and {"grad", "gate"} <= set(rest[i].transform.provides):
+        node = rest[i]
+        if isinstance(node, Node) and {"grad", "gate"} <= set(node.transform.provides):
             start = i + 1
     return (*rest[:start], nodes[place], *rest[start:])
 

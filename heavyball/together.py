@@ -277,11 +277,10 @@ class Together:
         # the last share counts the parameters whose step no gate has left out
         counts = {place: shares[-1].to(home) for place, shares in sums.items()}
         sums = {place: shares[:-1] for place, shares in sums.items()}
-        unsure = (
-            self._gated and home.type != "cpu"
-        )  # only the device knows, and nothing waits for it
+        # on a device only it knows, and nothing waits for it
+        unsure = self._gated and home.type != "cpu"
         if self._gated and not unsure:
-            sums = {place: shares for place, shares in sums.items() if counts[place].tolist() > 0}
+            sums = {place: shares for place, shares in sums.items() if counts[place].item() > 0}
         if not sums:
             return
         while len(self._scalars) < len(groups):

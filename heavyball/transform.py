@@ -11,9 +11,9 @@ import math
 import numbers
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
@@ -214,7 +214,7 @@ def _numbers(name: str, value: Any) -> tuple[float, ...]:
 _NO_SEQUENCES = (str, bytes, bytearray, Mapping, Set, Tensor)
 
 
-def is_sequence(value: Any) -> bool:
+def is_sequence(value: Any) -> TypeGuard[Sequence[Any]]:
     """Whether it can hold numbers in order: a tuple, a list, an array, a configuration's own kind."""
     if isinstance(value, float):  # by far the most frequent
         return False

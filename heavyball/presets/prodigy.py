@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import Any, Literal, Unpack
+from typing import Any, Literal, TypeVar, Unpack, cast
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ class Prodigy(Preset):
             split_groups=split_groups,
         )
         chain: tuple = (C.scale_by_adam(betas=b, eps=eps, correct_bias=False), rate)
-        if b.value[0] == 0:
+        if b[0].item == 0:
             chain += (C.in_new_unit,)
         if not flag("decouple", decouple):
             chain, weight_decay = (C.regularized(weight_decay=weight_decay), *chain), 0.0
@@ -113,7 +113,10 @@ def _exclude(first: str, second: str, reason: str, remedy: str) -> None:
     raise ValueError(f"{first} and {second} exclude each other: {reason}; pass {remedy}")
 
 
-def _noting_what_is_given(init: Callable[..., None]) -> Callable[..., None]:
+Init = TypeVar("Init", bound=Callable[..., None])
+
+
+def _noting_what_is_given(init: Init) -> Init:
     """Keep the names of the arguments that were given in `self._given`."""
     names = list(inspect.signature(init).parameters)
 
@@ -122,7 +125,7 @@ def _noting_what_is_given(init: Callable[..., None]) -> Callable[..., None]:
         self._given = frozenset((*names[1 : len(args) + 1], *options))
         init(self, *args, **options)
 
-    return noting
+    return cast(Init, noting)
 
 
 class ProdigyPlusScheduleFree(Preset):
@@ -143,6 +146,8 @@ class ProdigyPlusScheduleFree(Preset):
     Source: prodigy-plus-schedule-free 1.9.0 (`schedulefree_c`, `d_limiter`, "progress": 2.0.1), after
         https://arxiv.org/abs/2306.06101 and https://arxiv.org/abs/2405.15682.
     """
+
+    _given: frozenset[str]
 
     @_noting_what_is_given
     def __init__(

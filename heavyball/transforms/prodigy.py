@@ -70,7 +70,12 @@ def added_up(members: Sequence[Member], pool: list[int]) -> tuple[Tensor, ...]:
 
 # of the last step: ||s||_1 over all parameters, over those that were missing, and what the latter has
 # decayed by; and the most parameters that a step has had
-COVERED = {"d_norm": 0.0, "d_missing": 0.0, "d_faded": 1.0, "d_members": 0.0}
+COVERED: dict[str, str | float] = {
+    "d_norm": 0.0,
+    "d_missing": 0.0,
+    "d_faded": 1.0,
+    "d_members": 0.0,
+}
 # By how much of the norm the missing part may differ while it is taken to be the same: s is rounded.
 SAME = 0.01
 # What d never exceeds: weights that follow it, and what is made of them, stay finite.
@@ -273,7 +278,7 @@ def rectification(step: Tensor, beta2: Tensor) -> Tensor:
 
 # What groups keep that step with the harmonic mean of their d: it, the least that it may fall to when
 # another group joins, and whether the group trained in the last step.
-STEPPING = {"d_step": "d0", "d_least": 0.0, "d_active": 0.0}
+STEPPING: dict[str, str | float] = {"d_step": "d0", "d_least": 0.0, "d_active": 0.0}
 
 
 def stepping_d(
@@ -438,10 +443,6 @@ def prodigy_plus_d(
         along, gradient, x = along.sign(), gradient.sign(), d0 * x
     decay = beta3_of(beta3, betas)
     new = torch.where(trains & (step > 1) if after_first else trains, decay * s + x * gradient, s)
-    shares = (
-        x * along,
-        new.abs().sum(dtype=torch.float64),
-        s.abs().sum(dtype=torch.float64),
-    )
-    shares = tuple(torch.where(trains, share, 0.0) for share in shares)
+    sums = x * along, new.abs().sum(dtype=torch.float64), s.abs().sum(dtype=torch.float64)
+    shares = tuple(torch.where(trains, share, 0.0) for share in sums)
     return update, p0, new, d, *provided, *shares, count
