@@ -45,6 +45,7 @@ class Advice:
 
         begun: others have been stepped in the same step.
         """
+        begun = begun and self._steps > 0  # a copy may go on in the middle of a step
         noted = self._steps < NORMS if not begun else self._steps <= NORMS
         if not begun:
             self._steps += 1

@@ -97,6 +97,11 @@ class FusedBackward:
         """Begin a step: no parameter has been stepped in it."""
         self._stepped.clear()
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether a parameter has been stepped in this step."""
+        return bool(self._stepped)
+
     def on_gradient(self, param: Tensor, owners: weakref.WeakSet) -> None:
         """A parameter's gradient is complete: step it."""
         opt = self._opt()

@@ -48,7 +48,7 @@ from heavyball.report import optimizer_repr, routing_table
 from heavyball.runner import Counts, Job, Scalars, add_missing_state
 from heavyball.states import Own
 from heavyball.storage import CORRECTION, PARAM, stream_of
-from heavyball.together import WAITING, Together
+from heavyball.together import WAITING, Pending, Together
 from heavyball.transform import check_live, finite, frozen, nearest, nonnegative
 from heavyball.validation import check_form
 
@@ -297,12 +297,14 @@ class ChainOpt(Optimizer):
         refuse_rivals(self)
         if self._fused is not None:
             self._fused.check_left()
-        pending, together = self._singles.pending, self._together
+        pending = self._singles.pending
+        together: Together | Pending = self._together
         begun = pending.waits(self.param_groups)
         if begun:  # by parameters that were stepped one at a time
             begun = pending.before_others(self.param_groups)
             together = pending
         if self._advice.active:
+            begun |= self._fused is not None and self._fused.has_begun
             self._advice.before(self.param_groups, begun)
         if not self._engine.step_again(self.param_groups, self.__dict__, together):
             self._engine.step(

@@ -222,7 +222,7 @@ class Together:
                 leaders.setdefault(first, name)
         found = {}
         for name, first in self.common.items():
-            leader = leaders.get(first) if isinstance(first, str) else None
+            leader = leaders[first] if isinstance(first, str) else name
             # of several groups, the step makes it
             several = name in self.node.transform.made_from and len(groups) > 1 and self._mean
             if leader in new and name not in new and not (several and self._has_stepped(groups)):
