@@ -280,7 +280,11 @@ class Together:
         # on a device only it knows, and nothing waits for it
         unsure = self._gated and home.type != "cpu"
         if self._gated and not unsure:
-            sums = {place: shares for place, shares in sums.items() if counts[place].item() > 0}
+            sums = {
+                place: shares
+                for place, shares in sums.items()
+                if counts[place].reshape(1).tolist()[0] > 0
+            }
         if not sums:
             return
         while len(self._scalars) < len(groups):
