@@ -46,7 +46,7 @@ from heavyball.presets import (
 from heavyball.schedule import PrecondSchedule
 from heavyball.transform import no_attribute
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ADOPT",
