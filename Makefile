@@ -55,23 +55,23 @@ test-asan: $(VENV)/installed-test
 		tests/test_waves.py tests/test_fused.py tests/test_storage.py tests/test_sums.py
 
 bench: $(VENV)/installed-race
-	$(BIN)/python -m heavyball.race.bench --threads 2 --out docs/measurements.md
+	$(BIN)/python -m benchmarks --threads 2 --out docs/measurements.md
 
 psgd-efficiency: $(VENV)/installed-race
-	$(BIN)/python -m heavyball.race.bench.psgd --threads 2 --out docs/psgd_efficiency.md
+	$(BIN)/python -m benchmarks.psgd --threads 2 --out docs/psgd_efficiency.md
 
 PEERS := .venv-peers
-$(PEERS)/installed: heavyball/race/bench/peers.txt constraints.txt
+$(PEERS)/installed: benchmarks/peers.txt constraints.txt
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check \
-		--constraint constraints.txt --requirement heavyball/race/bench/peers.txt
+		--constraint constraints.txt --requirement benchmarks/peers.txt
 	@touch $@
 
 bench-peers: $(VENV)/installed-race $(PEERS)/installed
-	$(BIN)/python -m heavyball.race.bench --peers --threads 2 --out docs/measurements.md
+	$(BIN)/python -m benchmarks --peers --threads 2 --out docs/measurements.md
 
 bench-duels: $(VENV)/installed-race $(PEERS)/installed
-	$(BIN)/python -m heavyball.race.bench --duel all --threads 2 --out docs/measurements.md
+	$(BIN)/python -m benchmarks --duel all --threads 2 --out docs/measurements.md
 
 # DATA=DIR for a folder that holds the files; heavyball race --resume comparison/chars goes on with it
 COMPARE = $(BIN)/heavyball race $(if $(DATA),--data $(DATA)) --seeds 3 --grid-seeds 1 --target AdamW --threads 1

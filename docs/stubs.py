@@ -16,7 +16,7 @@ HEAD = '''\
 from collections.abc import Callable
 from typing import Any, Literal, Self
 
-from heavyball.transform import Shared
+from heavyball.core.hyper import Shared
 '''
 
 

@@ -2,9 +2,12 @@
 
 from typing import Any
 
-from heavyball import chainable, checkpoint, utils
-from heavyball.fused import FusedBackward, fuse_backward
+from heavyball import chainable, utils
+from heavyball.core.transform import no_attribute
+from heavyball.linalg.schedule import PrecondSchedule
 from heavyball.memory import MemoryPlan, memory_plan
+from heavyball.optim import checkpoint
+from heavyball.optim.fused import FusedBackward, fuse_backward
 from heavyball.presets import (
     ADOPT,
     PRESETS,
@@ -43,8 +46,6 @@ from heavyball.presets import (
     SOAPAdEMAMix,
     SOAPNAdam,
 )
-from heavyball.schedule import PrecondSchedule
-from heavyball.transform import no_attribute
 
 __version__ = "0.2.0"
 

@@ -1,20 +1,10 @@
 """The public namespace, used as `C = heavyball.chainable`: ChainOpt, combinators, transforms."""
 
-from heavyball.combine import graft, parallel, route, when, within
-from heavyball.optimizer import ChainOpt
-from heavyball.transform import (
-    Interval,
-    Live,
-    State,
-    Transform,
-    copy_of_param,
-    no_attribute,
-    scalar,
-    shared,
-    squares,
-    transform,
-    zeros,
-)
+from heavyball.core.combine import graft, parallel, route, when, within
+from heavyball.core.hyper import Interval, Live, shared
+from heavyball.core.transform import Transform, no_attribute, transform
+from heavyball.optim.optimizer import ChainOpt
+from heavyball.state.declare import State, copy_of_param, scalar, squares, zeros
 from heavyball.transforms import TRANSFORMS
 from heavyball.transforms.soap import soap_precond
 

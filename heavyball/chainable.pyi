@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from typing import Any, Literal, Self
 
-from heavyball.transform import Shared
-from heavyball.combine import graft, parallel, route, when, within
-from heavyball.optimizer import ChainOpt
-from heavyball.transform import Interval, Live, State, Transform, copy_of_param, no_attribute, scalar, shared, squares, transform, zeros
+from heavyball.core.hyper import Shared
+from heavyball.core.combine import graft, parallel, route, when, within
+from heavyball.core.hyper import Interval, Live, shared
+from heavyball.core.transform import Transform, no_attribute, transform
+from heavyball.optim.optimizer import ChainOpt
+from heavyball.state.declare import State, copy_of_param, scalar, squares, zeros
 from heavyball.transforms import TRANSFORMS
 from heavyball.transforms.soap import soap_precond
 

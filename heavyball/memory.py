@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from heavyball.chain import Program
-from heavyball.optimizer import ChainOpt
+from heavyball.core.program import Program
+from heavyball.core.transform import Transform
+from heavyball.diagnostics.report import readable_bytes
+from heavyball.errors import nearest
+from heavyball.optim.optimizer import ChainOpt
 from heavyball.presets import PRESETS
-from heavyball.report import readable_bytes
-from heavyball.transform import Transform, nearest
 
 # Rows of parameters that a printed plan shows.
 SHOWN = 12
@@ -122,7 +123,7 @@ def _maker(what: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 
 def _from_text(text: str) -> tuple[Any, dict[str, Any]]:
-    from heavyball.race.parse import parse_chain, parse_optimizer
+    from heavyball.text import parse_chain, parse_optimizer
 
     name = text.partition(":")[0].strip()
     if name in PRESETS:

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from heavyball.transform import no_attribute
+from heavyball.core.transform import no_attribute
 
 __all__ = ["compile_mode", "set_torch", "zeroth_power_mode"]
 
@@ -12,7 +12,7 @@ __all__ = ["compile_mode", "set_torch", "zeroth_power_mode"]
 compile_mode: str | None = "auto"
 
 # How SOAP's presets and `soap_precond` refresh a basis where they are not told: "qr", "newtonschulz",
-# "svd" or "eigh", see `heavyball.numerics.eigenbasis.refreshed`; "newtonschulz5" makes so many steps.
+# "svd" or "eigh", see `heavyball.linalg.eigenbasis.refreshed`; "newtonschulz5" makes so many steps.
 # It counts for chains that are built after it is set.
 zeroth_power_mode: str = "qr"
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from heavyball.numerics import orthogonalize
+from heavyball.linalg import orthogonalize
 
 
 @pytest.fixture(autouse=True)

@@ -17,10 +17,12 @@ from triton.language import core
 from triton.runtime import interpreter
 
 import heavyball
-from heavyball.compiler import cuda, triton_arrays, triton_printer
-from heavyball.compiler.triton_printer import BLOCK, CHUNK
-from heavyball.runner import working_param
-from heavyball.storage import held
+from heavyball.compiler.triton import arrays as triton_arrays
+from heavyball.compiler.triton import device as cuda
+from heavyball.compiler.triton import printer as triton_printer
+from heavyball.compiler.triton.printer import BLOCK, CHUNK
+from heavyball.runtime.step import working_param
+from heavyball.state.held import held
 
 C = heavyball.chainable
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import heavyball
-from heavyball.compiler import cpp
+from heavyball.compiler.cpp import printer as cpp
 from heavyball.numerics import measures
 
 C = heavyball.chainable

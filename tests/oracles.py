@@ -22,7 +22,8 @@ from torch import Tensor
 
 from heavyball import chainable as C
 from heavyball import utils
-from heavyball.transform import Transform, transform, zeros
+from heavyball.core.transform import Transform, transform
+from heavyball.state.declare import zeros
 
 EPS = 2.0**-53  # the unit roundoff of float64
 SHAPES = ((), (5,), (3, 4), (2, 3, 2, 2))

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import heavyball
-from heavyball.compiler import algebra
-from heavyball.transform import Interval
+from heavyball.compiler.passes import algebra
+from heavyball.core.hyper import Interval
 
 C = heavyball.chainable
 

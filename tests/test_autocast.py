@@ -9,7 +9,7 @@ from models import differences, fill_gradients, parameters, snapshot
 
 import heavyball
 from heavyball import chainable as C
-from heavyball.fused import sums_in
+from heavyball.optim.fused import sums_in
 
 LOW = [torch.bfloat16, torch.float16]
 

@@ -8,10 +8,11 @@ import torch
 from test_compiler import assert_near, pair, values
 
 import heavyball
-from heavyball.compiler import engine, launch
-from heavyball.compiler.axes import Frame, along, first_axes, run_sizes
-from heavyball.compiler.cpp import SMALL
-from heavyball.storage import held
+from heavyball.compiler.cpp.printer import SMALL
+from heavyball.compiler.passes.axes import Frame, along, first_axes, run_sizes
+from heavyball.compiler.run import engine
+from heavyball.compiler.run import table as launch
+from heavyball.state.held import held
 
 C = heavyball.chainable
 

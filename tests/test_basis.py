@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from heavyball import basis as B
-from heavyball.numerics import eigenbasis as E
-from heavyball.numerics.modes import rotate
-from heavyball.race.bench.shapes import SETS
-from heavyball.schedule import Every
-from heavyball.view import working_shape
+from benchmarks.shapes import SETS
+from heavyball.linalg import basis as B
+from heavyball.linalg import eigenbasis as E
+from heavyball.linalg.modes import rotate
+from heavyball.linalg.schedule import Every
+from heavyball.linalg.view import working_shape
 
 OPTIONS = {"max_precond_dim": 2048, "merge_dims": True, "split": False, "precondition_1d": False}
 

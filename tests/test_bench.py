@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from rich import box
 
 import heavyball
-from heavyball.race.bench import cases, cli, duels, measure, report, shapes, worker
+from benchmarks import cases, cli, duels, measure, report, shapes, worker
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ def test_every_duel_is_for_a_shape_set_and_names_its_library():
 
 
 def test_the_ways_to_keep_psgd_factors_are_measured_and_drawn(tmp_path):
-    from heavyball.race.bench import psgd
+    from benchmarks import psgd
 
     page = tmp_path / "page.md"
     options = ["--size", "24", "--size", "40", "--steps", "1", "--out", str(page)]

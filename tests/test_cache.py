@@ -22,8 +22,9 @@ import pytest
 import torch
 
 import heavyball
-from heavyball import threads
-from heavyball.compiler import engine, toolchain
+from heavyball.compiler.cpp import toolchain
+from heavyball.compiler.run import engine
+from heavyball.runtime import threads
 
 C = heavyball.chainable
 REAL = " ".join(toolchain.compiler())

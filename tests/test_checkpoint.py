@@ -39,8 +39,9 @@ from torch.distributed.checkpoint.state_dict import (
 
 import heavyball
 from heavyball import chainable as C
-from heavyball import checkpoint, utils
-from heavyball.combine import leaves
+from heavyball import utils
+from heavyball.core.combine import leaves
+from heavyball.optim import checkpoint
 
 every_case = pytest.mark.parametrize("case", CASES, ids=repr)
 

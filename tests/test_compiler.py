@@ -19,8 +19,10 @@ from hypothesis import strategies as st
 from oracles import anywhere
 
 import heavyball
-from heavyball.compiler import engine, launch, toolchain
-from heavyball.compiler.cpp import BATCH, CHUNK, SMALL
+from heavyball.compiler.cpp import toolchain
+from heavyball.compiler.cpp.printer import BATCH, CHUNK, SMALL
+from heavyball.compiler.run import engine
+from heavyball.compiler.run import table as launch
 
 C = heavyball.chainable
 

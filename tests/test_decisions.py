@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import pytest
 
-from heavyball.numerics.decisions import LATE, Occasions, annealed, occasions
+from heavyball.linalg.decisions import LATE, Occasions, annealed, occasions
 
 
 def never() -> float:

@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import heavyball
-from heavyball import advice
 from heavyball import chainable as C
+from heavyball.diagnostics import advice
 
 Plus = heavyball.ProdigyPlusScheduleFree
 RATES = {

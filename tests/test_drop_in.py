@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import heavyball
-from heavyball.checks import edits
+from heavyball.optim.checks import edits
 
 C = heavyball.chainable
 DROP_IN = ("AdamW", "SGD", "RMSprop", "NAdam")

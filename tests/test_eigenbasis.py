@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from heavyball.numerics import eigenbasis as E
-from heavyball.numerics.modes import product, rotate, update_gram
+from heavyball.linalg import eigenbasis as E
+from heavyball.linalg.modes import product, rotate, update_gram
 
 WAYS = ("qr", "newtonschulz", "svd", "eigh")
 # a few hundred roundings of numbers near 1

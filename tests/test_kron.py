@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from oracles import EPS, examples, grid, h_grads, summary
 from torch import Tensor
 
-from heavyball.numerics import kron, triangles
+from heavyball.linalg import kron, triangles
 
 SHAPES = [(7,), (1,), (5, 3), (3, 1), (2, 3, 4), (3, 2, 2, 2), (2, 2, 3, 1, 2), (5, 6, 2, 2)]
 LAYOUTS = [None, "one_diag", "all_diag", "one_triu"]

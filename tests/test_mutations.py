@@ -52,10 +52,10 @@ from transforms import (
     test_stable,
 )
 
-from heavyball import basis as basis_module
-from heavyball import chain as chain_module
 from heavyball import chainable as C
-from heavyball.numerics.modes import rotate
+from heavyball.core import chain as chain_module
+from heavyball.linalg import basis as basis_module
+from heavyball.linalg.modes import rotate
 from heavyball.transforms import soap as soap_module
 
 Wrong = Callable[..., Any]

@@ -4,7 +4,7 @@ import operations
 import pytest
 import torch
 
-from heavyball.compiler.cpp import CHUNK, SMALL
+from heavyball.compiler.cpp.printer import CHUNK, SMALL
 
 CPU = torch.device("cpu")
 F32, F64 = torch.float32, torch.float64

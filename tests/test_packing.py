@@ -5,7 +5,7 @@ import torch
 from models import same_bits
 from torch import Tensor
 
-from heavyball.numerics import packing
+from heavyball.state import packing
 
 HALVES = (torch.bfloat16, torch.float16)
 WHOLES = (torch.int8, torch.int16)

@@ -10,7 +10,7 @@ from oracles import EPS, anywhere, close, eager, examples  # noqa: F401
 from torch import Tensor
 
 from heavyball import chainable as C
-from heavyball.combine import leaves
+from heavyball.core.combine import leaves
 
 CHAINS: dict[str, Callable[[], tuple]] = {
     "sgd": lambda: (C.descend,),

@@ -327,7 +327,7 @@ def test_without_the_extra_the_package_imports_and_the_program_says_what_is_miss
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({list(race.EXTRAS)}));"
         "import heavyball.race.parse;"
-        "print(heavyball.race.parse.parse_chain('exp_avg | sign'));"
+        "print(heavyball.text.parse_chain('exp_avg | sign'));"
         "heavyball.race.main()"
     )
     done = subprocess.run(

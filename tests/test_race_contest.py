@@ -7,9 +7,9 @@ import pytest
 import torch
 from matplotlib import image
 
+from heavyball.errors import RaceError
 from heavyball.race import contest
 from heavyball.race.contest import hold
-from heavyball.race.errors import RaceError
 from heavyball.race.plan import Plan, open_race
 from heavyball.race.plot import draw
 from heavyball.race.report import notes, result_table, spread

@@ -14,10 +14,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from benchmarks.cli import bench
+from heavyball.errors import RaceError
 from heavyball.race import contest
-from heavyball.race.bench.cli import bench
 from heavyball.race.cli import cli
-from heavyball.race.errors import RaceError
 from heavyball.race.plan import LARGEST, TYPES, Plan, open_race
 from heavyball.race.store import Store
 from heavyball.race.tasks import open_task

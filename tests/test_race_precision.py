@@ -6,9 +6,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from heavyball.errors import RaceError
 from heavyball.race import precision
 from heavyball.race.cli import cli
-from heavyball.race.errors import RaceError
 from heavyball.race.tasks import open_task
 
 MARKS = f"{precision.BEGIN}\nold\n{precision.END}\n"

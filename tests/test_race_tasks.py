@@ -6,7 +6,7 @@ import urllib.request
 import pytest
 import torch
 
-from heavyball.race.errors import RaceError
+from heavyball.errors import RaceError
 from heavyball.race.tasks import TASKS, open_task
 from heavyball.race.tasks.chars import CONTEXT
 from heavyball.race.tasks.files import Remote, cache, fetch, idx, write_atomically

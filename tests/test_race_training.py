@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import heavyball
+from heavyball.errors import ChainError, RaceError
 from heavyball.race.contenders import (
     CHAIN_LR,
     Contender,
@@ -18,7 +19,6 @@ from heavyball.race.contenders import (
     state_bytes,
     torch_optimizers,
 )
-from heavyball.race.errors import ChainError, RaceError
 from heavyball.race.tasks import open_task
 from heavyball.race.tasks.base import Task
 from heavyball.race.training import Settings, rehearse, train

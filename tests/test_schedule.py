@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import heavyball
-from heavyball.schedule import BLOCK, Every, PrecondSchedule, Schedule, as_schedule
+from heavyball.linalg.schedule import BLOCK, Every, PrecondSchedule, Schedule, as_schedule
 
 # steps, interval as printed, refreshes so far: the table in HeavyBall's documentation
 PUBLISHED = [
@@ -96,8 +96,10 @@ def test_late_counts_are_those_of_the_integral() -> None:
 
 def test_a_late_step_takes_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    running = heavyball.schedule._running
-    monkeypatch.setattr("heavyball.schedule._running", lambda *a: made.append(a) or running(*a))
+    running = heavyball.linalg.schedule._running
+    monkeypatch.setattr(
+        "heavyball.linalg.schedule._running", lambda *a: made.append(a) or running(*a)
+    )
     schedule = PrecondSchedule(b=7.25)
     with decimal.localcontext(decimal.Context(prec=2)):  # that of the caller is nobody's business
         schedule.fires(2**52)

@@ -4,7 +4,7 @@ import threading
 
 import torch
 
-from heavyball.numerics.scratch import reused, scratch
+from heavyball.linalg.scratch import reused, scratch
 
 LIKE = torch.zeros(1)
 

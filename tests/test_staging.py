@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import heavyball
-from heavyball.compiler import engine
+from heavyball.compiler.run import engine
 
 C = heavyball.chainable
 SHAPE = (4, 6, 5, 3)

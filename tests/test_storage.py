@@ -11,9 +11,9 @@ from models import same_bits, snapshot
 from torch import nn
 
 import heavyball
-from heavyball.checkpoint import expected_state
-from heavyball.runner import working_param
-from heavyball.storage import CORRECTION, SCALE, held
+from heavyball.optim.checkpoint import expected_state
+from heavyball.runtime.step import working_param
+from heavyball.state.held import CORRECTION, SCALE, held
 
 C = heavyball.chainable
 

@@ -10,8 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import heavyball
 from heavyball import chainable as C
-from heavyball import threads, whole
-from heavyball.numerics import scratch
+from heavyball.linalg import scratch
+from heavyball.runtime import serve as whole
+from heavyball.runtime import threads
 
 MUCH = float(threads.LEAST)
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import heavyball
-from heavyball import advice, utils
 from heavyball import chainable as C
+from heavyball import utils
+from heavyball.diagnostics import advice
 
 SHAPES = ((40, 36), (36, 40), (300, 257), (13,), (10,), (1,), (4, 3, 3, 3), ())
 MAKERS: dict[str, Any] = {

@@ -9,12 +9,14 @@ import pytest
 import torch
 
 import heavyball
-from heavyball.compiler import cpp, cuda, triton_printer
-from heavyball.compiler.graph import record
-from heavyball.compiler.triton_matrix import TritonMatrixPrinter
-from heavyball.compiler.triton_printer import TritonPrinter
-from heavyball.runner import compute_dtype
-from heavyball.storage import is_root
+from heavyball.compiler.cpp import printer as cpp
+from heavyball.compiler.frontend.graph import record
+from heavyball.compiler.triton import device as cuda
+from heavyball.compiler.triton import printer as triton_printer
+from heavyball.compiler.triton.matrix import TritonMatrixPrinter
+from heavyball.compiler.triton.printer import TritonPrinter
+from heavyball.runtime.step import compute_dtype
+from heavyball.state.held import is_root
 
 triton = pytest.importorskip("triton", reason="Triton's wheels are for Linux only")
 C = heavyball.chainable

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from heavyball.view import (
+from heavyball.linalg.view import (
     WorkingShape,
     merged_from_left,
     merged_from_right,

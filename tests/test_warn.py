@@ -11,7 +11,7 @@ from models import fill_gradients, parameters
 
 import heavyball
 from heavyball import chainable as C
-from heavyball import warn as module
+from heavyball import errors as module
 
 
 def by_step(opt, params):
@@ -83,7 +83,7 @@ CHAINS = {
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", CHAINS)
 def test_a_step_warns_at_the_line_that_led_to_it(name, way, monkeypatch):
-    monkeypatch.setattr("heavyball.compiler.engine._warned", set())
+    monkeypatch.setattr("heavyball.compiler.run.engine._warned", set())
     params = parameters((4, 3), (3, 4))
     fill_gradients(params, 0)
     with warnings.catch_warnings(record=True) as seen:

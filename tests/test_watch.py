@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import heavyball
-from heavyball.compiler import engine, toolchain, watch
+from heavyball.compiler.cpp import toolchain
+from heavyball.compiler.run import engine, watch
 
 C = heavyball.chainable
 SIDE = 6

@@ -13,7 +13,8 @@ from oracles import anywhere
 
 from heavyball import chainable as C
 from heavyball.chainable import transform, zeros
-from heavyball.compiler import engine, segments, waves
+from heavyball.compiler.passes import segments
+from heavyball.compiler.run import engine, waves
 
 MATRICES = ((5, 6), (6, 5), (5, 6), (1, 9), (3, 2, 2, 2), (300, 260), (5, 6), (200, 190))
 ALL = (*MATRICES, (), (7,), (70_001,))

@@ -22,7 +22,7 @@ from heavyball.numerics.measures import (
     saturate,
     shape_of,
 )
-from heavyball.numerics.rounding import (
+from heavyball.numerics.random import (
     generator,
     host_uniform,
     normals,

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from heavyball.core.transform import no_attribute
 from heavyball.presets.base import CLIPPINGS, DEFAULTS, Preset, PresetOptions
 from heavyball.presets.first_order import (
     ADOPT,
@@ -41,7 +42,6 @@ from heavyball.presets.soap import (
     SOAPAdEMAMix,
     SOAPNAdam,
 )
-from heavyball.transform import no_attribute
 
 PRESETS: dict[str, type[Preset]] = {
     cls.__name__: cls

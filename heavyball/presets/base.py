@@ -8,10 +8,12 @@ from typing import Any, ClassVar, TypedDict
 from torch import Tensor
 
 from heavyball import chainable as C
-from heavyball.checks import TORCH_SWITCHES
-from heavyball.formats import Choice
-from heavyball.optimizer import ChainOpt
-from heavyball.transform import Shared, Transform, check_live, nearest, nonnegative
+from heavyball.core.hyper import Shared, check_live, nonnegative
+from heavyball.core.transform import Transform
+from heavyball.errors import nearest
+from heavyball.optim.checks import TORCH_SWITCHES
+from heavyball.optim.optimizer import ChainOpt
+from heavyball.state.formats import Choice
 
 CLIPPINGS: dict[str, Transform] = {
     "l2_clip": C.clip_by_norm,

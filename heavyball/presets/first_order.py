@@ -5,8 +5,8 @@ from typing import Any, Unpack
 from torch import Tensor
 
 from heavyball import chainable as C
+from heavyball.core.hyper import shared
 from heavyball.presets.base import Preset, PresetOptions, flag
-from heavyball.transform import shared
 
 
 class SGD(Preset):

@@ -8,10 +8,11 @@ from typing import Any, TypedDict, Unpack
 from torch import Tensor
 
 from heavyball import chainable as C
-from heavyball.checks import checked_lr
-from heavyball.numerics.orthogonalize import Products
+from heavyball.core.hyper import check_live, nonnegative, shared
+from heavyball.core.transform import Transform
+from heavyball.linalg.orthogonalize import Products
+from heavyball.optim.checks import checked_lr
 from heavyball.presets.base import Preset, PresetOptions, split_options
-from heavyball.transform import Transform, check_live, nonnegative, shared
 from heavyball.transforms.muon import Method, Scale, muon, scale_by_normuon
 
 # Whose rows stand for something of their own, such as words: embeddings, output layers, and norms.

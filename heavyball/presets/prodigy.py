@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from heavyball import chainable as C
+from heavyball.core.hyper import shared
 from heavyball.presets.base import OptionsButRounding, Preset, PresetOptions, flag
 from heavyball.presets.soap import SCHEDULE, BasisPreset, RuleOptions
-from heavyball.transform import shared
 
 # A smallest axis that no tensor has: all of the second moment is kept.
 NEVER = 2**62

@@ -6,10 +6,11 @@ from typing import Any, Literal, Unpack
 from torch import Tensor
 
 from heavyball import chainable as C
-from heavyball.numerics.decisions import Decision
-from heavyball.numerics.kron import MemorySaveMode
+from heavyball.core.hyper import shared
+from heavyball.core.transform import Transform
+from heavyball.linalg.decisions import Decision
+from heavyball.linalg.kron import MemorySaveMode
 from heavyball.presets.base import Preset, PresetOptions, flag
-from heavyball.transform import Transform, shared
 
 Probability = float | Callable[[int], float] | None
 
@@ -65,7 +66,7 @@ class PSGDKron(_PSGD):
 
     beta: of the momentum, which is what is preconditioned. exp_avg_input=False: no momentum.
     stochastic_schedule: how the probability becomes steps with a fit: True "stochastic", False
-        "cumulative", or the name of a decision, see `heavyball.numerics.decisions.Occasions`.
+        "cumulative", or the name of a decision, see `heavyball.linalg.decisions.Occasions`.
     delayed, cached: None is what the preset's name says.
     The others, and what they cost: see `psgd_kron`.
 

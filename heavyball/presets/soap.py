@@ -6,12 +6,13 @@ from torch import Tensor
 
 from heavyball import chainable as C
 from heavyball import utils
-from heavyball.basis import MergeDims
+from heavyball.core.hyper import Shared, shared
+from heavyball.core.transform import Transform
+from heavyball.linalg.basis import MergeDims
+from heavyball.linalg.eigenbasis import Refresh, checked_refresh
+from heavyball.linalg.schedule import Schedule
 from heavyball.numerics import EpsPlacement
-from heavyball.numerics.eigenbasis import Refresh, checked_refresh
 from heavyball.presets.base import Preset, PresetOptions, split_options
-from heavyball.schedule import Schedule
-from heavyball.transform import Shared, Transform, shared
 
 SCHEDULE = (1 / 3, 9.0)
 

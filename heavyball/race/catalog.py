@@ -12,11 +12,11 @@ from rich.text import Text
 from torch import nn
 
 from heavyball import chainable
-from heavyball.compiler.graph import NotPrintableError
+from heavyball.compiler.frontend.graph import NotPrintableError
+from heavyball.errors import ChainError, RaceError, unknown
 from heavyball.race.contenders import Contender, from_chain, from_optimizer, presets, state_bytes
-from heavyball.race.errors import ChainError, RaceError, unknown
-from heavyball.race.parse import parse_optimizer
 from heavyball.race.tasks import TASKS
+from heavyball.text import parse_optimizer
 
 # Inputs and outputs of the layer that `show` counts the state of.
 EXAMPLE = 256, 128

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from heavyball.race.errors import RaceError, one_line, shown
+from heavyball.errors import RaceError, one_line, shown
 from heavyball.race.shapes import ARCHITECTURES
 from heavyball.race.tasks import TASKS
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 import heavyball
-from heavyball.race.errors import RaceError
+from heavyball.errors import RaceError
 from heavyball.race.plan import Plan, Race, Run, open_race
 from heavyball.race.plot import draw
 from heavyball.race.store import Key, Store

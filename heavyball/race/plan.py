@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import torch
 
+from heavyball.errors import RaceError, one_line, shown, unknown
 from heavyball.race.contenders import Contender, ablations, distinct, from_chain, from_optimizer
-from heavyball.race.errors import RaceError, one_line, shown, unknown
 from heavyball.race.tasks import Task, open_task
 from heavyball.race.training import Settings, rehearse
 

@@ -7,12 +7,11 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
+from heavyball.diagnostics.report import readable_bytes
+from heavyball.errors import REFUSALS, RaceError, one_line, warn
 from heavyball.memory import MemoryPlan, memory_plan
 from heavyball.presets import PRESETS
-from heavyball.race.errors import REFUSALS, RaceError, one_line
 from heavyball.race.shapes import architecture
-from heavyball.report import readable_bytes
-from heavyball.warn import warn
 
 DTYPES = {
     "float32": torch.float32,

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import heavyball
-from heavyball.race.errors import RaceError, one_line, unknown
+from heavyball.errors import RaceError, one_line, unknown
 from heavyball.race.plan import LARGEST, check_seeds
 from heavyball.race.plot import COLORS, DASHES, STYLE
 from heavyball.race.tasks import Task, open_task

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import nn
 
-from heavyball.race.errors import RaceError, unknown
+from heavyball.errors import RaceError, unknown
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 

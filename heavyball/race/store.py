@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from heavyball.race.errors import RaceError, one_line
+from heavyball.errors import RaceError, one_line
 from heavyball.race.plan import Plan, Race
 from heavyball.race.tasks.files import check_folder, write_atomically
 

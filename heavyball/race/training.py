@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from heavyball.errors import REFUSALS, RaceError, one_line
 from heavyball.race.contenders import Contender, state_bytes
-from heavyball.race.errors import REFUSALS, RaceError, one_line
 from heavyball.race.tasks import Task
 
 # Steps of one seed draw from generators of their own; a run has fewer steps than this.

@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 
-from heavyball.transform import Transform
+from heavyball.core.transform import Transform
 
 
 def _collect() -> dict[str, Transform]:

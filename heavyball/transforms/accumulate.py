@@ -5,7 +5,9 @@ import math
 import torch
 from torch import Tensor
 
-from heavyball.transform import Interval, transform, zeros
+from heavyball.core.hyper import Interval
+from heavyball.core.transform import transform
+from heavyball.state.declare import zeros
 
 
 @transform(

@@ -5,8 +5,10 @@ import math
 import torch
 from torch import Tensor
 
+from heavyball.core.hyper import Live, positive
+from heavyball.core.transform import transform
 from heavyball.numerics import EpsPlacement, ema, lerp, root, second_moment
-from heavyball.transform import Live, positive, squares, transform, zeros
+from heavyball.state.declare import squares, zeros
 
 
 @transform(

@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
+from heavyball.core.hyper import Live
+from heavyball.core.transform import transform
 from heavyball.numerics import lerp
-from heavyball.transform import Live, squares, transform, zeros
+from heavyball.state.declare import squares, zeros
 
 
 @transform(exp_avg=zeros, exp_avg_sq=squares, provides=("gate", "step"))

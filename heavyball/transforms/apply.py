@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from heavyball.transform import transform
+from heavyball.core.transform import transform
 
 
 def identity(update: Tensor) -> Tensor:

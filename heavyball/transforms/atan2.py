@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
+from heavyball.core.hyper import Live, positive
+from heavyball.core.transform import transform
 from heavyball.numerics import ema, second_moment
-from heavyball.transform import Live, positive, squares, transform, zeros
+from heavyball.state.declare import squares, zeros
 
 BOUNDED = "atan2 already bounds every element of the update"
 

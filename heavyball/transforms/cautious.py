@@ -5,8 +5,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from heavyball.core.transform import transform
 from heavyball.numerics import count
-from heavyball.transform import transform
 
 CautiousScale = Literal["mean", "sum_plus_one", "none"]
 BOTH = "both decide by the sign of the gradient what becomes of an entry"

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from heavyball.transform import transform
+from heavyball.core.transform import transform
 
 
 @transform()

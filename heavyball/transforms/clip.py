@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from heavyball.core.hyper import Live, positive
+from heavyball.core.transform import transform
 from heavyball.numerics import norm, rms
-from heavyball.transform import Live, positive, transform
 
 
 @transform(domains={"max_norm": positive})

@@ -7,8 +7,10 @@ step, and a decay works with every writer. `weight_decay` is called wd below.
 import torch
 from torch import Tensor
 
+from heavyball.core.hyper import Live
+from heavyball.core.transform import transform
 from heavyball.numerics import ema
-from heavyball.transform import Live, scalar, transform, zeros
+from heavyball.state.declare import scalar, zeros
 
 
 @transform(kind="decay")

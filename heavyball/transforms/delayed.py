@@ -5,8 +5,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from heavyball.core.hyper import Live
+from heavyball.core.transform import transform
 from heavyball.numerics import quotient, second_weight
-from heavyball.transform import Live, transform
 from heavyball.transforms.factored import COL, FULL, ROW, factored_root, next_square
 
 

@@ -6,8 +6,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from heavyball.core.hyper import Live, fraction
+from heavyball.core.transform import transform
 from heavyball.numerics import ema, lerp, mean_like, quotient, second_weight
-from heavyball.transform import Live, State, fraction, transform, zeros
+from heavyball.state.declare import State, zeros
 
 
 def factored_axes(shape: torch.Size, min_dim: int, mode: str) -> tuple[int, int] | None:

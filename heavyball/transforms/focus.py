@@ -2,8 +2,10 @@
 
 from torch import Tensor
 
+from heavyball.core.hyper import Live
+from heavyball.core.transform import transform
 from heavyball.numerics import ema, lerp
-from heavyball.transform import Live, transform, zeros
+from heavyball.state.declare import zeros
 
 SIGNS = "focus replaces the preconditioner, and its update is made of signs"
 

@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
+from heavyball.core.hyper import Live
+from heavyball.core.transform import transform
 from heavyball.numerics import EpsPlacement, ema, lerp, root, second_moment
-from heavyball.transform import Live, scalar, squares, transform, zeros
+from heavyball.state.declare import scalar, squares, zeros
 
 
 @transform(

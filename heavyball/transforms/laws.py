@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from heavyball.transform import Interval, Live, closed_fraction, positive, transform
+from heavyball.core.hyper import Interval, Live, closed_fraction, positive
+from heavyball.core.transform import transform
 
 
 @transform(domains={"lerp": closed_fraction, "scale": positive})

@@ -2,8 +2,10 @@
 
 from torch import Tensor
 
+from heavyball.core.hyper import Live
+from heavyball.core.transform import transform
 from heavyball.numerics import lerp
-from heavyball.transform import Live, transform, zeros
+from heavyball.state.declare import zeros
 
 
 @transform(exp_avg=zeros)

@@ -2,8 +2,10 @@
 
 from torch import Tensor
 
+from heavyball.core.hyper import Live, positive
+from heavyball.core.transform import transform
 from heavyball.numerics import norm
-from heavyball.transform import Live, positive, transform, zeros
+from heavyball.state.declare import zeros
 
 
 @transform(last_grad=zeros.holding("values"), domains={"max_norm": positive})

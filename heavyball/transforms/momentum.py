@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
-from heavyball.transform import Live, scalar, transform, zeros
+from heavyball.core.hyper import Live
+from heavyball.core.transform import transform
+from heavyball.state.declare import scalar, zeros
 
 
 @transform(

@@ -6,9 +6,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from heavyball.core.hyper import Live, fraction
+from heavyball.core.transform import transform
+from heavyball.linalg.orthogonalize import Products, newton_schulz, polar_factor
 from heavyball.numerics import lerp
-from heavyball.numerics.orthogonalize import Products, newton_schulz, polar_factor
-from heavyball.transform import Live, State, fraction, transform, zeros
+from heavyball.state.declare import State, zeros
 
 Method = Literal["quintic", "quintic-5", "polar_express", "svd"]
 Scale = Literal["original", "match_rms_adamw", "none", "graft", "spectral"]
@@ -110,7 +112,7 @@ def orthogonalize(
         with AMX for large matrices, else "full".
     restart: the steps before which elongated matrices begin anew with the Gram matrix of what they
         have become, against the loss of digits; None for as many as float32 needs. See
-        `heavyball.numerics.orthogonalize.newton_schulz`.
+        `heavyball.linalg.orthogonalize.newton_schulz`.
 
     Shapes: (m, n), or n-d as above. A zero matrix stays zero.
     Units: the result has none.

@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
+from heavyball.core.hyper import Live
+from heavyball.core.transform import transform
 from heavyball.numerics import lerp, rms, second_weight
-from heavyball.transform import Live, scalar, transform
+from heavyball.state.declare import scalar
 from heavyball.transforms.muon import as_matrices, needs_matrix, orthogonal
 
 # The largest multiple of a first gradient that the transforms behind can square in float32.

@@ -2,8 +2,10 @@
 
 from torch import Tensor
 
+from heavyball.core.hyper import Live
+from heavyball.core.transform import transform
 from heavyball.numerics import EpsPlacement, lerp, root, second_moment
-from heavyball.transform import Live, scalar, squares, transform, zeros
+from heavyball.state.declare import scalar, squares, zeros
 
 
 @transform(exp_avg=zeros, exp_avg_sq=squares, mu_product=scalar(1.0, low=0.0))

@@ -5,8 +5,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from heavyball.core.transform import transform
 from heavyball.numerics import dot, is_single, norm
-from heavyball.transform import transform
 
 
 @transform()

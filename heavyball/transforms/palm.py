@@ -2,8 +2,9 @@
 
 from torch import Tensor
 
+from heavyball.core.hyper import Live, open_fraction
+from heavyball.core.transform import transform
 from heavyball.numerics import debiased_weight
-from heavyball.transform import Live, open_fraction, transform
 
 
 @transform(provides=("scheduled_beta2",), modifier=True, domains={"beta2_scale": open_fraction})

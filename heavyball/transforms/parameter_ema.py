@@ -2,8 +2,10 @@
 
 from torch import Tensor
 
+from heavyball.core.hyper import Live
+from heavyball.core.transform import transform
 from heavyball.numerics import ema
-from heavyball.transform import Live, transform, zeros
+from heavyball.state.declare import zeros
 
 
 def averaged_parameter(param: Tensor, parameter_ema: Tensor) -> Tensor:

@@ -6,8 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from heavyball.core.hyper import Interval, Live, positive
+from heavyball.core.rate import Member
+from heavyball.core.transform import transform
 from heavyball.numerics import dot, every
-from heavyball.transform import Interval, Live, Member, State, positive, scalar, transform
+from heavyball.state.declare import State, scalar
 
 COUNT = Interval(1, float("inf"))
 

@@ -8,12 +8,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from heavyball.numerics import kron, triangles
-from heavyball.numerics.decisions import Decision, checked_probability, occasions
-from heavyball.numerics.memory import warn_if_large
-from heavyball.numerics.scratch import scratch
-from heavyball.transform import Live, State, positive, transform
-from heavyball.view import WorkingShape, working_shape
+from heavyball.core.hyper import Live, positive
+from heavyball.core.transform import transform
+from heavyball.linalg import kron, triangles
+from heavyball.linalg.decisions import Decision, checked_probability, occasions
+from heavyball.linalg.device_memory import warn_if_large
+from heavyball.linalg.scratch import scratch
+from heavyball.linalg.view import WorkingShape, working_shape
+from heavyball.state.declare import State
 
 # How often the factors are balanced, per fit.
 BALANCING = 0.01
@@ -179,10 +181,10 @@ def psgd_kron(
 
     preconditioner_update_probability: the probability of a fit, a function of the number of steps
         before this one, or None for clamp(exp(-0.001 (n - 500)), 0.03, 1); `decision` says how it
-        becomes steps, see `heavyball.numerics.decisions.Occasions`. The steps are the same for all
+        becomes steps, see `heavyball.linalg.decisions.Occasions`. The steps are the same for all
         parameters that have had as many gradients.
     max_size_triangular, min_ndim_triangular, memory_save_mode: which factors are only diagonals, see
-        `heavyball.numerics.kron.triangular_axes`.
+        `heavyball.linalg.kron.triangular_axes`.
     momentum_into_precond_update: fit Q to what arrives here, else to the gradient.
     delayed: fit after the update is made, so that it is made with the factors of the step before.
     cached: keep Q_i^T Q_i, which halves the products of steps without a fit.

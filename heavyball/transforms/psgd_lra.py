@@ -6,10 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heavyball.numerics.decisions import Decision, checked_probability, occasions
-from heavyball.numerics.kron import usable
-from heavyball.numerics.memory import warn_if_large
-from heavyball.transform import Live, State, positive, scalar, transform
+from heavyball.core.hyper import Live, positive
+from heavyball.core.transform import transform
+from heavyball.linalg.decisions import Decision, checked_probability, occasions
+from heavyball.linalg.device_memory import warn_if_large
+from heavyball.linalg.kron import usable
+from heavyball.state.declare import State, scalar
 
 CHOICE = 1  # the salts of random numbers
 LEFT, RIGHT = 1, 2

@@ -6,10 +6,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from heavyball.numerics import kron
-from heavyball.numerics.decisions import Decision, checked_probability, occasions
-from heavyball.numerics.memory import warn_if_large
-from heavyball.transform import Live, State, positive, transform
+from heavyball.core.hyper import Live, positive
+from heavyball.core.transform import transform
+from heavyball.linalg import kron
+from heavyball.linalg.decisions import Decision, checked_probability, occasions
+from heavyball.linalg.device_memory import warn_if_large
+from heavyball.state.declare import State
 from heavyball.transforms.psgd import BALANCE, BALANCING, Layout, layout_of
 
 Method = Literal["procrustes", "quad"]

@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from heavyball.transform import Live, transform
+from heavyball.core.hyper import Live
+from heavyball.core.transform import transform
 
 
 @transform(provides=("lr",), modifier=True)

@@ -5,8 +5,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from heavyball.core.hyper import Live, open_fraction
+from heavyball.core.transform import transform
 from heavyball.numerics import lerp
-from heavyball.transform import Live, copy_of_param, open_fraction, scalar, transform
+from heavyball.state.declare import copy_of_param, scalar
 from heavyball.transforms.cautious import CautiousScale, mask_disagreeing
 
 

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from heavyball.core.hyper import Live, closed_fraction, nonnegative
+from heavyball.core.transform import transform
+from heavyball.linalg.device_memory import warn_if_large
+from heavyball.linalg.kron import gram
+from heavyball.linalg.roots import inverse_root
+from heavyball.linalg.view import WorkingShape, working_shape
 from heavyball.numerics import debiased_weight
-from heavyball.numerics.kron import gram
-from heavyball.numerics.memory import warn_if_large
-from heavyball.numerics.roots import inverse_root
-from heavyball.transform import Live, State, closed_fraction, nonnegative, transform
-from heavyball.view import WorkingShape, working_shape
+from heavyball.state.declare import State
 
 ADVICE = "a smaller max_precond_dim (longer axes are left alone), or split=True, takes less"
 

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
+from heavyball.core.transform import transform
 from heavyball.numerics import norm
-from heavyball.transform import transform
 
 
 @transform()

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from heavyball.transform import scalar, transform
+from heavyball.core.transform import transform
+from heavyball.state.declare import scalar
 
 
 def _count_nonfinite(update: Tensor, *, raw_grad: Tensor) -> Tensor:

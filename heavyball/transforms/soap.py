@@ -6,16 +6,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heavyball import basis as pieces_of
 from heavyball import utils
-from heavyball.basis import MergeDims, Pieces, carried, each_block, refresh_pieces, working_of
-from heavyball.combine import Within, as_chain
-from heavyball.numerics.eigenbasis import Refresh, checked_refresh, eigenbasis
-from heavyball.numerics.modes import rotate, update_gram
-from heavyball.schedule import Schedule, as_schedule
-from heavyball.transform import Live, State, fraction, positive, transform
+from heavyball.core.combine import Within, as_chain
+from heavyball.core.hyper import Live, fraction, positive
+from heavyball.core.transform import transform
+from heavyball.linalg import basis as pieces_of
+from heavyball.linalg.basis import (
+    MergeDims,
+    Pieces,
+    carried,
+    each_block,
+    refresh_pieces,
+    working_of,
+)
+from heavyball.linalg.eigenbasis import Refresh, checked_refresh, eigenbasis
+from heavyball.linalg.modes import rotate, update_gram
+from heavyball.linalg.schedule import Schedule, as_schedule
+from heavyball.linalg.view import WorkingShape
+from heavyball.state.declare import State
 from heavyball.transforms.adam import scale_by_adam
-from heavyball.view import WorkingShape
 
 
 def _schedule(frequency: int, scheduler: Any) -> Schedule:
@@ -136,7 +145,7 @@ def to_eigenbasis(
     merge_dims: True multiplies axes from the right, without the first, up to `max_precond_dim`; "left"
         from the left, as SOAP's authors do.
     precondition_1d: rotate vectors too.
-    zeroth_power_mode: how a basis is refreshed, see `heavyball.numerics.eigenbasis.refreshed`.
+    zeroth_power_mode: how a basis is refreshed, see `heavyball.linalg.eigenbasis.refreshed`.
     rotate_second_moment: rotate second moments with squared overlaps instead of sorting them.
     spread_refreshes: refresh the bases of different tensors at different steps of an interval, by
         their places in the optimizer, so that no step has all of the work.

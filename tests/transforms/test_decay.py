@@ -21,7 +21,7 @@ from oracles import (
 from pytorch_optimizer import AdamC
 
 from heavyball import chainable as C
-from heavyball.transform import Transform
+from heavyball.core.transform import Transform
 
 RATES = [0.1, 0.3, 0.05, 0.3, 0.0, 0.2, 0.01]
 WD = 0.4

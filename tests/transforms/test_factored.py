@@ -27,7 +27,7 @@ from oracles import (
 from torch import Tensor
 
 from heavyball import chainable as C
-from heavyball.transform import transform
+from heavyball.core.transform import transform
 
 
 def column_scaled(rows: int, cols: int) -> Tensor:

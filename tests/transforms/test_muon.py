@@ -23,8 +23,8 @@ from oracles import (
 from torch import Tensor
 
 from heavyball import chainable as C
-from heavyball.numerics import orthogonalize
-from heavyball.numerics.orthogonalize import TABLES, newton_schulz, polar_factor, table
+from heavyball.linalg import orthogonalize
+from heavyball.linalg.orthogonalize import TABLES, newton_schulz, polar_factor, table
 
 METHODS = ("quintic", "quintic-5", "polar_express", "svd")
 

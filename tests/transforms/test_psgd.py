@@ -14,8 +14,9 @@ from torch import Tensor
 
 import heavyball
 from heavyball import chainable as C
-from heavyball import whole
-from heavyball.numerics import kron, memory, triangles
+from heavyball.linalg import device_memory as memory
+from heavyball.linalg import kron, triangles
+from heavyball.runtime import serve as whole
 
 with pytest.MonkeyPatch.context() as patched:
     # kron_torch compiles its functions where it defines them

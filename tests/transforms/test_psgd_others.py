@@ -12,7 +12,7 @@ from torch import Tensor
 
 import heavyball
 from heavyball import chainable as C
-from heavyball.numerics import roots
+from heavyball.linalg import roots
 from heavyball.transforms import psgd_lra as lra
 from heavyball.transforms import psgd_pro as pro
 from transforms.test_psgd import Draws

@@ -37,7 +37,7 @@ from schedulefree import (
 from torch import Tensor
 
 from heavyball import chainable as C
-from heavyball.transform import Transform
+from heavyball.core.transform import Transform
 
 RATES = [0.1, 0.2, 0.05, 0.0, 0.1, 0.02, 0.15, 0.1, 0.3, 0.01, 0.1, 0.1]
 

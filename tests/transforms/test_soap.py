@@ -11,9 +11,9 @@ from models import parameters, snapshot
 from torch import Tensor
 
 import heavyball
-from heavyball import basis as B
 from heavyball import chainable as C
-from heavyball.numerics import eigenbasis as E
+from heavyball.linalg import basis as B
+from heavyball.linalg import eigenbasis as E
 
 F64 = torch.float64
 
@@ -608,7 +608,7 @@ def test_what_it_prints_is_what_was_written() -> None:
 
 
 def test_the_command_line_reads_it() -> None:
-    from heavyball.race.parse import parse_chain
+    from heavyball.text import parse_chain
 
     text = "soap_precond(palm_beta2 | scale_by_nadam, merge_dims='left') | cautious"
     chain = parse_chain(text)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from heavyball.race.errors import RaceError, one_line, unknown
+from heavyball.errors import RaceError, one_line, unknown
 from heavyball.race.tasks.base import Task
 from heavyball.race.tasks.chars import Chars
 from heavyball.race.tasks.digits import Digits

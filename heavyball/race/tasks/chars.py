@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from heavyball.race.errors import RaceError
+from heavyball.errors import RaceError
 from heavyball.race.tasks.base import Task, order_generator
 from heavyball.race.tasks.files import Remote, content, fetch
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from heavyball.race.errors import RaceError
+from heavyball.errors import RaceError
 from heavyball.race.tasks.base import Classification
 
 TEST_EXAMPLES = 450

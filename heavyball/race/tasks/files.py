@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from heavyball.race.errors import RaceError, one_line
+from heavyball.errors import RaceError, one_line
 
 # Bytes of a file of data, unpacked: MNIST's images are 47 million.
 LARGEST = 64 * 2**20

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from heavyball.race.errors import RaceError
+from heavyball.errors import RaceError
 from heavyball.race.tasks.base import Classification
 from heavyball.race.tasks.files import Remote, fetch, idx
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from heavyball.race.errors import RaceError
+from heavyball.errors import RaceError
 from heavyball.race.tasks.base import Task
 
 

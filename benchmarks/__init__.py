@@ -1,0 +1,1 @@
+"""`python -m benchmarks` measures what optimizer steps cost, here and elsewhere."""

@@ -1,0 +1,19 @@
+"""`python -m benchmarks`, where its libraries are installed."""
+
+import importlib.util
+
+from heavyball.race import EXTRAS
+
+
+def main() -> None:
+    """Run the command line, or say what is not installed."""
+    missing = [EXTRAS[name] for name in ("click", "rich") if not importlib.util.find_spec(name)]
+    if missing:
+        raise SystemExit(f'{", ".join(missing)} not installed; pip install "heavyball[race]"')
+    from benchmarks.cli import bench
+
+    bench(prog_name="python -m benchmarks")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Prints programs as kernels and runs them, see docs/compiler.md."""

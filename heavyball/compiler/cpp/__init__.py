@@ -1,0 +1,1 @@
+"""C++ kernels: printing and building."""

@@ -1,0 +1,1 @@
+"""Records the real runner as a graph."""

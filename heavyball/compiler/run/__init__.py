@@ -1,0 +1,1 @@
+"""Tables of tensors, and the engine that steps with them."""

@@ -1,0 +1,1 @@
+"""Triton kernels: printing, and running them on a device."""

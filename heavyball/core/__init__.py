@@ -1,0 +1,1 @@
+"""Transforms, chains of them, and the programs that they make."""

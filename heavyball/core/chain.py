@@ -1,0 +1,241 @@
+"""A chain that has been checked: its elements have keys, its hyper-parameters names in the group."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from heavyball.core.check import check
+from heavyball.core.combine import Element, Parallel, Route, Within, as_chain, chain_repr
+from heavyball.core.hyper import Hyper, Shared
+from heavyball.core.program import Fork, Node, Program, Switch, flatten, kind_of
+from heavyball.core.route import branches_of, every_node, picks_of, resolved
+from heavyball.core.transform import Transform
+from heavyball.state.formats import Storage
+from heavyball.transforms.decay import decoupled
+from heavyball.transforms.descend import descend
+
+
+class Chain:
+    """The elements as given, completed with the default decay and write, checked and named."""
+
+    def __init__(
+        self, elements: tuple[Any, ...], owner: str = "ChainOpt", storage: Storage | None = None
+    ):
+        self.elements = as_chain(elements, owner)
+        self.storage = storage or Storage()
+        self.hyper: dict[str, Hyper] = {}
+        self._counts: Counter[str] = Counter()
+        self._programs: dict[tuple[int, ...], Program] = {}
+        self._nodes = self._bind(self.elements)
+        self._tail = {
+            "decay": self._bind_leaf(decoupled),
+            "writer": self._bind_leaf(descend),
+        }
+        for number, picks in enumerate(self._all_picks(self._nodes)):
+            if number == MOST_PROGRAMS:
+                raise ValueError(
+                    f"{owner}: the routes of the chain combine in over {MOST_PROGRAMS} ways, each of "
+                    "which must be checked; put the rules of several into one route"
+                )
+            self._program(picks)
+        self.storage.check(
+            (n.state_key(name), name, declared)
+            for program in self._programs.values()
+            for n, name, declared in program.states
+        )
+        # bound in any case, so drop what no program uses
+        used = {key for p in self._programs.values() for n in p.flat for key, _ in n.hyper.values()}
+        self.hyper = {key: value for key, value in self.hyper.items() if key in used}
+        self.rate = self._only_rate(owner)
+
+    def __repr__(self) -> str:
+        if len(self._programs) == 1:
+            return repr(next(iter(self._programs.values())))
+        return chain_repr(self.elements)
+
+    def __reduce__(self) -> tuple:
+        return Chain, (self.elements, "ChainOpt", self.storage)
+
+    def __deepcopy__(self, memo: dict) -> "Chain":
+        return self
+
+    def _only_rate(self, owner: str) -> Node | None:
+        """The element that decides on the learning rate, of which a chain can have one."""
+        rates = [n for n in every_node(self._nodes) if n.transform.kind == "rate"]
+        if len(rates) > 1:
+            names = " and ".join(n.key for n in rates)
+            raise ValueError(f"{owner}: {names} both decide on the learning rate")
+        for name in rates[0].transform.common if rates else ():
+            if name in self.hyper or name in RESERVED or name in BOOKKEEPING:
+                raise ValueError(
+                    f"{rates[0].key} keeps {name!r} in the parameter group, where "
+                    f"{self.hyper[name].owner if name in self.hyper else 'the optimizer'} has it too"
+                )
+        return rates[0] if rates else None
+
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        return tuple(self._programs.values())
+
+    @property
+    def total_keys(self) -> list[str]:
+        """Keys of the elements that sum over all parameters, in the order of the chain."""
+        nodes = _rate_first(tuple(every_node(self._nodes)))
+        return [n.key for n in flatten(nodes) if n.transform.over_all is not None]
+
+    def program_for(self, name: str | None, param: Tensor) -> Program:
+        """The program of one parameter; raises where no rule of a router matches it."""
+        return self._program(tuple(picks_of(self._nodes, name, param)))
+
+    def _bind(self, elements: tuple[Element, ...]) -> tuple[Any, ...]:
+        bound: list[Any] = []
+        for element in elements:
+            if isinstance(element, Within):
+                (*first, enter), inner = self._bind((element.enter,)), self._bind(element.chain)
+                bound += [*first, replace(enter, inner=tuple(every_node(inner))), *inner]
+                bound += self._bind((element.leave,))
+            elif isinstance(element, Transform) and element.lead is not None:
+                bound += self._bind_led(element)
+            else:
+                bound.append(self._bind_one(element))
+        return tuple(bound)
+
+    def _bind_one(self, element: Transform | Parallel | Route) -> Node | Fork | Switch:
+        if isinstance(element, Transform):
+            return self._bind_leaf(element)
+        if isinstance(element, Parallel):
+            branches = tuple(self._bind(branch) for branch in element.branches)
+            return Fork(branches, self._bind_leaf(element.merge))
+        rules = tuple((rule, self._bind(rule.chain)) for rule in element.rules)
+        rest = None if element.otherwise is None else self._bind(element.otherwise)
+        return Switch(rules, rest)
+
+    def _bind_leaf(self, transform: Transform) -> Node:
+        count = self._counts[transform.name]
+        self._counts[transform.name] += 1
+        key = f"{transform.name}.{count}" if count else transform.name
+        if {key, *(f"{key}.{name}" for name in transform.all_states)} & {"step", "train_param"}:
+            raise ValueError(
+                f"a transform cannot be called {transform.name!r}: its state would be the optimizer's"
+            )
+        where = {name: self._name(transform, key, name) for name in transform.hyper}
+        return Node(transform, key, where)
+
+    def _bind_led(self, transform: Transform) -> tuple[Node, Node]:
+        """A whole transform and the one before it: two nodes with one key and one set of names."""
+        node = self._bind_leaf(transform)
+        lead = transform.lead
+        assert lead is not None
+        hyper = {n: v for n, v in transform.hyper.items() if n in lead.defaults}
+        options = {n: v for n, v in transform.options.items() if n in lead.defaults}
+        where = {n: place for n, place in node.hyper.items() if n in hyper}
+        return Node(replace(lead, hyper=hyper, options=options), node.key, where), node
+
+    def _name(self, transform: Transform, key: str, name: str) -> tuple[str, int | None]:
+        """Where the group keeps a hyper-parameter: `name`, or `key.name` where that is taken."""
+        value, domain = transform.hyper[name], transform.domain(name)
+        if isinstance(value, Shared):
+            known = self.hyper.setdefault(value.name, Hyper(value.value, (), "shared"))
+            if known.owner != "shared" or known.default != value.value:
+                raise ValueError(
+                    f"{key}: shared {value.name!r} is {value.value}, but the chain already has "
+                    f"{value.name!r} = {known.default} ({known.owner})"
+                )
+            domains = (*known.domains, (value.index, domain))
+            self.hyper[value.name] = Hyper(value.value, domains, "shared")
+            return value.name, value.index
+        taken = name in self.hyper or name in RESERVED or name in BOOKKEEPING
+        place = f"{key}.{name}" if taken else name
+        self.hyper[place] = Hyper(value, ((None, domain),), key)
+        return place, None
+
+    def _all_picks(self, nodes: tuple[Any, ...]) -> Iterator[tuple[int, ...]]:
+        """Every combination of choices that the switches of the chain can make."""
+        if not nodes:
+            yield ()
+            return
+        for first in self._node_picks(nodes[0]):
+            for rest in self._all_picks(nodes[1:]):
+                yield first + rest
+
+    def _node_picks(self, node: Any) -> Iterator[tuple[int, ...]]:
+        if isinstance(node, Node):
+            yield ()
+        elif isinstance(node, Fork):
+            yield from self._all_picks(tuple(n for branch in node.branches for n in branch))
+        else:
+            for index, branch in enumerate(branches_of(node)):
+                for rest in self._all_picks(branch):
+                    yield (index, *rest)
+
+    def _program(self, picks: tuple[int, ...]) -> Program:
+        if picks not in self._programs:
+            choices = iter(picks)
+            nodes = self._complete(tuple(resolved(self._nodes, choices)))
+            check(nodes)
+            self._programs[picks] = Program(nodes, self.storage)
+        return self._programs[picks]
+
+    def _complete(self, nodes: tuple[Node | Fork, ...]) -> tuple[Node | Fork, ...]:
+        """Add the default decay and write; move observers behind the write, a rate to the front."""
+        nodes = _rate_first(nodes)
+        kinds = [kind_of(node) for node in nodes]
+        body = [n for n, kind in zip(nodes, kinds, strict=True) if kind != "observer"]
+        observers = [n for n, kind in zip(nodes, kinds, strict=True) if kind == "observer"]
+        if "writer" not in kinds:
+            body.append(self._tail["writer"])
+        # a chain that decays in another way has that way's `weight_decay`
+        if not any("weight_decay" in n.hyper for n in flatten(nodes)):
+            first = next(i for i, n in enumerate(body) if kind_of(n) == "writer")
+            body.insert(first, self._tail["decay"])
+        return (*body, *observers)
+
+
+# Every combination of what routers may pick is built and checked when the chain is.
+MOST_PROGRAMS = 1024
+# Names of the group that are the optimizer's own.
+RESERVED = ("params", "param_names", "lr", "warmup_steps", "seed", "train_mode", "differentiable")
+# Group entries that schedulers and trainers add; keys that begin with "_" are left alone too.
+BOOKKEEPING = (
+    "name",
+    "initial_lr",
+    "max_lr",
+    "min_lr",
+    "max_momentum",
+    "base_momentum",
+    "swa_lr",
+)
+
+
+def _rate_first(nodes: tuple[Node | Fork, ...]) -> tuple[Node | Fork, ...]:
+    """Put a rate before everything whose state it rescales.
+
+    It stays behind what must come first (a skipped step has no part in its sums) and behind what
+    replaces the gradient that it looks at. What replaces it in some of the steps alone comes first
+    wherever it is written, unless moments stand before it: they would miss changes of their unit.
+    """
+    place = next((i for i, n in enumerate(nodes) if kind_of(n) == "rate"), None)
+    if place is None:
+        return nodes
+    start = 0
+    for i, node in enumerate(nodes[:place]):
+        if isinstance(node, Node):
+            t = node.transform
+            start = i + 1 if t.before_state or "grad" in t.provides else start
+    rest = (*nodes[:place], *nodes[place + 1 :])
+    for i in range(start, len(rest)):
+        if any(_has_unit(n) for n in flatten(rest[i : i + 1])):
+            break
+        node = rest[i]
+        if isinstance(node, Node) and {"grad", "gate"} <= set(node.transform.provides):
+            start = i + 1
+    return (*rest[:start], nodes[place], *rest[start:])
+
+
+def _has_unit(node: Node) -> bool:
+    """Whether a node keeps something in the unit of the gradient."""
+    kept = node.transform.all_states.values()
+    return node.transform.whole or any(s.holds in ("moment", "square") for s in kept)

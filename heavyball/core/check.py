@@ -1,0 +1,97 @@
+"""Refuses programs that cannot be right, with the reason."""
+
+from heavyball.core.program import Fork, Node, flatten, kind_of
+from heavyball.core.transform import CONTEXT, WHOLE_CONTEXT, Transform
+
+
+def check(nodes: tuple[Node | Fork, ...]) -> None:
+    """Refuse a program that cannot be right, with the reason."""
+    _check_order(nodes)
+    averages = [n.key for n in flatten(nodes) if n.transform.evaluate is not None]
+    if len(averages) > 1:
+        raise ValueError(
+            f"{' and '.join(averages)}: only one can decide which weights are evaluated"
+        )
+    common = {name for n in flatten(nodes) for name in n.transform.common}
+    _check_path((), nodes, set(CONTEXT) | common)
+
+
+def _check_order(nodes: tuple[Node | Fork, ...]) -> None:
+    writer = decay = None
+    stateful: str | None = None
+    for node in nodes:
+        for inner in [] if isinstance(node, Node) else flatten((node,)):
+            if inner.transform.kind != "transform":
+                raise ValueError(
+                    f"{inner.key} is a {inner.transform.kind}: it cannot stand inside "
+                    f"{node.merge.key}, only in the chain itself"  # type: ignore[union-attr]
+                )
+        leaf = node if isinstance(node, Node) else node.merge
+        kind = kind_of(node)
+        if kind == "writer" and writer:
+            raise ValueError(f"two writers: {writer} and {leaf.key}; a chain writes once")
+        if writer and kind != "observer":
+            raise ValueError(f"{leaf.key} stands after the writer {writer}, which must be last")
+        has_state = any(n.transform.states for n in flatten((node,)))
+        if decay and kind == "transform" and has_state:
+            raise ValueError(
+                f"{leaf.key} stands after the decay {decay} and would average it; put {decay} right "
+                "before the write, or use `coupled` for decay as part of the gradient"
+            )
+        if leaf.transform.before_state and stateful:
+            raise ValueError(f"{leaf.key} stands after {stateful}: {leaf.transform.before_state}")
+        writer = leaf.key if kind == "writer" else writer
+        decay = leaf.key if kind == "decay" else decay
+        stateful = leaf.key if has_state else stateful
+
+
+def _check_path(
+    before: tuple[Node, ...], nodes: tuple[Node | Fork, ...], context: set[str]
+) -> tuple[Node, ...]:
+    """Check what each node asks for and excludes, given the nodes that ran before it."""
+    path = before
+    for node in nodes:
+        if isinstance(node, Fork):
+            ends = [_check_path(path, branch, set(context)) for branch in node.branches]
+            inner = [n for end in ends for n in end[len(path) :]]
+            for n in inner:
+                for name in {"lr", "decayed"} & set(n.transform.provides):
+                    raise ValueError(
+                        f"{n.key} decides on {name!r} for all that follows, so it cannot stand in one "
+                        f"branch of {node.merge.key}"
+                    )
+            path = (*path, *inner, node.merge)
+            continue
+        t = node.transform
+        known = context | ({"total"} if t.over_all and not t.finish else set())
+        opaque = {name for other in path for name in other.transform.opaque}
+        known = known | set(WHOLE_CONTEXT) if t.whole else known - opaque
+        for name in t.context:
+            if name not in known:
+                raise ValueError(
+                    f"{node.key} asks for {name!r}, which nothing before it provides; "
+                    f"there is {', '.join(sorted(known))}"
+                )
+        for other in path:
+            reason = t.excludes.get(other.transform.name) or other.transform.excludes.get(t.name)
+            if reason:
+                raise ValueError(f"{other.key} and {node.key} exclude each other: {reason}")
+        context.update(t.provides, t.opaque)
+        path = (*path, node)
+    if not before:
+        _check_modifiers(path)
+    return path
+
+
+def _check_modifiers(path: tuple[Node, ...]) -> None:
+    for position, node in enumerate(path):
+        asked = {n for later in path[position + 1 :] for n in _asks(later.transform)}
+        if node.transform.modifier and not asked & set(node.transform.provides):
+            raise ValueError(
+                f"{node.key} has no effect: nothing behind it asks for "
+                f"{', '.join(node.transform.provides)}"
+            )
+
+
+def _asks(transform: Transform) -> tuple[str, ...]:
+    return transform.context + transform.optional

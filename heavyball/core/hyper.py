@@ -1,0 +1,191 @@
+"""Live hyper-parameters and fixed options: their values, where they may lie, and sharing one."""
+
+import inspect
+import math
+import numbers
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias, TypeGuard
+
+from torch import Tensor
+
+# A live hyper-parameter of a transform: a float (or a tuple of floats) where it is declared, a 0-d
+# tensor (or a tuple of them) when the function runs.
+Live: TypeAlias = Any
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The values that a live hyper-parameter may take."""
+
+    low: float
+    high: float
+    low_open: bool = False
+    high_open: bool = True
+
+    def __contains__(self, value: float) -> bool:
+        above = value > self.low if self.low_open else value >= self.low
+        below = value < self.high if self.high_open else value <= self.high
+        known = math.isfinite(value) or (value == self.high and not self.high_open)
+        return known and above and below
+
+    def __str__(self) -> str:
+        left, right = "(["[not self.low_open], "])"[self.high_open]
+        return f"{left}{self.low:g}, {self.high:g}{right}"
+
+
+nonnegative = Interval(0, math.inf)
+positive = Interval(0, math.inf, low_open=True)
+fraction = Interval(0, 1)
+open_fraction = Interval(0, 1, low_open=True)
+closed_fraction = Interval(0, 1, high_open=False)
+finite = Interval(-math.inf, math.inf, low_open=True)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A hyper-parameter that several transforms of a chain use under one name in the group."""
+
+    name: str
+    value: float | tuple[float, ...]
+    index: int | None = None
+
+    def __getitem__(self, index: int) -> "Shared":
+        if self.index is not None or not isinstance(self.value, tuple):
+            raise TypeError(f"shared {self.name!r} is one number, it has no element {index}")
+        if not 0 <= index < len(self.value):
+            raise IndexError(f"shared {self.name!r} has {len(self.value)} numbers, none is {index}")
+        return replace(self, index=index)
+
+    @property
+    def item(self) -> float | tuple[float, ...]:
+        return self.value if self.index is None else self.value[self.index]  # type: ignore[index]
+
+    def __repr__(self) -> str:
+        return self.name if self.index is None else f"{self.name}[{self.index}]"
+
+
+def shared(name: str, value: float | Iterable[float]) -> Shared:
+    """Name a hyper-parameter once and give it, or one element of it, to several transforms.
+
+    `betas = shared("betas", (0.9, 0.999))`, then `scale_by_exp_avg_sq(beta2=betas[1])` and
+    `schedule_free(beta=betas[0])`: the group holds one `betas`, as in torch.
+    """
+    return Shared(
+        name, checked_number(name, value) if is_real(value) else checked_numbers(name, value)
+    )
+
+
+def is_real(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def checked_number(name: str, value: Any) -> float:
+    if not is_real(value):
+        raise TypeError(f"{name}={value!r}: expected a number, got {type(value).__name__}")
+    return float(value)
+
+
+def checked_numbers(name: str, value: Any) -> tuple[float, ...]:
+    if not is_sequence(value):
+        raise TypeError(f"{name}={value!r}: expected a sequence of numbers")
+    return tuple(checked_number(name, v) for v in value)
+
+
+# What is neither in order nor numbers, although it has a length.
+_NO_SEQUENCES = (str, bytes, bytearray, Mapping, Set, Tensor)
+
+
+def is_sequence(value: Any) -> TypeGuard[Sequence[Any]]:
+    """Whether it can hold numbers in order: a tuple, a list, an array, a configuration's own kind."""
+    if isinstance(value, float):  # by far the most frequent
+        return False
+    if isinstance(value, tuple | list):
+        return True
+    ordered = hasattr(value, "__len__") and hasattr(value, "__getitem__")
+    return ordered and not isinstance(value, _NO_SEQUENCES) and getattr(value, "ndim", 1) > 0
+
+
+def check_live(name: str, value: Any, like: Any, domain: Interval, index: int | None = None) -> Any:
+    """A live hyper-parameter's value as floats, or an error that names it and what was expected.
+
+    `like` gives the kind: one number, or so many. `index`: only this one must lie in `domain`.
+    """
+    if isinstance(like, tuple):
+        value = checked_numbers(name, value)
+        if len(value) != len(like):
+            raise ValueError(f"{name}={value!r}: expected {len(like)} numbers, got {len(value)}")
+        parts = value
+    else:
+        value = checked_number(name, value)
+        parts = (value,)
+    for position, part in enumerate(parts):
+        if index in (None, position) and part not in domain:
+            which = "" if len(parts) == 1 else "each " if index is None else f"number {index} "
+            raise ValueError(f"{name}={value!r}: expected {which}in {domain}")
+    return value
+
+
+def allows_none(annotation: Any) -> bool:
+    return type(None) in typing.get_args(annotation)
+
+
+def check_option(name: str, value: Any, default: Any, annotation: Any) -> Any:
+    """The value of a fixed option, checked against its annotation or the type of its default."""
+    if value is None and (default is None or allows_none(annotation)):
+        return value
+    if typing.get_origin(annotation) is Literal:
+        choices = typing.get_args(annotation)
+        if value not in choices:
+            raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, choices))}")
+        return value
+    accepted: Any = type(default)
+    if annotation is not inspect.Parameter.empty:
+        parts = typing.get_args(annotation) if is_union(annotation) else (annotation,)
+        accepted = tuple(typing.get_origin(p) or p for p in parts)
+    if isinstance(value, bool) and accepted not in (bool, (bool,)):
+        raise TypeError(f"{name}={value!r}: expected {annotation}, got a bool")
+    names = accepted if isinstance(accepted, tuple) else (accepted,)
+    if not isinstance(value, accepted):
+        # numbers of numpy
+        if int in names and isinstance(value, numbers.Integral):
+            return int(value)
+        if float in names and is_real(value):
+            return float(value)
+        if tuple in names and is_sequence(value):
+            return tuple(value.tolist() if hasattr(value, "tolist") else value)
+        expected = " or ".join(getattr(t, "__name__", str(t)) for t in names)
+        raise TypeError(f"{name}={value!r}: expected {expected}, got {type(value).__name__}")
+    return value
+
+
+def is_union(annotation: Any) -> bool:
+    return typing.get_origin(annotation) in (typing.Union, types.UnionType)
+
+
+def may_be_live(annotation: Any) -> bool:
+    """Whether the annotation is `Live | None`, of a hyper-parameter that is None unless given."""
+    return Any in typing.get_args(annotation) and allows_none(annotation)
+
+
+def is_live(default: Any) -> bool:
+    return isinstance(default, float) or (
+        isinstance(default, tuple) and bool(default) and all(isinstance(v, float) for v in default)
+    )
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """One entry of the parameter group: its default and where it may lie."""
+
+    default: Any
+    domains: tuple[tuple[int | None, Interval], ...]
+    owner: str
+
+    def check(self, key: str, value: Any) -> Any:
+        """The value as floats; raises where one of the transforms that use it would not take it."""
+        for index, domain in self.domains:
+            checked = check_live(key, value, self.default, domain, index)
+        return checked

@@ -1,0 +1,74 @@
+"""What an optimizer prints of itself."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from heavyball.core.chain import Chain
+from heavyball.core.program import Program
+
+if TYPE_CHECKING:
+    from heavyball.optim.optimizer import ChainOpt
+
+
+def readable_bytes(count: float) -> str:
+    """A number of bytes in the largest unit that keeps it above one."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.4g} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+def _bytes(state: Mapping[str, Any]) -> int:
+    return sum(t.numel() * t.element_size() for t in state.values() if isinstance(t, Tensor))
+
+
+def optimizer_repr(opt: "ChainOpt", chain: Chain) -> str:
+    """The chain, each group's hyper-parameters, and the bytes of state per parameter and in all."""
+    lines = [f"{type(opt).__name__}(", f"  {chain!r}"]
+    for index, group in enumerate(opt.param_groups):
+        count, size = len(group["params"]), sum(p.numel() for p in group["params"])
+        shown = "  ".join(f"{k}={_plain(v)}" for k, v in group.items() if _is_shown(k))
+        lines.append(f"  group {index}: {count} parameters, {size:,} elements  {shown}")
+    lines += [f"  {line}" for line in _state_lines(opt)]
+    return "\n".join([*lines, ")"])
+
+
+def _is_shown(key: str) -> bool:
+    return key not in ("params", "param_names", "differentiable")
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+
+
+def _state_lines(opt: "ChainOpt") -> Iterable[str]:
+    total, elements = opt.state_bytes(), 0
+    kinds: dict[tuple, list[int]] = defaultdict(list)
+    for group in opt.param_groups:
+        for param in group["params"]:
+            elements += param.numel()
+            state = opt.state.get(param, {})
+            parts = ", ".join(f"{k} {_bytes({k: v}):,}" for k, v in state.items())
+            dtype = str(param.dtype).removeprefix("torch.")
+            kinds[tuple(param.shape), dtype, parts].append(_bytes(state))
+    yield f"state: {total:,} bytes ({readable_bytes(total)}), {total / max(elements, 1):.4g} per element"
+    for (shape, dtype, parts), sizes in kinds.items():
+        detail = f": {parts}" if parts else ""
+        yield f"  {len(sizes)} x {shape} {dtype}, {sizes[0]:,} bytes each{detail}"
+
+
+def routing_table(groups: Iterable[Mapping[str, Any]], programs: Mapping[Tensor, Program]) -> str:
+    """One line per parameter: its name or place, its shape, and the chain that it got."""
+    rows = [("parameter", "shape", "chain")]
+    for index, group in enumerate(groups):
+        names = group.get("param_names") or [
+            f"group {index}[{i}]" for i in range(len(group["params"]))
+        ]
+        for name, param in zip(names, group["params"], strict=True):
+            rows.append((name, str(tuple(param.shape)), repr(programs[param])))
+    widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
+    return "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows)

@@ -1,0 +1,89 @@
+"""Errors, the words that their messages share, and warnings that point at the line of the user."""
+
+import difflib
+import sys
+import threading
+import warnings
+from collections.abc import Iterable
+from types import FrameType
+
+# Packages whose lines a user has not written: this one, and what calls it on a user's behalf.
+INNER = frozenset({"heavyball", "torch", "contextlib", "functools", "threading", "concurrent"})
+
+
+def warn(message: str, category: type[Warning] = RuntimeWarning) -> None:
+    """Warn at the nearest line outside this package and torch, however deep the call is.
+
+    The hooks of `backward()` may run on a thread of torch's own. The line is then where the main
+    thread waits for it.
+    """
+    own = sys._getframe(1)
+    frame = _outside(own)
+    if frame is None:
+        main = threading.main_thread().ident
+        frame = _outside(sys._current_frames().get(main or 0)) or own
+    warnings.warn_explicit(
+        message,
+        category,
+        frame.f_code.co_filename,
+        frame.f_lineno,
+        module=frame.f_globals.get("__name__"),
+        registry=frame.f_globals.setdefault("__warningregistry__", {}),
+    )
+
+
+def _outside(frame: FrameType | None) -> FrameType | None:
+    while frame is not None and _root(frame) in INNER:
+        frame = frame.f_back
+    return frame
+
+
+def _root(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
+
+
+# What a constructor or a step raises on a bad value, an unknown name or a shape it refuses.
+REFUSALS = (TypeError, ValueError, ArithmeticError, RuntimeError, NotImplementedError)
+
+
+class RaceError(ValueError):
+    """Something that the user asked for cannot be done; the message says what and why."""
+
+
+class ChainError(RaceError):
+    """A text that is not a chain, or not an optimizer with arguments."""
+
+
+def one_line(error: BaseException | str) -> str:
+    """An error's message without line breaks, or its type where it has no message."""
+    text = " ".join(str(error).split())
+    return text or type(error).__name__
+
+
+def shown(value: object, length: int = 60) -> str:
+    """A value in an error message, cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # more digits than Python prints
+        text = f"{type(value).__name__} of too many digits"
+    return text if len(text) <= length else text[:length] + "..."
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    """The message for a name nobody knows, with the nearest known ones, or all of them."""
+    known = sorted(known)
+    lower = {k.lower(): k for k in reversed(known)}
+    close = difflib.get_close_matches(name[:80].lower(), lower, n=3, cutoff=0.5)
+    hint = "nearest" if close else "known"
+    return f"no {kind} {shown(name)}; {hint}: {', '.join([lower[c] for c in close] or known) or 'none'}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of an error message: what is known, and the nearest of it."""
+    known = list(dict.fromkeys(known))
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if not close:
+        lower = {text.lower(): text for text in known}
+        close = [lower[t] for t in difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.5)]
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"known: {', '.join(known) if known else 'none'}{hint}"

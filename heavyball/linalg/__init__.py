@@ -1,0 +1,1 @@
+"""Linear algebra of the matrix methods: bases, factors, roots, and when to renew them."""

@@ -1,0 +1,1 @@
+"""ChainOpt: groups, steps, checks, checkpoints."""

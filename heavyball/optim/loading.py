@@ -1,0 +1,370 @@
+"""Fits a state dict to an optimizer: all of it or an error, or what matches and a list of the rest."""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from heavyball.core.chain import BOOKKEEPING
+from heavyball.core.combine import plain_name
+from heavyball.core.program import Program
+from heavyball.numerics import lasting
+from heavyball.optim.checkpoint import (
+    DESCRIPTION,
+    SAVED_WEIGHTS,
+    LoadResult,
+    by_transform,
+    convert,
+    expected_state,
+    misfits,
+    structure,
+)
+from heavyball.optim.checks import labelled
+from heavyball.optim.validation import check_hyper, check_source, impossible
+from heavyball.runtime.place import describe
+from heavyball.runtime.rates import WAITING
+from heavyball.runtime.state import add_missing_state
+
+if TYPE_CHECKING:
+    from heavyball.optim.optimizer import ChainOpt
+
+HINT = "load_state_dict(..., strict=False) loads what matches and returns what it left"
+
+
+@dataclass
+class Match:
+    """A parameter of the optimizer, and the state that was saved for it, if any."""
+
+    label: str
+    short: str
+    param: Tensor
+    program: Program
+    group: Mapping[str, Any]
+    known: bool
+    saved: Mapping[str, Any]
+    expected: dict[str, Tensor] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    extra: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+    def compare(self, same_chain: bool) -> None:
+        """Find out what fits. `same_chain`: what the chain does not know are then entries of others.
+
+        Errors: ValueError for what fits nowhere.
+        """
+        self.expected = expected_state(self.program, self.param, self.group)
+        if self.saved:
+            full = expected_state(self.program, self.param, self.group, all_lazy=True)
+            for fault in impossible(self.saved, full, self.program, self.param):
+                raise ValueError(f"load_state_dict: of the state saved for {self.label}, {fault}")
+            own = {k: v for k, v in self.saved.items() if self.program.owns((k,)) or not same_chain}
+            found = misfits(own, self.expected, self.program, self.param, full)
+            self.missing, self.extra, self.wrong = found
+
+    def lacks_weights(self) -> bool:
+        """Whether the parameters hold an average and nothing holds what it is an average of."""
+        evaluating = not self.group.get("train_mode", True) and self.program.evaluators
+        return bool(evaluating and SAVED_WEIGHTS not in self.saved and self.saved.get("step"))
+
+    def usable(self) -> dict[str, Any]:
+        """What of the saved state can be loaded."""
+        taken = {k: v for k, v in self.saved.items() if k not in self.extra}
+        if not self.program.evaluators:
+            taken.pop(SAVED_WEIGHTS, None)
+        # a count of steps without what was gathered in them would be worse than nothing
+        if self.wrong or (self.missing and taken.keys() <= {"step", SAVED_WEIGHTS}):
+            return {}
+        return taken
+
+
+@dataclass
+class Fitted:
+    """What is to be loaded: state by parameter, groups, entries of no parameter, and what was left."""
+
+    states: dict[Tensor, dict[str, Any]]
+    groups: list[dict[str, Any]]
+    others: dict[Any, Any]
+    left: LoadResult
+
+
+def fit(opt: "ChainOpt", loading: Mapping[str, Any], strict: bool) -> Fitted:
+    """What of a state dict is to be loaded, in memory of its own, and what was left of it.
+
+    Errors: ValueError with `strict` if anything is left; else if it cannot be said which parameter is
+        which, or a number cannot be. Nothing has been changed then.
+    """
+    if strict:
+        check_source(loading)
+    for index, group in enumerate(loading["param_groups"]):
+        check_hyper(opt.chain, index, group, strict)
+    counts = [[len(g["params"]) for g in gs] for gs in (loading["param_groups"], opt.param_groups)]
+    _refuse_other_groups(counts[0], counts[1], strict)
+    by_name = _by_name(opt, loading, counts, strict)
+    sources = _sources(opt, loading, by_name)
+    matches = list(_matches(opt, loading, by_name, sources))
+    for match in matches:
+        match.compare(_same_chain(opt, loading))
+    for match in matches:
+        if match.lacks_weights():
+            raise ValueError(
+                f"load_state_dict: the state saved for {match.label} is of evaluation mode, but the "
+                f"weights to train on with, {SAVED_WEIGHTS!r}, are missing; see docs/checkpoints.md"
+            )
+    left = LoadResult([], [])
+    if strict:
+        _refuse(opt, loading, matches)
+        _check_common(opt, loading)
+        groups = [dict(loading["param_groups"][source]) for source in sources]
+        states = {match.param: dict(match.saved) for match in matches}
+    else:
+        if not opt._training():
+            raise RuntimeError(
+                "load_state_dict(strict=False) in evaluation mode: call train() first"
+            )
+        saved_groups = loading["param_groups"]
+        groups = [_entries(opt, i, saved_groups[n], left) for i, n in enumerate(sources)]
+        states = {}
+        for match in matches:
+            if match.param not in states:
+                states[match.param] = _state(opt, match, left)
+    known = {number for group in loading["param_groups"] for number in group["params"]}
+    others = {key: value for key, value in loading["state"].items() if key not in known}
+    groups = [opt._with_own(index, group) for index, group in enumerate(groups)]
+    groups_of = {
+        p: g for own, g in zip(opt.param_groups, groups, strict=True) for p in own["params"]
+    }
+    ready = {
+        match.param: _ready(match, states[match.param], groups_of[match.param])
+        for match in matches
+        if states[match.param]
+    }
+    return Fitted(ready, groups, others, left)
+
+
+@lasting()
+def _ready(match: Match, state: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
+    """Copies of what is loaded, on the parameter's device and in the formats of this optimizer."""
+    made = {
+        key: value.detach().clone().to(match.param.device)
+        if isinstance(value, Tensor)
+        else copy.deepcopy(value)
+        for key, value in state.items()
+    }
+    convert(made, expected_state(match.program, match.param, group), match.program)
+    return made
+
+
+def _same_chain(opt: "ChainOpt", loading: Mapping[str, Any]) -> bool:
+    described = loading.get(DESCRIPTION)
+    return isinstance(described, Mapping) and described.get("chain") == structure(opt.chain)
+
+
+def _refuse_other_groups(saved: list[int], own: list[int], strict: bool) -> None:
+    """Refuse groups that cannot be told which is which; in torch's words, with the numbers."""
+    if len(saved) != len(own):
+        raise ValueError(
+            "load_state_dict: loaded state dict has a different number of parameter groups: "
+            f"{len(saved)} were saved, this optimizer has {len(own)}"
+        )
+    for index, (there, here) in enumerate(zip(saved, own, strict=True) if strict else ()):
+        if there != here:
+            raise ValueError(
+                "load_state_dict: loaded state dict contains a parameter group that doesn't match the "
+                f"size of optimizer's group: of group {index} {there} parameters were saved, here it "
+                f"has {here}. {HINT}"
+            )
+
+
+def _refuse(opt: "ChainOpt", loading: Mapping[str, Any], matches: list[Match]) -> None:
+    missing = by_transform(key for match in matches for key in match.missing)
+    extra = by_transform(key for match in matches for key in match.extra)
+    keys = f"missing state: {missing}; state that has no place: {extra}"
+    described, own = loading.get(DESCRIPTION), structure(opt.chain)
+    if isinstance(described, Mapping) and described.get("chain") != own:
+        raise ValueError(
+            "load_state_dict: the state was saved by another chain\n"
+            f"  saved:     {described.get('chain')}\n  this one:  {own}\n  {keys}\n  {HINT}"
+        )
+    for match in matches:
+        if match.missing or match.extra:
+            raise ValueError(
+                f"load_state_dict: the state saved for {match.label} is not that of the chain {own}: "
+                f"{keys}. {HINT}"
+            )
+        for fault in match.wrong:
+            raise ValueError(f"load_state_dict: of the state saved for {match.label}, {fault}")
+
+
+def _check_common(opt: "ChainOpt", loading: Mapping[str, Any]) -> None:
+    for index, group in enumerate(loading["param_groups"]):
+        for name in group:
+            try:
+                opt._together.check_saved(index, name, group)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"load_state_dict: {error}") from None
+
+
+# ---- which parameter is which
+
+
+def _names(groups: Sequence[Mapping[str, Any]], ids: bool) -> list[list[str]] | None:
+    """The names of the parameters in each group; None where not all have one, or two the same.
+
+    ids: whether a parameter's number in the dict, where it is a string, is its name.
+    """
+    named: list[list[str]] = []
+    for group in groups:
+        names = group.get("param_names")
+        if names is None and ids and all(isinstance(n, str) for n in group["params"]):
+            names = group["params"]
+        if names is None:
+            return None
+        named.append(list(names))
+    for plainly in (plain_name, str):  # two that differ in what wraps them keep that
+        found = [[plainly(name) for name in names] for names in named]
+        places = {
+            (name, number)
+            for names, group in zip(found, groups, strict=True)
+            for name, number in zip(names, map(_place, group["params"]), strict=True)
+        }
+        if len({name for name, _ in places}) == len(places):
+            return found
+    return None
+
+
+def _place(number: Any) -> Any:
+    return id(number) if isinstance(number, Tensor) else number
+
+
+def _by_name(
+    opt: "ChainOpt", loading: Mapping[str, Any], counts: list[list[int]], strict: bool
+) -> list[list[int | None]] | None:
+    """Where each parameter of each group was saved: the saved group's number, None for nowhere.
+
+    None where parameters are matched by their places.
+
+    Errors: ValueError with `strict` if the names of both sides are not the same, group by group.
+    """
+    saved, own = _names(loading["param_groups"], True), _names(opt.param_groups, False)
+    given = any("param_names" in group for group in loading["param_groups"])
+    if saved is not None and own is not None:
+        there = {name: index for index, names in enumerate(saved) for name in names}
+        shared = there.keys() & {name for names in own for name in names}
+        # strings in place of numbers may be anything, so without a match they are just numbers
+        if strict and (given or len(shared) == len(there)):
+            _refuse_other_names(saved, own)
+        if shared and (strict is False or given or len(shared) == len(there)):
+            return [[there.get(name) for name in names] for names in own]
+    if counts[0] != counts[1]:
+        raise ValueError(
+            f"load_state_dict: the groups saved have {counts[0]} parameters, those here {counts[1]}; "
+            "which is which can only be told by names, given as model.named_parameters()"
+        )
+    return None
+
+
+def _refuse_other_names(saved: list[list[str]], own: list[list[str]]) -> None:
+    for index, (there, here) in enumerate(zip(saved, own, strict=True)):
+        if set(there) != set(here):
+            missing = ", ".join(n for n in here if n not in there) or "none"
+            extra = ", ".join(n for n in there if n not in here) or "none"
+            raise ValueError(
+                f"load_state_dict: group {index} was saved with other parameters: not saved there: "
+                f"{missing}; saved there and not here: {extra}. {HINT}"
+            )
+
+
+def _sources(
+    opt: "ChainOpt", loading: Mapping[str, Any], by_name: list[list[int | None]] | None
+) -> list[int]:
+    """The saved group that each group gets its entries from: that of its parameters, if it is one."""
+    found = list(range(len(opt.param_groups)))
+    for index, places in enumerate(by_name or ()):
+        several = set(places) - {None}
+        if len(several) == 1:
+            found[index] = several.pop()  # type: ignore[assignment]
+    return found
+
+
+def _matches(
+    opt: "ChainOpt",
+    loading: Mapping[str, Any],
+    by_name: list[list[int | None]] | None,
+    sources: list[int],
+) -> Iterator[Match]:
+    programs, state, number = opt._all_programs(), loading["state"], 0
+    saved_names, own_names = _names(loading["param_groups"], True), _names(opt.param_groups, False)
+    numbers: dict[str, Any] = {}
+    for names, saved_group in zip(saved_names or (), loading["param_groups"], strict=False):
+        numbers.update(zip(names, saved_group["params"], strict=True))
+    for index, (group, source) in enumerate(zip(opt.param_groups, sources, strict=True)):
+        saved_group = loading["param_groups"][source]
+        values = {**opt.defaults, **saved_group}
+        for position, (name, param) in enumerate(labelled(index, group)):
+            if by_name is None:
+                known, place = True, saved_group["params"][position]
+            else:
+                known = by_name[index][position] is not None
+                place = numbers.get(own_names[index][position]) if known else None  # type: ignore[index]
+            label, short = describe(name, index, position, param), name or str(number)
+            found = state.get(place, {}) if known else {}
+            yield Match(label, short, param, programs[param], values, known, found)
+            number += 1
+
+
+# ---- what matches
+
+
+def _state(opt: "ChainOpt", match: Match, left: LoadResult) -> dict[str, Any]:
+    """The state of one parameter: what was saved, and what it has where nothing was."""
+    own, taken = dict(opt.state.get(match.param, {})), match.usable()
+    missing = match.missing if taken else match.expected if match.saved or not match.known else own
+    left.missing_keys.extend(f"{match.short}.{key}" for key in missing)
+    left.unexpected_keys.extend(f"{match.short}.{key}" for key in match.saved if key not in taken)
+    if not taken:
+        return own
+    kept = {**{key: own[key] for key in missing if key in own}, **taken}
+    add_missing_state(match.program, match.param.detach(), match.group, kept)
+    return kept
+
+
+def _entries(
+    opt: "ChainOpt", index: int, saved: Mapping[str, Any], left: LoadResult
+) -> dict[str, Any]:
+    """A group's hyper-parameters: those saved that it knows and can take, else its own."""
+    group = {k: v for k, v in opt.param_groups[index].items() if k != "params"}
+    if "train_mode" in group:
+        group["train_mode"] = True  # where nothing else was saved
+    group.pop(WAITING, None)  # of the state that is replaced
+    for key, value in saved.items():
+        if key in ("params", "param_names"):
+            continue
+        known = key in group or key in opt.defaults or key in BOOKKEEPING or key.startswith("_")
+        if known and _accepts(opt, index, key, saved):
+            group[key] = value
+        else:
+            left.unexpected_keys.append(f"param_groups.{index}.{key}")
+    common = opt._together.common
+    loaded = {
+        n: group[n] for n in common if f"param_groups.{index}.{n}" not in left.unexpected_keys
+    }
+    following = opt._together.following(
+        {n: v for n, v in loaded.items() if n in saved}, opt.param_groups
+    )
+    group |= following
+    lacking = [k for k in (*opt.defaults, *common) if k not in saved and k not in following]
+    left.missing_keys.extend(f"param_groups.{index}.{k}" for k in lacking if k != "differentiable")
+    return group
+
+
+def _accepts(opt: "ChainOpt", index: int, key: str, saved: Mapping[str, Any]) -> bool:
+    try:
+        if key in (*opt.chain.hyper, "lr", "seed", "warmup_steps"):
+            opt._checked(key, saved[key])
+        else:
+            opt._together.check_saved(index, key, saved)
+    except (TypeError, ValueError):
+        return False
+    return True

@@ -1,1 +1,0 @@
-"""`python -m heavyball.race.bench` measures what optimizer steps cost, here and elsewhere."""

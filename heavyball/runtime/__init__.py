@@ -1,0 +1,1 @@
+"""Runs programs eagerly, tensor by tensor: the reference."""

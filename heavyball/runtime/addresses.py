@@ -1,0 +1,137 @@
+"""Refuses tensors without the memory that a step would read and write.
+
+Kernels take addresses and ask nobody what lies there, so every tensor of a step is looked at here before
+tables are made of them. `compiler/watch.py` and `compiler/row.py` then notice when one has changed.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heavyball.core.program import Program
+from heavyball.runtime.state import add_missing_state
+from heavyball.state.held import CORRECTION, PARAM, SCALE, fault, is_companion, is_real, main_of
+
+# The dtypes of a tensor with a companion, and those of the companion.
+FORMATS = {
+    CORRECTION: ((torch.bfloat16, torch.float16), (torch.int8, torch.int16)),
+    SCALE: ((torch.int8, torch.uint8), (torch.bfloat16,)),
+}
+_PLAIN = Tensor.__torch_dispatch__
+
+
+def check_plain(label: str, tensor: Tensor) -> None:
+    """Refuse a tensor whose elements are not in memory of its own, as a DTensor's are not.
+
+    Errors: ValueError that begins with the label.
+    """
+    reason = _not_plain(tensor)
+    if reason is not None:
+        raise ValueError(f"{label} {reason}")
+
+
+def check_memory(label: str, tensor: Tensor) -> None:
+    """Refuse a tensor that is not plain, or whose memory was freed or is too small for it.
+
+    Errors: ValueError that begins with the label.
+    """
+    reason = _not_plain(tensor) or _not_there(tensor)
+    if reason is not None:
+        raise ValueError(f"{label} {reason}")
+
+
+def _not_plain(tensor: Tensor) -> str | None:
+    if type(tensor).__torch_dispatch__ != _PLAIN:
+        kind = type(tensor).__name__
+        later = "; sharded parameters cannot be stepped yet" if kind == "DTensor" else ""
+        return f"is a {kind}, which has no memory of its own, expected a plain tensor{later}"
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else f"sparse ({tensor.layout})"
+        return f"is {kind}, expected a dense tensor"
+    return None
+
+
+def _not_there(tensor: Tensor) -> str | None:
+    if tensor.is_meta or not tensor.numel():
+        return None
+    try:
+        address, held = tensor.data_ptr(), tensor.untyped_storage().nbytes()
+    except (RuntimeError, NotImplementedError):
+        return "is inside a transform of torch.func, expected a plain tensor"
+    axes = zip(tensor.shape, tensor.stride(), strict=True)
+    last = tensor.storage_offset() + sum((n - 1) * stride for n, stride in axes)
+    if not address or held < (last + 1) * tensor.element_size():
+        return f"needs more memory than the {held} bytes of its storage: was it freed or resized?"
+    return None
+
+
+def check_state_memory(
+    label: str,
+    program: Program,
+    param: Tensor,
+    group: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+) -> None:
+    """Refuse state that was replaced by what its transform could not have left there.
+
+    Errors: ValueError that names the entry, what it is and what was expected.
+    """
+    expected = _expected(program, param, group)
+    for key, tensor in state.items():
+        if main_of(key) not in expected or not isinstance(tensor, Tensor):
+            continue
+        check_memory(f"{label}: its state {key!r}", tensor)
+        if is_companion(key):
+            continue
+        shape, real = expected[key]
+        reason = None
+        if tensor.shape != shape and not (key in program.numbers and tensor.numel() == 1):
+            reason = f"has the shape {tuple(tensor.shape)}, expected {tuple(shape)}"
+        elif key in program.numbers:
+            if tensor.is_complex() or tensor.dtype == torch.bool:
+                reason = f"is {tensor.dtype}, expected a real number"
+        elif is_real(state, key) != real or tensor.is_complex():
+            reason = f"is {tensor.dtype}, expected {'real' if real else 'whole'} numbers"
+        else:
+            reason = fault(state, key) or _mixed(state, key, tensor)
+        if reason is not None:
+            raise ValueError(f"{label}: its state {key!r} {reason}")
+    if PARAM + CORRECTION in state:
+        reason = _mixed(state, PARAM, param)
+        if reason is not None or state[PARAM + CORRECTION].shape != param.shape:
+            raise ValueError(f"{label}: its state {PARAM + CORRECTION!r} does not fit it")
+
+
+def _mixed(state: Mapping[str, Tensor], key: str, main: Tensor) -> str | None:
+    for part, (mains, companions) in FORMATS.items():
+        if key + part in state:
+            found = state[key + part].dtype
+            if main.dtype not in mains or found not in companions:
+                return f"is {main.dtype}, with {key + part!r} of {found}: no format is so"
+    return None
+
+
+def _expected(
+    program: Program, param: Tensor, group: Mapping[str, Any]
+) -> dict[str, tuple[torch.Size, bool]]:
+    """The shape of each state that a parameter can have, and whether it holds real numbers."""
+    place = param.shape, param.dtype
+    if place not in program.expected:
+        made: dict[str, Tensor] = {}
+        add_missing_state(program, param.detach().to("meta"), group, made, all_lazy=True)
+        program.expected[place] = {
+            key: (tensor.shape, is_real(made, key))
+            for key, tensor in made.items()
+            if not is_companion(key)
+        }
+    return program.expected[place]
+
+
+def as_numbers(program: Program, state: dict[str, Tensor]) -> None:
+    """Bring numbers of a state that were given in another dtype into the one that is read."""
+    for key in program.numbers:
+        tensor = state.get(key)
+        if tensor is not None and (tensor.dtype != torch.float64 or tensor.ndim):
+            state[key] = tensor.detach().to(torch.float64).reshape(())

@@ -1,0 +1,230 @@
+"""Runs a program as a generator, which yields wherever it needs others.
+
+A run yields its shares of a sum over all parameters and is sent the sum, or yields a `Call` of a whole
+transform and is sent an `Answer`. Who answers is the eager runner or the compiler.
+"""
+
+from collections.abc import Generator, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heavyball.core.program import Fork, Node
+from heavyball.core.transform import CONTEXT, WHOLE_CONTEXT
+from heavyball.numerics import SCALAR, compute_dtype, shape_of
+from heavyball.runtime.job import Answer, Call, Frame
+from heavyball.runtime.serve import due
+from heavyball.runtime.state import new_states, working_state
+
+Shares = tuple[Tensor, ...]
+# What a run waits for: the sums of its shares and the others', or an answer to calls.
+Request = tuple[str, Shares] | Call
+Run = Generator[Request, Any, Any]
+
+
+def execute(nodes: Iterable[Node | Fork], update: Any, frame: Frame) -> Run:
+    """Run nodes in order; yields (key, shares) wherever sums over all parameters are needed, and a
+    call wherever a transform needs the whole tensor."""
+    for node in nodes:
+        if isinstance(node, Fork):
+            update = yield from _fork(node, update, frame)
+        elif node.transform.whole:
+            update = yield from call(node, update, frame)
+        else:
+            update = yield from _apply(node, update, frame)
+        if frame.ended:
+            break
+    return update
+
+
+def _fork(fork: Fork, update: Tensor, frame: Frame) -> Run:
+    results, gates, steps = [], [], []
+    for branch in fork.branches:
+        inner = Frame(frame.job, dict(frame.env), frame.new, frame.hooks)
+        results.append((yield from execute(branch, update, inner)))
+        frame.ended |= inner.ended
+        gates.append(inner.env["gate"])
+        steps.append(inner.env["step"])
+    # an update that is missing in one branch is missing as a whole
+    if frame.ended:
+        return update
+    for gate, step in zip(gates, steps, strict=True):
+        if gate is not frame.env["gate"]:
+            frame.env["gate"] = _both(frame.env["gate"], gate)
+            frame.env["step"] = torch.minimum(frame.env["step"], step)
+            frame.env["count"] = None
+    return (yield from _apply(fork.merge, tuple(results), frame))
+
+
+def _both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    if one is None or other is None:
+        return other if one is None else one
+    return one & other
+
+
+def _arguments(node: Node, frame: Frame) -> dict[str, Any]:
+    t = node.transform
+    arguments: dict[str, Any] = dict(t.options)
+    for name in t.hyper:
+        arguments[name] = frame.hyper(node, name)
+    for name in t.context:
+        if name != "total":
+            arguments[name] = frame.context(name)
+    for name in t.optional:
+        arguments[name] = frame.env.get(name)
+    return arguments
+
+
+def _apply(node: Node, update: Any, frame: Frame) -> Run:
+    t, env = node.transform, frame.env
+    arguments = _arguments(node, frame)
+    gate = env["gate"]
+    old = [_in_present_unit(node, name, frame) for name in t.states]
+    if t.over_all is not None:
+        known = {**dict(zip(t.states, old, strict=True)), **arguments}
+        there = CONTEXT.keys() | frame.job.program.common
+        asked = {n: frame.context(n) if n in there else known[n] for n in t.over_all_context}
+        shares = t.over_all(update, **asked)
+        total = yield node.key, _given(shares, frame) if t.finish else _gated((shares,), gate)
+        if t.finish:
+            arguments = _arguments(node, frame)  # the group's numbers are new now
+        else:
+            arguments["total"] = total
+    before = update
+    update, new, provided = _results(node, t.update(update, *old, **arguments))
+    compute = compute_dtype(frame.job.param.dtype)
+    if update.is_floating_point() and update.dtype != compute:
+        update = update.to(compute)  # a condition times a number is float64
+    _check_shapes(node, before, update, old, new)
+    for name, before, after in zip(t.states, old, new, strict=True):
+        if before is not None:
+            kept = after if gate is None else torch.where(gate, after, before)
+            frame.new[node.state_key(name)] = kept
+    if t.gives:
+        for place, share in enumerate(_given(provided[len(t.provides) :], frame)):
+            frame.new[share_name(node.key, place)] = share
+    for name, value in zip(t.provides, provided[: len(t.provides)], strict=True):
+        env[name] = _both(gate, value) if name == "gate" else value
+        if name == "unit_change" and gate is not None:
+            # what is left out keeps the unit of the step before, as this element's own state does
+            env[name] = torch.where(gate, value, 1.0)
+        if name in ("gate", "step"):
+            env["count"] = None  # no longer known on the host
+    if t.kind == "writer":
+        update = env["param"] = update if gate is None else torch.where(gate, update, env["param"])
+    return update
+
+
+# What the runner and kernels call a share of a sum over all parameters.
+SHARE = "share:"
+
+
+def share_name(key: str, place: int) -> str:
+    return f"{SHARE}{key}:{place}"
+
+
+def _gated(shares: Shares, gate: Tensor | None) -> Shares:
+    """Nothing of a frozen parameter may reach the others."""
+    return shares if gate is None else tuple(torch.where(gate, s, 0) for s in shares)
+
+
+def _given(shares: Shares, frame: Frame) -> Shares:
+    """The shares of an element with a `finish`, and behind them 1, or 0 if the step is left out."""
+    gate, device = frame.env["gate"], frame.job.param.device
+    happens = torch.full((), 1.0, dtype=SCALAR, device=device) if gate is None else gate.to(SCALAR)
+    return (*_gated(shares, gate), happens)
+
+
+def _check_shapes(
+    node: Node, before: Any, update: Tensor, old: list[Tensor | None], new: tuple
+) -> None:
+    expected = [shape_of(before[0] if isinstance(before, tuple) else before), *map(shape_of, old)]
+    for name, shape, value in zip(
+        ("update", *node.transform.states), expected, (update, *new), strict=True
+    ):
+        if shape is not None and shape_of(value) != shape:
+            got = tuple(value.shape) if isinstance(value, Tensor) else value
+            raise ValueError(f"{node.key} returned {name} of shape {got}, expected {tuple(shape)}")
+
+
+def _in_present_unit(node: Node, name: str, frame: Frame) -> Tensor | None:
+    """A state; its unit, the one in which the learning rate is 1, may have changed since last step."""
+    declared, tensor = node.transform.states[name], working_state(node, name, frame.job)
+    change = frame.env.get("unit_change")
+    if tensor is None or change is None or declared.is_number:
+        return tensor
+    if declared.holds not in ("moment", "square"):
+        return tensor
+    return tensor * (change if declared.holds == "moment" else change**2)
+
+
+def _results(node: Node, result: Any) -> tuple[Any, tuple, tuple]:
+    """Split what a transform returned into the update, its new state and what it provides."""
+    t = node.transform
+    parts = result if isinstance(result, tuple) else (result,)
+    expected = 1 + len(t.states) + len(t.provides) + len(t.gives)
+    if len(parts) != expected or not isinstance(parts[0], Tensor):
+        names = ", ".join(["update", *t.states, *t.provides, *t.gives])
+        got = ", ".join(type(part).__name__ for part in parts)
+        raise TypeError(f"{node.key} returned ({got}), expected {expected} values: {names}")
+    cut = 1 + len(t.states)
+    return parts[0], parts[1:cut], parts[cut:]
+
+
+def call(node: Node, update: Tensor, frame: "Frame") -> Generator[Any, Any, Tensor]:
+    """A whole transform's turn: what it may ask for, and what it has changed."""
+    t, env = node.transform, frame.env
+    known = {n: frame.context(n) for n in t.context if n not in WHOLE_CONTEXT}
+    known |= {n: env.get(n) for n in t.optional}
+    known["step"] = env["step"]
+    asked = Call(node, frame.job, update, env["count"], known, gate=env["gate"], new=frame.new)
+    answer: Answer | None = yield asked
+    if answer is None:  # the gate is closed
+        frame.ended = True
+        return update
+    # that the gate is open is a decision on the host
+    env["gate"], env["count"] = None, answer.count
+    frame.new.update(new_states(node, frame.job, answer.states))
+    if t.after is not None:
+        frame.hooks.append(Call(node, frame.job, None, answer.count, known, after=True))
+    for name, value in answer.provided.items():
+        _provide(node, name, value, frame)
+    return answer.update
+
+
+def _provide(node: Node, name: str, value: Any, frame: "Frame") -> None:
+    if name == "gate":
+        frame.ended |= value is False
+        value = None if isinstance(value, bool) else value
+    elif name == "step":
+        frame.env["count"] = value if isinstance(value, int) else None
+    if isinstance(value, int | float) and name not in node.transform.opaque:
+        value = torch.full((), value, dtype=SCALAR, device=frame.job.param.device)
+    frame.env[name] = value
+
+
+def run_hooks(frame: "Frame") -> Generator[Any, Any, None]:
+    """Run what nodes do after the write, on the new states."""
+    for hook in frame.hooks:
+        if hook.count is not None and due(hook.node, hook.count):
+            moments, squares = rotating(hook.node, frame.new)
+            hook.new = frame.new
+            hook.vectors = [frame.new[key] for key in moments]
+            hook.squares = [frame.new[key] for key in squares]
+            answer: Answer = yield hook
+            frame.new.update(new_states(hook.node, frame.job, answer.states))
+            frame.new.update(zip(moments, answer.vectors, strict=True))
+            frame.new.update(zip(squares, answer.squares, strict=True))
+
+
+def rotating(node: Node, present: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """The keys of the moments and of the squares that turn with a node's basis."""
+    moments: list[str] = []
+    squares: list[str] = []
+    for inner in node.inner:
+        for name, declared in inner.transform.states.items():
+            key = inner.state_key(name)
+            if key in present and declared.holds in ("moment", "square"):
+                (moments if declared.holds == "moment" else squares).append(key)
+    return moments, squares

@@ -1,0 +1,478 @@
+"""Numbers that the parameters of a group decide on together, such as Prodigy's d.
+
+They belong to the group, not to a parameter: entries of it that are saved with it, 0-d float64 tensors
+on the device of its first parameter (an int counts its steps). A parameter that joins late sees the
+present ones, and one without a gradient has no part in them.
+"""
+
+import itertools
+import math
+import numbers
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heavyball.core.chain import Chain
+from heavyball.core.hyper import finite
+from heavyball.core.program import Program
+from heavyball.core.rate import Member
+from heavyball.numerics import lasting, version_of
+from heavyball.runtime.job import Job, Scalars
+from heavyball.runtime.place import Place
+from heavyball.runtime.step import SCALAR
+
+Sums = dict[int, tuple[Tensor, ...]]
+
+
+def sums_of(found: list[tuple[Job, tuple[Tensor, ...]]]) -> Sums:
+    """What the jobs of each group gave, added up, by the group's identity."""
+    sums: Sums = {}
+    for job, shares in found:
+        shares = tuple(s.detach().to(SCALAR).reshape(()) for s in shares)
+        place = id(job.group)
+        if place in sums:
+            shares = tuple(a + b.to(a.device) for a, b in zip(sums[place], shares, strict=True))
+        sums[place] = shares
+    return sums
+
+
+def _is_gated(program: Program) -> bool:
+    """Whether something in front of a program's rate may leave out steps."""
+    before = itertools.takewhile(lambda node: node is not program.rate, program.flat)
+    return any("gate" in node.transform.provides for node in before)
+
+
+class Together:
+    """Makes and renews the common numbers of an optimizer's groups. Nothing waits for the device.
+
+    An entry may be set by hand. It is noticed by being another object, or another version of a tensor,
+    than was put there, and only then is its value read.
+    """
+
+    def __init__(self, chain: Chain):
+        self.node = chain.rate
+        self.chain = chain
+        self._scalars: list[Scalars] = []
+        self._gated = any(_is_gated(program) for program in chain.programs)
+        # by a group's identity and an entry's name: what was put there, and its version
+        self._put: dict[int, dict[str, tuple[Any, int | None]]] = {}
+        # which entries are still what they begin at
+        self._begun: dict[int, set[str]] = {}
+        # a CUDA graph writes into the tensors that it was captured with
+        self._captured = False
+
+    @property
+    def common(self) -> Mapping[str, str | float]:
+        """The entries, and what each begins at."""
+        return {} if self.node is None else self.node.transform.common
+
+    @property
+    def _shared(self) -> bool:
+        """Whether all groups have one estimate."""
+        assert self.node is not None
+        return not self.node.transform.options.get("split_groups", True)
+
+    # ---- where they begin
+
+    @lasting()
+    def begin(self, index: int, groups: list[dict[str, Any]]) -> None:
+        """Give a new group its numbers, whatever it had in another optimizer."""
+        group = groups[index]
+        group.pop(WAITING, None)
+        for name in self.common:
+            self._write(group, name, self._first(name, index, groups))
+        self._begun[id(group)] = set(self.common)
+
+    def begin_again(self, index: int, groups: list[dict[str, Any]]) -> None:
+        """Give a group that has not stepped its numbers anew: a hyper-parameter has changed."""
+        group = groups[index]
+        counts = (group[name] for name, first in self.common.items() if isinstance(first, int))
+        if any(counts):
+            return
+        for name in self.common:
+            if name in self._begun.get(id(group), ()):
+                self._write(group, name, self._first(name, index, groups))
+
+    def _first(self, name: str, index: int, groups: list[dict[str, Any]]) -> Any:
+        """What an entry of a group begins at: that of the other groups where they have one estimate."""
+        first, group = self.common[name], groups[index]
+        others = [g for i, g in enumerate(groups) if i != index and set(self.common) <= g.keys()]
+        if others and self._shared:
+            return others[0][name]
+        return self._hyper(group, first) if isinstance(first, str) else first
+
+    @lasting()
+    def settle(self, group: dict[str, Any]) -> None:
+        """Bring a group's numbers to where its parameters are, in memory of their own, as its own."""
+        begun = self._begun[id(group)] = set()
+        for name, first in self.common.items():
+            value = group.get(name)
+            if isinstance(value, Tensor | int | float):
+                self._write(group, name, value)
+                start = self._hyper(group, first) if isinstance(first, str) else first
+                if float(value) == start:
+                    begun.add(name)
+
+    def _write(self, group: dict[str, Any], name: str, value: Any) -> None:
+        """Put a number into a group: in a tensor of its own, so that whoever has kept the last one
+        keeps its value."""
+        old = group.get(name)
+        if isinstance(self.common[name], int):
+            group[name] = value
+        elif self._captured or _capturing(old):
+            self._captured = True
+            old.copy_(value) if isinstance(value, Tensor) else old.fill_(value)  # type: ignore[union-attr]
+        else:
+            device = group["params"][0].device if group["params"] else torch.device("cpu")
+            if torch.is_inference_mode_enabled():
+                with lasting():
+                    group[name] = _own(value, device)
+            else:
+                group[name] = _own(value, device)
+        self._put.setdefault(id(group), {})[name] = group[name], _version(group[name])
+
+    # ---- set by hand
+
+    def take(self, groups: list[dict[str, Any]]) -> None:
+        """Take what was set by hand since the last step.
+
+        What begins as an entry that was set, and was not set itself, follows it: `d_max` is `d`. Where
+        all groups have one estimate, they all take it.
+
+        Errors: TypeError or ValueError naming the group and the entry. Nothing has been changed then.
+        """
+        given = {i: new for i, group in enumerate(groups) if (new := self._given(i, group))}
+        if not given:
+            return
+        for index, new in given.items():
+            self._refuse_made(index, new)
+            new |= self.following(new, groups)
+        if self._shared:
+            given = self._for_all(given, len(groups))
+        for index, new in given.items():
+            for name, value in new.items():
+                self._write(groups[index], name, value)
+                self._begun.get(id(groups[index]), set()).discard(name)
+
+    def _given(self, index: int, group: dict[str, Any]) -> dict[str, float]:
+        """The entries of a group that are not as they were put there, as numbers."""
+        put, given = self._put.get(id(group), {}), {}
+        for name in self.common:
+            if name not in group:
+                raise ValueError(f"parameter group {index} has lost its entry {name!r}")
+            value, known = group[name], put.get(name)
+            if known is None or value is not known[0] or _version(value) != known[1]:
+                given[name] = self.checked(name, value, index)
+        return given
+
+    def checked(self, name: str, value: Any, index: int) -> float:
+        """The value of an entry of a group, as a number.
+
+        Errors: TypeError or ValueError naming the group and the entry.
+        """
+        assert self.node is not None
+        first, said = self.common[name], f"parameter group {index}: {name!r} is {value!r}, expected"
+        if isinstance(first, int):
+            try:
+                count = -1 if isinstance(value, bool) else operator.index(value)
+            except TypeError:
+                count = -1
+            if count < 0:
+                raise ValueError(f"{said} a number of steps")
+            return count
+        number = _number(value)
+        if number is None:
+            raise TypeError(f"{said} a number, or a real tensor with one element")
+        domain = self.node.transform.domain(first) if isinstance(first, str) else finite
+        if not math.isfinite(number) or number not in domain:
+            raise ValueError(f"{said} a finite number in {domain}")
+        return number
+
+    def check_saved(self, index: int, name: str, group: Mapping[str, Any]) -> None:
+        """Check an entry of a saved group, if it is one of these numbers or what waits for a step's end.
+
+        Errors: TypeError or ValueError naming the group and the entry.
+        """
+        if name in self.common:
+            self.checked(name, group[name], index)
+        elif name == WAITING:
+            given = () if self.node is None else self.node.transform.gives
+            shares = len(given) + 1 if given else 0  # and whether the parameter was stepped
+            wrong = _wrong_waiting(group[name], len(group["params"]), shares)
+            if wrong:
+                raise ValueError(f"parameter group {index}: {name!r} {wrong}")
+
+    def _refuse_made(self, index: int, new: Mapping[str, float]) -> None:
+        assert self.node is not None
+        t = self.node.transform
+        for name, source in {**t.past, **t.made_from}.items():
+            if name in new and source not in new:
+                raise ValueError(
+                    f"parameter group {index}: {name!r} was set, but is made from {source!r} in every "
+                    "step; set that"
+                )
+
+    def following(self, new: Mapping[str, float], groups: list[dict[str, Any]]) -> dict[str, float]:
+        """What follows from entries that were set: those that begin as they do."""
+        if self.node is None:
+            return {}
+        leaders: dict[str, str] = {}
+        for name, first in self.common.items():
+            if isinstance(first, str):
+                leaders.setdefault(first, name)
+        found = {}
+        for name, first in self.common.items():
+            leader = leaders[first] if isinstance(first, str) else name
+            # of several groups, the step makes it
+            several = name in self.node.transform.made_from and len(groups) > 1 and self._mean
+            if leader in new and name not in new and not (several and self._has_stepped(groups)):
+                found[name] = new[leader]
+        return found
+
+    @property
+    def _mean(self) -> bool:
+        assert self.node is not None
+        return not self._shared and self.node.transform.options.get("split_groups_mean", False)
+
+    def _has_stepped(self, groups: list[dict[str, Any]]) -> bool:
+        counts = [name for name, first in self.common.items() if isinstance(first, int)]
+        return any(group[name] for group in groups for name in counts)
+
+    def _for_all(
+        self, given: Mapping[int, Mapping[str, float]], count: int
+    ) -> dict[int, dict[str, float]]:
+        """What was set in some groups, for all of them; counts of steps are each group's own."""
+        one: dict[str, tuple[int, float]] = {}
+        for index, new in given.items():
+            for name, value in new.items():
+                if isinstance(self.common[name], int):
+                    continue
+                other, before = one.setdefault(name, (index, value))
+                if before != value:
+                    raise ValueError(
+                        f"parameter groups {other} and {index} have one estimate, and {name!r} was set "
+                        f"to {before!r} and {value!r}: set the same in both, or in one of them"
+                    )
+        return {
+            i: {**{n: v for n, (_, v) in one.items()}, **given.get(i, {})} for i in range(count)
+        }
+
+    def _hyper(self, group: Mapping[str, Any], name: str) -> float:
+        assert self.node is not None
+        key, index = self.node.hyper[name]
+        return float(group[key] if index is None else group[key][index])
+
+    def finish(
+        self, groups: list[dict[str, Any]], found: list[tuple[Job, tuple[Tensor, ...]]]
+    ) -> None:
+        """Renew the numbers of every group from what its jobs gave."""
+        self.renew(groups, sums_of(found))
+
+    def renew(self, groups: list[dict[str, Any]], sums: Sums) -> None:
+        """The same, given the sums of each group by its identity."""
+        assert self.node is not None
+        t = self.node.transform
+        assert t.finish is not None
+        home = next(s[0].device for s in sums.values())
+        # the last share counts the parameters whose step no gate has left out
+        counts = {place: shares[-1].to(home) for place, shares in sums.items()}
+        sums = {place: shares[:-1] for place, shares in sums.items()}
+        # on a device only it knows, and nothing waits for it
+        unsure = self._gated and home.type != "cpu"
+        if self._gated and not unsure:
+            sums = {
+                place: shares
+                for place, shares in sums.items()
+                if counts[place].reshape(1).tolist()[0] > 0
+            }
+        if not sums:
+            return
+        while len(self._scalars) < len(groups):
+            self._scalars.append(Scalars())
+        whole = [i for i, g in enumerate(groups) if set(t.common) <= g.keys()]
+        for i in whole:
+            for name, first in t.common.items():
+                if isinstance(first, int) and id(groups[i]) in sums:
+                    more = counts[id(groups[i])] > 0 if unsure else 1
+                    self._write(groups[i], name, groups[i][name] + more)
+        members = [self._member(groups[i], self._scalars[i], sums, home) for i in whole]
+        together = not t.options.get("split_groups", True)
+        everyone = torch.stack([*counts.values()]).sum()
+        for i, values in zip(whole, t.finish(members, t.options), strict=True):
+            count = everyone if together else counts.get(id(groups[i]), everyone)
+            kept = {name: groups[i][before] for name, before in t.past.items()}
+            for name, value in (kept | values).items():
+                if unsure and isinstance(value, Tensor):
+                    old = groups[i][name]
+                    value = torch.where(count.to(old.device) > 0, value.to(old.device), old)
+                self._write(groups[i], name, value)
+
+    def _member(
+        self,
+        group: dict[str, Any],
+        scalars: Scalars,
+        sums: Sums,
+        home: torch.device,
+    ) -> Member:
+        assert self.node is not None
+        t = self.node.transform
+        values: dict[str, Any] = {}
+        for name in t.common:
+            value = group[name]
+            values[name] = value.to(home) if isinstance(value, Tensor) else value
+        for name, (key, index) in self.node.hyper.items():
+            value = scalars.get(group, key, home)
+            values[name] = value if index is None else value[index]
+        mine = sums.get(id(group))
+        return Member(None if mine is None else tuple(s.to(home) for s in mine), values)
+
+
+# The entry of a group for what its parameters gave in a step that has not ended, by their positions.
+# It is saved and copied with the group.
+WAITING = "_waiting"
+
+
+class Pending:
+    """Takes the place of a `Together` while parameters are stepped one at a time.
+
+    What they give waits in their groups until the step ends, and is then added in the order of the
+    parameters.
+    """
+
+    def __init__(self, together: Together):
+        self._together = together
+        self._place: Place | None = None  # of the one that is stepped now; None if all others are
+        self._rest: Sums = {}
+
+    @property
+    def node(self) -> Any:
+        return self._together.node
+
+    def finish(
+        self, groups: list[dict[str, Any]], found: list[tuple[Job, tuple[Tensor, ...]]]
+    ) -> None:
+        """Keep what the parameter gave."""
+        self.renew(groups, sums_of(found))
+
+    def renew(self, groups: list[dict[str, Any]], sums: Sums) -> None:
+        """The same, given it by its group."""
+        if self._place is None:
+            self._rest = sums
+        else:
+            (shares,) = sums.values()
+            self._place.group.setdefault(WAITING, {})[self._place.position] = shares
+
+    def waits(self, groups: list[dict[str, Any]]) -> bool:
+        """Whether a step has begun and not ended."""
+        return any(WAITING in group for group in groups)
+
+    def before(self, place: Place, groups: list[dict[str, Any]]) -> bool:
+        """A parameter is about to be stepped: if it was before, that step has ended; says whether."""
+        self._place = place
+        ended = place.position in place.group.get(WAITING, ())
+        if ended:
+            self.close(groups)
+        return ended
+
+    def before_others(self, groups: list[dict[str, Any]]) -> bool:
+        """All parameters that have a gradient are about to be stepped: whether in the same step."""
+        if any(
+            position < len(group["params"]) and group["params"][position].grad is not None
+            for group in groups
+            for position in group.get(WAITING, ())
+        ):
+            self.close(groups)
+        self._place = None
+        return self.waits(groups)
+
+    def after(self, groups: list[dict[str, Any]]) -> bool:
+        """End the step if no parameter is left to wait for; says whether it has ended."""
+        if not self.waits(groups) or not all(
+            position in group.get(WAITING, ()) or not (p.requires_grad and p.numel())
+            for group in groups
+            for position, p in enumerate(group["params"])
+        ):
+            return False
+        self.close(groups)
+        return True
+
+    def close(self, groups: list[dict[str, Any]]) -> None:
+        """The step has ended: renew the numbers of the groups."""
+        total = _total(groups, self._rest)
+        self._rest = {}
+        for group in groups:
+            group.pop(WAITING, None)
+        if total:
+            self._together.renew(groups, total)
+
+    def closed(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The groups as they would be if the step ended now."""
+        self._together.take(groups)
+        if not self.waits(groups):
+            return groups
+        ended = [dict(group) for group in groups]
+        Together(self._together.chain).renew(ended, _total(ended, {}))
+        return ended
+
+
+def _total(groups: list[dict[str, Any]], rest: Sums) -> Sums:
+    """What waits in the groups, and the rest, added up in the order of the parameters."""
+    total: Sums = {}
+    for group in groups:
+        waiting = group.get(WAITING, {})
+        found = [waiting[position] for position in sorted(waiting)]
+        for shares in [*found, rest[id(group)]] if id(group) in rest else found:
+            before = total.get(id(group), tuple(torch.zeros_like(share) for share in shares))
+            pairs = zip(before, shares, strict=True)
+            total[id(group)] = tuple(a + b.to(a.device) for a, b in pairs)
+    return total
+
+
+def _wrong_waiting(waiting: Any, params: int, shares: int) -> str | None:
+    """What is wrong with an entry `WAITING` for so many parameters, which give so many numbers each."""
+    if not isinstance(waiting, dict):
+        return f"is {waiting!r}, expected a dict"
+    for position, given in waiting.items():
+        if isinstance(position, bool) or not isinstance(position, int):
+            return f"has the key {position!r}, expected a position"
+        if not 0 <= position < params:
+            return f"has the key {position!r}, expected a position below {params}"
+        if not isinstance(given, tuple | list) or len(given) != shares:
+            return f"has {given!r} at {position}, expected {shares} numbers"
+        found = [_number(share) if isinstance(share, Tensor) else None for share in given]
+        if any(number is None or not math.isfinite(number) for number in found):
+            return f"has {given!r} at {position}, expected tensors with one finite number"
+    return None
+
+
+def _number(value: Any) -> float | None:
+    """A real number, or the one element of a real tensor; None where it is neither."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool or value.is_meta:
+            return None
+        return float(value.detach())
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _version(value: Any) -> int | None:
+    return version_of(value) if isinstance(value, Tensor) else None
+
+
+def _own(value: Any, device: torch.device) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach().to(device, SCALAR, copy=True).reshape(())
+    return torch.full((), value, dtype=SCALAR, device=device)
+
+
+def _capturing(value: Any) -> bool:
+    """Whether a CUDA graph is being captured, which will write into this tensor."""
+    on_cuda = isinstance(value, Tensor) and value.is_cuda
+    return on_cuda and torch.cuda.is_current_stream_capturing()

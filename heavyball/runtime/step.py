@@ -1,0 +1,207 @@
+"""Steps many parameters: starts their runs, answers what they ask, writes the results."""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heavyball.core.program import Node, Program
+from heavyball.core.transform import keyword_names
+from heavyball.numerics import SCALAR, compute_dtype, saturate, working
+from heavyball.runtime.execute import SHARE, Run, Shares, execute, run_hooks
+from heavyball.runtime.job import Call, Frame, Job, Scalars
+from heavyball.runtime.serve import serve, stacks
+from heavyball.runtime.state import working_param, working_state, write
+
+# Makes new numbers of the groups from the shares of their jobs.
+Finisher = Callable[[list[tuple[Job, Shares]]], None]
+
+
+def run(
+    jobs: list[Job],
+    total_keys: list[str],
+    foreach: bool | None = None,
+    finisher: Finisher | None = None,
+) -> None:
+    """Step every job's parameter.
+
+    Parameters run one after the other where they can. Where the chain needs sums over all of them, or
+    small ones can share a call of a whole transform, their intermediate tensors are kept while they
+    wait for each other. With `foreach=False` the part before a sum runs again after it instead, so
+    that at most one parameter's intermediate tensors exist at a time. The mathematics is the same either
+    way; small parameters whose whole transforms are called together have batched products, which round
+    otherwise.
+
+    finisher: takes the shares of an element that has a `finish`.
+    """
+    if foreach is False or not total_keys:
+        totals: dict[str, Tensor] = {}
+        for key in total_keys:
+            found = [(job, share_of(job, key, totals)) for job in jobs]
+            totals.update(_meet(key, [(j, s) for j, s in found if s is not None], finisher))
+        small = [] if foreach is False else [job for job in jobs if _stacks(job)]
+        if small:
+            _run_together(small, [], finisher)
+        for job in jobs:
+            if not (small and _stacks(job)):
+                drive(job, totals)
+    else:
+        _run_together(jobs, total_keys, finisher)
+    left = take_given(jobs)
+    if left:
+        assert finisher is not None
+        finisher(left)
+
+
+def _stacks(job: Job) -> bool:
+    return job.program.has_whole and stacks(job.param)
+
+
+def _run_together(jobs: list[Job], total_keys: list[str], finisher: Finisher | None) -> None:
+    runs = {id(job): _start(job) for job in jobs}
+    waiting = {id(job): next(runs[id(job)], None) for job in jobs}
+
+    def answer(job: Job, value: Any) -> None:
+        try:
+            waiting[id(job)] = runs[id(job)].send(value)
+        except StopIteration:
+            waiting[id(job)] = None
+
+    def answer_calls() -> None:
+        while asking := [job for job in jobs if isinstance(waiting[id(job)], Call)]:
+            calls: list[Call] = [waiting[id(job)] for job in asking]  # type: ignore[misc]
+            for job, found in zip(asking, serve(calls, stack=True), strict=True):
+                answer(job, found)
+
+    answer_calls()
+    for key in total_keys:
+        members = [job for job in jobs if (share := waiting[id(job)]) and share[0] == key]  # type: ignore[index]
+        shares = [(job, waiting[id(job)][1]) for job in members]  # type: ignore[index]
+        totals = _meet(key, shares, finisher)  # type: ignore[arg-type]
+        for job in members:
+            answer(job, totals[key].to(job.param.device))
+        answer_calls()
+
+
+Finish = Callable[[dict[str, Tensor]], object]
+
+
+def start(job: Job, finish: Finish) -> Run:
+    """One parameter's step: yields its requests, and hands the new values to `finish` at the end."""
+    raw = working(job.grad)
+    if raw.dtype != compute_dtype(job.param.dtype):
+        raw = raw.to(compute_dtype(job.param.dtype))
+    grad = saturate(raw, job.narrow)
+    device = job.param.device
+    env = {
+        "step": job.state["step"] + 1,
+        "param": working_param(job.param, job.state),
+        "grad": grad,
+        "raw_grad": raw,
+        "base_lr": job.scalars.get(job.group, "lr", device),
+        "gate": None,
+        "count": job.count + 1,
+    }
+    frame = Frame(job, env)
+    step = env["step"]
+    yield from execute(job.program.nodes, grad, frame)
+    if not frame.ended:
+        yield from run_hooks(frame)
+        frame.new["param"] = frame.env["param"]
+    new = {**frame.new, "step": step}
+    # what only led to the new values is not kept beside the temporary tensors of writing them
+    del frame, env, grad, raw
+    finish(new)
+
+
+def _start(job: Job) -> Run:
+    return start(job, functools.partial(_commit, job))
+
+
+def share_of(job: Job, key: str, totals: Mapping[str, Tensor]) -> Shares | None:
+    """A job's shares of one element's sums, given the sums before it; None where it has no part."""
+    if key not in job.program.total_keys:
+        return None
+    run = start(job, lambda values: None)
+    request = next(run, None)
+    while request is not None:
+        if isinstance(request, Call):
+            request.trial = True  # the step asks again
+            answer: Any = serve([request], stack=False)[0]
+        elif request[0] == key:
+            run.close()
+            return request[1]
+        else:
+            answer = totals[request[0]].to(job.param.device)
+        try:
+            request = run.send(answer)
+        except StopIteration:
+            break
+    return None  # it ended before
+
+
+def drive(job: Job, totals: Mapping[str, Tensor]) -> None:
+    """Step one parameter, given every sum that it needs."""
+    generator = _start(job)
+    request = next(generator, None)
+    while request is not None:
+        if isinstance(request, Call):
+            answer: Any = serve([request], stack=False)[0]
+        else:
+            answer = totals[request[0]].to(job.param.device)
+        try:
+            request = generator.send(answer)
+        except StopIteration:
+            request = None
+
+
+def _meet(
+    key: str, found: list[tuple[Job, Shares]], finisher: Finisher | None
+) -> dict[str, Tensor]:
+    """The sum of all shares; where an element makes numbers of the group from them, that is done."""
+    if not found:
+        return {}
+    rate = found[0][0].program.rate
+    if rate is not None and rate.key == key:
+        assert finisher is not None
+        finisher(found)
+        return {key: torch.zeros((), dtype=SCALAR, device="cpu")}
+    total = None
+    for _, (share,) in found:
+        share = share.to(SCALAR)
+        total = share if total is None else total + share.to(total.device)
+    assert total is not None
+    return {key: total}
+
+
+def take_given(jobs: Iterable[Job]) -> list[tuple[Job, Shares]]:
+    """The shares that a step has left behind, each once."""
+    found = [(job, tuple(job.gave.values())) for job in jobs if job.gave]
+    for job, _ in found:
+        job.gave = {}
+    return found
+
+
+def _commit(job: Job, values: dict[str, Tensor]) -> None:
+    """Write the new parameter and state into the tensors that hold the old ones."""
+    job.gave = {key: values.pop(key) for key in list(values) if key.startswith(SHARE)}
+    count = job.count
+    write(job, values, values["step"])
+    if job.counts is not None:
+        job.counts.note(job.state["step"], count + 1)
+
+
+def average(
+    node: Node, param: Tensor, state: dict[str, Tensor], group: Mapping[str, Any], scalars: Scalars
+) -> Tensor:
+    """The weights to evaluate with, from the node of a chain that keeps an average."""
+    assert node.transform.evaluate is not None
+    job = Job(Program(()), param, param, group, state, scalars)
+    frame = Frame(job, {})
+    old = [working_state(node, name, frame.job) for name in node.transform.states]
+    names = keyword_names(node.transform.evaluate)
+    hyper = {name: frame.hyper(node, name) for name in names}
+    current = working_param(param, state)
+    return node.transform.evaluate(current, *old, **hyper).reshape(param.shape)

@@ -1,0 +1,80 @@
+"""What a transform says of its state: how it begins and what it holds."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+# What a state tensor holds, which decides how it may be stored: a mean of gradients or updates, a mean
+# of squares (never negative), weights or an average of them, or anything else.
+Holds = Literal["moment", "square", "weights", "values"]
+
+
+@dataclass(frozen=True)
+class State:
+    """How one state begins: `init(param, options)` gives a tensor, or None where there is none.
+
+    holds: what it is, so that `state/held.py` knows which formats lose nothing that matters; a "moment"
+        and a "square" also turn with the basis that they are kept in, see `within`, and are in the unit
+        of the gradient and in its square, see `unit_change` in the runner.
+    several: for transforms of whole tensors: `init` gives a tuple of tensors (or None), kept as
+        `<key>.0`, `<key>.1`, ... It also runs on meta tensors.
+    slice_by: the option k of a state with an entry for every k-th element, see `numerics.every`.
+    low: of a number, the least that it can be; what is loaded is held against it.
+    until: (option, counter): it is given up one step before the group's counter reaches the option;
+        0 keeps it for good.
+    """
+
+    init: Callable[[Tensor, Mapping[str, Any]], Any]
+    rule: str
+    needed_by: str | None = None
+    is_number: bool = False
+    holds: Holds = "values"
+    several: bool = False
+    slice_by: str | None = None
+    until: tuple[str, str] | None = None
+    low: float = -math.inf
+
+    def needs(self, name: str) -> "State":
+        """The same state, held only while the option or hyper-parameter `name` is not zero."""
+        return replace(self, needed_by=name, rule=f"{self.rule}, if {name}")
+
+    def holding(self, what: Holds) -> "State":
+        """The same state, declared to hold something else."""
+        return replace(self, holds=what)
+
+    def gone_at(self, option: str, counter: str) -> "State":
+        """The same state, given up one step before the group's `counter` reaches the option."""
+        return replace(self, until=(option, counter), rule=f"{self.rule}, until {option}")
+
+    def given_up(self, options: Mapping[str, Any], group: Mapping[str, Any]) -> bool:
+        """Whether the steps of this group have come to the point where the state is not needed."""
+        if self.until is None:
+            return False
+        option, counter = self.until
+        return bool(options[option]) and group.get(counter, 0) + 1 >= options[option]
+
+    def __str__(self) -> str:
+        return self.rule
+
+
+zeros = State(
+    lambda param, options: torch.zeros_like(param), "zeros like the parameter", holds="moment"
+)
+# for a mean of squares, which is never negative
+squares = zeros.holding("square")
+copy_of_param = State(
+    lambda param, options: param.clone(), "a copy of the parameter", holds="weights"
+)
+
+
+def scalar(value: float, low: float = -math.inf) -> State:
+    """A float64 number per parameter, never below `low`."""
+
+    def init(param: Tensor, options: Mapping[str, Any]) -> Tensor:
+        return torch.full((), value, dtype=torch.float64, device=param.device)
+
+    return State(init, f"a number, at first {value:g}", is_number=True, low=low)

@@ -1,0 +1,216 @@
+"""How state and parameters are kept in memory: formats of fewer bits than the mathematics has.
+
+A tensor with the key `exp_avg` may have companions: `exp_avg:correction` beside a 16-bit value,
+`exp_avg:scale` beside 8-bit codes. What is there says how it is to be read, so the runner, kernels and
+checkpoints need nothing else. The options in `formats.py` choose what is made when state is created.
+"""
+
+import functools
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from heavyball.numerics import random_bits, round_stochastically, stream
+from heavyball.state import packing
+from heavyball.state.declare import Holds
+from heavyball.state.formats import Format
+
+CORRECTION, SCALE = ":correction", ":scale"
+COMPANIONS = (CORRECTION, SCALE)
+PARAM = "param"
+# Blocks of codes that are encoded at a time.
+PART = 2**10
+
+
+@dataclass(frozen=True)
+class Held:
+    """A tensor as it is kept, with its companions."""
+
+    main: Tensor
+    correction: Tensor | None = None
+    scale: Tensor | None = None
+    is_root: bool = False
+
+    def load(self, dtype: torch.dtype) -> Tensor:
+        """The values, promoted to the dtype of the mathematics; integers and bools as they are."""
+        value = self.main
+        if self.scale is None and not value.is_floating_point():
+            return value
+        if self.scale is not None:
+            row = packing.in_memory_order(self.main, self.main)
+            decoded = packing.decode(packing.blocks(row), self.scale).view(-1)[: row.numel()]
+            value = packing.from_memory_order(decoded, self.main)
+        elif self.correction is not None:
+            value = packing.join(self.main, self.correction)
+        if self.is_root:
+            value = value.to(torch.float32).square()
+        return value.to(dtype)
+
+    def store(self, value: Tensor, bits: Callable[[], Tensor] | None = None) -> None:
+        """Write values; `bits` gives what to round with where that is done at random."""
+        if self.scale is None and self.main.dtype not in (torch.float16, torch.bfloat16):
+            self.main.copy_(value)
+            return
+        value = value.to(torch.float32)
+        if self.scale is not None:
+            self._encode(packing.root(value) if self.is_root else value, bits)
+        elif self.correction is not None:
+            value = packing.root(value) if self.is_root else value
+            main, correction = packing.split(value, self.main.dtype, self.correction.dtype)
+            self.main.copy_(main)
+            self.correction.copy_(correction)
+        elif self.main.dtype == torch.float16:
+            rounded = packing.nearest_root if self.is_root else _nearest_half
+            self.main.copy_(rounded(value))
+        elif self.main.dtype == torch.bfloat16 and bits is not None:
+            self.main.copy_(round_stochastically(value, bits()))
+        else:
+            self.main.copy_(value)
+
+    def _encode(self, value: Tensor, bits: Callable[[], Tensor] | None) -> None:
+        assert self.scale is not None
+        old = packing.blocks(packing.in_memory_order(self.main, self.main))
+        new = packing.blocks(packing.in_memory_order(value, self.main))
+        drawn = None
+        if bits is not None:
+            drawn = packing.blocks(packing.in_memory_order(bits(), self.main))
+        codes = torch.empty_like(old)
+        for low in range(
+            0, len(new), PART
+        ):  # or temporary tensors would be many times the parameter
+            here = slice(low, low + PART)
+            # Values that did not change must keep their bits, as where a step was skipped.
+            same = (packing.decode(old[here], self.scale[here]) == new[here]).all(1)
+            scale = packing.scales(new[here])
+            drawn_here = None if drawn is None else drawn[here]
+            made = packing.encode(new[here], scale, self.main.dtype, drawn_here)
+            codes[here] = torch.where(same[:, None], old[here], made)
+            self.scale[here] = torch.where(same, self.scale[here], scale)
+        row = codes.view(-1)[: value.numel()]
+        self.main.copy_(packing.from_memory_order(row, self.main))
+
+
+def _nearest_half(value: Tensor) -> Tensor:
+    return packing.nearest_finite(value, torch.float16)
+
+
+def is_root(main: torch.dtype, holds: Holds | None) -> bool:
+    """Whether a tensor holds the roots of its values: squares would leave the range of float16."""
+    return holds == "square" and main in (torch.float16, torch.uint8)
+
+
+def held(state: Mapping[str, Tensor], key: str, holds: Holds | None) -> Held:
+    """A state tensor with its companions."""
+    main = state[key]
+    correction, scale = state.get(key + CORRECTION), state.get(key + SCALE)
+    return Held(main, correction, scale, is_root(main.dtype, holds))
+
+
+def held_param(state: Mapping[str, Tensor], param: Tensor) -> Held:
+    """A parameter with its correction, if it has one."""
+    return Held(param, state.get(PARAM + CORRECTION))
+
+
+def create(
+    state: dict[str, Tensor], key: str, value: Tensor, chosen: Format | None, holds: Holds
+) -> None:
+    """Put a new tensor into a state in the format that was chosen for it; also on meta tensors."""
+    if chosen is None or not value.is_floating_point():
+        state[key] = value
+        return
+    unsigned = chosen.is_codes and holds == "square"
+    state[key] = torch.zeros_like(value, dtype=torch.uint8 if unsigned else chosen.dtype)
+    if chosen.correction is not None:
+        state[key + CORRECTION] = torch.zeros_like(value, dtype=chosen.correction)
+    if chosen.is_codes:
+        count = packing.block_count(value.numel())
+        state[key + SCALE] = torch.zeros(count, dtype=torch.bfloat16, device=value.device)
+    if not value.is_meta:
+        held(state, key, holds).store(value)
+
+
+def create_param(state: dict[str, Tensor], param: Tensor, chosen: Format | None) -> None:
+    """Give a parameter its correction, at first nothing."""
+    if chosen is not None and PARAM + CORRECTION not in state:
+        state[PARAM + CORRECTION] = torch.zeros_like(param, dtype=chosen.correction)
+
+
+def is_companion(key: str) -> bool:
+    return key.endswith(COMPANIONS)
+
+
+def main_of(key: str) -> str:
+    """The key of the tensor that this one is or accompanies."""
+    return key.split(":")[0]
+
+
+def layout(state: Mapping[str, Tensor], key: str) -> dict[str, torch.dtype]:
+    """The dtypes of a tensor and its companions."""
+    return {part: state[key + part].dtype for part in ("", *COMPANIONS) if key + part in state}
+
+
+def fault(state: Mapping[str, Tensor], key: str) -> str | None:
+    """What is wrong with the tensors under one key, if they cannot be read together."""
+    main = state[key]
+    shapes = {CORRECTION: main.shape, SCALE: (packing.block_count(main.numel()),)}
+    for part, shape in shapes.items():
+        if key + part in state and state[key + part].shape != shape:
+            got = tuple(state[key + part].shape)
+            return f"{key + part!r} has the shape {got}, expected {tuple(shape)}"
+    return None
+
+
+def is_real(state: Mapping[str, Tensor], key: str) -> bool:
+    """Whether a tensor stands for real numbers; a transform may have one of integers or truth values."""
+    return state[key].is_floating_point() or key + SCALE in state
+
+
+def recode(
+    state: dict[str, Tensor], expected: Mapping[str, Tensor], holds: Callable[[str], Holds | None]
+) -> None:
+    """Bring every tensor of a state into the layout that `expected` has, where it is another one.
+
+    Values round to nearest.
+    """
+    for key in [k for k in expected if k in state and not is_companion(k)]:
+        wanted, found = layout(expected, key), layout(state, key)
+        if wanted == found:
+            continue
+        kind = holds(key)
+        wide = torch.float64 if torch.float64 in (wanted[""], found[""]) else torch.float32
+        value = held(state, key, kind).load(wide)
+        for part in COMPANIONS:
+            state.pop(key + part, None)
+        for part in wanted:
+            like = expected[key + part]
+            # the order of memory is the state's own
+            state[key + part] = (
+                torch.zeros(like.shape, dtype=like.dtype, device=value.device)
+                if part == SCALE
+                else torch.zeros_like(value, dtype=like.dtype)
+            )
+        held(state, key, kind).store(value)
+
+
+@functools.cache
+def word_of(key: str) -> int:
+    """What makes the random stream of a state differ from that of its parameter, which has 0."""
+    return 0 if key == PARAM else zlib.crc32(key.encode())
+
+
+@functools.lru_cache(maxsize=65536)
+def stream_of(seed: int, number: int) -> int:
+    """`numerics.stream`, kept: every step asks for it again."""
+    return stream(seed, number)
+
+
+def drawing(
+    like: Tensor, stream: int | None, key: str, step: Tensor
+) -> Callable[[], Tensor] | None:
+    """Gives the bits for a tensor when they are needed; None where nothing is rounded at random."""
+    if stream is None:
+        return None
+    return functools.partial(random_bits, like, stream ^ word_of(key), step)
