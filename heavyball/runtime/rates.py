@@ -468,7 +468,10 @@ def _version(value: Any) -> int | None:
 
 def _own(value: Any, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
-        return value.detach().to(device, SCALAR, copy=True).reshape(())
+        value = value.detach()
+        if value.device == device and value.dtype is SCALAR and value.ndim == 0:
+            return value.clone()
+        return value.to(device, SCALAR, copy=True).reshape(())
     return torch.full((), value, dtype=SCALAR, device=device)
 
 
