@@ -3,6 +3,7 @@
 import warnings
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from models import assert_same_optimizers, clones, differences, snapshot
@@ -108,6 +109,22 @@ def test_a_number_of_another_dtype_is_read_right_and_nothing_beside_it_is_writte
     assert not differences(*ends)
 
 
+@pytest.mark.parametrize("compile", [True, False])
+@pytest.mark.parametrize("key", ["step", "fading.strength"])
+def test_a_number_may_be_set_to_a_plain_one(key: str, compile: bool) -> None:
+    ends = []
+    for given in (partial(torch.tensor, dtype=torch.float64), int, float, np.int32):
+        p = torch.nn.Parameter(values((70,), 0))
+        opt = C.ChainOpt([p], 0.1, C.scale_by_adam, fading, compile=compile)
+        for step in range(4):
+            p.grad = values((70,), step + 1)
+            opt.step()
+            if step == 1:
+                opt.state[p][key] = given(2)
+        ends.append(snapshot(opt))
+    assert not any(differences(end, ends[0]) for end in ends)
+
+
 # ---- what has no memory, or not enough
 
 
@@ -152,6 +169,8 @@ OTHER = {
     "codes": (lambda x: x.to(torch.uint8), "is torch.uint8, expected real"),
     "complex": (lambda x: x.to(torch.complex64), "is torch.complex64"),
     "nested": (lambda x: torch.nested.nested_tensor([x]), "nested"),
+    "a number": (lambda x: 0.5, "is 0.5, expected a tensor"),
+    "nothing": (lambda x: None, "is None, expected a tensor"),
 }
 
 
@@ -209,9 +228,12 @@ def test_state_that_cannot_be_the_transforms_own_is_refused(what: str, compile: 
 
 @pytest.mark.parametrize("compile", [True, False])
 @pytest.mark.parametrize(
-    "value", [torch.zeros(3), torch.tensor(1j), torch.tensor(True), torch.zeros(0)], ids=str
+    "value",
+    [torch.zeros(3), torch.tensor(1j), torch.tensor(True), torch.zeros(0)]
+    + [None, "2", True, [2.0], float("nan"), float("inf"), -1],
+    ids=str,
 )
-def test_a_step_that_is_no_number_is_refused(value: torch.Tensor, compile: bool) -> None:
+def test_a_step_that_is_no_count_is_refused(value: object, compile: bool) -> None:
     p, q, opt = trained(compile)
     held = [p, q, *opt.state[q].values()]
     opt.state[p]["step"] = value

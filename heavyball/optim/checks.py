@@ -11,6 +11,7 @@ from torch import Tensor
 from heavyball.core.chain import BOOKKEEPING, RESERVED, Chain
 from heavyball.core.hyper import check_live, nonnegative
 from heavyball.core.program import Node, Program
+from heavyball.runtime.addresses import is_plain_number
 
 
 def checked_lr(lr: Any) -> float | Tensor:
@@ -192,10 +193,13 @@ def check_gradient(label: str, param: Tensor, grad: Tensor) -> None:
 
 
 def check_state(label: str, program: Program, param: Tensor, state: Mapping[str, Tensor]) -> None:
-    """Refuse state that stayed behind when its parameter was moved."""
+    """Refuse state that is no tensor or number, or stayed behind when its parameter was moved."""
     for key, tensor in state.items():
-        if not program.owns((key,)):
+        if not program.owns((key,)) or is_plain_number(program, key, tensor):
             continue
+        if not isinstance(tensor, Tensor):
+            expected = "a finite number" if key in program.numbers else "a tensor"
+            raise ValueError(f"{label}: its state {key!r} is {tensor!r}, expected {expected}")
         if tensor.device != param.device:
             raise ValueError(
                 f"{label} is on {param.device}, but its state {key!r} on {tensor.device}; "

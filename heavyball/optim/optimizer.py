@@ -444,7 +444,7 @@ class ChainOpt(Optimizer):
         if "step" not in state or not program.lazy_keys <= state.keys():
             with lasting():
                 add_missing_state(program, param, group, state)
-        as_numbers(program, state)
+        as_numbers(program, state, param.device)
         return state
 
     @torch.no_grad()

@@ -4,7 +4,9 @@ Kernels take addresses and ask nobody what lies there, so every tensor of a step
 tables are made of them. `compiler/watch.py` and `compiler/row.py` then notice when one has changed.
 """
 
+import math
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -129,9 +131,18 @@ def _expected(
     return program.expected[place]
 
 
-def as_numbers(program: Program, state: dict[str, Tensor]) -> None:
-    """Bring numbers of a state that were given in another dtype into the one that is read."""
+def is_plain_number(program: Program, key: str, value: Any) -> bool:
+    """Whether a number of the state was set to one of Python's or numpy's that it can be."""
+    if key not in program.numbers or not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    return math.isfinite(value) and (value >= 0 or key != "step")
+
+
+def as_numbers(program: Program, state: dict[str, Tensor], device: torch.device) -> None:
+    """Bring numbers of a state that were given in another form into the one that is read."""
     for key in program.numbers:
-        tensor = state.get(key)
-        if tensor is not None and (tensor.dtype != torch.float64 or tensor.ndim):
-            state[key] = tensor.detach().to(torch.float64).reshape(())
+        number = state.get(key)
+        if is_plain_number(program, key, number):
+            state[key] = torch.tensor(float(number), dtype=torch.float64, device=device)
+        elif number is not None and (number.dtype != torch.float64 or number.ndim):
+            state[key] = number.detach().to(torch.float64).reshape(())
