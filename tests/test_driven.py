@@ -388,6 +388,12 @@ def test_an_empty_group_is_no_special_case(rate, mode):
 # ---- advice
 
 
+@pytest.fixture
+def soon(monkeypatch):
+    """d and the norms are looked at after fewer steps."""
+    monkeypatch.setattr(advice, "LOOK", 56)
+
+
 def said(run):
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
@@ -397,7 +403,7 @@ def said(run):
 
 
 @ways
-def test_the_same_is_said_however_steps_are_driven(way):
+def test_the_same_is_said_however_steps_are_driven(way, soon):
     def run(lr, steps, d0=1e-6, **options):
         opt = make("plus", parameters((8, 6), (5,)), way, lr=lr, compile=False, d0=d0, **options)
         schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda _: 1.0)
@@ -428,7 +434,7 @@ def trained(rate, clip=None, fixed=True, **options):
 
 
 @rates
-def test_a_clip_is_told_from_gradients_that_did_not_change(rate):
+def test_a_clip_is_told_from_gradients_that_did_not_change(rate, soon):
     assert not any("clips" in m for m in said(lambda: trained(rate)))
     assert any("clips" in m for m in said(lambda: trained(rate, clip=0.01, fixed=False)))
     # with one batch, the gradients turn as d grows
@@ -469,7 +475,7 @@ def test_schedules_and_ratios_are_no_mistakes():
 
 
 @pytest.mark.parametrize("why", ["lr", "frozen", "empty", "freeze", "growth_rate", "late"])
-def test_a_d_that_stands_still_by_request_is_not_spoken_of(why):
+def test_a_d_that_stands_still_by_request_is_not_spoken_of(why, soon):
     a, b = parameters((8, 6), (5,))
     options = {
         "lr": {"lr": 0.0},

@@ -1,5 +1,6 @@
 """Estimates of d over gates, groups and missing gradients: what did not happen changes nothing."""
 
+import functools
 import itertools
 import warnings
 from collections.abc import Callable
@@ -59,9 +60,11 @@ def pull(params: list[nn.Parameter], step: int) -> None:
 # ---- steps that are left out
 
 
-@pytest.mark.parametrize("compile", [False, "auto"])
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("rate", RATES)
+EAGER = [(rate, rule, False) for rate in RATES for rule in RULES]
+COMPILED = [(rate, rule, "auto") for rate, rule in zip(RATES, itertools.cycle(RULES), strict=False)]
+
+
+@pytest.mark.parametrize(("rate", "rule", "compile"), EAGER + COMPILED)
 def test_a_skipped_step_keeps_every_bit(rate: str, rule: str, compile: Any) -> None:
     params = parameters((6, 5), (7,))
     groups = [{"params": params[:1]}, {"params": params[1:], "lr": 0.5}]
@@ -86,8 +89,11 @@ FORMATS: tuple[dict[str, Any], ...] = (
 )
 
 
-@pytest.mark.parametrize("compile", [False, "auto"])
-@pytest.mark.parametrize("options", FORMATS, ids=str)
+@pytest.mark.parametrize(
+    ("options", "compile"),
+    [*((options, False) for options in FORMATS), (FORMATS[0], "auto"), (FORMATS[3], "auto")],
+    ids=str,
+)
 def test_a_skipped_step_rounds_nothing_again(options: dict[str, Any], compile: Any) -> None:
     params = parameters((16, 16), dtype=torch.bfloat16)
     chain = (C.skip_not_finite, C.scale_by_adam, C.prodigy_plus_d)
@@ -111,8 +117,16 @@ def walked(rate: str, gate: tuple, repeat: int, **options: Any) -> tuple[list[Te
     return [p.detach() for p in params], numbers(opt.param_groups[0])
 
 
-@pytest.mark.parametrize("options", [{"compile": False}, {"foreach": False, "compile": False}, {}])
-@pytest.mark.parametrize("rate", RATES)
+@pytest.mark.parametrize(
+    ("rate", "options"),
+    [
+        *((rate, {"compile": False}) for rate in RATES),
+        ("authors", {"compile": False, "foreach": False}),
+        ("plus", {}),
+        ("progress", {}),
+    ],
+    ids=str,
+)
 def test_equal_gradients_in_pairs_are_the_plain_run(rate: str, options: dict[str, Any]) -> None:
     (plain, expected), (pairs, found) = (
         walked(rate, (), 1, **options),
@@ -166,7 +180,7 @@ def plus(groups: Any, **options: Any) -> Any:
     return heavyball.ProdigyPlusScheduleFree(groups, compile=False, **options)
 
 
-def two(second: dict[str, Any] | None, speed: Any, steps: int = 40, at: Any = None) -> Any:
+def two(second: dict[str, Any] | None, speed: Any, steps: int = 24, at: Any = None) -> Any:
     """Two groups of one weight each; `at(step, opt, b)` disturbs."""
     a, b = parameters((8, 8), (6, 6))
     groups = [{"params": [a]}] + ([] if second is None else [{"params": [b], **second}])
@@ -224,7 +238,7 @@ def test_a_group_that_joins_at_most_halves_what_the_others_step_with(how: str) -
     a, b = parameters((8, 8), (6, 6))
     opt = plus([{"params": [a]}] + ([{"params": [b]}] if how == "unfrozen" else []))
     rates = []
-    for step in range(60):
+    for step in range(50):
         pull([a, b], step)
         if how == "added" and step == 40:
             opt.add_param_group({"params": [b]})
@@ -236,15 +250,16 @@ def test_a_group_that_joins_at_most_halves_what_the_others_step_with(how: str) -
     assert opt.effective_lr[1] > 1e-6
 
 
-@pytest.mark.parametrize("split", [True, False])
-@pytest.mark.parametrize("speed", [False, True, "progress"])
+@pytest.mark.parametrize(
+    ("speed", "split"), [(False, True), (False, False), (True, True), ("progress", True)]
+)
 def test_the_order_of_groups_does_not_matter(speed: Any, split: bool) -> None:
     ends = []
     for order in ((0, 1, 2), (2, 0, 1)):
         params = parameters((8, 8), (6, 6), (9,), dtype=F64)
         groups = [{"params": [params[i]], "lr": 1 / (1 + i)} for i in order]
         opt = plus(groups, use_speed=speed, split_groups=split)
-        for step in range(25):
+        for step in range(16):
             pull(params, step)
             opt.step()
         ends.append([opt.d[order.index(i)] for i in range(3)])
@@ -258,15 +273,14 @@ def test_a_shared_d_does_not_depend_on_how_parameters_are_grouped(make: Any) -> 
         params = parameters((8, 8), (6, 6), (9,), dtype=F64)
         groups = [{"params": params[i:j]} for i, j in itertools.pairwise(cuts)]
         opt = make(groups, split_groups=False)
-        for step in range(25):
+        for step in range(16):
             pull(params, step)
             opt.step()
         ends.append(opt.d[0])
     assert ends[0] == pytest.approx(ends[1], rel=1e-9)
 
 
-@pytest.mark.parametrize("ratio", [1.0, 0.2])
-@pytest.mark.parametrize("number", [2, 3])
+@pytest.mark.parametrize(("number", "ratio"), [(2, 0.2), (3, 1.0)])
 def test_d_of_the_progress_form_stays_a_distance_in_several_groups(
     number: int, ratio: float
 ) -> None:
@@ -275,7 +289,7 @@ def test_d_of_the_progress_form_stays_a_distance_in_several_groups(
     first = [p.detach().clone() for p in params]
     groups = [{"params": [p], "lr": ratio**i} for i, p in enumerate(params)]
     opt, moved = plus(groups, use_speed="progress"), 0.0
-    for _ in range(200):
+    for _ in range(120):
         opt.zero_grad()
         loss = sum((i + 1) * p.square().sum() for i, p in enumerate(params))
         (loss + sum((0.1 * torch.randn_like(p) * p).sum() for p in params)).backward()
@@ -286,35 +300,67 @@ def test_d_of_the_progress_form_stays_a_distance_in_several_groups(
 
 # ---- parameters without a gradient in some steps
 
+FORMS: dict[str, Callable] = {
+    "authors": lambda params: heavyball.Prodigy(params, compile=False),
+    "plus": lambda params: plus(params),
+    "plus, shared": lambda params: plus([{"params": [p]} for p in params], split_groups=False),
+    "progress": lambda params: plus(params, use_speed="progress"),
+}
+# who has no gradient in a step, of a weight (0) and a bias (1), given the step and a random number each
+MISSING: dict[str, Callable[[int, list[float]], list[int]]] = {
+    "every fourth": lambda step, _: [0] * (step % 4 == 3),
+    "half": lambda step, _: [0] * (step % 2),
+    "for good": lambda step, _: [0] * (step > 30),
+    "in turn": lambda step, _: [step % 2],
+    "in turn, later": lambda step, _: [step % 2] * (step > 15),
+    "random": lambda _, drawn: [i for i in (0, 1) if drawn[i] < 0.5],
+    "rarely there": lambda _, drawn: [0] * (drawn[0] < 0.9),
+}
 
-@pytest.mark.parametrize("pattern", ["every fourth", "half", "for good"])
-@pytest.mark.parametrize("form", ["authors", "plus", "plus, shared", "progress"])
+
+@functools.cache
+def d_of(form: str, pattern: str | None) -> float:
+    torch.manual_seed(0)
+    x, y, model = torch.randn(64, 32), torch.randn(64, 8), nn.Linear(32, 8)
+    params = [model.weight, model.bias]
+    opt = FORMS[form](params)
+    made = torch.Generator().manual_seed(5)
+    for step in range(60):
+        opt.zero_grad()
+        (model(x) - y).square().mean().backward()
+        drawn = torch.rand(2, generator=made).tolist()
+        for index in [] if pattern is None else MISSING[pattern](step, drawn):
+            params[index].grad = None
+        opt.step()
+    return opt.d[0]
+
+
+@pytest.mark.parametrize("pattern", MISSING)
+@pytest.mark.parametrize("form", FORMS)
 def test_d_is_about_that_of_the_run_in_which_nothing_is_missing(form: str, pattern: str) -> None:
-    def run(missing: bool) -> float:
+    ratio = d_of(form, pattern) / d_of(form, None)
+    # the others are still growing, with fewer steps
+    assert (0.4 if form == "authors" else 0.0) < ratio <= 1.5
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_two_equal_parameters_in_turn_are_a_run_at_half_the_rate(form: str) -> None:
+    def run(stepped: Callable[[int], tuple[int, ...]], steps: int) -> float:
         torch.manual_seed(0)
-        x, y, model = torch.randn(64, 32), torch.randn(64, 8), nn.Linear(32, 8)
-        params = [model.weight, model.bias]
-        opt: Any
-        if form == "authors":
-            opt = heavyball.Prodigy(params, compile=False)
-        else:
-            groups = [{"params": [p]} for p in params] if "shared" in form else params
-            speed = "progress" if form == "progress" else False
-            opt = plus(groups, use_speed=speed, split_groups="shared" not in form)
-        for step in range(120):
+        first = torch.randn(8, 32)
+        params = [nn.Parameter(first.clone()) for _ in range(2)]
+        opt = FORMS[form](params)
+        for step in range(steps):
             opt.zero_grad()
-            (model(x) - y).square().mean().backward()
-            gone = {
-                "every fourth": [model.weight] * (step % 4 == 3),
-                "half": [model.weight] * (step % 2),
-                "for good": [model.weight] * (step > 60),
-            }[pattern]
-            for p in gone if missing else ():
-                p.grad = None
+            for i in stepped(step):
+                params[i].grad = params[i].detach().clone()
             opt.step()
         return opt.d[0]
 
-    assert run(True) <= 2 * run(False)
+    expected = run(lambda _: (0, 1), 30)
+    for turns in (1, 3):
+        found = run(lambda step, turns=turns: (step // turns % 2,), 60)  # type: ignore[misc]
+        assert 0.5 <= found / expected <= 1.5
 
 
 # ---- values
@@ -326,7 +372,7 @@ def test_finite_gradients_in_any_order_keep_d_and_weights_finite(rate: str, dtyp
     for sizes in ((1e30, 1e-30), (1e-30, 1e30), (1e30, -1e30, 1e-30, 0.0), (1.0, -1.0, 1e-20)):
         params = parameters((6, 5), (7,), dtype=dtype)
         opt = C.ChainOpt(params, 1.0, RATES[rate], C.scale_by_adam, compile=False)
-        for step in range(60):
+        for step in range(24):
             for p in params:
                 p.grad = torch.full_like(p, sizes[step % len(sizes)])
             opt.step()
@@ -345,6 +391,24 @@ def test_float16_weights_are_warned_of_by_name() -> None:
             warnings.simplefilter("error")
             make(halves, param_ecc="fp16+8")
             make(parameters((6, 5), dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_weights_that_become_float16_are_warned_of(steps: int) -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    opt = plus(model.parameters())
+    for step in range(steps):
+        pull([*model.parameters()], step)
+        opt.step()
+    model.half()
+    for step in range(steps, steps + 2):
+        pull([*model.parameters()], step)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            opt.step()
+        said = [str(w.message) for w in seen if "in float16" in str(w.message)]
+        assert len(said) == (step == steps)
+        assert all("(3, 4) and 3 more in float16" in message for message in said)
 
 
 # ---- hyper-parameters that groups with one d disagree on

@@ -9,6 +9,7 @@ from torch import Tensor
 from heavyball.core.program import Program
 from heavyball.optim.checkpoint import by_transform, convert, expected_state, misfits
 from heavyball.optim.checks import labelled
+from heavyball.optim.estimate import warn_of_half
 from heavyball.runtime.place import describe
 
 if TYPE_CHECKING:
@@ -48,10 +49,12 @@ def notice(opt: "ChainOpt", programs: dict[Tensor, Program], kinds: dict[Tensor,
             expected[param] = _checked(labels[param], program, param, group, opt.state[param])
     for param, tensors in expected.items():
         convert(opt.state[param], tensors, found[param])
+    unlike = labels if programs else {}  # a copy has noticed nothing yet, and they are as they were
     for param in gone:
         del programs[param], kinds[param]
     programs.update(found)
     kinds.update((p, kind(p)) for p in changed)
+    warn_of_half(opt._chain, unlike)
 
 
 def _refuse_replaced(

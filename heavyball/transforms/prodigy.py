@@ -1,7 +1,7 @@
 """Prodigy: how far the solution is, estimated while training, in place of a learning rate."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from torch import Tensor
 from heavyball.core.hyper import Interval, Live, positive
 from heavyball.core.rate import Member
 from heavyball.core.transform import transform
-from heavyball.numerics import dot, every
+from heavyball.numerics import SCALAR, dot, every
 from heavyball.state.declare import State, scalar
 
 COUNT = Interval(1, float("inf"))
@@ -68,40 +68,65 @@ def added_up(members: Sequence[Member], pool: list[int]) -> tuple[Tensor, ...]:
 
 # ---- parameters without a gradient in a step
 #
-# N sums over all steps, so the norm that is set against it must be of the same parameters, also of
-# those that have no gradient now. What is missing decays, as N does, while the same ones are missing.
+# s of a parameter stands still while it has no gradient, so the norm that N is set against is that of
+# all parameters, and what N holds of those that are missing stands still as well.
 
-# of the last step: ||s||_1 over all parameters, over those that were missing, and what the latter has
-# decayed by; and the most parameters that a step has had
-COVERED: dict[str, str | float] = {
-    "d_norm": 0.0,
-    "d_missing": 0.0,
-    "d_faded": 1.0,
-    "d_members": 0.0,
-}
-# By how much of the norm the missing part may differ while it is taken to be the same: s is rounded.
-SAME = 0.01
+# of the last step: ||s||_1 over all parameters, and how many of them have an s that is not 0
+COVERED: dict[str, str | float] = {"d_norm": 0.0, "d_members": 0.0}
 # What d never exceeds: weights that follow it, and what is made of them, stay finite.
 MOST = 2.0**40
 # What no entry of s exceeds.
 LARGEST = 2.0**120
 
 
-def covered(
-    v: Mapping[str, Any], beta3: Tensor, now: Tensor, before: Tensor, count: Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The norm over all parameters, and `COVERED` after a step.
+class Covered(NamedTuple):
+    """How the parameters of a step stand to all that have stepped.
 
-    now: ||s||_1 over those that took part. before: theirs as it was. count: their number.
+    norm: ||s||_1 over all. share: which part of it was that of those in the step. members: how many
+    have an s that is not 0.
     """
-    missing = count < v["d_members"]
-    theirs = torch.where(missing, (v["d_norm"] - before).clamp(min=0), 0.0)
-    norm = now + theirs
-    same = missing & ((theirs - v["d_missing"]).abs() <= SAME * norm)
-    faded = torch.where(same, beta3 * v["d_faded"], 1.0)
-    members = torch.maximum(v["d_members"], count)
-    found = {"d_norm": norm, "d_missing": theirs, "d_faded": faded, "d_members": members}
-    return now + faded * theirs, found
+
+    norm: Tensor
+    share: Tensor
+    members: Tensor
+
+    @property
+    def entries(self) -> dict[str, Tensor]:
+        """`COVERED` after the step."""
+        return {"d_norm": self.norm, "d_members": self.members}
+
+    def parts(self, numerator: Tensor) -> tuple[Tensor, Tensor]:
+        """What N holds of the parameters in the step, and of those that are missing.
+
+        N is not kept by parameter: each is taken to have the part of it that it has of the norm.
+        """
+        return self.share * numerator, (1 - self.share) * numerator
+
+
+def covered(
+    v: Mapping[str, Any], now: Tensor, before: Tensor, held: Tensor, holds: Tensor
+) -> Covered:
+    """The norm over all parameters, given that of the parameters in a step.
+
+    now, before: their norm after and before it. holds, held: how many of them have and had one not 0.
+    """
+    missing = v["d_members"] > held  # the norms alone do not say: s may be rounded when it is kept
+    theirs = torch.where(missing, v["d_norm"] - before, 0.0)
+    share = torch.where(
+        missing & (v["d_norm"] > 0), (before / v["d_norm"]).clamp(min=0, max=1), 1.0
+    )
+    return Covered(now + theirs, share, holds + torch.where(missing, v["d_members"] - held, 0.0))
+
+
+# what a parameter gives: its part of N, its norm after and before the step and whether these are not
+# 0, and whether it took part
+SHARES = ("numerator", "now", "before", "held", "holds", "count")
+
+
+def shares_of(trains: Tensor, numerator: Tensor, now: Tensor, before: Tensor) -> tuple[Tensor, ...]:
+    """`SHARES` of a parameter; all 0 where it does not train."""
+    shares = numerator, now, before, (before != 0).to(SCALAR), (now != 0).to(SCALAR)
+    return (*(torch.where(trains, share, 0.0) for share in shares), trains.to(SCALAR))
 
 
 def where_any(count: Tensor, new: Mapping[str, Tensor], v: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -147,33 +172,32 @@ def _shares(
     slice_p: int,
     safeguard_warmup: bool,
     use_bias_correction: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     gradient, decay = every(grad, slice_p), beta3_of(beta3, betas)
     dlr = d * lr * _correction(step, betas, use_bias_correction)
     new = _next_sums(s, gradient, d, d0, dlr, decay, safeguard_warmup)
     trains = dlr > 0
-    shares = (
-        d / d0 * dlr * dot(gradient, p0 - every(param, slice_p)),
-        new.abs().sum(dtype=torch.float64),
-        s.abs().sum(dtype=torch.float64),
-    )
-    return (*(torch.where(trains, share, 0.0) for share in shares), trains.to(torch.float64))  # type: ignore[return-value]
+    along = d / d0 * dlr * dot(gradient, p0 - every(param, slice_p))
+    return shares_of(trains, along, new.abs().sum(dtype=SCALAR), s.abs().sum(dtype=SCALAR))
 
 
 def _estimate(members: Sequence[Member], options: Mapping[str, Any]) -> list[dict[str, Any]]:
     new: list[dict[str, Any]] = [{} for _ in members]
     for pool in pools(members, options["split_groups"]):
-        added, now, before, count = added_up(members, pool)
+        added, *sums, count = added_up(members, pool)
         v = members[pool[0]].values
         beta3 = beta3_of(v.get("beta3"), v["betas"])
-        size, found = covered(v, beta3, now, before, count)
-        numerator = torch.where(size > 0, beta3 * v["d_numerator"] + added, v["d_numerator"])
+        cover = covered(v, *sums)
+        size, (mine, rest) = cover.norm, cover.parts(v["d_numerator"])
+        numerator = torch.where(size > 0, beta3 * mine + added + rest, v["d_numerator"])
         d = v["d"]
         d_hat = torch.where(size > 0, (v["d_coef"] * numerator / size).clamp(max=MOST), d)
         d_max = torch.maximum(v["d_max"], d_hat)
         d = torch.where(d == v["d0"], torch.maximum(d, d_hat), d)
         d = torch.where(size > 0, torch.minimum(d_max, d * v["growth_rate"]), v["d"])
-        found = where_any(count, {**found, "d": d, "d_max": d_max, "d_numerator": numerator}, v)
+        found = where_any(
+            count, {**cover.entries, "d": d, "d_max": d_max, "d_numerator": numerator}, v
+        )
         for i in pool if options["split_groups"] else range(len(members)):
             new[i] |= found
     return new
@@ -338,13 +362,13 @@ def _estimate_plus(members: Sequence[Member], options: Mapping[str, Any]) -> lis
         v = members[pool[0]].values
         if options["prodigy_steps"] and v["d_steps"] >= options["prodigy_steps"]:
             continue
-        added, now, before, count = added_up(members, pool)
-        beta3 = beta3_of(v.get("beta3"), v["betas"])
-        size, found = covered(v, beta3, now, before, count)
-        numerator = beta3 * v["d_numerator"]
+        added, *sums, count = added_up(members, pool)
+        cover = covered(v, *sums)
+        size, (mine, rest) = cover.norm, cover.parts(v["d_numerator"])
+        numerator = beta3_of(v.get("beta3"), v["betas"]) * mine
         # What speaks against the direction so far counts only once d has moved, and does not add up.
         against = torch.where(v["d"] > v["d0"], torch.minimum(numerator, added), numerator)
-        numerator = torch.where(added < 0, against, numerator + added)
+        numerator = torch.where(added < 0, against, numerator + added) + rest
         if options["d_limiter"]:
             most = v["d"] * 2**0.25
             d_hat = v["d_coef"] * torch.minimum(torch.atan2(numerator, size), most)
@@ -355,7 +379,7 @@ def _estimate_plus(members: Sequence[Member], options: Mapping[str, Any]) -> lis
         d = torch.where(size > 0, torch.maximum(v["d"], d_hat.clamp(max=MOST)), v["d"])
         if options["use_speed"]:
             d = torch.minimum(d, v["d"] ** 0.975)
-        found = where_any(count, {**found, "d": d, "d_numerator": numerator}, v)
+        found = where_any(count, {**cover.entries, "d": d, "d_numerator": numerator}, v)
         for i in pool if options["split_groups"] else range(len(members)):
             new[i] |= found
     return stepping_d(new, members, options, "d_norm")
@@ -375,7 +399,7 @@ def _estimate_plus(members: Sequence[Member], options: Mapping[str, Any]) -> lis
     },
     common={"d": "d0", "d_numerator": 0.0, **COVERED, **STEPPING, "d_steps": 0},
     made_from={"d_step": "d"},
-    gives=("numerator", "denominator", "before", "count"),
+    gives=SHARES,
     finish=_estimate_plus,
 )
 def prodigy_plus_d(
@@ -439,13 +463,12 @@ def prodigy_plus_d(
     count = trains.to(torch.float64)
     if s is None or p0 is None:
         none = torch.zeros_like(d)
-        return update, None, None, d, *provided, none, none, none, count  # type: ignore[return-value]
+        return update, None, None, d, *provided, *[none] * 5, count  # type: ignore[return-value]
     gradient, x = every(grad, slice_p), d.sqrt()
     along = dot(gradient, p0 - every(param, slice_p))
     if use_speed:
         along, gradient, x = along.sign(), gradient.sign(), d0 * x
     decay = beta3_of(beta3, betas)
     new = torch.where(trains & (step > 1) if after_first else trains, decay * s + x * gradient, s)
-    sums = x * along, new.abs().sum(dtype=torch.float64), s.abs().sum(dtype=torch.float64)
-    shares = tuple(torch.where(trains, share, 0.0) for share in sums)
-    return update, p0, new, d, *provided, *shares, count
+    shares = shares_of(trains, x * along, new.abs().sum(dtype=SCALAR), s.abs().sum(dtype=SCALAR))
+    return update, p0, new, d, *provided, *shares

@@ -9,18 +9,22 @@ from torch import Tensor
 from heavyball.core.hyper import Interval, Live, positive
 from heavyball.core.rate import Member
 from heavyball.core.transform import transform
-from heavyball.numerics import dot, every
+from heavyball.numerics import SCALAR, dot, every
 from heavyball.state.declare import scalar
 from heavyball.transforms.prodigy import (
     COUNT,
+    COVERED,
     FIRST,
     MOST,
+    SHARES,
     STEPPING,
     UNIT,
     added_up,
     beta3_of,
+    covered,
     pools,
     rectification,
+    shares_of,
     stepping_d,
     unit_change_of,
     where_any,
@@ -38,22 +42,21 @@ def _estimate(members: Sequence[Member], options: Mapping[str, Any]) -> list[dic
         v = members[pool[0]].values
         if options["prodigy_steps"] and v["d_steps"] >= options["prodigy_steps"]:
             continue
-        added, count = added_up(members, pool)
-        before = v["d_numerator"]
-        kept = beta3_of(v.get("beta3"), v["betas"]) * before
+        added, *sums, count = added_up(members, pool)
+        cover, before = covered(v, *sums), v["d_numerator"]
+        mine, rest = cover.parts(before)
+        kept = beta3_of(v.get("beta3"), v["betas"]) * mine
         # What speaks against the direction counts only once d has moved.
-        numerator = torch.where((v["d"] > v["d0"]) | (added > 0), kept + added, kept)
+        numerator = torch.where((v["d"] > v["d0"]) | (added > 0), kept + added, kept) + rest
         largest = torch.maximum(v["d_largest_numerator"], numerator)
         grows = (numerator >= largest) & (numerator > 0) & (before > 0)
-        # N that falls where parameters have no gradient, and rises again, is no progress
-        gap = torch.where(count < v["d_members"], 1.0, v["d_gap"])
-        base = torch.where(gap > 0, torch.maximum(before, v["d_largest_numerator"]), before)
-        ratio = torch.where(grows, numerator / base, 1.0).sqrt()
-        gap = torch.where((numerator >= largest) & (count >= v["d_members"]), 0.0, gap)
-        d_hat = v["d_step"] * ratio.clamp(max=GROWTH) * v["d_coef"] ** 0.125
+        ratio = torch.where(grows, numerator / before, 1.0).sqrt()
+        # a step that some take no part in is so much less of one
+        ratio = torch.minimum(ratio, GROWTH**cover.share)
+        d_hat = v["d_step"] * ratio * v["d_coef"] ** 0.125
         d = torch.where(grows, torch.maximum(v["d"], d_hat.clamp(max=MOST)), v["d"])
         found = {"d": d, "d_numerator": numerator, "d_largest_numerator": largest}
-        found |= {"d_gap": gap, "d_members": torch.maximum(v["d_members"], count)}
+        found |= cover.entries
         found = where_any(count, found, v)
         for i in pool if options["split_groups"] else range(len(members)):
             new[i] |= found
@@ -78,13 +81,12 @@ def _estimate(members: Sequence[Member], options: Mapping[str, Any]) -> list[dic
         "d": "d0",
         "d_numerator": 0.0,
         "d_largest_numerator": 0.0,
-        "d_gap": 0.0,
-        "d_members": 0.0,
+        **COVERED,
         **STEPPING,
         "d_steps": 0,
     },
     made_from={"d_step": "d"},
-    gives=("numerator", "count"),
+    gives=SHARES,
     finish=_estimate,
 )
 def prodigy_progress_d(
@@ -136,20 +138,27 @@ def prodigy_progress_d(
     rect = rectification(step, betas[1]) if use_bias_correction else 1.0
     provided = (d_step * lr * rect, unit_change_of(unit, d))
     trains = lr > 0
-    count = trains.to(torch.float64)
     if p0 is None:
-        return update, None, along, l1, l2, d, *provided, torch.zeros_like(d), count
+        none = torch.zeros_like(d)
+        return update, None, along, l1, l2, d, *provided, *[none] * 5, trains.to(SCALAR)
     moved = p0 - every(param, slice_p)
     weight = step**-0.75
     if after_first:  # the second gradient is then the first that counts
         weight = torch.where(step == 2, 1.0, weight)
-    new_along = along + weight * (dot(every(grad, slice_p), moved) - along)
-    new_l1 = torch.maximum(l1, moved.abs().sum(dtype=torch.float64))
-    new_l2 = torch.maximum(l2, moved.square().sum(dtype=torch.float64).sqrt())
-    numerator = d_step**2 / d0.sqrt() / (1 + new_l2) ** 2 * new_along / new_l1
     counts = trains & (step > 1) if after_first else trains
-    new_along, new_l1, new_l2, numerator = (
+    new_along, new_l1, new_l2 = (
         torch.where(counts, new, old)
-        for new, old in ((new_along, along), (new_l1, l1), (new_l2, l2), (numerator, 0.0))
+        for new, old in (
+            (along + weight * (dot(every(grad, slice_p), moved) - along), along),
+            (torch.maximum(l1, moved.abs().sum(dtype=SCALAR)), l1),
+            (torch.maximum(l2, moved.square().sum(dtype=SCALAR).sqrt()), l2),
+        )
     )
-    return update, p0, new_along, new_l1, new_l2, d, *provided, numerator, count
+    now, before = _progress(new_along, new_l1, new_l2), _progress(along, l1, l2)
+    numerator = torch.where(counts, d_step**2 / d0.sqrt() * now, 0.0)
+    shares = shares_of(trains, numerator, now, before)
+    return update, p0, new_along, new_l1, new_l2, d, *provided, *shares
+
+
+def _progress(along: Tensor, l1: Tensor, l2: Tensor) -> Tensor:
+    return along / l1 / (1 + l2) ** 2
