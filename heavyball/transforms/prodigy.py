@@ -463,7 +463,7 @@ def prodigy_plus_d(
     count = trains.to(torch.float64)
     if s is None or p0 is None:
         none = torch.zeros_like(d)
-        return update, None, None, d, *provided, *[none] * 5, count  # type: ignore[return-value]
+        return update, None, None, d, *provided, *[none] * 5, count  # type: ignore[arg-type, return-value]
     gradient, x = every(grad, slice_p), d.sqrt()
     along = dot(gradient, p0 - every(param, slice_p))
     if use_speed:
