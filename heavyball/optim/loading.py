@@ -11,6 +11,7 @@ from heavyball.core.chain import BOOKKEEPING
 from heavyball.core.combine import plain_name
 from heavyball.core.program import Program
 from heavyball.numerics import lasting
+from heavyball.optim import migrations  # noqa: F401  (it registers them)
 from heavyball.optim.checkpoint import (
     DESCRIPTION,
     SAVED_WEIGHTS,
