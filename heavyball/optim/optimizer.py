@@ -615,9 +615,10 @@ class ChainOpt(Optimizer):
                 self._fused.begin()
 
     def _with_own(self, index: int, loaded: dict[str, Any]) -> dict[str, Any]:
-        """A loaded group with what it does not decide: names, and hyper-parameters it does not know."""
+        """A loaded group with what it does not decide: our names, and what it does not know."""
         own, group = self.param_groups[index], dict(loaded)
-        group.pop("param_names", None)
+        if "param_names" in own:  # else it brings its own along, as in torch
+            group.pop("param_names", None)
         common = self._chain.rate.transform.common if self._chain.rate else ()
         for key in ("param_names", *self.defaults, *common):
             if key in own:
