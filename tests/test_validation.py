@@ -1,6 +1,7 @@
 """What `load_state_dict` refuses, and that nothing has been changed then."""
 
 import copy
+import functools
 import io
 import math
 from typing import Any
@@ -196,12 +197,13 @@ def named(
     return params, heavyball.AdamW([(prefix + n, params[n]) for n in order], 0.1, **options)
 
 
-PREFIXES = ["", "_orig_mod.", "module.", "module._orig_mod.", "encoder.module."]
+WRAPPERS = ["_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "module."]
+PREFIXES = ["", *WRAPPERS, "module._orig_mod.", "encoder.module."]
 
 
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("order", ["abc", "cba", "bca"])
-@pytest.mark.parametrize("prefix", PREFIXES[:4])
+@pytest.mark.parametrize("prefix", PREFIXES[:-1])
 @pytest.mark.parametrize("swapped", [False, True])
 def test_state_goes_by_name(order, strict, prefix, swapped):
     one, opt = named("abc", prefix if swapped else "")
@@ -221,6 +223,21 @@ def test_other_names_are_refused(order):
     _, other = named(order)
     with pytest.raises(ValueError, match=r"not saved there: .*x"):
         other.load_state_dict(opt.state_dict())
+
+
+@pytest.mark.parametrize("order", ["xyz", "abx", "bax", "xy", "cx"])
+def test_what_has_another_name_is_left_and_listed(order):
+    one, opt = named("abc")
+    train(opt, [0])
+    two, other = named(order)
+    left = other.load_state_dict(opt.state_dict(), strict=False)
+    new, gone = set(order) - set("abc"), set("abc") - set(order)
+    for names, keys in ((new, left.missing_keys), (gone, left.unexpected_keys)):
+        assert {key.split(".")[0] for key in keys} == names
+        assert all(f"{name}.{key}" in keys for name in names for key in ("step", KEY))
+    for name in order:
+        found = other.state.get(two[name])
+        assert torch.equal(found[KEY], opt.state[one[name]][KEY]) if name in one else not found
 
 
 def test_a_parameter_in_another_group_is_refused_or_found():
@@ -245,7 +262,7 @@ def test_a_parameter_in_another_group_is_refused_or_found():
 
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_what_wraps_a_model_is_no_part_of_a_name(prefix):
-    plain = prefix.replace("_orig_mod.", "").replace("module.", "")
+    plain = functools.reduce(lambda name, wrapper: name.replace(wrapper, ""), WRAPPERS, prefix)
     for pattern in (f"{plain}0.weight", f"{prefix}0.weight", f"{plain}0.*"):
         rules = C.route(C.when(C.sign, name=pattern), otherwise=C.exp_avg)
         params = [(f"{prefix}{n}.weight", nn.Parameter(torch.ones(2))) for n in (0, 1)]

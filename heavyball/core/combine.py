@@ -52,8 +52,9 @@ class Parallel:
         return f"{self.name}({', '.join(map(chain_repr, self.branches))}{more})"
 
 
-# What torch.compile and its replicas put before the names of a model's parameters.
-WRAPPERS = ("_orig_mod", "module")
+# What torch.compile, replicas, shards and checkpoints put before the names of a model's parameters.
+PRIVATE_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+WRAPPERS = (*PRIVATE_WRAPPERS, "module")
 
 
 def plain_name(name: str) -> str:
@@ -66,8 +67,11 @@ def _matches(name: str, pattern: str) -> bool:
     """Whether a pattern is for this parameter, as it is called in the model or in what wraps it."""
     if not any(c in pattern for c in "*?["):
         return plain_name(name) == plain_name(pattern)
-    patterns = (pattern, pattern.replace("_orig_mod.", ""))
-    return any(fnmatch.fnmatchcase(n, p) for n in (name, plain_name(name)) for p in patterns)
+    plain = pattern
+    for wrapper in PRIVATE_WRAPPERS:
+        plain = plain.replace(f"{wrapper}.", "")
+    names, patterns = (name, plain_name(name)), (pattern, plain)
+    return any(fnmatch.fnmatchcase(n, p) for n in names for p in patterns)
 
 
 @dataclass(frozen=True)
@@ -211,8 +215,9 @@ def when(
 ) -> When:
     """A rule for `route`: this chain for the parameters that meet every condition given.
 
-    name: a shell pattern such as "*.bias", for parameters given with their names. `_orig_mod.` and
-        `module.`, which torch.compile and replicas put before names, are no part of them.
+    name: a shell pattern such as "*.bias", for parameters given with their names. What torch's wrappers
+        put before them is no part of them: `_orig_mod.`, `module.`, `_fsdp_wrapped_module.`,
+        `_checkpoint_wrapped_module.`.
     ndim, min_ndim, max_ndim: the number of dimensions.
     predicate: `fn(name, parameter) -> bool`; the name is the plain one, None where there is none.
     """

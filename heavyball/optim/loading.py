@@ -130,6 +130,7 @@ def fit(opt: "ChainOpt", loading: Mapping[str, Any], strict: bool) -> Fitted:
         for match in matches:
             if match.param not in states:
                 states[match.param] = _state(opt, match, left)
+        left.unexpected_keys.extend(_nowhere(opt, loading, by_name))
     known = {number for group in loading["param_groups"] for number in group["params"]}
     others = {key: value for key, value in loading["state"].items() if key not in known}
     groups = [opt._with_own(index, group) for index, group in enumerate(groups)]
@@ -256,7 +257,7 @@ def _by_name(
         # strings in place of numbers may be anything, so without a match they are just numbers
         if strict and (given or len(shared) == len(there)):
             _refuse_other_names(saved, own)
-        if shared and (strict is False or given or len(shared) == len(there)):
+        if given or (shared and (not strict or len(shared) == len(there))):
             return [[there.get(name) for name in names] for names in own]
     if counts[0] != counts[1]:
         raise ValueError(
@@ -329,6 +330,20 @@ def _state(opt: "ChainOpt", match: Match, left: LoadResult) -> dict[str, Any]:
     kept = {**{key: own[key] for key in missing if key in own}, **taken}
     add_missing_state(match.program, match.param.detach(), match.group, kept)
     return kept
+
+
+def _nowhere(
+    opt: "ChainOpt", loading: Mapping[str, Any], by_name: list[list[int | None]] | None
+) -> Iterator[str]:
+    """The state of saved parameters whose names no parameter has."""
+    if by_name is None:
+        return
+    groups = loading["param_groups"]
+    own = {name for names in _names(opt.param_groups, False) or () for name in names}
+    for names, group in zip(_names(groups, True) or (), groups, strict=True):
+        for name, number in zip(names, group["params"], strict=True):
+            if name not in own:
+                yield from (f"{name}.{key}" for key in loading["state"].get(number, ()))
 
 
 def _entries(
