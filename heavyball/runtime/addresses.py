@@ -135,13 +135,13 @@ def is_plain_number(program: Program, key: str, value: Any) -> bool:
     """Whether a number of the state was set to one of Python's or numpy's that it can be."""
     if key not in program.numbers or not isinstance(value, Real) or isinstance(value, bool):
         return False
-    return math.isfinite(value) and (value >= 0 or key != "step")
+    return math.isfinite(value) and (float(value) >= 0 or key != "step")
 
 
 def as_numbers(program: Program, state: dict[str, Tensor], device: torch.device) -> None:
     """Bring numbers of a state that were given in another form into the one that is read."""
     for key in program.numbers:
-        number = state.get(key)
+        number: Any = state.get(key)
         if is_plain_number(program, key, number):
             state[key] = torch.tensor(float(number), dtype=torch.float64, device=device)
         elif number is not None and (number.dtype != torch.float64 or number.ndim):
