@@ -30,6 +30,7 @@ CASES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "ne": lambda x, y: x != y,
     "and": lambda x, y: (x > 0) & (y > 0),
     "or": lambda x, y: (x > 0) | (y > 0),
+    "xor": lambda x, y: (x > 0) ^ (y > 0),
     "neg": lambda x, y: -x,
     "abs": lambda x, y: x.abs(),
     "sqrt": lambda x, y: x.sqrt(),

@@ -114,11 +114,11 @@ def test_a_plan_says_what_each_transform_takes():
         "exp_avg": 4 * 650,
         "exp_avg.1": 4 * 650,
         "scale_by_adam": 3 * 4 * 650,
-        "schedule_free": 4 * 650 + 2 * 16,
+        "schedule_free": 4 * 650 + 3 * 16,
     }
     assert plan.per_parameter == {
-        "weight": 8 + 24 * 640 + 16,
-        "bias": 8 + 24 * 10 + 16,
+        "weight": 8 + 24 * 640 + 24,
+        "bias": 8 + 24 * 10 + 24,
     }
     assert plan.elements == 650
     assert plan.parameter_bytes == plan.gradient_bytes == plan.evaluation_bytes == 2600
@@ -256,5 +256,5 @@ def test_a_plan_is_readable():
     assert "in evaluation mode: 2,592 bytes more (2.531 KiB)" in text
     assert "largest:" in text
     assert len(text.splitlines()) < 25
-    assert math.isclose(plan.state_bytes / plan.elements, 8 + 18 * 24 / 648)
+    assert math.isclose(plan.state_bytes / plan.elements, 8 + 18 * 32 / 648)
     assert "parameters:" in str(memory_plan(nn.Linear(2, 2), C.sign))

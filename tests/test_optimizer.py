@@ -749,10 +749,10 @@ def test_the_state_of_another_chain_is_refused_and_nothing_changes(name):
     train(target, [3])
 
 
-def test_the_state_of_torchs_optimizer_is_refused_with_the_missing_entry():
+def test_the_state_of_torchs_optimizer_is_refused_by_name():
     source = torch.optim.AdamW(parameters())
     train(source, [0])
-    with pytest.raises(ValueError, match=r"scale_by_adam \(exp_avg, exp_avg_sq\)"):
+    with pytest.raises(ValueError, match=r"a state dict of torch\.optim"):
         heavyball.AdamW(parameters()).load_state_dict(source.state_dict())
 
 
@@ -945,21 +945,19 @@ def test_a_model_that_changes_its_dtype_trains_on(dtype):
     assert all(state["step"] == 5 for state in opt.state.values())
 
 
-def test_inference_mode_is_for_all_steps_or_none_as_in_torch():
-    """State that begins in inference mode is made of inference tensors, which only it may change."""
-    for make in (heavyball.AdamW, torch.optim.AdamW):
+def test_steps_in_inference_mode_and_outside_may_follow_each_other():
+    """State that begins in inference mode is made outside of it, so that any step may change it."""
+    runs = []
+    for inside in (range(0), range(2), range(1, 2)):
         params = parameters((3,))
-        opt = make(params)
-        with torch.inference_mode():
-            train(opt, range(2))
-        with pytest.raises(RuntimeError, match="inference tensor"):
-            train(opt, [2])
-        normal = make(parameters((3,)))
-        train(normal, [0])
-        with torch.inference_mode():
-            train(normal, [1])
-        train(normal, [2])
-        assert normal.state[all_params(normal)[0]]["step"] == 3
+        opt = heavyball.AdamW(params)
+        for step in range(3):
+            with torch.inference_mode(step in inside):
+                train(opt, [step])
+        assert opt.state[all_params(opt)[0]]["step"] == 3
+        runs.append(snapshot(opt))
+    assert not differences(runs[0], runs[1])
+    assert not differences(runs[0], runs[2])
 
 
 def test_a_step_does_not_leave_a_graph_behind():

@@ -355,10 +355,12 @@ def test_a_sum_over_all_behind_a_whole_transform_runs_eagerly_and_says_so():
         opt.step()
 
 
-WHOLE = [case for case in CASES if any(p.has_whole for p in case(parameters((1,))).chain.programs)]
+HAVING_WHOLE = [
+    case for case in CASES if any(p.has_whole for p in case(parameters((1,))).chain.programs)
+]
 
 
-@pytest.mark.parametrize("case", WHOLE, ids=repr)
+@pytest.mark.parametrize("case", HAVING_WHOLE, ids=repr)
 def test_a_number_beside_a_vector_of_one_is_stepped_as_each_alone(case) -> None:
     """A learnable temperature has the shape (), a bias of one output (1,): both may share a stack."""
     for shapes in (((), (1,)), ((1,), (), (1, 1), ())):

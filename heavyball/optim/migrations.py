@@ -48,7 +48,7 @@ def _migrated(state: Any) -> Any:
         return state
     new = [match[1] + ".last_beta" for key in state if (match := AVERAGE.match(str(key)))]
     # 0: as if it had not changed
-    return {**{key: torch.zeros((), dtype=torch.float64) for key in new}, **state}
+    return {**{key: torch.zeros((), dtype=torch.float64, device="cpu") for key in new}, **state}
 
 
 def _bases(states: Any) -> Iterator[tuple[Tensor, Tensor]]:
