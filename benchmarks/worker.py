@@ -346,7 +346,9 @@ def answers(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
         importlib.import_module("heavyball.utils").compile_mode = None  # type: ignore[attr-defined]
     found = task(build, **request)
     version = (
-        torch.__version__ if library == "torch" else importlib.metadata.version(library.lower())
+        getattr(importlib.import_module(library), "__version__", "")
+        if library in ("torch", "heavyball")  # as imported, whatever was installed
+        else importlib.metadata.version(library.lower())
     )
     named = {"library": version, "torch": torch.__version__}
     for part in [found] if isinstance(found, Mapping) else found:
