@@ -3,7 +3,7 @@
 from typing import Any
 
 from heavyball import chainable, utils
-from heavyball.core.transform import no_attribute
+from heavyball.errors import no_attribute
 from heavyball.linalg.schedule import PrecondSchedule
 from heavyball.memory import MemoryPlan, memory_plan
 from heavyball.optim import checkpoint

@@ -6,7 +6,8 @@ from typing import Any, Literal, Self
 from heavyball.core.hyper import Shared
 from heavyball.core.combine import graft, parallel, route, when, within
 from heavyball.core.hyper import Interval, Live, shared
-from heavyball.core.transform import Transform, no_attribute, transform
+from heavyball.core.transform import Transform, transform
+from heavyball.errors import no_attribute
 from heavyball.optim.optimizer import ChainOpt
 from heavyball.state.declare import State, copy_of_param, scalar, squares, zeros
 from heavyball.transforms import TRANSFORMS

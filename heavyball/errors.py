@@ -87,3 +87,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
         close = [lower[t] for t in difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.5)]
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return f"known: {', '.join(known) if known else 'none'}{hint}"
+
+
+def no_attribute(module: str, name: str, known: Iterable[str]) -> AttributeError:
+    """The error for a name that a module does not have, with the nearest of those that it has."""
+    if name.startswith("__"):  # asked for by Python and by tools, not by people
+        return AttributeError(f"module {module!r} has no attribute {name!r}")
+    return AttributeError(f"{module} has no {name!r}; {nearest(name, known)}")

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from heavyball.core.transform import no_attribute
+from heavyball.errors import no_attribute
 
 __all__ = ["compile_mode", "set_torch", "zeroth_power_mode"]
 

@@ -189,3 +189,10 @@ class Hyper:
         for index, domain in self.domains:
             checked = check_live(key, value, self.default, domain, index)
         return checked
+
+
+def frozen(value: Any) -> Any:
+    """A copy that does not change with a sequence in the group, and that can be compared."""
+    if isinstance(value, float | tuple):
+        return value
+    return tuple(value) if is_sequence(value) else value

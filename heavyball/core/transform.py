@@ -7,7 +7,7 @@ import contextlib
 import importlib
 import inspect
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -23,7 +23,6 @@ from heavyball.core.hyper import (
     check_option,
     fraction,
     is_live,
-    is_sequence,
     may_be_live,
     nonnegative,
 )
@@ -48,20 +47,6 @@ WHOLE_CONTEXT = {
     "chance": "`chance(salt=0)`: a Python float in [0, 1) from the seed and `count`, the same for "
     "every parameter",
 }
-
-
-def no_attribute(module: str, name: str, known: Iterable[str]) -> AttributeError:
-    """The error for a name that a module does not have, with the nearest of those that it has."""
-    if name.startswith("__"):  # asked for by Python and by tools, not by people
-        return AttributeError(f"module {module!r} has no attribute {name!r}")
-    return AttributeError(f"{module} has no {name!r}; {nearest(name, known)}")
-
-
-def frozen(value: Any) -> Any:
-    """A copy that does not change with a sequence in the group, and that can be compared."""
-    if isinstance(value, float | tuple):
-        return value
-    return tuple(value) if is_sequence(value) else value
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -12,9 +12,8 @@ from torch.optim import Optimizer
 from heavyball.compiler.run.engine import Engine, sources
 from heavyball.compiler.run.watch import SHOWN
 from heavyball.core.chain import Chain
-from heavyball.core.hyper import check_live, finite, nonnegative
+from heavyball.core.hyper import check_live, finite, frozen, nonnegative
 from heavyball.core.program import Program
-from heavyball.core.transform import frozen
 from heavyball.diagnostics.advice import Advice
 from heavyball.diagnostics.report import optimizer_repr, routing_table
 from heavyball.errors import nearest

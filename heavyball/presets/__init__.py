@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from heavyball.core.transform import no_attribute
+from heavyball.errors import no_attribute
 from heavyball.presets.base import CLIPPINGS, DEFAULTS, Preset, PresetOptions
 from heavyball.presets.first_order import (
     ADOPT,

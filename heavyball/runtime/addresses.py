@@ -1,7 +1,7 @@
 """Refuses tensors without the memory that a step would read and write.
 
 Kernels take addresses and ask nobody what lies there, so every tensor of a step is looked at here before
-tables are made of them. `compiler/watch.py` and `compiler/row.py` then notice when one has changed.
+tables are made of them. `compiler/run/` then notices when one has changed.
 """
 
 import math

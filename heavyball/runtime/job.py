@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from heavyball.core.hyper import frozen
 from heavyball.core.program import Node, Program
-from heavyball.core.transform import frozen
 from heavyball.numerics import SCALAR, compute_dtype, version_of
 
 # One state of a transform: a tensor, several, or none for this shape.

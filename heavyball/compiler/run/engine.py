@@ -53,7 +53,7 @@ def signature(job: Job) -> Signature:
     ones = tuple(n == 1 for n in param.shape)
     aligned = param.is_contiguous() and grad.is_contiguous()
     kind = (ones, aligned, param.dtype, grad.dtype, param.device.type)
-    return (job.program.identity, *kind, param.device.type, job.stream is not None, states)
+    return (job.program.identity, *kind, job.stream is not None, states)
 
 
 @dataclass(eq=False)

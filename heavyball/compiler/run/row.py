@@ -14,7 +14,7 @@ from heavyball import utils
 from heavyball.compiler.run.engine import Plan
 from heavyball.compiler.run.table import Table, entry, hyper_values, threads
 from heavyball.compiler.triton import device as cuda
-from heavyball.core.transform import frozen
+from heavyball.core.hyper import frozen
 
 
 class Row:
