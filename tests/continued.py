@@ -5,12 +5,12 @@ python continued.py SAVED RESULTS: goes on from what `begin` has saved.
 
 import sys
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
-from models import (
+from helpers import (
     CASES,
+    STORED,
     Case,
     Tiny,
     all_params,
@@ -23,26 +23,9 @@ from models import (
 from torch import nn
 from torch.optim import lr_scheduler
 
-import heavyball
-from heavyball import chainable as C
 from heavyball import utils
 
 STEPS, STOP = 5, 3
-FORMATS: dict[str, dict[str, Any]] = {
-    "storage bfloat16": {"storage_dtype": "bfloat16"},
-    "storage float16": {"storage_dtype": "float16"},
-    "storage 8bit": {"storage_dtype": "8bit"},
-    "storage bf16+8": {"ecc": "bf16+8"},
-    "storage fp16+16": {"ecc": "fp16+16"},
-    "storage param": {"param_ecc": "bf16+8", "ecc": "bf16+16"},
-}
-
-
-def _in_format(params: Any, *, options: dict[str, Any], **more: Any) -> C.ChainOpt:
-    return heavyball.SFAdamW(params, **options, **more)
-
-
-STORED = [Case(name, partial(_in_format, options=given)) for name, given in FORMATS.items()]
 SAMPLE = [*CASES, *(random_chain(seed) for seed in range(12)), *STORED]
 # With kernels: one of each kind, since each must be built.
 COMPILED = ("AdamW", "SFAdamW", "guarded")

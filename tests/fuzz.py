@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from oracles import anywhere
+from helpers import anywhere
 from torch import Tensor
 
 import heavyball

@@ -12,7 +12,7 @@ import numpy as np
 import operations
 import pytest
 import torch
-from conditions import CONDITIONS, conditional
+from helpers import CONDITIONS, conditional
 from triton.language import core
 from triton.runtime import interpreter
 

@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from models import assert_same_optimizers, clones, differences, snapshot
+from helpers import assert_same_optimizers, clones, differences, snapshot
 from test_staging import (
     channels_last,
     every_other,

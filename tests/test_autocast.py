@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from models import differences, fill_gradients, parameters, snapshot
+from helpers import differences, fill_gradients, parameters, snapshot
 
 import heavyball
 from heavyball import chainable as C

@@ -6,20 +6,21 @@ import pickle
 
 import pytest
 import torch
-from models import (
+from helpers import (  # noqa: F401
     all_params,
+    anywhere,
     assert_same,
     assert_same_optimizers,
     averages,
     copies,
     differences,
+    eager,
     live_keys,
     parameters,
     plain_group,
     snapshot,
     train,
 )
-from oracles import anywhere, eager  # noqa: F401
 
 import heavyball
 from heavyball import chainable as C

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from models import (
+from helpers import (
     assert_same,
     clones,
     copies,

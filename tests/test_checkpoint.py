@@ -12,7 +12,7 @@ import continued
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from models import (
+from helpers import (
     CASES,
     CHAINS,
     DEVICE,
@@ -24,12 +24,12 @@ from models import (
     clones,
     copies,
     differences,
+    eager,  # noqa: F401
     fill_gradients,
     parameters,
     snapshot,
     train,
 )
-from oracles import eager  # noqa: F401
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from models import (
+from helpers import (
     Tiny,
     all_params,
     assert_same,
@@ -13,13 +13,13 @@ from models import (
     clones,
     copies,
     differences,
+    eager,  # noqa: F401
     fill_gradients,
     parameters,
     same_bits,
     snapshot,
     train,
 )
-from oracles import eager  # noqa: F401
 from torch import nn
 
 from heavyball import chainable as C

@@ -13,10 +13,9 @@ import weakref
 
 import pytest
 import torch
-from conditions import CONDITIONS, conditional
+from helpers import CONDITIONS, anywhere, conditional
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from oracles import anywhere
 
 import heavyball
 from heavyball.compiler.cpp import toolchain

@@ -9,7 +9,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from models import clones, copies, parameters
+from helpers import clones, copies, parameters
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import parameters
+from helpers import parameters
 from torch import Tensor, nn
 
 import heavyball

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from models import (
+from helpers import (
     CASES,
     Tiny,
     all_params,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import (
+from helpers import (
     all_params,
     assert_same_optimizers,
     averages,

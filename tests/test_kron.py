@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from helpers import EPS, examples, grid, h_grads, summary
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import EPS, examples, grid, h_grads, summary
 from torch import Tensor
 
 from heavyball.linalg import kron, triangles

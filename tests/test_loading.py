@@ -4,20 +4,20 @@ import copy
 
 import pytest
 import torch
-from models import (
+from helpers import (
     Tiny,
     all_params,
     assert_same,
     assert_same_optimizers,
     copies,
     differences,
+    eager,  # noqa: F401
     parameters,
     plain_group,
     same_bits,
     snapshot,
     train,
 )
-from oracles import eager  # noqa: F401
 from torch import nn
 
 import heavyball

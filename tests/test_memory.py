@@ -4,8 +4,14 @@ import math
 
 import pytest
 import torch
-from models import CASES, Tiny, averages, parameters, train
-from oracles import eager  # noqa: F401
+from helpers import (
+    CASES,
+    Tiny,
+    averages,
+    eager,  # noqa: F401
+    parameters,
+    train,
+)
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

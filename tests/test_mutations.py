@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import eager  # noqa: F401
+from helpers import eager  # noqa: F401
 from transforms import (
     test_accumulate,
     test_adam,

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from models import (
+from helpers import (
     Tiny,
     all_params,
     assert_same,
@@ -16,6 +16,7 @@ from models import (
     clones,
     copies,
     differences,
+    eager,  # noqa: F401
     fill_gradients,
     live_keys,
     loss_of,
@@ -25,7 +26,6 @@ from models import (
     snapshot,
     train,
 )
-from oracles import eager  # noqa: F401
 from torch import nn
 
 import heavyball

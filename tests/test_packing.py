@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import same_bits
+from helpers import same_bits
 from torch import Tensor
 
 from heavyball.state import packing

@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from models import (
+from helpers import (
     CASES,
     DEVICE,
     Tiny,
@@ -22,6 +22,7 @@ from models import (
     clones,
     copies,
     differences,
+    eager,  # noqa: F401
     fill_gradients,
     live_keys,
     loss_of,
@@ -30,7 +31,6 @@ from models import (
     snapshot,
     train,
 )
-from oracles import eager  # noqa: F401
 from torch import nn
 from torch.optim import lr_scheduler
 

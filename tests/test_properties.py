@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from helpers import EPS, anywhere, close, eager, examples  # noqa: F401
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import EPS, anywhere, close, eager, examples  # noqa: F401
 from torch import Tensor
 
 from heavyball import chainable as C

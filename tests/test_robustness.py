@@ -7,9 +7,7 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
-from hypothesis import strategies as st
-from models import (
+from helpers import (
     CASES,
     all_params,
     averages,
@@ -19,6 +17,8 @@ from models import (
     parameters,
     snapshot,
 )
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import heavyball

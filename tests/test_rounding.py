@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from models import same_bits
+from helpers import same_bits
 
 import heavyball
 from heavyball.numerics import random_bits, round_stochastically, stream

@@ -4,19 +4,19 @@ import weakref
 
 import pytest
 import torch
-from models import (
+from helpers import (
     all_params,
     assert_same,
     clones,
     copies,
     differences,
+    eager,  # noqa: F401
     fill_gradients,
     parameters,
     same_bits,
     snapshot,
     train,
 )
-from oracles import eager  # noqa: F401
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from models import same_bits, snapshot
+from helpers import same_bits, snapshot
 from torch import nn
 
 import heavyball

@@ -8,8 +8,7 @@ import pathlib
 
 import pytest
 import torch
-from continued import STORED
-from models import CASES, Case, averages, differences, parameters, snapshot
+from helpers import CASES, STORED, Case, averages, differences, parameters, snapshot
 from torch.utils import _device
 
 import heavyball

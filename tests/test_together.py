@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import DEVICE, clones, copies, parameters
+from helpers import DEVICE, clones, copies, parameters
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

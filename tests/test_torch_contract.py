@@ -44,7 +44,7 @@ import warnings
 
 import pytest
 import torch
-from models import (
+from helpers import (
     CASES,
     PRESETS,
     Tiny,

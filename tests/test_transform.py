@@ -11,16 +11,16 @@ from typing import Literal
 
 import pytest
 import torch
-from models import (
+from helpers import (
     all_params,
     assert_same,
     clones,
+    eager,  # noqa: F401
     parameters,
     same_bits,
     snapshot,
     train,
 )
-from oracles import eager  # noqa: F401
 from torch import Tensor
 
 from heavyball import chainable as C

@@ -9,8 +9,15 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from models import CASES, all_params, assert_same_optimizers, parameters, snapshot, train
-from oracles import eager  # noqa: F401
+from helpers import (
+    CASES,
+    all_params,
+    assert_same_optimizers,
+    eager,  # noqa: F401
+    parameters,
+    snapshot,
+    train,
+)
 from test_interrupted import interruptions
 from torch import nn
 

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from models import fill_gradients, parameters
+from helpers import fill_gradients, parameters
 
 import heavyball
 from heavyball import chainable as C

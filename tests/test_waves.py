@@ -6,10 +6,9 @@ import itertools
 import pytest
 import test_whole
 import torch
+from helpers import CASES, anywhere, parameters
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from models import CASES, parameters
-from oracles import anywhere
 
 from heavyball import chainable as C
 from heavyball.chainable import transform, zeros

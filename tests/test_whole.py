@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import parameters, snapshot, train
+from helpers import parameters, snapshot, train
 
 from heavyball import chainable as C
 from heavyball.chainable import State, transform, zeros

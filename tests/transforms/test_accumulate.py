@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from oracles import EPS, bound, chain, close, gradients, same_path, starts, walk
+from helpers import EPS, bound, chain, close, gradients, same_path, starts, walk
 
 from heavyball import chainable as C
 

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from oracles import (
+from helpers import (
     EPS,
     ROOTS,
     bound,

@@ -3,7 +3,7 @@ explicit sums."""
 
 import pytest
 import torch
-from oracles import (
+from helpers import (
     EPS,
     bound,
     chain,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracles import chain, gradients, of_one, same_path, starts, updates, walk
+from helpers import chain, gradients, of_one, same_path, starts, updates, walk
 
 from heavyball import chainable as C
 

@@ -5,9 +5,7 @@ import math
 import pytest
 import torch
 from adam_atan2_pytorch import AdamAtan2
-from hypothesis import given
-from hypothesis import strategies as st
-from oracles import (
+from helpers import (
     EPS,
     bound,
     chain,
@@ -24,6 +22,8 @@ from oracles import (
     walk,
     weighted_mean,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 
 from heavyball import chainable as C
 

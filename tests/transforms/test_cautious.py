@@ -5,9 +5,7 @@ import math
 import pytest
 import torch
 from adam_atan2_pytorch import AdamAtan2
-from hypothesis import given
-from hypothesis import strategies as st
-from oracles import (
+from helpers import (
     EPS,
     bound,
     chain,
@@ -23,6 +21,8 @@ from oracles import (
     updates,
     walk,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 from pytorch_optimizer import Grams, Lion
 
 from heavyball import chainable as C

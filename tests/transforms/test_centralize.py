@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracles import EPS, SHAPES, close, gradients, updates
+from helpers import EPS, SHAPES, close, gradients, updates
 from pytorch_optimizer.optimizer.gradient_centralization import centralize_gradient
 
 from heavyball import chainable as C

@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 import torch
-from oracles import (
+from helpers import (
     EPS,
     SHAPES,
     bound,

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from adam_atan2_pytorch import AdamAtan2
-from oracles import (
+from helpers import (
     EPS,
     bound,
     chain,

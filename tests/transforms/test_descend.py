@@ -1,7 +1,7 @@
 """descend against torch.optim.SGD without momentum, and the closed form of a constant gradient."""
 
 import torch
-from oracles import EPS, chain, close, gradients, same_path, set_lr, starts, walk
+from helpers import EPS, chain, close, gradients, same_path, set_lr, starts, walk
 
 from heavyball import chainable as C
 

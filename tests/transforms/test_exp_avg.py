@@ -1,9 +1,7 @@
 """exp_avg against the weighted mean that it is."""
 
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from oracles import (
+from helpers import (
     EPS,
     close,
     e_grads,
@@ -14,6 +12,8 @@ from oracles import (
     updates,
     weighted_mean,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 
 from heavyball import chainable as C
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracles import (
+from helpers import (
     EPS,
     bound,
     chain,

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from helpers import EPS, SHAPES, close, examples, gradients, matches_golden, updates
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import EPS, SHAPES, close, examples, gradients, matches_golden, updates
 
 from heavyball import chainable as C
 

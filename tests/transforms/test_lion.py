@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from lion_pytorch import Lion
-from oracles import (
+from helpers import (
     bound,
     chain,
     decayed_sum,
@@ -17,6 +16,7 @@ from oracles import (
     updates,
     walk,
 )
+from lion_pytorch import Lion
 
 from heavyball import chainable as C
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from oracles import (
+from helpers import (
     chain,
     close,
     decayed_sum,

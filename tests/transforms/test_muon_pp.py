@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracles import eager  # noqa: F401
+from helpers import eager  # noqa: F401
 from torch import nn
 
 from heavyball import chainable as C

@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from oracles import (
+from helpers import (
     EPS,
     bound,
     chain,
@@ -24,6 +22,8 @@ from oracles import (
     updates,
     walk,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 from pytorch_optimizer import OrthoGrad
 
 from heavyball import chainable as C

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from oracles import (
+from helpers import (
     EPS,
     chain,
     close,

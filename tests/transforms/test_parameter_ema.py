@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from oracles import (
+from helpers import (
     EPS,
     chain,
     close,
@@ -16,6 +14,8 @@ from oracles import (
     walk,
     weighted_mean,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 
 from heavyball import chainable as C
 

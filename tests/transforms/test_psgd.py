@@ -8,8 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from models import parameters, snapshot, train
-from oracles import chain, grid, h_grads, m_start, of_one, summary, walk
+from helpers import (
+    chain,
+    grid,
+    h_grads,
+    m_start,
+    of_one,
+    parameters,
+    snapshot,
+    summary,
+    train,
+    walk,
+)
 from torch import Tensor
 
 import heavyball

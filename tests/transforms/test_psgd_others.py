@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import parameters, train
-from oracles import chain, gradients, starts, walk
+from helpers import chain, gradients, parameters, starts, train, walk
 from scipy.linalg import fractional_matrix_power
 from torch import Tensor
 

@@ -1,7 +1,7 @@
 """scale_lr: a part of the parameters with a learning rate of its own."""
 
 import torch
-from oracles import chain, close, gradients, same_path, starts, walk
+from helpers import chain, close, gradients, same_path, starts, walk
 
 from heavyball import chainable as C
 

@@ -5,10 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from lion_pytorch import Lion
-from oracles import (
+from helpers import (
     EPS,
     bound,
     chain,
@@ -26,6 +23,9 @@ from oracles import (
     starts,
     walk,
 )
+from hypothesis import given
+from hypothesis import strategies as st
+from lion_pytorch import Lion
 from pytorch_optimizer import LaProp
 from schedulefree import (
     AdamWScheduleFree,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracles import EPS, SHAPES, close, gradients, prefixes, updates, weighted_mean
+from helpers import EPS, SHAPES, close, gradients, prefixes, updates, weighted_mean
 
 from heavyball import chainable as C
 

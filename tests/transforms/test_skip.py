@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from oracles import chain, gradients, starts, walk
+from helpers import chain, gradients, starts, walk
 
 from heavyball import chainable as C
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import pytorch_optimizer
 import torch
-from models import parameters, snapshot
+from helpers import parameters, snapshot
 from torch import Tensor
 
 import heavyball
