@@ -167,23 +167,21 @@ def _entry(item: Any, known: dict[Tensor, nn.Parameter]) -> Any:
 
 
 def _planned(opt: ChainOpt) -> Iterator[Planned]:
-    programs, number = opt._all_programs(), 0
-    for group in opt.param_groups:
-        names = group.get("param_names") or [None] * len(group["params"])
-        for name, param in zip(names, group["params"], strict=True):
-            state = {key: _bytes(t) for key, t in opt.state.get(param, {}).items()}
-            yield Planned(
-                name=name or str(number),
-                shape=tuple(param.shape),
-                dtype=param.dtype,
-                elements=param.numel(),
-                parameter_bytes=_bytes(param),
-                trained=param.requires_grad,
-                state=state,
-                per_transform=_by_transform(state, programs[param]),
-                evaluation_bytes=_bytes(param) if state and programs[param].evaluators else 0,
-            )
-            number += 1
+    programs = opt.registry.programs()
+    for place in opt.registry.places():
+        param = place.param
+        state = {key: _bytes(t) for key, t in opt.state.get(param, {}).items()}
+        yield Planned(
+            name=place.name or str(place.number),
+            shape=tuple(param.shape),
+            dtype=param.dtype,
+            elements=param.numel(),
+            parameter_bytes=_bytes(param),
+            trained=param.requires_grad,
+            state=state,
+            per_transform=_by_transform(state, programs[param]),
+            evaluation_bytes=_bytes(param) if state and programs[param].evaluators else 0,
+        )
 
 
 def _bytes(tensor: Tensor) -> int:

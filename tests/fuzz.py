@@ -256,7 +256,7 @@ def exactly_or_nearly(case: Case, one: Run, other: Run) -> str | None:
 
 
 def _leaves(opt: Any) -> Iterator[Any]:
-    for program in opt._all_programs().values():
+    for program in opt.registry.programs().values():
         yield from (node.transform for node in program.flat)
 
 

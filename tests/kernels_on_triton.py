@@ -502,7 +502,7 @@ def assert_values_near(found, formats: dict, tolerance: float) -> None:
     (eager, one), (compiled, two) = found
     for p, q in zip(eager, compiled, strict=True):
         assert one.state[p].keys() == two.state[q].keys()
-        holds = one._programs[p].holds
+        holds = one.registry.programs()[p].holds
         pairs = [(working_param(x, opt.state[x]) for x, opt in ((p, one), (q, two)))]
         for key in holds.keys() & one.state[p].keys():
             kept = (held(s, key, holds[key]) for s in (one.state[p], two.state[q]))

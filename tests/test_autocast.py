@@ -9,7 +9,7 @@ from helpers import differences, fill_gradients, parameters, snapshot
 
 import heavyball
 from heavyball import chainable as C
-from heavyball.optim.fused import sums_in
+from heavyball.optim.singles import sums_in
 
 LOW = [torch.bfloat16, torch.float16]
 

@@ -128,7 +128,7 @@ def test_means_in_fewer_bits(formats: dict) -> None:
     for p, q in zip(eager, compiled, strict=True):
         assert one.state[p].keys() == two.state[q].keys()
         pairs = [(p.detach(), q.detach())]
-        holds = one._programs[p].holds
+        holds = one.registry.programs()[p].holds
         for key in holds.keys() & one.state[p].keys():
             kept = (held(s, key, holds[key]) for s in (one.state[p], two.state[q]))
             pairs.append(tuple(k.load(torch.float32) for k in kept))

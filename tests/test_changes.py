@@ -385,11 +385,13 @@ def test_evaluation_and_changes():
         opt.eval()
 
 
-def test_many_steps_notice_nothing_and_cost_no_new_programs():
+def test_many_steps_notice_nothing_and_cost_no_new_programs(monkeypatch):
     params, opt = begun((4, 3), (4,))
     calls: list[Tensor] = []
-    real = opt._program_of
-    opt._program_of = lambda label, name, param: calls.append(param) or real(label, name, param)
+    real = opt.chain.program_for
+    monkeypatch.setattr(
+        opt.chain, "program_for", lambda name, param: calls.append(param) or real(name, param)
+    )
     train(opt, range(3, 6))
     assert calls == []
     assert params[0] in opt.state

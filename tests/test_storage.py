@@ -58,7 +58,7 @@ def train(params, opt, steps, first=0):
 
 def value_of(opt, p, key):
     state = opt.state[p]
-    return held(state, key, opt._programs[p].holds_of(key)).load(torch.float32)
+    return held(state, key, opt.registry.programs()[p].holds_of(key)).load(torch.float32)
 
 
 # ---- what is held
@@ -102,7 +102,7 @@ def test_bytes_are_those_of_the_format(form: dict) -> None:
         state = opt.state[p]
         assert sum(t.numel() * t.element_size() for t in state.values()) == 8 + moments + second
         # the same from the shape alone
-        found = expected_state(opt._programs[p], p, opt.param_groups[0])
+        found = expected_state(opt.registry.programs()[p], p, opt.param_groups[0])
         shown = {k: (t.shape, t.dtype) for k, t in state.items()}
         assert {k: (t.shape, t.dtype) for k, t in found.items()} == shown
 
@@ -413,7 +413,9 @@ def test_state_saved_in_one_format_is_loaded_into_another(form: dict) -> None:
     for wanted in ({}, *FORMATS):
         others, other = built((C.scale_by_adam,), compile=False, **wanted)
         other.load_state_dict(opt.state_dict())
-        expected = expected_state(other._programs[others[0]], others[0], other.param_groups[0])
+        expected = expected_state(
+            other.registry.programs()[others[0]], others[0], other.param_groups[0]
+        )
         state = other.state[others[0]]
         assert {k: t.dtype for k, t in state.items()} == {k: t.dtype for k, t in expected.items()}
         for key in ("scale_by_adam.exp_avg", "scale_by_adam.exp_avg_sq"):
@@ -461,7 +463,7 @@ def test_kernels_hold_the_same_values(form: dict, chain: str) -> None:
     for p, q in zip(eager, compiled, strict=True):
         assert one.state[p].keys() == two.state[q].keys()
         pairs = [(p.detach().double(), q.detach().double())]
-        for key in one._programs[p].holds.keys() & one.state[p].keys():
+        for key in one.registry.programs()[p].holds.keys() & one.state[p].keys():
             assert one.state[p][key].dtype == two.state[q][key].dtype
             pairs.append((value_of(one, p, key).double(), value_of(two, q, key).double()))
         # Rounding errors of the mathematics, as in test_compiler.py. The random bits are the same, so

@@ -41,7 +41,7 @@ def printers(chain: tuple, dtype: torch.dtype, shape=(8, 3), **options) -> list[
     param = torch.nn.Parameter(torch.zeros(shape, dtype=dtype))
     opt = C.ChainOpt([param], 0.1, *chain, compile=False, **options)
     param.grad = torch.zeros_like(param)
-    (job,) = opt._jobs()
+    (job,) = opt.registry.jobs()
     dtypes = {"param": dtype, "grad": dtype, "share": torch.float64}
     dtypes |= {k: t.dtype for k, t in job.state.items()}
     found = []

@@ -206,7 +206,7 @@ def cut_of(*chain, shape=(4, 5), dtype=torch.float32):
     param = torch.nn.Parameter(torch.randn(shape, dtype=dtype))
     param.grad = torch.randn_like(param)
     opt = C.ChainOpt([param], 0.1, *chain)
-    (job,) = opt._jobs()
+    (job,) = opt.registry.jobs()
     return segments.cut(job.program, param.shape, param.dtype, job.state, job.group)
 
 

@@ -1,16 +1,16 @@
 """What an optimizer prints of itself."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from heavyball.core.chain import Chain
 from heavyball.core.program import Program
 
-if TYPE_CHECKING:
-    from heavyball.optim.optimizer import ChainOpt
+# State by parameter, and by name.
+States = Mapping[Tensor, Mapping[str, Any]]
 
 
 def readable_bytes(count: float) -> str:
@@ -26,14 +26,21 @@ def _bytes(state: Mapping[str, Any]) -> int:
     return sum(t.numel() * t.element_size() for t in state.values() if isinstance(t, Tensor))
 
 
-def optimizer_repr(opt: "ChainOpt", chain: Chain) -> str:
+def state_bytes(state: States) -> int:
+    """Bytes of all state tensors."""
+    return sum(map(_bytes, state.values()))
+
+
+def optimizer_repr(
+    name: str, chain: Chain, groups: Sequence[Mapping[str, Any]], state: States
+) -> str:
     """The chain, each group's hyper-parameters, and the bytes of state per parameter and in all."""
-    lines = [f"{type(opt).__name__}(", f"  {chain!r}"]
-    for index, group in enumerate(opt.param_groups):
+    lines = [f"{name}(", f"  {chain!r}"]
+    for index, group in enumerate(groups):
         count, size = len(group["params"]), sum(p.numel() for p in group["params"])
         shown = "  ".join(f"{k}={_plain(v)}" for k, v in group.items() if _is_shown(k))
         lines.append(f"  group {index}: {count} parameters, {size:,} elements  {shown}")
-    lines += [f"  {line}" for line in _state_lines(opt)]
+    lines += [f"  {line}" for line in _state_lines(groups, state)]
     return "\n".join([*lines, ")"])
 
 
@@ -45,18 +52,18 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
 
 
-def _state_lines(opt: "ChainOpt") -> Iterable[str]:
-    total, elements = opt.state_bytes(), 0
-    kinds: dict[tuple, list[int]] = defaultdict(list)
-    for group in opt.param_groups:
+def _state_lines(groups: Sequence[Mapping[str, Any]], states: States) -> Iterable[str]:
+    total, elements = state_bytes(states), 0
+    alike: dict[tuple, list[int]] = defaultdict(list)
+    for group in groups:
         for param in group["params"]:
             elements += param.numel()
-            state = opt.state.get(param, {})
+            state = states.get(param, {})
             parts = ", ".join(f"{k} {_bytes({k: v}):,}" for k, v in state.items())
             dtype = str(param.dtype).removeprefix("torch.")
-            kinds[tuple(param.shape), dtype, parts].append(_bytes(state))
+            alike[tuple(param.shape), dtype, parts].append(_bytes(state))
     yield f"state: {total:,} bytes ({readable_bytes(total)}), {total / max(elements, 1):.4g} per element"
-    for (shape, dtype, parts), sizes in kinds.items():
+    for (shape, dtype, parts), sizes in alike.items():
         detail = f": {parts}" if parts else ""
         yield f"  {len(sizes)} x {shape} {dtype}, {sizes[0]:,} bytes each{detail}"
 

@@ -16,6 +16,7 @@ from heavyball.core.chain import Chain
 from heavyball.core.combine import Parallel, Route, When, Within
 from heavyball.core.program import Fork, Node, Program, visible
 from heavyball.core.transform import Transform
+from heavyball.runtime.rates import WAITING
 from heavyball.runtime.state import add_missing_state
 from heavyball.state.held import fault, is_companion, is_real, layout, main_of, recode
 
@@ -46,6 +47,16 @@ class LoadResult(NamedTuple):
 def description(chain: Chain) -> dict[str, Any]:
     """What a state dict says of itself."""
     return {"version": VERSION, "chain": structure(chain)}
+
+
+def describe(saved: dict[str, Any], chain: Chain) -> None:
+    """Make what torch saved plain values, and add what it says of itself."""
+    saved["param_groups"] = [plain(group) for group in saved["param_groups"]]
+    saved["state"] = {n: plain(state) for n, state in saved["state"].items()}
+    saved[DESCRIPTION] = description(chain)
+    for group in saved["param_groups"]:
+        if WAITING in group:  # the step that has begun goes on
+            group[WAITING] = dict(group[WAITING])
 
 
 def structure(chain: Chain) -> str:

@@ -4,6 +4,7 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from heavyball.core.program import Node
 from heavyball.errors import warn
 from heavyball.numerics import working
 from heavyball.optim.checkpoint import SAVED_WEIGHTS
+from heavyball.optim.registry import Registry
 from heavyball.runtime.job import Scalars
 from heavyball.runtime.place import Place
 from heavyball.runtime.step import average
@@ -67,6 +69,76 @@ def _differ(found: Tensor, expected: Tensor) -> Tensor:
     scale = expected.abs().nan_to_num(0.0, 0.0, 0.0).amax()
     near = (found - expected).abs() <= room * (expected.abs() + scale)
     return ~(near | (found == expected) | (found.isnan() & expected.isnan())).all()
+
+
+class Evaluation:
+    """Switches an optimizer's parameters between the weights to train with and their averages.
+
+    loaded: what the parameters were when evaluation mode came in a state dict.
+    """
+
+    def __init__(self, registry: Registry, loaded: Mapping[Tensor, Stamp] = MappingProxyType({})):
+        self._registry = registry
+        self._loaded = loaded
+        self._switching = False
+
+    def switch(self, training: bool) -> None:
+        """Put the weights to train with into the parameters, or the averages.
+
+        Warns if other weights were written into the parameters in evaluation mode.
+        """
+        looks: list[Look] = []
+        try:
+            if self._switching:  # an exception ended a switch
+                self._restore_weights()
+            if not training:
+                self._show_averages()
+            elif not self._registry.training:
+                looks = list(written(self._evaluated(), self._loaded))
+                self._restore_weights()
+        except BaseException:
+            if self._switching:  # what is not in the parameters yet is still in the state
+                self._restore_weights()
+            raise
+        warn_of_written(looks)
+
+    def _evaluated(self) -> Iterator[Evaluated]:
+        """Every parameter that is averaged and has state."""
+        programs, state = self._registry.programs(), self._registry.state
+        for place in self._registry.places():
+            own = state.get(place.param, {})
+            for node in programs[place.param].evaluators if "step" in own else ():
+                yield Evaluated(place, node, own)
+
+    def _show_averages(self) -> None:
+        evaluated = list(self._evaluated())
+        if not self._registry.training and all(SAVED_WEIGHTS in each.state for each in evaluated):
+            return
+        self._switching = True
+        for group in self._registry.groups:
+            group["train_mode"] = False  # first, so that no step takes an average for the weights
+        for each in evaluated:
+            if SAVED_WEIGHTS not in each.state:  # a parameter may stand twice
+                value = each.average(each.place.param)
+                each.state[SAVED_WEIGHTS] = each.place.param.detach().clone()
+                each.place.param.copy_(value)
+        self._loaded = {}
+        self._switching = False
+
+    def _restore_weights(self) -> None:
+        """Put the weights to train with back. What an exception has ended can be begun again."""
+        self._switching = True
+        groups, states = self._registry.groups, self._registry.state
+        for group in groups:
+            for param in group["params"]:
+                state = states.get(param, {})
+                if SAVED_WEIGHTS in state:
+                    param.copy_(state[SAVED_WEIGHTS])
+                    del state[SAVED_WEIGHTS]
+        for group in groups:
+            group["train_mode"] = True
+        self._loaded = {}
+        self._switching = False
 
 
 def warn_of_written(looks: list[Look]) -> None:

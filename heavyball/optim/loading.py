@@ -1,9 +1,10 @@
 """Fits a state dict to an optimizer: all of it or an error, or what matches and a list of the rest."""
 
+import contextlib
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -23,13 +24,11 @@ from heavyball.optim.checkpoint import (
     structure,
 )
 from heavyball.optim.checks import labelled
+from heavyball.optim.registry import Registry
 from heavyball.optim.validation import check_hyper, check_source, impossible
 from heavyball.runtime.place import describe
 from heavyball.runtime.rates import WAITING
-from heavyball.runtime.state import add_missing_state
-
-if TYPE_CHECKING:
-    from heavyball.optim.optimizer import ChainOpt
+from heavyball.runtime.state import SHOWN, add_missing_state
 
 HINT = "load_state_dict(..., strict=False) loads what matches and returns what it left"
 
@@ -89,8 +88,28 @@ class Fitted:
     others: dict[Any, Any]
     left: LoadResult
 
+    def numbered(self) -> dict[str, Any]:
+        """A state dict for `torch.optim.Optimizer`, of everything but the state by parameter."""
+        numbers = iter(range(sum(len(group["params"]) for group in self.groups)))
+        groups = [{**g, "params": [next(numbers) for _ in g["params"]]} for g in self.groups]
+        return {"state": self.others, "param_groups": groups}
 
-def fit(opt: "ChainOpt", loading: Mapping[str, Any], strict: bool) -> Fitted:
+
+@contextlib.contextmanager
+def all_or_nothing(attributes: dict[str, Any]) -> Iterator[None]:
+    """Give an optimizer its attributes back where loading raises."""
+    before = dict(attributes)
+    try:
+        yield
+    except BaseException:
+        shown = attributes.get(SHOWN, 0)
+        attributes.clear()  # new state and groups took the place of the old ones, if any did
+        attributes.update(before)
+        attributes[SHOWN] = shown + 1
+        raise
+
+
+def fit(registry: Registry, loading: Mapping[str, Any], strict: bool) -> Fitted:
     """What of a state dict is to be loaded, in memory of its own, and what was left of it.
 
     Errors: ValueError with `strict` if anything is left; else if it cannot be said which parameter is
@@ -99,14 +118,14 @@ def fit(opt: "ChainOpt", loading: Mapping[str, Any], strict: bool) -> Fitted:
     if strict:
         check_source(loading)
     for index, group in enumerate(loading["param_groups"]):
-        check_hyper(opt.chain, index, group, strict)
-    counts = [[len(g["params"]) for g in gs] for gs in (loading["param_groups"], opt.param_groups)]
+        check_hyper(registry.chain, index, group, strict)
+    counts = [[len(g["params"]) for g in gs] for gs in (loading["param_groups"], registry.groups)]
     _refuse_other_groups(counts[0], counts[1], strict)
-    by_name = _by_name(opt, loading, counts, strict)
-    sources = _sources(opt, loading, by_name)
-    matches = list(_matches(opt, loading, by_name, sources))
+    by_name = _by_name(registry, loading, counts, strict)
+    sources = _sources(registry, loading, by_name)
+    matches = list(_matches(registry, loading, by_name, sources))
     for match in matches:
-        match.compare(_same_chain(opt, loading))
+        match.compare(_same_chain(registry, loading))
     for match in matches:
         if match.lacks_weights():
             raise ValueError(
@@ -115,27 +134,27 @@ def fit(opt: "ChainOpt", loading: Mapping[str, Any], strict: bool) -> Fitted:
             )
     left = LoadResult([], [])
     if strict:
-        _refuse(opt, loading, matches)
-        _check_common(opt, loading)
+        _refuse(registry, loading, matches)
+        _check_common(registry, loading)
         groups = [dict(loading["param_groups"][source]) for source in sources]
         states = {match.param: dict(match.saved) for match in matches}
     else:
-        if not opt._training():
+        if not registry.training:
             raise RuntimeError(
                 "load_state_dict(strict=False) in evaluation mode: call train() first"
             )
         saved_groups = loading["param_groups"]
-        groups = [_entries(opt, i, saved_groups[n], left) for i, n in enumerate(sources)]
+        groups = [_entries(registry, i, saved_groups[n], left) for i, n in enumerate(sources)]
         states = {}
         for match in matches:
             if match.param not in states:
-                states[match.param] = _state(opt, match, left)
-        left.unexpected_keys.extend(_nowhere(opt, loading, by_name))
+                states[match.param] = _state(registry, match, left)
+        left.unexpected_keys.extend(_nowhere(registry, loading, by_name))
     known = {number for group in loading["param_groups"] for number in group["params"]}
     others = {key: value for key, value in loading["state"].items() if key not in known}
-    groups = [opt._with_own(index, group) for index, group in enumerate(groups)]
+    groups = [_with_own(registry, index, group) for index, group in enumerate(groups)]
     groups_of = {
-        p: g for own, g in zip(opt.param_groups, groups, strict=True) for p in own["params"]
+        p: g for own, g in zip(registry.groups, groups, strict=True) for p in own["params"]
     }
     ready = {
         match.param: _ready(match, states[match.param], groups_of[match.param])
@@ -158,9 +177,9 @@ def _ready(match: Match, state: Mapping[str, Any], group: Mapping[str, Any]) -> 
     return made
 
 
-def _same_chain(opt: "ChainOpt", loading: Mapping[str, Any]) -> bool:
+def _same_chain(registry: Registry, loading: Mapping[str, Any]) -> bool:
     described = loading.get(DESCRIPTION)
-    return isinstance(described, Mapping) and described.get("chain") == structure(opt.chain)
+    return isinstance(described, Mapping) and described.get("chain") == structure(registry.chain)
 
 
 def _refuse_other_groups(saved: list[int], own: list[int], strict: bool) -> None:
@@ -179,11 +198,11 @@ def _refuse_other_groups(saved: list[int], own: list[int], strict: bool) -> None
             )
 
 
-def _refuse(opt: "ChainOpt", loading: Mapping[str, Any], matches: list[Match]) -> None:
+def _refuse(registry: Registry, loading: Mapping[str, Any], matches: list[Match]) -> None:
     missing = by_transform(key for match in matches for key in match.missing)
     extra = by_transform(key for match in matches for key in match.extra)
     keys = f"missing state: {missing}; state that has no place: {extra}"
-    described, own = loading.get(DESCRIPTION), structure(opt.chain)
+    described, own = loading.get(DESCRIPTION), structure(registry.chain)
     if isinstance(described, Mapping) and described.get("chain") != own:
         raise ValueError(
             "load_state_dict: the state was saved by another chain\n"
@@ -199,11 +218,11 @@ def _refuse(opt: "ChainOpt", loading: Mapping[str, Any], matches: list[Match]) -
             raise ValueError(f"load_state_dict: of the state saved for {match.label}, {fault}")
 
 
-def _check_common(opt: "ChainOpt", loading: Mapping[str, Any]) -> None:
+def _check_common(registry: Registry, loading: Mapping[str, Any]) -> None:
     for index, group in enumerate(loading["param_groups"]):
         for name in group:
             try:
-                opt._together.check_saved(index, name, group)
+                registry.rates.check_saved(index, name, group)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"load_state_dict: {error}") from None
 
@@ -241,7 +260,7 @@ def _place(number: Any) -> Any:
 
 
 def _by_name(
-    opt: "ChainOpt", loading: Mapping[str, Any], counts: list[list[int]], strict: bool
+    registry: Registry, loading: Mapping[str, Any], counts: list[list[int]], strict: bool
 ) -> list[list[int | None]] | None:
     """Where each parameter of each group was saved: the saved group's number, None for nowhere.
 
@@ -249,7 +268,7 @@ def _by_name(
 
     Errors: ValueError with `strict` if the names of both sides are not the same, group by group.
     """
-    saved, own = _names(loading["param_groups"], True), _names(opt.param_groups, False)
+    saved, own = _names(loading["param_groups"], True), _names(registry.groups, False)
     given = any("param_names" in group for group in loading["param_groups"])
     if saved is not None and own is not None:
         there = {name: index for index, names in enumerate(saved) for name in names}
@@ -279,10 +298,10 @@ def _refuse_other_names(saved: list[list[str]], own: list[list[str]]) -> None:
 
 
 def _sources(
-    opt: "ChainOpt", loading: Mapping[str, Any], by_name: list[list[int | None]] | None
+    registry: Registry, loading: Mapping[str, Any], by_name: list[list[int | None]] | None
 ) -> list[int]:
     """The saved group that each group gets its entries from: that of its parameters, if it is one."""
-    found = list(range(len(opt.param_groups)))
+    found = list(range(len(registry.groups)))
     for index, places in enumerate(by_name or ()):
         several = set(places) - {None}
         if len(several) == 1:
@@ -291,19 +310,19 @@ def _sources(
 
 
 def _matches(
-    opt: "ChainOpt",
+    registry: Registry,
     loading: Mapping[str, Any],
     by_name: list[list[int | None]] | None,
     sources: list[int],
 ) -> Iterator[Match]:
-    programs, state, number = opt._all_programs(), loading["state"], 0
-    saved_names, own_names = _names(loading["param_groups"], True), _names(opt.param_groups, False)
+    programs, state, number = registry.programs(), loading["state"], 0
+    saved_names, own_names = _names(loading["param_groups"], True), _names(registry.groups, False)
     numbers: dict[str, Any] = {}
     for names, saved_group in zip(saved_names or (), loading["param_groups"], strict=False):
         numbers.update(zip(names, saved_group["params"], strict=True))
-    for index, (group, source) in enumerate(zip(opt.param_groups, sources, strict=True)):
+    for index, (group, source) in enumerate(zip(registry.groups, sources, strict=True)):
         saved_group = loading["param_groups"][source]
-        values = {**opt.defaults, **saved_group}
+        values = {**registry.defaults, **saved_group}
         for position, (name, param) in enumerate(labelled(index, group)):
             if by_name is None:
                 known, place = True, saved_group["params"][position]
@@ -319,9 +338,9 @@ def _matches(
 # ---- what matches
 
 
-def _state(opt: "ChainOpt", match: Match, left: LoadResult) -> dict[str, Any]:
+def _state(registry: Registry, match: Match, left: LoadResult) -> dict[str, Any]:
     """The state of one parameter: what was saved, and what it has where nothing was."""
-    own, taken = dict(opt.state.get(match.param, {})), match.usable()
+    own, taken = dict(registry.state.get(match.param, {})), match.usable()
     missing = match.missing if taken else match.expected if match.saved or not match.known else own
     left.missing_keys.extend(f"{match.short}.{key}" for key in missing)
     left.unexpected_keys.extend(f"{match.short}.{key}" for key in match.saved if key not in taken)
@@ -333,13 +352,13 @@ def _state(opt: "ChainOpt", match: Match, left: LoadResult) -> dict[str, Any]:
 
 
 def _nowhere(
-    opt: "ChainOpt", loading: Mapping[str, Any], by_name: list[list[int | None]] | None
+    registry: Registry, loading: Mapping[str, Any], by_name: list[list[int | None]] | None
 ) -> Iterator[str]:
     """The state of saved parameters whose names no parameter has."""
     if by_name is None:
         return
     groups = loading["param_groups"]
-    own = {name for names in _names(opt.param_groups, False) or () for name in names}
+    own = {name for names in _names(registry.groups, False) or () for name in names}
     for names, group in zip(_names(groups, True) or (), groups, strict=True):
         for name, number in zip(names, group["params"], strict=True):
             if name not in own:
@@ -347,40 +366,55 @@ def _nowhere(
 
 
 def _entries(
-    opt: "ChainOpt", index: int, saved: Mapping[str, Any], left: LoadResult
+    registry: Registry, index: int, saved: Mapping[str, Any], left: LoadResult
 ) -> dict[str, Any]:
     """A group's hyper-parameters: those saved that it knows and can take, else its own."""
-    group = {k: v for k, v in opt.param_groups[index].items() if k != "params"}
+    group = {k: v for k, v in registry.groups[index].items() if k != "params"}
     if "train_mode" in group:
         group["train_mode"] = True  # where nothing else was saved
     group.pop(WAITING, None)  # of the state that is replaced
     for key, value in saved.items():
         if key in ("params", "param_names"):
             continue
-        known = key in group or key in opt.defaults or key in BOOKKEEPING or key.startswith("_")
-        if known and _accepts(opt, index, key, saved):
+        known = (
+            key in group or key in registry.defaults or key in BOOKKEEPING or key.startswith("_")
+        )
+        if known and _accepts(registry, index, key, saved):
             group[key] = value
         else:
             left.unexpected_keys.append(f"param_groups.{index}.{key}")
-    common = opt._together.common
+    common = registry.rates.common
     loaded = {
         n: group[n] for n in common if f"param_groups.{index}.{n}" not in left.unexpected_keys
     }
-    following = opt._together.following(
-        {n: v for n, v in loaded.items() if n in saved}, opt.param_groups
+    following = registry.rates.following(
+        {n: v for n, v in loaded.items() if n in saved}, registry.groups
     )
     group |= following
-    lacking = [k for k in (*opt.defaults, *common) if k not in saved and k not in following]
+    lacking = [k for k in (*registry.defaults, *common) if k not in saved and k not in following]
     left.missing_keys.extend(f"param_groups.{index}.{k}" for k in lacking if k != "differentiable")
     return group
 
 
-def _accepts(opt: "ChainOpt", index: int, key: str, saved: Mapping[str, Any]) -> bool:
+def _accepts(registry: Registry, index: int, key: str, saved: Mapping[str, Any]) -> bool:
     try:
-        if key in (*opt.chain.hyper, "lr", "seed", "warmup_steps"):
-            opt._checked(key, saved[key])
+        if key in registry.values.keys:
+            registry.values.checked(key, saved[key])
         else:
-            opt._together.check_saved(index, key, saved)
+            registry.rates.check_saved(index, key, saved)
     except (TypeError, ValueError):
         return False
     return True
+
+
+def _with_own(registry: Registry, index: int, loaded: dict[str, Any]) -> dict[str, Any]:
+    """A loaded group with what it does not decide: our names, and what it does not know."""
+    own, group = registry.groups[index], dict(loaded)
+    if "param_names" in own:  # else it brings its own along, as in torch
+        group.pop("param_names", None)
+    for key in ("param_names", *registry.defaults, *registry.rates.common):
+        if key in own:
+            group.setdefault(key, own[key])
+    group["params"] = own["params"]
+    registry.rates.settle(group)
+    return group

@@ -1,6 +1,7 @@
 """ChainOpt: a torch optimizer whose step is a chain of transforms."""
 
 import contextlib
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
@@ -10,48 +11,23 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from heavyball.compiler.run.engine import Engine, sources
-from heavyball.compiler.run.watch import SHOWN
 from heavyball.core.chain import Chain
-from heavyball.core.hyper import check_live, finite, frozen, nonnegative
-from heavyball.core.program import Program
 from heavyball.diagnostics.advice import Advice
-from heavyball.diagnostics.report import optimizer_repr, routing_table
-from heavyball.errors import nearest
-from heavyball.numerics import lasting, version_of
-from heavyball.optim.checkpoint import (
-    DESCRIPTION,
-    SAVED_WEIGHTS,
-    LoadResult,
-    description,
-    migrate,
-    plain,
-)
-from heavyball.optim.checks import (
-    TORCH_SWITCHES,
-    check_entries,
-    check_gradient,
-    check_shape,
-    check_state,
-    check_torch_switches,
-    checked_lr,
-    checked_seed,
-    labelled,
-    overlaps,
-)
-from heavyball.optim.estimate import check_alike, check_fixed, warn_of_half
-from heavyball.optim.evaluation import Evaluated, Look, Stamp, stamp, warn_of_written, written
-from heavyball.optim.fused import FusedBackward, Singles, refuse_rivals, refuse_scaler
-from heavyball.optim.loading import fit
-from heavyball.optim.reconcile import Kind, kind, notice
+from heavyball.diagnostics.report import optimizer_repr, routing_table, state_bytes
+from heavyball.optim.checkpoint import LoadResult, describe, migrate
+from heavyball.optim.estimate import check_alike
+from heavyball.optim.evaluation import Evaluation, stamp
+from heavyball.optim.fused import FusedBackward, Rivals, refuse_scaler
+from heavyball.optim.loading import all_or_nothing, fit
+from heavyball.optim.options import Options, check_capturable, check_names, group_defaults
+from heavyball.optim.registry import Registry
+from heavyball.optim.singles import Singles
 from heavyball.optim.validation import check_form
-from heavyball.runtime.addresses import as_numbers, check_memory, check_plain, check_state_memory
 from heavyball.runtime.autocast import without_autocast
-from heavyball.runtime.job import Counts, Job, Scalars
-from heavyball.runtime.place import Place, describe
-from heavyball.runtime.rates import WAITING, Pending, Together
-from heavyball.runtime.state import Own, add_missing_state
+from heavyball.runtime.rates import Pending, Together
+from heavyball.runtime.state import SHOWN
 from heavyball.state.formats import Choice, Storage
-from heavyball.state.held import CORRECTION, PARAM, stream_of
+from heavyball.state.held import CORRECTION, PARAM
 
 
 class ChainOpt(Optimizer):
@@ -106,83 +82,34 @@ class ChainOpt(Optimizer):
         param_ecc: str | None = None,
         **unknown: Any,
     ):
-        check_torch_switches(type(self).__name__, unknown, foreach)
-        for name in unknown.keys() - TORCH_SWITCHES.keys():
-            known = (
-                "weight_decay",
-                "warmup_steps",
-                "foreach",
-                "compile",
-                "stochastic_rounding",
-                "seed",
-                "fuse_backward",
-                "storage_dtype",
-                "ecc",
-                "param_ecc",
-            )
-            raise TypeError(
-                f"{type(self).__name__} has no option {name!r}; {nearest(name, known)}; the "
-                "hyper-parameters of a transform are given to the transform, or per group"
-            )
-        if not isinstance(stochastic_rounding, bool):
-            raise TypeError(f"stochastic_rounding={stochastic_rounding!r}: expected True or False")
-        if not isinstance(compile, bool) and compile != "auto":
-            raise ValueError(f"compile={compile!r}: expected 'auto', True or False")
+        owner = type(self).__name__
+        check_names(owner, unknown, foreach)
         if not isinstance(fuse_backward, bool):
             raise TypeError(f"fuse_backward={fuse_backward!r}: expected True or False")
-        if foreach is not None and not isinstance(foreach, bool):
-            raise TypeError(f"foreach={foreach!r}: expected True, False or None")
-        lr = checked_lr(lr)
+        self._options = Options(foreach, compile, stochastic_rounding)
         storage = Storage(storage_dtype, ecc, param_ecc)
-        self._chain = Chain(transforms, type(self).__name__, storage)
-        if unknown.get("capturable") and any(p.has_whole for p in self._chain.programs):
-            raise ValueError(
-                "capturable=True: a chain with transforms of whole tensors decides on the host, so it "
-                f"cannot be captured in a CUDA graph: {self._chain!r}"
-            )
-        self._foreach = foreach
-        self._compile = compile
-        self._stochastic_rounding = stochastic_rounding
-        self._engine = Engine(compile)
-        self._together = Together(self._chain)
-        self._advice = Advice(self._chain)
-        self._checked_values: dict[int, list[Any]] = {}
-        self._programs: dict[Tensor, Program] = {}
-        self._kinds: dict[Tensor, Kind] = {}
-        self._fresh: dict[Tensor, list[tuple[Tensor, int | None]]] = {}
-        self._singles = Singles(self)
-        self._fused: FusedBackward | None = None
-        self._rivals_checked = 0
-        self._switching = False  # between training and evaluation
-        self._loaded_in: dict[Tensor, Stamp] = {}  # evaluation mode, what the parameters were then
-        self._scalars: list[Scalars] = []
-        self._counts = Counts()
-        defaults: dict[str, Any] = {"lr": lr}
-        for key, hyper in self._chain.hyper.items():
-            defaults[key] = hyper.default
-        weight_decay = check_live("weight_decay", weight_decay, 0.0, nonnegative)
-        if weight_decay and "weight_decay" not in defaults:
-            raise ValueError(f"weight_decay={weight_decay}: no element of the chain decays")
-        for program in self._chain.programs if weight_decay else ():
-            if not any(key == "weight_decay" for n in program.flat for key, _ in n.hyper.values()):
-                raise ValueError(
-                    f"weight_decay={weight_decay} would not reach the branch {program!r}: give it to "
-                    "each decay in the chain"
-                )
-        if weight_decay and defaults["weight_decay"] not in (0.0, weight_decay):
-            raise ValueError(
-                f"weight_decay={weight_decay}, but the chain says "
-                f"{defaults['weight_decay']} ({self._chain.hyper['weight_decay'].owner})"
-            )
-        if weight_decay:
-            defaults["weight_decay"] = weight_decay
-        defaults["warmup_steps"] = check_live("warmup_steps", warmup_steps, 0.0, nonnegative)
-        defaults["seed"] = checked_seed(seed)
-        if any(program.evaluators for program in self._chain.programs):
-            defaults["train_mode"] = True
-        super().__init__(params, defaults)
+        self._chain = Chain(transforms, owner, storage)
+        check_capturable(self._chain, unknown.get("capturable"))
+        self._set_up()
+        super().__init__(params, group_defaults(self._chain, lr, weight_decay, warmup_steps, seed))
         if fuse_backward:
-            self._fused = FusedBackward(self)
+            self._fused.attach()
+
+    def _set_up(self) -> None:
+        own = weakref.ref(self)
+        self._advice = Advice(self._chain)
+        self._fused = FusedBackward(
+            lambda: None if (opt := own()) is None else opt._singles, self.backward_ends_step
+        )
+        self._begin(Registry(self, self._chain, self._options.stochastic_rounding))
+
+    def _begin(self, registry: Registry) -> None:
+        """Know nothing of the steps so far."""
+        self._registry = registry
+        self._rivals = Rivals()
+        self._engine = Engine(self._options.compile, self._options.foreach)
+        self._singles = Singles(registry, self._engine, self._advice)
+        self._evaluation = Evaluation(registry)
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:  # type: ignore[override]
@@ -196,7 +123,7 @@ class ChainOpt(Optimizer):
         self.__dict__["state"] = value
 
     # whether a second gradient of a parameter begins a new step, with `fuse_backward`
-    _fused_ends_itself = False
+    backward_ends_step = False
 
     # ---- groups
 
@@ -209,68 +136,24 @@ class ChainOpt(Optimizer):
         Errors: ValueError naming a key that is nearly a known one, a value outside its interval, or a
             parameter that cannot be optimized; the optimizer is then as it was.
         """
-        if not isinstance(param_group, dict):
-            raise TypeError(f"a parameter group must be a dict, got {type(param_group).__name__}")
-        group = dict(param_group)
-        known = [key for key in self.defaults if key not in ("train_mode", "differentiable")]
-        check_fixed(self._chain, group)
-        check_entries(type(self), group, known, self._chain)
-        # a mode is the optimizer's own, whatever another one's group says
-        group.pop("train_mode", None)
+        group = self._registry.values.checked_group(type(self), param_group, self.defaults)
         if "train_mode" in self.defaults and self.param_groups:
             group["train_mode"] = self.param_groups[0]["train_mode"]
-        for key in known:
-            if key in group:
-                group[key] = self._checked(key, group[key])
         super().add_param_group(group)
-        group = self.param_groups[-1]
+        index = len(self.param_groups) - 1
         try:
             check_alike(self._chain, self.param_groups)
-            found = dict(self._resolve(len(self.param_groups) - 1, group))
+            programs = self._registry.resolved(index)
             self._singles.forget()
-            if self._fused is not None:
+            if self._fused.active:
                 self._fused.attach()
         except Exception:
             self.param_groups.pop()
             self._singles.forget()
             raise
-        self._programs.update(found)
-        self._kinds.update((param, kind(param)) for param in found)
-        index = len(self.param_groups) - 1
-        named = enumerate(labelled(index, group))
-        warn_of_half(self._chain, {p: describe(name, index, i, p) for i, (name, p) in named})
-        self._together.begin(len(self.param_groups) - 1, self.param_groups)
+        self._registry.add(index, programs)
         self._engine.forget()
-        self._rivals_checked = -1
-
-    def _resolve(self, index: int, group: Mapping[str, Any]) -> Iterator[tuple[Tensor, Program]]:
-        for position, (name, param) in enumerate(labelled(index, group)):
-            yield param, self._program_of(describe(name, index, position, param), name, param)
-
-    def _program_of(self, label: str, name: str | None, param: Tensor) -> Program:
-        if param.is_complex() or not param.is_floating_point():
-            raise ValueError(f"{label} is {param.dtype}, expected a real floating-point dtype")
-        check_plain(label, param)
-        if overlaps(param):
-            raise ValueError(f"{label}: its elements overlap in memory; pass a contiguous tensor")
-        self._chain.storage.check_param(label, param)
-        program = self._chain.program_for(name, param)
-        check_shape(label, param, program)
-        return program
-
-    def _all_programs(self) -> dict[Tensor, Program]:
-        """Programs by parameter, after a look at what was done to groups and parameters by hand."""
-        notice(self, self._programs, self._kinds)
-        return self._programs
-
-    def _checked(self, key: str, value: Any) -> Any:
-        if key == "lr":
-            return checked_lr(value)
-        if key == "seed":
-            return checked_seed(value)
-        if key == "warmup_steps":
-            return check_live(key, value, 0.0, nonnegative)
-        return self._chain.hyper[key].check(key, value)
+        self._rivals.forget()
 
     # ---- the step
 
@@ -282,9 +165,9 @@ class ChainOpt(Optimizer):
             of the wrong shape, device or dtype, or a hyper-parameter out of its interval. Nothing
             has been changed then.
         """
-        if self._fused is not None:
-            refuse_scaler(self)
-        self._check_mode("step()")
+        if self._fused.active:
+            refuse_scaler(vars(self))
+        self._registry.check_training("step()")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -294,46 +177,28 @@ class ChainOpt(Optimizer):
 
     @without_autocast
     def _step(self) -> None:
-        self._check_groups()
-        refuse_rivals(self)
-        if self._fused is not None:
-            self._fused.check_left()
+        registry, groups, fused = self._registry, self.param_groups, self._fused
+        registry.values.check(groups)
+        self._rivals.refuse(registry, fused)
+        if fused.active:
+            fused.check_left(registry)
         pending = self._singles.pending
-        together: Together | Pending = self._together
-        begun = pending.waits(self.param_groups)
+        together: Together | Pending = registry.rates
+        begun = pending.waits(groups)
         if begun:  # by parameters that were stepped one at a time
-            begun = pending.before_others(self.param_groups)
+            begun = pending.before_others(groups)
             together = pending
         if self._advice.active:
-            begun |= self._fused is not None and self._fused.has_begun
-            self._advice.before(self.param_groups, begun)
-        if not self._engine.step_again(self.param_groups, self.__dict__, together):
-            self._engine.step(
-                self._jobs(),
-                self._chain.total_keys,
-                self._foreach,
-                self.param_groups,
-                self.__dict__,
-                together,
-            )
-        pending.close(self.param_groups)
+            begun |= fused.has_begun
+            self._advice.before(groups, begun)
+        if not self._engine.step_again(groups, self.__dict__, together):
+            jobs = registry.jobs()
+            self._engine.step(jobs, self._chain.total_keys, groups, self.__dict__, together)
+        pending.close(groups)
         self._singles.end()
-        self._give_up_state()
-        if self._fused is not None:
-            self._fused.finish()
-
-    def _give_up_state(self) -> None:
-        """Free the state that its group does not need any more."""
-        rate = self._chain.rate
-        if rate is None:
-            return
-        for name, declared in rate.transform.states.items():
-            for group in self.param_groups if declared.until else ():
-                if declared.given_up(rate.transform.options, group):
-                    for param in group["params"]:
-                        if self.state.get(param, {}).pop(rate.state_key(name), None) is not None:
-                            self._engine.forget()
-                            self._singles.forget()
+        self._singles.give_up_state()
+        if fused.active:
+            fused.finish(groups)
 
     @torch.no_grad()
     def step_parameter(
@@ -352,100 +217,6 @@ class ChainOpt(Optimizer):
         """
         self._singles.step_given(param, group, index)
 
-    def _check_mode(self, what: str) -> None:
-        if not self._training():
-            raise RuntimeError(
-                f"{type(self).__name__}.{what} in evaluation mode, where the parameters hold the "
-                "average: call train() before the forward pass that the step is for"
-            )
-
-    def _check_groups(self, only: int | None = None) -> None:
-        """Check the live hyper-parameters of every group, or of one, where any has changed."""
-        keys, changed = ("lr", "warmup_steps", "seed", *self._chain.hyper), {}
-        for index, group in enumerate(self.param_groups):
-            if only is None or index == only:
-                found = [frozen(group.get(key)) for key in keys]
-                if found != self._checked_values.get(index):
-                    self._check_group(index, group)
-                    changed[index] = found
-        if changed:
-            check_alike(self._chain, self.param_groups)
-        if self._chain.rate is not None:
-            self._together.take(self.param_groups)
-        for index, found in changed.items():
-            self._together.begin_again(index, self.param_groups)
-            self._checked_values[index] = found
-
-    def _places(self) -> Iterator[Place]:
-        """Where each parameter stands."""
-        first = 0
-        for index, group in enumerate(self.param_groups):
-            for position, (name, param) in enumerate(labelled(index, group)):
-                yield Place(param, group, index, position, first + position, name)
-            first += len(group["params"])
-
-    def _jobs(self, places: list[Place] | None = None) -> list[Job]:
-        """Every parameter that has a gradient (or those of `places`), checked, with its state."""
-        if places is not None and all(self._kinds.get(p.param) == kind(p.param) for p in places):
-            programs = self._programs  # as it was noticed last
-        else:
-            programs = self._all_programs()
-        while len(self._scalars) < len(self.param_groups):
-            self._scalars.append(Scalars())
-        found = []
-        for place in self._places() if places is None else places:
-            param = place.param
-            if param.grad is not None:
-                label, state = place.label, self.state.get(param, {})
-                check_memory(label, param)
-                check_gradient(label, param, param.grad)
-                check_memory(f"{label}: its gradient", param.grad)
-                check_state(label, programs[param], param, state)
-                check_state_memory(label, programs[param], param, place.group, state)
-                if param.numel() > 0:  # else there is nothing to step, and no mean of it to keep
-                    found.append(place)
-        return [self._job(programs[p.param], p) for p in found]
-
-    def _job(self, program: Program, place: Place) -> Job:
-        param, group, scalars = place.param, place.group, self._scalars[place.index]
-        state = self._state_of(program, param, group)
-        if not program.owns(state):
-            state = Own(state, program)
-        job = Job(program, param, param.grad, group, state, scalars)  # type: ignore[arg-type]
-        kept = (param, *state.values())
-        rounded = self._chain.storage.is_random or any(t.dtype == torch.bfloat16 for t in kept)
-        if rounded and self._stochastic_rounding:
-            job.stream = stream_of(group["seed"], place.number)
-        if program.has_whole:
-            job.place = place.number
-            job.noise = stream_of(group["seed"], place.number) if program.has_noise else 0
-            job.counts = self._counts
-        return job
-
-    def _check_group(self, index: int, group: Mapping[str, Any]) -> None:
-        for key in ("lr", "warmup_steps", "seed", *self._chain.hyper):
-            if key not in group:
-                raise ValueError(f"parameter group {index} has lost its entry {key!r}")
-            value = group[key]
-            try:
-                if key != "lr":
-                    self._checked(key, value)
-                # a schedule may end a rounding error below zero, so only the sign is not checked
-                elif not isinstance(value, Tensor):
-                    check_live(key, value, 0.0, finite)
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"parameter group {index}: {error}") from None
-
-    def _state_of(self, program: Program, param: Tensor, group: Mapping) -> dict[str, Tensor]:
-        state = self.state[param]
-        if param in self._fresh:
-            self._begin_anew(param, Own(state, program))
-        if "step" not in state or not program.lazy_keys <= state.keys():
-            with lasting():
-                add_missing_state(program, param, group, state)
-        as_numbers(program, state, param.device)
-        return state
-
     @torch.no_grad()
     @without_autocast
     def init_state(self) -> Self:
@@ -454,32 +225,11 @@ class ChainOpt(Optimizer):
         The steps are the same to the bit with and without it. `torch.distributed.checkpoint` writes
         into tensors that exist, so it needs this; see docs/checkpoints.md.
         """
-        programs = self._all_programs()
-        for group in self.param_groups:
-            for param in group["params"]:
-                if (
-                    param.requires_grad
-                    and param.numel()
-                    and "step" not in self.state.get(param, ())
-                ):
-                    state = Own(self._state_of(programs[param], param, group), programs[param])
-                    self._fresh[param] = [(tensor, version_of(tensor)) for tensor in state.values()]
+        self._registry.init_state()
         self._engine.forget()
         return self
 
-    def _begin_anew(self, param: Tensor, state: dict[str, Tensor]) -> None:
-        """Drop untouched state of `init_state`: weights may have been loaded since it was made."""
-        made, found = self._fresh.pop(param), list(state.values())
-        if len(made) == len(found) and all(
-            tensor is own and version_of(tensor) == version
-            for own, (tensor, version) in zip(found, made, strict=True)
-        ):
-            state.clear()
-
     # ---- evaluation weights
-
-    def _training(self) -> bool:
-        return all(group.get("train_mode", True) for group in self.param_groups)
 
     @torch.no_grad()
     @without_autocast
@@ -498,20 +248,7 @@ class ChainOpt(Optimizer):
             raise TypeError(f"train(mode={mode!r}): expected True or False")
         if "train_mode" not in self.defaults:
             return self
-        looks: list[Look] = []
-        try:
-            if self._switching:  # an exception ended a switch
-                self._restore_weights()
-            if not mode:
-                self._show_averages()
-            elif not self._training():
-                looks = list(written(self._evaluated(), self._loaded_in))
-                self._restore_weights()
-        except BaseException:
-            if self._switching:  # what is not in the parameters yet is still in the state
-                self._restore_weights()
-            raise
-        warn_of_written(looks)
+        self._evaluation.switch(mode)
         return self
 
     def eval(self) -> Self:
@@ -521,49 +258,12 @@ class ChainOpt(Optimizer):
     @contextlib.contextmanager
     def averaged(self) -> Iterator[Self]:
         """Evaluate inside a `with` block, and go back to the mode of before."""
-        before = self._training()
+        before = self._registry.training
         try:
             self.eval()
             yield self
         finally:
             self.train(before)
-
-    def _evaluated(self) -> Iterator[Evaluated]:
-        """Every parameter that is averaged and has state."""
-        programs = self._all_programs()
-        for place in self._places():
-            state = self.state.get(place.param, {})
-            for node in programs[place.param].evaluators if "step" in state else ():
-                yield Evaluated(place, node, state)
-
-    def _show_averages(self) -> None:
-        evaluated = list(self._evaluated())
-        if not self._training() and all(SAVED_WEIGHTS in each.state for each in evaluated):
-            return
-        self._switching = True
-        for group in self.param_groups:
-            group["train_mode"] = False  # first, so that no step takes an average for the weights
-        for each in evaluated:
-            if SAVED_WEIGHTS not in each.state:  # a parameter may stand twice
-                value = each.average(each.place.param)
-                each.state[SAVED_WEIGHTS] = each.place.param.detach().clone()
-                each.place.param.copy_(value)
-        self._loaded_in = {}
-        self._switching = False
-
-    def _restore_weights(self) -> None:
-        """Put the weights to train with back. What an exception has ended can be begun again."""
-        self._switching = True
-        for group in self.param_groups:
-            for param in group["params"]:
-                state = self.state.get(param, {})
-                if SAVED_WEIGHTS in state:
-                    param.copy_(state[SAVED_WEIGHTS])
-                    del state[SAVED_WEIGHTS]
-        for group in self.param_groups:
-            group["train_mode"] = True
-        self._loaded_in = {}
-        self._switching = False
 
     @torch.no_grad()
     def reset_corrections(self) -> None:
@@ -576,55 +276,38 @@ class ChainOpt(Optimizer):
             if PARAM + CORRECTION in state:
                 state[PARAM + CORRECTION].zero_()
 
+    def fuse_backward(self) -> FusedBackward:
+        """Step each parameter inside `backward()`, see `heavyball.fuse_backward`."""
+        self._fused.attach()
+        return self._fused
+
     # ---- saving and copying
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("_chain", "_foreach", "_compile", "_stochastic_rounding", "_fused_ends_itself")
-        state = {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
+        kept = {name: getattr(self, name) for name in ("_chain", "_options", "backward_ends_step")}
         # hooks belong to the parameters of this optimizer; a copy registers its own
-        return {**state, "_fuse_backward": self._fused is not None}
+        return {**super().__getstate__(), **kept, "_fuse_backward": self._fused.active}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._scalars = []
-        self._counts = Counts()
-        self._checked_values = {}
-        self._fresh = {}
-        self._together = Together(self._chain)
-        if "_advice" not in self.__dict__:
-            self._advice = Advice(self._chain)
-        self._engine = Engine(self._compile)
-        self._singles = Singles(self)
-        self._rivals_checked = -1
-        self._switching, self._loaded_in = False, {}
-        for group in self.param_groups:
-            self._together.settle(group)
         loaded = self.__dict__.pop("_loading", None)
         if loaded is None:
-            self._programs, self._kinds = {}, {}  # parameters are new tensors after unpickling
-            self._all_programs()
-            self._fused = None
-            if self.__dict__.pop("_fuse_backward"):
-                self._fused = FusedBackward(self)
+            self._set_up()
         else:
-            self.__dict__["state"].update(loaded)
-            if not self._training():
-                self._loaded_in = {p: stamp(p) for g in self.param_groups for p in g["params"]}
-            if self._fused is not None:
-                self._fused.begin()
-
-    def _with_own(self, index: int, loaded: dict[str, Any]) -> dict[str, Any]:
-        """A loaded group with what it does not decide: our names, and what it does not know."""
-        own, group = self.param_groups[index], dict(loaded)
-        if "param_names" in own:  # else it brings its own along, as in torch
-            group.pop("param_names", None)
-        common = self._chain.rate.transform.common if self._chain.rate else ()
-        for key in ("param_names", *self.defaults, *common):
-            if key in own:
-                group.setdefault(key, own[key])
-        group["params"] = own["params"]
-        self._together.settle(group)
-        return group
+            self._begin(self._registry.renewed(self))
+        registry = self._registry
+        for group in self.param_groups:
+            registry.rates.settle(group)
+        if loaded is None:
+            registry.programs()  # parameters are new tensors after unpickling
+            if self.__dict__.pop("_fuse_backward"):
+                self._fused.attach()
+            return
+        self.__dict__["state"].update(loaded)
+        if not registry.training:
+            stamps = {p: stamp(p) for group in self.param_groups for p in group["params"]}
+            self._evaluation = Evaluation(registry, stamps)
+        self._fused.begin()
 
     def state_dict(self) -> dict[str, Any]:
         """The state of all parameters in the groups, the groups, and a description of the chain.
@@ -632,19 +315,12 @@ class ChainOpt(Optimizer):
         Tensors and plain values only, so `torch.load(weights_only=True)` reads it. The tensors are the
         optimizer's own.
         """
-
-        def describe_chain(_: Optimizer, saved: dict[str, Any]) -> None:
-            saved["param_groups"] = [plain(group) for group in saved["param_groups"]]
-            saved["state"] = {n: plain(state) for n, state in saved["state"].items()}
-            saved[DESCRIPTION] = description(self._chain)
-            for group in saved["param_groups"]:
-                if WAITING in group:  # the step that has begun goes on
-                    group[WAITING] = dict(group[WAITING])
-
         held = {param for group in self.param_groups for param in group["params"]}
         state = self.state
         # First of all hooks, so that the user's see it.
-        handle = self.register_state_dict_post_hook(describe_chain, prepend=True)
+        handle = self.register_state_dict_post_hook(
+            lambda _, saved: describe(saved, self._chain), prepend=True
+        )
         removed = {p for p in state if isinstance(p, Tensor) and p not in held}
         if removed:  # they have no number to be saved under
             self.state = defaultdict(dict, {p: s for p, s in state.items() if p not in removed})
@@ -672,24 +348,16 @@ class ChainOpt(Optimizer):
 
         def capture(_: Optimizer, loading: dict[str, Any]) -> dict[str, Any]:
             check_form(loading)
-            fitted = fit(self, migrate(loading), strict)
+            fitted = fit(self._registry, migrate(loading), strict)
             self._loading = fitted.states
             results.append(fitted.left)
-            numbers = iter(range(sum(len(group["params"]) for group in fitted.groups)))
-            groups = [{**g, "params": [next(numbers) for _ in g["params"]]} for g in fitted.groups]
-            return {"state": fitted.others, "param_groups": groups}
+            return fitted.numbered()
 
-        before = dict(self.__dict__)
         # Registered last, so it sees what the user's own hooks made of the dict.
         handle = self.register_load_state_dict_pre_hook(capture)
         try:
-            super().load_state_dict(dict(state_dict))
-        except BaseException:
-            shown = self.__dict__.get(SHOWN, 0)
-            self.__dict__.clear()  # new state and groups took the place of the old ones, if any did
-            self.__dict__.update(before)
-            self.__dict__[SHOWN] = shown + 1
-            raise
+            with all_or_nothing(self.__dict__):
+                super().load_state_dict(dict(state_dict))
         finally:
             handle.remove()
             self.__dict__.pop("_loading", None)
@@ -699,8 +367,7 @@ class ChainOpt(Optimizer):
 
     def state_bytes(self) -> int:
         """Bytes of all state tensors held at this moment."""
-        tensors = (t for state in self.state.values() for t in state.values())
-        return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+        return state_bytes(self.state)
 
     @property
     def d(self) -> list[float]:
@@ -729,9 +396,14 @@ class ChainOpt(Optimizer):
         """The chain as it runs: checked, completed and named."""
         return self._chain
 
+    @property
+    def registry(self) -> Registry:
+        """The parameters: where each stands, what runs for it, its state and its part of a step."""
+        return self._registry
+
     def routing(self) -> str:
         """A table of which parameter got which chain."""
-        return routing_table(self.param_groups, self._all_programs())
+        return routing_table(self.param_groups, self._registry.programs())
 
     @without_autocast
     def kernel_sources(self) -> list[str]:
@@ -739,12 +411,12 @@ class ChainOpt(Optimizer):
 
         Errors: NotPrintableError if one of them has no kernel, naming what stands in the way.
         """
-        return sources(self._jobs(), self._chain.total_keys)
+        return sources(self._registry.jobs(), self._chain.total_keys)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
         # so that GradScaler calls step(), which refuses it, and does not fail for want of gradients
-        return self._fused is not None
+        return self._fused.active
 
     def __repr__(self) -> str:
-        return optimizer_repr(self, self._chain)
+        return optimizer_repr(type(self).__name__, self._chain, self.param_groups, self.state)

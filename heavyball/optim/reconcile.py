@@ -1,68 +1,28 @@
-"""Notices what was done by hand to groups and parameters, and refuses what cannot be right."""
+"""Refuses what was done to parameters by hand where it would lose or misread state."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from heavyball.core.program import Program
-from heavyball.optim.checkpoint import by_transform, convert, expected_state, misfits
-from heavyball.optim.checks import labelled
-from heavyball.optim.estimate import warn_of_half
-from heavyball.runtime.place import describe
-
-if TYPE_CHECKING:
-    from heavyball.optim.optimizer import ChainOpt
-
-# What a parameter's program and state were made for.
-Kind = tuple[torch.Size, torch.dtype]
+from heavyball.optim.checkpoint import by_transform, expected_state, misfits
 
 
-def kind(param: Tensor) -> Kind:
-    return param.shape, param.dtype
-
-
-def notice(opt: "ChainOpt", programs: dict[Tensor, Program], kinds: dict[Tensor, Kind]) -> None:
-    """Bring programs and kinds up to what the groups hold now.
-
-    A parameter of another dtype gets its state in the dtype that goes with it. Removed parameters
-    keep their state, in case they come back.
-
-    Errors: ValueError naming a parameter that took the place of one with state, or whose state does
-        not fit it. Nothing has been changed then.
-    """
-    places: dict[Tensor, tuple[int, int, str | None]] = {}
-    for index, group in enumerate(opt.param_groups):
-        for position, (name, param) in enumerate(labelled(index, group)):
-            places.setdefault(param, (index, position, name))
-    changed = [p for p in places if kinds.get(p) != kind(p)]
-    gone = [p for p in programs if p not in places]
-    labels = {p: describe(places[p][2], *places[p][:2], p) for p in changed}
-    _refuse_replaced(opt, [p for p in changed if p not in programs], gone, labels)
-    found, expected = {}, {}
-    for param in changed:
-        index, _, name = places[param]
-        program = found[param] = opt._program_of(labels[param], name, param)
-        if "step" in opt.state.get(param, ()):
-            group = opt.param_groups[index]
-            expected[param] = _checked(labels[param], program, param, group, opt.state[param])
-    for param, tensors in expected.items():
-        convert(opt.state[param], tensors, found[param])
-    unlike = labels if programs else {}  # a copy has noticed nothing yet, and they are as they were
-    for param in gone:
-        del programs[param], kinds[param]
-    programs.update(found)
-    kinds.update((p, kind(p)) for p in changed)
-    warn_of_half(opt._chain, unlike)
-
-
-def _refuse_replaced(
-    opt: "ChainOpt", new: list[Tensor], gone: list[Tensor], labels: Mapping[Tensor, str]
+def refuse_replaced(
+    new: list[Tensor],
+    gone: list[Tensor],
+    labels: Mapping[Tensor, str],
+    state: Mapping[Tensor, Mapping[str, Any]],
 ) -> None:
-    """Refuse parameters without state where ones with state have gone: their training would be lost."""
-    bare = [p for p in new if "step" not in opt.state.get(p, ())]
-    lost = [p for p in gone if "step" in opt.state.get(p, ())]
+    """Refuse parameters without state where ones with state have gone: their training would be lost.
+
+    labels: what errors call the new ones.
+
+    Errors: ValueError naming the first of them.
+    """
+    bare = [p for p in new if "step" not in state.get(p, ())]
+    lost = [p for p in gone if "step" in state.get(p, ())]
     if bare and lost:
         shapes = ", ".join(str(tuple(p.shape)) for p in lost[:3])
         raise ValueError(
@@ -72,13 +32,17 @@ def _refuse_replaced(
         )
 
 
-def _checked(
+def fitting_state(
     label: str,
     program: Program,
     param: Tensor,
     group: Mapping[str, Any],
     state: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
+    """The state that a parameter which was resized or replaced should have.
+
+    Errors: ValueError if what it has cannot be brought to that.
+    """
     expected = expected_state(program, param, group)
     own = {key: value for key, value in state.items() if program.owns((key,))}
     missing, extra, wrong = misfits(own, expected, program, param)

@@ -231,7 +231,7 @@ class ProdigyPlusScheduleFree(Preset):
             params = [*params] if not isinstance(params, Tensor) else params
             if any(p.dtype in (torch.bfloat16, torch.float16) for p in _tensors(params)):
                 passed.setdefault("storage_dtype", {"row": "bfloat16", "col": "bfloat16"})
-        self._fused_ends_itself = fused_back_pass
+        self.backward_ends_step = fused_back_pass
         if fused_back_pass:
             passed["fuse_backward"] = True
         self.build(

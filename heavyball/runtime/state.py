@@ -15,6 +15,9 @@ from heavyball.state.held import create, create_param, drawing, held, held_param
 if TYPE_CHECKING:
     from heavyball.runtime.job import Call
 
+# The attribute that counts how often an optimizer's `state` was asked for: whoever asks may change it.
+SHOWN = "_state_shown"
+
 
 class Own(dict[str, Tensor]):
     """What of a parameter's state is the optimizer's, where others keep entries there too.

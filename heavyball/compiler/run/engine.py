@@ -228,14 +228,20 @@ class Known:
 class Engine:
     """Steps one optimizer, through kernels where it can. It holds nothing a checkpoint would need.
 
-    known: what the optimizer's other engines know.
+    foreach: False keeps one parameter's intermediate tensors at a time. known: what the optimizer's
+    other engines know.
     """
 
-    def __init__(self, mode: str | bool, known: Known | None = None):
+    def __init__(self, mode: str | bool, foreach: bool | None = None, known: Known | None = None):
         self.mode = mode
+        self.foreach = foreach
         self.known = known or Known()
         self._printed: dict[Signature, tuple[Any, bool]] = {}  # while tables are made
         self._plan: Plan | None = None
+
+    def another(self) -> "Engine":
+        """An engine for some of the parameters alone, which shares what is known."""
+        return Engine(self.mode, self.foreach, self.known)
 
     @property
     def plan(self) -> Plan | None:
@@ -268,7 +274,6 @@ class Engine:
         self,
         jobs: list[Job],
         total_keys: list[str],
-        foreach: bool | None,
         groups: list[dict[str, Any]],
         attributes: Mapping[str, Any],
         together: Together | Pending,
@@ -279,11 +284,11 @@ class Engine:
         # the same parameter twice is stepped twice, one after the other
         twice = len({id(job.param) for job in jobs}) < len(jobs)
         if self.mode is False or utils.compile_mode is None or twice:
-            run(jobs, total_keys, foreach, finisher)
+            run(jobs, total_keys, self.foreach, finisher)
             return
-        plan = self._make(jobs, total_keys, foreach)
+        plan = self._make(jobs, total_keys)
         if len(plan.eager) == len(jobs):
-            run(jobs, total_keys, foreach, finisher)
+            run(jobs, total_keys, self.foreach, finisher)
             return
         plan.run(together, groups)
         plan.remember(groups, attributes)
@@ -291,7 +296,7 @@ class Engine:
         self._plan = plan
 
     @lasting()
-    def _make(self, jobs: list[Job], total_keys: list[str], foreach: bool | None) -> Plan:
+    def _make(self, jobs: list[Job], total_keys: list[str]) -> Plan:
         """Sort jobs into tables; jobs without a kernel are the plan's `eager` ones."""
         groups: list[Mapping[str, Any]] = []
         tables: dict[tuple[str | None, int, torch.device], Table] = {}
@@ -328,7 +333,7 @@ class Engine:
         shares = {key: [t for (k, *_), t in tables.items() if k == key] for key in total_keys}
         steps = [t for (k, *_), t in tables.items() if k is None]
         self._printed.clear()
-        waves = arrange(entries, foreach)
+        waves = arrange(entries, self.foreach)
         return Plan(jobs, total_keys, groups, steps, shares, eager, waves, [*copies.values()])
 
     def _in_order(

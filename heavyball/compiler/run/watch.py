@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from heavyball.compiler.cpp import toolchain
+from heavyball.runtime.state import SHOWN
 
 SOURCE = """\
 #include <cstdint>
@@ -193,7 +194,6 @@ class Snapshot:
         return self._layouts.addresses(self.gradients()) if self._kept.holds(attributes) else None
 
 
-SHOWN = "_state_shown"  # the attribute that counts how often an optimizer's state was asked for
 # What `sys.getrefcount` says of an object that stands in a list, and of one that is an attribute.
 LISTED = next(map(sys.getrefcount, [object()]))
 OWNED = next(map(sys.getrefcount, map(operator.itemgetter(""), [{"": object()}])))

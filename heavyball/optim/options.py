@@ -1,0 +1,103 @@
+"""What an optimizer is built with, checked."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from heavyball.core.chain import Chain
+from heavyball.core.hyper import check_live, nonnegative
+from heavyball.errors import nearest
+from heavyball.optim.checks import TORCH_SWITCHES, check_torch_switches, checked_lr, checked_seed
+
+# The options of `ChainOpt`, as an error lists them.
+NAMES = (
+    "weight_decay",
+    "warmup_steps",
+    "foreach",
+    "compile",
+    "stochastic_rounding",
+    "seed",
+    "fuse_backward",
+    "storage_dtype",
+    "ecc",
+    "param_ecc",
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a chain is run, see `ChainOpt`.
+
+    Errors: TypeError or ValueError naming the option and its value.
+    """
+
+    foreach: bool | None
+    compile: bool | str
+    stochastic_rounding: bool
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.stochastic_rounding, bool):
+            raise TypeError(
+                f"stochastic_rounding={self.stochastic_rounding!r}: expected True or False"
+            )
+        if not isinstance(self.compile, bool) and self.compile != "auto":
+            raise ValueError(f"compile={self.compile!r}: expected 'auto', True or False")
+        if self.foreach is not None and not isinstance(self.foreach, bool):
+            raise TypeError(f"foreach={self.foreach!r}: expected True, False or None")
+
+
+def check_names(owner: str, others: Mapping[str, Any], foreach: bool | None) -> None:
+    """Refuse what is no option, and what torch's own arguments ask for in vain."""
+    check_torch_switches(owner, others, foreach)
+    for name in others.keys() - TORCH_SWITCHES.keys():
+        raise TypeError(
+            f"{owner} has no option {name!r}; {nearest(name, NAMES)}; the "
+            "hyper-parameters of a transform are given to the transform, or per group"
+        )
+
+
+def check_capturable(chain: Chain, capturable: Any) -> None:
+    """Refuse to be captured in a CUDA graph where a chain decides on the host."""
+    if capturable and any(program.has_whole for program in chain.programs):
+        raise ValueError(
+            "capturable=True: a chain with transforms of whole tensors decides on the host, so it "
+            f"cannot be captured in a CUDA graph: {chain!r}"
+        )
+
+
+def group_defaults(
+    chain: Chain, lr: float | Tensor, weight_decay: Any, warmup_steps: Any, seed: Any
+) -> dict[str, Any]:
+    """What a group has where nothing else is given: its hyper-parameters, the seed and the mode.
+
+    Errors: TypeError or ValueError naming the value, and where it would have no effect.
+    """
+    defaults: dict[str, Any] = {"lr": checked_lr(lr)}
+    defaults |= {key: hyper.default for key, hyper in chain.hyper.items()}
+    weight_decay = check_live("weight_decay", weight_decay, 0.0, nonnegative)
+    if weight_decay:
+        _check_decay(chain, weight_decay)
+        defaults["weight_decay"] = weight_decay
+    defaults["warmup_steps"] = check_live("warmup_steps", warmup_steps, 0.0, nonnegative)
+    defaults["seed"] = checked_seed(seed)
+    if any(program.evaluators for program in chain.programs):
+        defaults["train_mode"] = True
+    return defaults
+
+
+def _check_decay(chain: Chain, weight_decay: float) -> None:
+    if "weight_decay" not in chain.hyper:
+        raise ValueError(f"weight_decay={weight_decay}: no element of the chain decays")
+    for program in chain.programs:
+        if not any(key == "weight_decay" for n in program.flat for key, _ in n.hyper.values()):
+            raise ValueError(
+                f"weight_decay={weight_decay} would not reach the branch {program!r}: give it to "
+                "each decay in the chain"
+            )
+    hyper = chain.hyper["weight_decay"]
+    if hyper.default not in (0.0, weight_decay):
+        raise ValueError(
+            f"weight_decay={weight_decay}, but the chain says {hyper.default} ({hyper.owner})"
+        )
