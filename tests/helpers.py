@@ -354,6 +354,11 @@ CHAINS = [
     _chain("twice", C.exp_avg, C.exp_avg(beta=0.5), C.decay_to_ema(weight_decay=0.1)),
 ]
 CASES = [*PRESETS, *VARIANTS, *CHAINS]
+# One of each kind, for what is of the optimizer rather than of its chain.
+_KINDS = ("SGD-momentum", "AdamW", "SFAdamW", "FactoredAdamW", "SOAP", "PSGDKron-small", "Muon")
+_KINDS += ("ProdigyPlusScheduleFree", "router", "parallel", "accumulate", "guarded")
+KINDS = [case for case in CASES if case.name in _KINDS]
+assert len(KINDS) == len(_KINDS)
 
 FORMATS: dict[str, dict[str, Any]] = {
     "storage bfloat16": {"storage_dtype": "bfloat16"},
