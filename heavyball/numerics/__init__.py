@@ -11,6 +11,7 @@ from heavyball.numerics.averages import (
     second_weight,
 )
 from heavyball.numerics.dtypes import SCALAR, compute_dtype, lasting, version_of, working
+from heavyball.numerics.host import Number
 from heavyball.numerics.measures import (
     count,
     dot,
@@ -34,6 +35,7 @@ from heavyball.numerics.random import (
 __all__ = [
     "SCALAR",
     "EpsPlacement",
+    "Number",
     "compute_dtype",
     "count",
     "debiased_weight",

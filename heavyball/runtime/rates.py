@@ -9,27 +9,39 @@ import itertools
 import math
 import numbers
 import operator
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from heavyball.core.chain import Chain
-from heavyball.core.hyper import finite
+from heavyball.core.hyper import finite, is_sequence
 from heavyball.core.program import Program
 from heavyball.core.rate import Member
-from heavyball.numerics import lasting, version_of
+from heavyball.numerics import SCALAR, Number, lasting, version_of
 from heavyball.runtime.job import Job, Scalars
 from heavyball.runtime.place import Place
-from heavyball.runtime.step import SCALAR
 
-Sums = dict[int, tuple[Tensor, ...]]
+# On the host a sum may be a plain number.
+Sums = Mapping[int, tuple[Tensor | float, ...]]
+
+
+class _Put(NamedTuple):
+    """What was put into an entry of a group: the object, its version, and its value if that is known."""
+
+    entry: Any
+    version: int | None
+    value: float | None
+
+    def stands(self, entry: Any) -> bool:
+        """Whether the entry is still what was put there."""
+        return entry is self.entry and _version(entry) == self.version
 
 
 def sums_of(found: list[tuple[Job, tuple[Tensor, ...]]]) -> Sums:
     """What the jobs of each group gave, added up, by the group's identity."""
-    sums: Sums = {}
+    sums: dict[int, tuple[Tensor, ...]] = {}
     for job, shares in found:
         shares = tuple(s.detach().to(SCALAR).reshape(()) for s in shares)
         place = id(job.group)
@@ -55,10 +67,14 @@ class Together:
     def __init__(self, chain: Chain):
         self.node = chain.rate
         self.chain = chain
-        self._scalars: list[Scalars] = []
+        # by a group's identity
+        self._scalars: dict[int, Scalars] = {}
         self._gated = any(_is_gated(program) for program in chain.programs)
-        # by a group's identity and an entry's name: what was put there, and its version
-        self._put: dict[int, dict[str, tuple[Any, int | None]]] = {}
+        common = {} if self.node is None else self.node.transform.common
+        # the entries that count the steps of a group
+        self._counters = tuple(n for n, first in common.items() if isinstance(first, int))
+        # by a group's identity and an entry's name: what was put there
+        self._put: dict[int, dict[str, _Put]] = {}
         # which entries are still what they begin at
         self._begun: dict[int, set[str]] = {}
         # a CUDA graph writes into the tensors that it was captured with
@@ -89,8 +105,7 @@ class Together:
     def begin_again(self, index: int, groups: list[dict[str, Any]]) -> None:
         """Give a group that has not stepped its numbers anew: a hyper-parameter has changed."""
         group = groups[index]
-        counts = (group[name] for name, first in self.common.items() if isinstance(first, int))
-        if any(counts):
+        if any(group[name] for name in self._counters):
             return
         for name in self.common:
             if name in self._begun.get(id(group), ()):
@@ -119,6 +134,7 @@ class Together:
     def _write(self, group: dict[str, Any], name: str, value: Any) -> None:
         """Put a number into a group: in a tensor of its own, so that whoever has kept the last one
         keeps its value."""
+        value = value.value if isinstance(value, Number) else value
         old = group.get(name)
         if isinstance(self.common[name], int):
             group[name] = value
@@ -132,7 +148,9 @@ class Together:
                     group[name] = _own(value, device)
             else:
                 group[name] = _own(value, device)
-        self._put.setdefault(id(group), {})[name] = group[name], _version(group[name])
+        known = None if isinstance(value, Tensor) else float(value)
+        put = _Put(group[name], _version(group[name]), known)
+        self._put.setdefault(id(group), {})[name] = put
 
     # ---- set by hand
 
@@ -164,7 +182,7 @@ class Together:
             if name not in group:
                 raise ValueError(f"parameter group {index} has lost its entry {name!r}")
             value, known = group[name], put.get(name)
-            if known is None or value is not known[0] or _version(value) != known[1]:
+            if known is None or not known.stands(value):
                 given[name] = self.checked(name, value, index)
         return given
 
@@ -238,8 +256,7 @@ class Together:
         return not self._shared and self.node.transform.options.get("split_groups_mean", False)
 
     def _has_stepped(self, groups: list[dict[str, Any]]) -> bool:
-        counts = [name for name, first in self.common.items() if isinstance(first, int)]
-        return any(group[name] for group in groups for name in counts)
+        return any(group[name] for group in groups for name in self._counters)
 
     def _for_all(
         self, given: Mapping[int, Mapping[str, float]], count: int
@@ -276,58 +293,93 @@ class Together:
         assert self.node is not None
         t = self.node.transform
         assert t.finish is not None
-        home = next(s[0].device for s in sums.values())
+        home = _device_of(next(iter(sums.values()))[0])
+        on_host = home.type == "cpu"
+        given = _on_host(sums) if on_host else _at(home, sums)
         # the last share counts the parameters whose step no gate has left out
-        counts = {place: shares[-1].to(home) for place, shares in sums.items()}
-        sums = {place: shares[:-1] for place, shares in sums.items()}
-        # on a device only it knows, and nothing waits for it
-        unsure = self._gated and home.type != "cpu"
-        if self._gated and not unsure:
-            sums = {
-                place: shares
-                for place, shares in sums.items()
-                if counts[place].reshape(1).tolist()[0] > 0
-            }
-        if not sums:
+        if self._gated and on_host:
+            given = {place: shares for place, shares in given.items() if shares[-1] > 0}
+        if not given:
             return
-        while len(self._scalars) < len(groups):
-            self._scalars.append(Scalars())
-        whole = [i for i, g in enumerate(groups) if set(t.common) <= g.keys()]
-        for i in whole:
-            for name, first in t.common.items():
-                if isinstance(first, int) and id(groups[i]) in sums:
-                    more = counts[id(groups[i])] > 0 if unsure else 1
-                    self._write(groups[i], name, groups[i][name] + more)
-        members = [self._member(groups[i], self._scalars[i], sums, home) for i in whole]
-        together = not t.options.get("split_groups", True)
-        everyone = torch.stack([*counts.values()]).sum()
-        for i, values in zip(whole, t.finish(members, t.options), strict=True):
-            count = everyone if together else counts.get(id(groups[i]), everyone)
-            kept = {name: groups[i][before] for name, before in t.past.items()}
+        # on a device only it knows, and nothing waits for it
+        unsure = self._gated and not on_host
+        whole = [group for group in groups if set(t.common) <= group.keys()]
+        for group in whole:
+            for name in self._counters if id(group) in given else ():
+                more = given[id(group)][-1] > 0 if unsure else 1
+                self._write(group, name, group[name] + more)
+        members = [self._member(group, given.get(id(group)), home) for group in whole]
+        everyone = torch.stack([shares[-1] for shares in given.values()]).sum() if unsure else None
+        for group, member, values in zip(whole, members, t.finish(members, t.options), strict=True):
+            kept = {name: member.values[before] for name, before in t.past.items()}
             for name, value in (kept | values).items():
                 if unsure and isinstance(value, Tensor):
-                    old = groups[i][name]
-                    value = torch.where(count.to(old.device) > 0, value.to(old.device), old)
-                self._write(groups[i], name, value)
+                    mine = everyone if self._shared else given.get(id(group), (everyone,))[-1]
+                    value = torch.where(mine > 0, value.to(home), member.values[name])  # type: ignore[operator]
+                if not _same(value, member.values[name]):
+                    self._write(group, name, value)
 
     def _member(
-        self,
-        group: dict[str, Any],
-        scalars: Scalars,
-        sums: Sums,
-        home: torch.device,
+        self, group: dict[str, Any], shares: tuple[Any, ...] | None, home: torch.device
     ) -> Member:
         assert self.node is not None
-        t = self.node.transform
+        on_host = home.type == "cpu"
         values: dict[str, Any] = {}
-        for name in t.common:
-            value = group[name]
-            values[name] = value.to(home) if isinstance(value, Tensor) else value
+        for name in self.common:
+            if name in self._counters:
+                values[name] = group[name]
+            else:
+                values[name] = self._read(group, name) if on_host else group[name].to(home)
+        scalars = self._scalars.setdefault(id(group), Scalars())
         for name, (key, index) in self.node.hyper.items():
-            value = scalars.get(group, key, home)
+            value = _numbers(group[key]) if on_host else scalars.get(group, key, home)
             values[name] = value if index is None else value[index]
-        mine = sums.get(id(group))
-        return Member(None if mine is None else tuple(s.to(home) for s in mine), values)
+        return Member(None if shares is None else shares[:-1], values)
+
+    def _read(self, group: dict[str, Any], name: str) -> Number:
+        """An entry of a group, on the host."""
+        put = self._put.get(id(group), {}).get(name)
+        if put is not None and put.value is not None and put.stands(group[name]):
+            return Number(put.value)
+        return Number(float(group[name]))
+
+
+def _device_of(share: Tensor | float) -> torch.device:
+    return share.device if isinstance(share, Tensor) else torch.device("cpu")
+
+
+def _as_tensor(share: Tensor | float) -> Tensor:
+    return share if isinstance(share, Tensor) else _own(share, torch.device("cpu"))
+
+
+def _at(home: torch.device, sums: Sums) -> dict[int, tuple[Any, ...]]:
+    """Sums on one device."""
+    return {place: tuple(s.to(home) for s in shares) for place, shares in sums.items()}  # type: ignore[union-attr]
+
+
+def _on_host(sums: Sums) -> dict[int, tuple[Any, ...]]:
+    """Sums as numbers, which take little time to compute with."""
+    return {place: tuple(map(Number, _plain(shares))) for place, shares in sums.items()}
+
+
+def _plain(shares: tuple[Tensor | float, ...]) -> Iterable[float]:
+    if isinstance(shares[0], Tensor):
+        return torch.stack([s.cpu() for s in shares]).tolist()  # type: ignore[union-attr]
+    return shares  # type: ignore[return-value]
+
+
+def _numbers(value: Any) -> Any:
+    """A hyper-parameter on the host: one number, a tuple of them, or None."""
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        return Number(float(value))
+    return tuple(map(Number, value)) if is_sequence(value) else Number(float(value))
+
+
+def _same(new: Any, old: Any) -> bool:
+    """Whether a number on the host has not changed."""
+    return type(new) is type(old) is Number and new.value == old.value
 
 
 # The entry of a group for what its parameters gave in a step that has not ended, by their positions.
@@ -345,7 +397,7 @@ class Pending:
     def __init__(self, together: Together):
         self._together = together
         self._place: Place | None = None  # of the one that is stepped now; None if all others are
-        self._rest: Sums = {}
+        self._rest: dict[int, tuple[Tensor, ...]] = {}
 
     @property
     def node(self) -> Any:
@@ -359,6 +411,7 @@ class Pending:
 
     def renew(self, groups: list[dict[str, Any]], sums: Sums) -> None:
         """The same, given it by its group."""
+        sums = {place: tuple(map(_as_tensor, shares)) for place, shares in sums.items()}
         if self._place is None:
             self._rest = sums
         else:
@@ -418,9 +471,9 @@ class Pending:
         return ended
 
 
-def _total(groups: list[dict[str, Any]], rest: Sums) -> Sums:
+def _total(groups: list[dict[str, Any]], rest: Mapping[int, tuple[Tensor, ...]]) -> Sums:
     """What waits in the groups, and the rest, added up in the order of the parameters."""
-    total: Sums = {}
+    total: dict[int, tuple[Tensor, ...]] = {}
     for group in groups:
         waiting = group.get(WAITING, {})
         found = [waiting[position] for position in sorted(waiting)]

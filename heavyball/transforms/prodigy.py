@@ -63,6 +63,8 @@ def pools(members: Sequence[Member], split: bool) -> list[list[int]]:
 def added_up(members: Sequence[Member], pool: list[int]) -> tuple[Tensor, ...]:
     """The sums of a pool of groups."""
     found = [members[i].sums for i in pool]
+    if len(found) == 1:
+        return found[0]  # type: ignore[return-value]
     return tuple(torch.stack(parts).sum() for parts in zip(*found, strict=True))  # type: ignore[arg-type]
 
 
@@ -111,11 +113,10 @@ def covered(
     now, before: their norm after and before it. holds, held: how many of them have and had one not 0.
     """
     missing = v["d_members"] > held  # the norms alone do not say: s may be rounded when it is kept
-    theirs = torch.where(missing, v["d_norm"] - before, 0.0)
-    share = torch.where(
-        missing & (v["d_norm"] > 0), (before / v["d_norm"]).clamp(min=0, max=1), 1.0
-    )
-    return Covered(now + theirs, share, holds + torch.where(missing, v["d_members"] - held, 0.0))
+    theirs = (v["d_norm"] - before).where(missing, 0.0)
+    part = (before / v["d_norm"]).clamp(min=0, max=1)
+    share = part.where(missing & (v["d_norm"] > 0), 1.0)
+    return Covered(now + theirs, share, holds + (v["d_members"] - held).where(missing, 0.0))
 
 
 # what a parameter gives: its part of N, its norm after and before the step and whether these are not
@@ -131,7 +132,7 @@ def shares_of(trains: Tensor, numerator: Tensor, now: Tensor, before: Tensor) ->
 
 def where_any(count: Tensor, new: Mapping[str, Tensor], v: Mapping[str, Any]) -> dict[str, Tensor]:
     """New numbers of the group, or the old ones where no parameter took part."""
-    return {name: torch.where(count > 0, value, v[name]) for name, value in new.items()}
+    return {name: value.where(count > 0, v[name]) for name, value in new.items()}
 
 
 # ---- the authors' Prodigy
@@ -189,12 +190,11 @@ def _estimate(members: Sequence[Member], options: Mapping[str, Any]) -> list[dic
         beta3 = beta3_of(v.get("beta3"), v["betas"])
         cover = covered(v, *sums)
         size, (mine, rest) = cover.norm, cover.parts(v["d_numerator"])
-        numerator = torch.where(size > 0, beta3 * mine + added + rest, v["d_numerator"])
-        d = v["d"]
-        d_hat = torch.where(size > 0, (v["d_coef"] * numerator / size).clamp(max=MOST), d)
-        d_max = torch.maximum(v["d_max"], d_hat)
-        d = torch.where(d == v["d0"], torch.maximum(d, d_hat), d)
-        d = torch.where(size > 0, torch.minimum(d_max, d * v["growth_rate"]), v["d"])
+        numerator = (beta3 * mine + added + rest).where(size > 0, v["d_numerator"])
+        d_hat = (v["d_coef"] * numerator / size).clamp(max=MOST).where(size > 0, v["d"])
+        d_max = v["d_max"].maximum(d_hat)
+        d = v["d"].maximum(d_hat).where(v["d"] == v["d0"], v["d"])
+        d = d_max.minimum(d * v["growth_rate"]).where(size > 0, v["d"])
         found = where_any(
             count, {**cover.entries, "d": d, "d_max": d_max, "d_numerator": numerator}, v
         )
@@ -324,9 +324,7 @@ def stepping_d(
             values["d_step"] = values["d"]
         return new
     if len(members) == 1:
-        active = torch.where(
-            _trains(new[0], members[0], measure), 1.0, members[0].values["d_active"]
-        )
+        active = members[0].values["d_active"].where(~_trains(new[0], members[0], measure), 1.0)
         return [{**new[0], "d_step": new[0]["d"], "d_active": active}]
     trains = torch.stack([_trains(*pair, measure) for pair in zip(new, members, strict=True)])
     before = torch.stack([m.values["d_active"] > 0 for m in members])
@@ -344,9 +342,7 @@ def stepping_d(
     }
     for i, values in enumerate(new):
         v = members[i].values
-        values |= {
-            name: torch.where(number > 0, value[i], v[name]) for name, value in found.items()
-        }
+        values |= {name: value[i].where(number > 0, v[name]) for name, value in found.items()}
     return new
 
 
@@ -367,18 +363,18 @@ def _estimate_plus(members: Sequence[Member], options: Mapping[str, Any]) -> lis
         size, (mine, rest) = cover.norm, cover.parts(v["d_numerator"])
         numerator = beta3_of(v.get("beta3"), v["betas"]) * mine
         # What speaks against the direction so far counts only once d has moved, and does not add up.
-        against = torch.where(v["d"] > v["d0"], torch.minimum(numerator, added), numerator)
-        numerator = torch.where(added < 0, against, numerator + added) + rest
+        against = numerator.minimum(added).where(v["d"] > v["d0"], numerator)
+        numerator = against.where(added < 0, numerator + added) + rest
         if options["d_limiter"]:
             most = v["d"] * 2**0.25
-            d_hat = v["d_coef"] * torch.minimum(torch.atan2(numerator, size), most)
+            d_hat = v["d_coef"] * numerator.atan2(size).minimum(most)
         else:
             # an arc tangent, which is bounded
-            d_hat = torch.atan2(v["d_coef"] * numerator, size)
+            d_hat = (v["d_coef"] * numerator).atan2(size)
         # where s has become too small for its dtype there is nothing to compare N with
-        d = torch.where(size > 0, torch.maximum(v["d"], d_hat.clamp(max=MOST)), v["d"])
+        d = v["d"].maximum(d_hat.clamp(max=MOST)).where(size > 0, v["d"])
         if options["use_speed"]:
-            d = torch.minimum(d, v["d"] ** 0.975)
+            d = d.minimum(v["d"] ** 0.975)
         found = where_any(count, {**cover.entries, "d": d, "d_numerator": numerator}, v)
         for i in pool if options["split_groups"] else range(len(members)):
             new[i] |= found

@@ -47,14 +47,14 @@ def _estimate(members: Sequence[Member], options: Mapping[str, Any]) -> list[dic
         mine, rest = cover.parts(before)
         kept = beta3_of(v.get("beta3"), v["betas"]) * mine
         # What speaks against the direction counts only once d has moved.
-        numerator = torch.where((v["d"] > v["d0"]) | (added > 0), kept + added, kept) + rest
-        largest = torch.maximum(v["d_largest_numerator"], numerator)
+        numerator = (kept + added).where((v["d"] > v["d0"]) | (added > 0), kept) + rest
+        largest = v["d_largest_numerator"].maximum(numerator)
         grows = (numerator >= largest) & (numerator > 0) & (before > 0)
-        ratio = torch.where(grows, numerator / before, 1.0).sqrt()
+        ratio = (numerator / before).where(grows, 1.0).sqrt()
         # a step that some take no part in is so much less of one
-        ratio = torch.minimum(ratio, GROWTH**cover.share)
+        ratio = ratio.minimum(GROWTH**cover.share)
         d_hat = v["d_step"] * ratio * v["d_coef"] ** 0.125
-        d = torch.where(grows, torch.maximum(v["d"], d_hat.clamp(max=MOST)), v["d"])
+        d = v["d"].maximum(d_hat.clamp(max=MOST)).where(grows, v["d"])
         found = {"d": d, "d_numerator": numerator, "d_largest_numerator": largest}
         found |= cover.entries
         found = where_any(count, found, v)

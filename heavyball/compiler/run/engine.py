@@ -192,11 +192,7 @@ class Plan:
             before = sums.get(place, [0.0] * len(shares))
             sums[place] = [a + b for a, b in zip(before, shares, strict=True)]
         if sums:
-            made = {
-                k: tuple(torch.tensor(v, dtype=SCALAR, device="cpu").unbind())
-                for k, v in sums.items()
-            }
-            together.renew(groups, made)
+            together.renew(groups, {place: tuple(shares) for place, shares in sums.items()})
 
 
 # Kernels by what they depend on, for all optimizers of the process, of programs that hold only the
