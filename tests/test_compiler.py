@@ -93,8 +93,9 @@ def assert_near(found, roundings: int = 64) -> None:
         assert one.state[p].keys() == two.state[q].keys()
         for a, b, dtype in tensors:
             unit = torch.finfo(torch.float32 if p.dtype != torch.float64 else p.dtype).eps
-            if dtype == torch.bfloat16:
-                unit = 2**-8 / roundings * 2  # a parameter rounds once more, to either neighbour
+            if dtype in (torch.bfloat16, torch.float16):
+                # a parameter rounds once more, to either neighbour
+                unit = torch.finfo(dtype).eps / roundings
             scale = a.double().abs().max().clamp(min=1e-30)
             wrong = (a.double() - b.double()).abs() > roundings * unit * scale
             assert wrong.sum() <= a.numel() // 1000, (
