@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 from unittest import mock
@@ -33,6 +34,8 @@ NUMPY = {
     "log1p": np.log1p,
     "expm1": np.expm1,
     "tanh": np.tanh,
+    "erf": np.vectorize(math.erf, otypes=[float]),
+    "nearbyint": np.rint,
     "atan2": np.arctan2,
     "pow": np.power,
     "fmod": np.fmod,
@@ -48,7 +51,8 @@ class LibDevice:
     def __getattr__(self, name: str):
         def call(*arguments):
             with np.errstate(all="ignore"):
-                data = NUMPY[name](*[a.handle.data for a in arguments])
+                given = [a.handle.data for a in arguments]
+                data = np.asarray(NUMPY[name](*given)).astype(given[0].dtype)
             widest = max(arguments, key=lambda a: a.handle.data.size)
             handle = interpreter.TensorHandle(data, widest.handle.dtype)
             return core.tensor(handle, widest.type)

@@ -11,58 +11,27 @@ import torch
 from torch import Tensor
 
 import heavyball
-from heavyball.compiler.cpp import printer as cpp
+from heavyball.compiler.frontend.ops import TABLE, Operation
 from heavyball.numerics import measures
 
 C = heavyball.chainable
 
-# By the name of the operation in the printers' tables: what torch calls so, of one or two tensors.
-CASES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "add": lambda x, y: x + y,
-    "sub": lambda x, y: x - y,
-    "mul": lambda x, y: x * y,
-    "div": lambda x, y: x / y,
-    "gt": lambda x, y: x > y,
-    "ge": lambda x, y: x >= y,
-    "lt": lambda x, y: x < y,
-    "le": lambda x, y: x <= y,
-    "eq": lambda x, y: x == y,
-    "ne": lambda x, y: x != y,
-    "and": lambda x, y: (x > 0) & (y > 0),
-    "or": lambda x, y: (x > 0) | (y > 0),
-    "xor": lambda x, y: (x > 0) ^ (y > 0),
-    "neg": lambda x, y: -x,
-    "abs": lambda x, y: x.abs(),
-    "sqrt": lambda x, y: x.sqrt(),
-    "rsqrt": lambda x, y: x.rsqrt(),
-    "reciprocal": lambda x, y: x.reciprocal(),
-    "exp": lambda x, y: x.exp(),
-    "log": lambda x, y: x.log(),
-    "log1p": lambda x, y: x.log1p(),
-    "expm1": lambda x, y: x.expm1(),
-    "tanh": lambda x, y: x.tanh(),
-    "sigmoid": lambda x, y: x.sigmoid(),
-    "sign": lambda x, y: x.sign(),
-    "ceil": lambda x, y: x.ceil(),
-    "floor": lambda x, y: x.floor(),
-    "isfinite": lambda x, y: x.isfinite(),
-    "isnan": lambda x, y: x.isnan(),
-    "clamp_min": lambda x, y: x.clamp(min=y),
-    "clamp_max": lambda x, y: x.clamp(max=y),
-    "maximum": torch.maximum,
-    "minimum": torch.minimum,
-    "atan2": torch.atan2,
-    "remainder": torch.remainder,
-    "pow": torch.pow,
-    "lerp": lambda x, y: torch.lerp(x, y, y),
-    "where": lambda x, y: torch.where(x > y, x, y),
-    "not": lambda x, y: ~(x > y),
-    "to_float": lambda x, y: (x > y).to(x.dtype),
-    "to_bool": lambda x, y: x.to(torch.bool),
-}
+
+def case_of(operation: Operation) -> Callable[[Tensor, Tensor], Tensor]:
+    """An operation of the table as a function of two tensors: its numbers and conditions are theirs."""
+
+    def run(x: Tensor, y: Tensor) -> Tensor:
+        conditions = [x > y] if operation.takes.count("b") == 1 else [x > 0, y > 0]
+        given = {"n": iter((x, y, y)), "b": iter(conditions)}
+        return operation.eager(*(next(given[kind]) for kind in operation.takes))
+
+    return run
+
+
+# By the names of the table, so that a new operation is tested by being there.
+CASES = {operation.name: case_of(operation) for operation in TABLE}
 # Other ways to the same operations: with constants, of truth values, with a number of the tensor.
 MORE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "square": lambda x, y: x.square(),
     "root": lambda x, y: x**0.5,
     "cube": lambda x, y: x**3,
     "power of two": lambda x, y: 2.0**x,
@@ -242,8 +211,3 @@ def check_sums(
         tensors.append((x.float(), torch.zeros(shape)))
     found = list(differences(of, tensors, device))
     assert not found, "\n".join(found)
-
-
-def operations() -> set[str]:
-    """What the printers can print."""
-    return {*cpp.FORMS, *cpp.INFIX}

@@ -9,10 +9,8 @@ import pytest
 import torch
 
 import heavyball
-from heavyball.compiler.cpp import printer as cpp
 from heavyball.compiler.frontend.graph import record
 from heavyball.compiler.triton import device as cuda
-from heavyball.compiler.triton import printer as triton_printer
 from heavyball.compiler.triton.matrix import TritonMatrixPrinter
 from heavyball.compiler.triton.printer import TritonPrinter
 from heavyball.runtime.step import compute_dtype
@@ -125,7 +123,3 @@ def test_aligned_tensors_move_sixteen_bytes_at_a_time(tmp_path, monkeypatch) -> 
     # param, grad and two moments in, param and two moments out; two times for 1024 over 128 threads
     assert text.count("ld.global.v4.b32") == 8
     assert text.count("st.global.v4.b32") == 6
-
-
-def test_every_operation_of_the_other_printer_is_here() -> None:
-    assert {*cpp.FORMS, *cpp.INFIX} == {*triton_printer.FORMS, *triton_printer.INFIX}

@@ -127,7 +127,9 @@ class ArrayPrinter(Printer):
                     read(a.index)
             is_load = v.op == "load"
             text = (
-                self._load(v.args[0], self._tensor) if is_load else self._expression(v, names, "T")
+                self._load(v.args[0], self._tensor)
+                if is_load
+                else self._expression(v, names, self.compute)
             )
             lines.append(f"const {_kind(self.graph, i)} {names[i]} = {text};")
             if i in self.plan.kept:

@@ -4,20 +4,16 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from heavyball.compiler.cpp.dialect import TYPES as CTYPES
+from heavyball.compiler.cpp.dialect import Cpp, _float
 from heavyball.compiler.cpp.storage import CODES, CORRECTED, ROOTS, WIDE
-from heavyball.compiler.frontend.graph import LOGIC, Graph, NotPrintableError, Ref, Value
+from heavyball.compiler.dialect import Dialect
+from heavyball.compiler.frontend.graph import Graph, Ref, Value
+from heavyball.compiler.frontend.ops import NotPrintableError, expression
+from heavyball.compiler.frontend.symbols import Expr, Var
 from heavyball.compiler.passes.stages import Pass, Schedule, schedule
 from heavyball.state.held import COMPANIONS, CORRECTION, SCALE, is_companion, word_of
 
-CTYPES = {
-    torch.float32: "float",
-    torch.float64: "double",
-    torch.bfloat16: "bf16",
-    torch.float16: "f16",
-    torch.int8: "int8_t",
-    torch.uint8: "uint8_t",
-    torch.int16: "int16_t",
-}
 # A tensor up to this size goes whole to one thread; a larger one is cut into chunks.
 SMALL, CHUNK = 65536, 16384
 # How many steps of the walk over every k-th element follow on a bit of the walk over all: whole vectors,
@@ -26,59 +22,6 @@ STEPS = 32
 # Large tensors take their passes together in batches of about this many elements.
 BATCH = 2**20
 
-INFIX = {
-    "add": "+",
-    "sub": "-",
-    "mul": "*",
-    "div": "/",
-    "gt": ">",
-    "ge": ">=",
-    "lt": "<",
-    "le": "<=",
-    "eq": "==",
-    "ne": "!=",
-    "and": "&",
-    "or": "|",
-    "xor": "^",
-}
-# False for a NaN on the left, which so passes through, as one on the right does.
-MAXIMUM = "({0} < {1} || {1} != {1}) ? {1} : {0}"
-MINIMUM = "({1} < {0} || {1} != {1}) ? {1} : {0}"
-# Operations as C++ expressions; {0}, {1}, {2} are the arguments, {T} is the type.
-FORMS = {
-    "neg": "-{0}",
-    "abs": "std::fabs({0})",
-    "sqrt": "std::sqrt({0})",
-    "rsqrt": "{T}(1) / std::sqrt({0})",
-    "reciprocal": "{T}(1) / {0}",
-    "square": "{0} * {0}",
-    "exp": "std::exp({0})",
-    "log": "std::log({0})",
-    "log1p": "std::log1p({0})",
-    "expm1": "std::expm1({0})",
-    "tanh": "std::tanh({0})",
-    "sigmoid": "{T}(1) / ({T}(1) + std::exp(-{0}))",
-    "sign": "({0} > 0 ? {T}(1) : {T}(0)) - ({0} < 0 ? {T}(1) : {T}(0))",
-    "ceil": "std::ceil({0})",
-    "floor": "std::floor({0})",
-    # written as comparisons that are false for a NaN, which so passes through
-    "isfinite": "std::fabs({0}) <= std::numeric_limits<{T}>::max()",
-    "isnan": "{0} != {0}",
-    "clamp_min": MAXIMUM,
-    "clamp_max": MINIMUM,
-    "maximum": MAXIMUM,
-    "minimum": MINIMUM,
-    "atan2": "std::atan2({0}, {1})",
-    "remainder": "remainder_of({0}, {1})",
-    "pow": "std::pow({0}, {1})",
-    # as torch: exact at both ends
-    "lerp": "std::fabs({2}) < {T}(0.5) ? {0} + {2} * ({1} - {0})"
-    " : {1} - ({1} - {0}) * ({T}(1) - {2})",
-    "where": "{0} ? {1} : {2}",
-    "not": "!{0}",
-    "to_float": "{0} ? {T}(1) : {T}(0)",
-    "to_bool": "{0} != 0",
-}
 # How many values there are of each level; {k} is how far those of a slice are apart.
 SIZES = {
     "numel": "(double)row[0]",
@@ -165,6 +108,7 @@ static inline void store_random(bf16* p, float v, uint32_t key, int64_t index) {
 class Printer:
     """Prints one graph for tensors of given dtypes, as walks over flat memory."""
 
+    dialect: Dialect = Cpp()
     leading: tuple[str, ...] = ("numel", "group", "stream")
     # the first element of a bit
     first = "first"
@@ -180,7 +124,7 @@ class Printer:
         roots: frozenset[str] = frozenset(),
     ):
         self.graph, self.dtypes, self.random, self.roots = graph, dtypes, random, roots
-        self.type = CTYPES[compute]
+        self.compute, self.type = compute, CTYPES[compute]
         self.plan: Schedule = schedule(graph, dtypes, compute, self.slices_wait)
         ops = {"load": [], "pick": [], "number": [], "hyper": [], "total": []}  # type: dict[str, list]
         for value in graph.values:
@@ -253,24 +197,16 @@ class Printer:
 
     # ---- expressions
 
-    def _argument(self, value: Value, argument: object, names: dict[int, str], type_: str) -> str:
-        if not isinstance(argument, Ref):
-            return f"{type_}({_literal(float(argument))})"  # type: ignore[arg-type]
-        name = names[argument.index]
-        if self.graph.values[argument.index].kind == "bool" and value.op not in LOGIC:
-            if value.op in ("where", "to_float") and argument == value.args[0]:
-                return name
-            return f"({name} ? {type_}(1) : {type_}(0))"
-        return name
+    def _expression(self, value: Value, names: dict[int, str], dtype: torch.dtype) -> str:
+        def argument(a: object) -> Expr | float:
+            if not isinstance(a, Ref):
+                return a  # type: ignore[return-value]
+            source = self.graph.values[a.index]
+            kind = torch.bool if source.kind == "bool" else dtype
+            return Var(a.index, kind, source.level)
 
-    def _expression(self, value: Value, names: dict[int, str], type_: str) -> str:
-        if value.op == "pow" and value.args[1] in (2.0, 0.5):
-            name = self._argument(value, value.args[0], names, type_)
-            return f"{name} * {name}" if value.args[1] == 2.0 else f"std::sqrt({name})"
-        arguments = [self._argument(value, a, names, type_) for a in value.args]
-        if value.op in INFIX:
-            return f"{arguments[0]} {INFIX[value.op]} {arguments[1]}"
-        return FORMS[value.op].format(*arguments, T=type_)
+        made = expression(value.op, [argument(a) for a in value.args], dtype, value.kind)
+        return self.dialect.text(made, lambda v: names[v.index])  # type: ignore[index]
 
     # ---- functions
 
@@ -291,9 +227,9 @@ class Printer:
             elif v.op in (*SIZES, "members"):
                 text = self._count(v)
             elif v.op == "const":
-                text = _literal(v.args[0])
+                text = _float(v.args[0])
             else:
-                text = self._expression(v, _booleans(self.graph, names), "double")
+                text = self._expression(v, _booleans(self.graph, names), torch.float64)
             lines.append(f"    s[{i}] = {text};")
         return "\n".join([*lines, "}\n"])
 
@@ -389,7 +325,7 @@ class Printer:
                 text = self._load(v.args[0], self._local, place)
             else:
                 used |= {a.index for a in v.args if isinstance(a, Ref)}
-                text = self._expression(v, names, "T")
+                text = self._expression(v, names, self.compute)
             body.append(f"const {_kind(self.graph, i)} {names[i]} = {text};")
         body += [self._accumulate(i, names) for i in reductions]
         for name, i in planned.slice_stores.items():
@@ -442,7 +378,7 @@ class Printer:
                 text = self._load(v.args[0], self._local)
             else:
                 used |= {a.index for a in v.args if isinstance(a, Ref)}
-                text = self._expression(v, names, "T")
+                text = self._expression(v, names, self.compute)
             lines.append(f"const {_kind(self.graph, i)} v{i} = {text};")
         for i in self._split_reductions(planned)[1]:
             lines.append(self._accumulate(i, names))
@@ -609,14 +545,6 @@ def refuse_codes(printer: Printer, where: str) -> None:
     for name in printer.tensors:
         if name.endswith(SCALE):
             raise NotPrintableError(f"8-bit state ({name.removesuffix(SCALE)}) {where}")
-
-
-def _literal(value: float) -> str:
-    if value != value:
-        return "NAN"
-    if value in (float("inf"), float("-inf")):
-        return "INFINITY" if value > 0 else "-INFINITY"
-    return repr(value)
 
 
 def _kind(graph: Graph, index: int) -> str:

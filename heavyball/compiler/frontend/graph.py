@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from heavyball.compiler.frontend.ops import OPERATIONS, RECORDED, NotPrintableError
 from heavyball.compiler.passes.axes import Runs, along, first_axes, is_along
 from heavyball.core.hyper import is_sequence
 from heavyball.core.program import Node, Program
@@ -18,10 +19,6 @@ from heavyball.runtime.execute import share_name
 from heavyball.runtime.job import Answer, Call, Job, has_narrow
 from heavyball.runtime.step import SCALAR, compute_dtype, start, working
 from heavyball.state.held import is_companion
-
-
-class NotPrintableError(Exception):
-    """The graph cannot become a kernel; the message says what stands in the way."""
 
 
 @dataclass(frozen=True)
@@ -158,53 +155,6 @@ class Graph:
         return repr((self.values, sorted(self.outputs.items())))
 
 
-# aten name -> our operation; arguments pass through in order.
-SAME = {
-    "add.Tensor": "add",
-    "sub.Tensor": "sub",
-    "mul.Tensor": "mul",
-    "div.Tensor": "div",
-    "neg.default": "neg",
-    "abs.default": "abs",
-    "sqrt.default": "sqrt",
-    "rsqrt.default": "rsqrt",
-    "reciprocal.default": "reciprocal",
-    "exp.default": "exp",
-    "log.default": "log",
-    "log1p.default": "log1p",
-    "expm1.default": "expm1",
-    "tanh.default": "tanh",
-    "sigmoid.default": "sigmoid",
-    "sign.default": "sign",
-    "ceil.default": "ceil",
-    "floor.default": "floor",
-    "isfinite.default": "isfinite",
-    "isnan.default": "isnan",
-    "atan2.default": "atan2",
-    "maximum.default": "maximum",
-    "minimum.default": "minimum",
-    "remainder.Scalar": "remainder",
-    "remainder.Tensor": "remainder",
-    "pow.Tensor_Tensor": "pow",
-    "pow.Tensor_Scalar": "pow",
-    "pow.Scalar": "pow",
-    "lerp.Tensor": "lerp",
-    "lerp.Scalar": "lerp",
-    "where.self": "where",
-    "bitwise_and.Tensor": "and",
-    "logical_and.default": "and",
-    "bitwise_or.Tensor": "or",
-    "logical_or.default": "or",
-    "bitwise_xor.Tensor": "xor",
-    "logical_xor.default": "xor",
-    "bitwise_not.default": "not",
-    "logical_not.default": "not",
-    **{
-        f"{op}.{form}": op
-        for op in ("gt", "ge", "lt", "le", "eq", "ne")
-        for form in ("Tensor", "Scalar")
-    },
-}
 VIEWS = {
     "detach.default",
     "alias.default",
@@ -227,8 +177,6 @@ PROMOTED = (torch.float64, torch.float32, torch.int64)
 FILLS = {"zeros_like.default": 0.0, "ones_like.default": 1.0}
 REDUCING = {"sum", "mean", "linalg_vector_norm", "amax", "any", "all"}
 SUMMING = {"sum", "linalg_vector_norm"}
-LOGIC = ("and", "or", "xor", "not")
-BOOLEAN = {"gt", "ge", "lt", "le", "eq", "ne", *LOGIC, "isfinite", "isnan"}
 
 
 class SizeWatch(TorchFunctionMode):
@@ -451,20 +399,21 @@ class Recorder(TorchDispatchMode):
             return self._cast(self._argument(args[0]), level, kind)
         if reduced:
             return self._reduction(name, args, kwargs, level)
-        if name.startswith("clamp"):
+        if name.startswith("clamp."):
             return self._clamp(args, kwargs, level)
         if name == "rsub.Scalar":
             return self._emit("sub", (args[1], args[0]), level, kind)
-        if name in SAME:
+        if name in RECORDED:
+            operation = OPERATIONS[RECORDED[name]]
             if kwargs.get("alpha", 1) != 1 or len(args) > len(_plain(args)):
                 raise NotPrintableError(f"the operation {name} with {kwargs or args}")
             if name.startswith("bitwise") and kind != "bool":
                 raise NotPrintableError(f"the operation {name} of whole numbers")
-            if SAME[name] in LOGIC:
+            if operation.is_logic:
                 # of numbers, torch takes whether they are not zero
                 truths = (Ref(self._cast(self._argument(a), level, "bool")) for a in args)
-                return self.graph.add(SAME[name], tuple(truths), level, kind)
-            return self._emit(SAME[name], args, level, kind)
+                return self.graph.add(operation.name, tuple(truths), level, kind)
+            return self._emit(operation.name, args, level, kind)
         raise NotPrintableError(f"the operation {name}")
 
     @staticmethod
@@ -549,7 +498,7 @@ class Recorder(TorchDispatchMode):
 
     @staticmethod
     def _kind_of(op: str) -> str:
-        return "bool" if op in BOOLEAN else "float"
+        return "bool" if OPERATIONS[op].gives == "b" else "float"
 
 
 def _count_between(before: str, level: str) -> tuple[str, tuple[str, ...]] | None:

@@ -1,12 +1,13 @@
 """Replaces what a graph computes by something cheaper with the same value."""
 
 from heavyball.compiler.frontend.graph import Graph, Ref, Value
+from heavyball.compiler.frontend.ops import TABLE
 from heavyball.core.program import Program
 
-# Operations whose result is never below zero if no argument is.
-KEEPING = {"add", "mul", "div", "minimum", "clamp_max", "sum", "amax", "reciprocal"}
-NEVER_NEGATIVE = {"sqrt", "rsqrt", "abs", "exp", "square", "numel", "members", "to_float"}
-ANY = {"maximum", "clamp_min"}  # never below zero if one argument is not
+# Besides those of the table: sums, and counts.
+KEEPING = {"sum", "amax"} | {o.name for o in TABLE if o.positive == "all"}
+NEVER_NEGATIVE = {"numel", "members"} | {o.name for o in TABLE if o.positive == "always"}
+ANY = {o.name for o in TABLE if o.positive == "any"}
 
 
 def simplified(graph: Graph, program: Program) -> Graph:

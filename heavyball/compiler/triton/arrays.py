@@ -8,10 +8,10 @@ from typing import Any
 from heavyball.compiler.frontend.graph import NotPrintableError, Ref
 from heavyball.compiler.passes.axes import Frame, Runs, is_along
 from heavyball.compiler.passes.stages import Pass, summed
+from heavyball.compiler.triton.dialect import TYPES
 from heavyball.compiler.triton.printer import (
     BLOCK,
     HEIGHT,
-    TYPES,
     TritonPrinter,
     _as_number,
     _indented,
@@ -311,7 +311,7 @@ class TritonArrayPrinter(TritonPrinter):
             if v.op == "load":
                 lines.append(f"{names[i]} = {self._read(v.args[0], self._cell, 'at')}")
             else:
-                lines.append(f"{names[i]} = {self._expression(v, names, self.type)}")
+                lines.append(f"{names[i]} = {self._expression(v, names, self.compute)}")
             if i in self.plan.kept:
                 number = names[i] if v.kind == "float" else _as_number(names[i], self.type)
                 lines.append(f"tl.store(m{i} + at, {number}.to(tl.float64), mask)")

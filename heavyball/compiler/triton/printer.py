@@ -4,21 +4,14 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from heavyball.compiler.cpp.printer import INFIX as CPP_INFIX
 from heavyball.compiler.cpp.printer import PICKS, Printer, refuse_codes
-from heavyball.compiler.frontend.graph import BOOLEAN, LOGIC, Graph, NotPrintableError, Ref, Value
+from heavyball.compiler.frontend.graph import Graph, Ref
+from heavyball.compiler.frontend.ops import NotPrintableError
 from heavyball.compiler.passes.stages import Pass
+from heavyball.compiler.triton.dialect import TYPES, Triton
 from heavyball.compiler.triton.storage import CORRECTED, ROOTS
 from heavyball.state.held import CORRECTION, word_of
 
-TYPES = {
-    torch.float32: "tl.float32",
-    torch.float64: "tl.float64",
-    torch.bfloat16: "tl.bfloat16",
-    torch.float16: "tl.float16",
-    torch.int8: "tl.int8",
-    torch.int16: "tl.int16",
-}
 # The types of device whose tensors go to Triton; its interpreter works on tensors of the CPU.
 DEVICES = {"cuda"}
 # A program walks through a chunk a block at a time.
@@ -27,48 +20,6 @@ CHUNK, BLOCK, WARPS = 8192, 1024, 4
 SLICE = 128
 # A tile of a matrix is a block wide and has so many rows.
 HEIGHT = 64
-
-INFIX = {op: sign for op, sign in CPP_INFIX.items() if op != "div"}
-MAXIMUM = "tl.where({0} < {1}, {1}, tl.where({1} != {1}, {1}, {0}))"
-MINIMUM = "tl.where({1} < {0}, {1}, tl.where({1} != {1}, {1}, {0}))"
-# Operations as Triton expressions; {0}, {1}, {2} are the arguments, the others constants of the type.
-FORMS = {
-    "div": "divide({0}, {1})",
-    "neg": "{0} * {minus}",  # Triton's own minus loses the sign of zero
-    "abs": "tl.abs({0})",
-    "sqrt": "root({0})",
-    "rsqrt": "divide({one}, root({0}))",
-    "reciprocal": "divide({one}, {0})",
-    "square": "{0} * {0}",
-    "exp": "libdevice.exp({0})",
-    "log": "libdevice.log({0})",
-    "log1p": "libdevice.log1p({0})",
-    "expm1": "libdevice.expm1({0})",
-    "tanh": "libdevice.tanh({0})",
-    "sigmoid": "divide({one}, {one} + libdevice.exp({0} * {minus}))",
-    "sign": "tl.where({0} > {zero}, {one}, {zero}) - tl.where({0} < {zero}, {one}, {zero})",
-    "ceil": "tl.ceil({0})",
-    "floor": "tl.floor({0})",
-    # written as comparisons that are false for a NaN, which so passes through
-    "isfinite": "tl.abs({0}) <= {largest}",
-    "isnan": "{0} != {0}",
-    "clamp_min": MAXIMUM,
-    "clamp_max": MINIMUM,
-    "maximum": MAXIMUM,
-    "minimum": MINIMUM,
-    "atan2": "libdevice.atan2({0}, {1})",
-    "remainder": "remainder_of({0}, {1})",
-    "pow": "libdevice.pow({0}, {1})",
-    # as torch: exact at both ends
-    "lerp": "tl.where(tl.abs({2}) < {half}, {0} + {2} * ({1} - {0}),"
-    " {1} - ({1} - {0}) * ({one} - {2}))",
-    "where": "tl.where({0}, {1}, {2})",
-    "not": "~{0}",
-    "to_float": "tl.where({0}, {one}, {zero})",
-    "to_bool": "{0} != {zero}",
-}
-# Of conditions as numbers, where one is per tensor and the other per element.
-MIXED = {"and": "{0} * {1} != {zero}", "or": "{0} + {1} != {zero}", "xor": "{0} != {1}"}
 
 PRELUDE = '''\
 @triton.jit
@@ -206,6 +157,7 @@ class TritonPrinter(Printer):
     Errors: NotPrintableError for a tensor of another dtype.
     """
 
+    dialect = Triton()
     lanes = "lane"  # the elements of a block, counted from where it begins
 
     def __init__(
@@ -339,10 +291,10 @@ class TritonPrinter(Printer):
         if v.op == "slices":
             return f"{self._end_of_slice('size')}.to(tl.float64)"
         if v.op == "const":
-            text = _literal(v.args[0], "tl.float64")
+            text = self.dialect.literal(v.args[0], torch.float64)
             return f"{text} != 0" if v.kind == "bool" else text
         names = {j: f"x{j}" for j in range(len(self.graph.values))}
-        return self._expression(v, names, "tl.float64")
+        return self._expression(v, names, torch.float64)
 
     def _fetch(self, indices: Iterable[int]) -> list[str]:
         """Read numbers that the last program of an earlier pass kept."""
@@ -351,45 +303,6 @@ class TritonPrinter(Printer):
             test = " != 0" if self.graph.values[i].kind == "bool" else ""
             lines.append(f"x{i} = tl.load(kept + {i}){test}")
         return lines
-
-    # ---- expressions
-
-    def _argument(self, value: Value, argument: object, names: dict[int, str], type_: str) -> str:
-        if not isinstance(argument, Ref):
-            return _literal(float(argument), type_)  # type: ignore[arg-type]
-        name = names[argument.index]
-        if value.op in LOGIC:
-            return _as_number(name, type_) if self._mixes(value) else name
-        if self.graph.values[argument.index].kind == "bool":
-            if value.op in ("where", "to_float") and argument == value.args[0]:
-                return name
-            return _as_number(name, type_)
-        return name
-
-    def _expression(self, value: Value, names: dict[int, str], type_: str) -> str:
-        text = self._form(value, names, type_)
-        if value.kind == "bool" and value.op not in BOOLEAN | {"to_bool"}:
-            # torch multiplies truth values, for one
-            return f"({text}) != {_literal(0.0, type_)}"
-        return text
-
-    def _form(self, value: Value, names: dict[int, str], type_: str) -> str:
-        if value.op == "pow" and value.args[1] in (2.0, 0.5):
-            name = self._argument(value, value.args[0], names, type_)
-            return f"{name} * {name}" if value.args[1] == 2.0 else f"root({name})"
-        arguments = [self._argument(value, a, names, type_) for a in value.args]
-        if self._mixes(value):
-            return MIXED[value.op].format(*arguments, **_constants(type_))
-        if value.op in INFIX:
-            return f"{arguments[0]} {INFIX[value.op]} {arguments[1]}"
-        if value.op not in FORMS:
-            raise NotPrintableError(f"the operation {value.op} on CUDA")
-        return FORMS[value.op].format(*arguments, **_constants(type_))
-
-    def _mixes(self, value: Value) -> bool:
-        """Whether an operation on conditions has one per tensor, which the interpreter cannot spread."""
-        found = [self.graph.values[a.index].level for a in value.args if isinstance(a, Ref)]
-        return value.op in MIXED and "scalar" in found and value.level != "scalar"
 
     # ---- elements
 
@@ -403,7 +316,7 @@ class TritonPrinter(Printer):
                 lines.append(self._read_block(i, v.args[0]))
             else:
                 used |= {a.index for a in v.args if isinstance(a, Ref)}
-                lines.append(f"v{i} = {self._expression(v, names, self.type)}")
+                lines.append(f"v{i} = {self._expression(v, names, self.compute)}")
         for i in self._sums(planned):
             used.add(self.graph.values[i].args[0].index)
             lines += self._accumulation(i, names)
@@ -519,7 +432,7 @@ class TritonPrinter(Printer):
                 lines.append(f"{names[i]} = {self._read(v.args[0], self._local, place)}")
             else:
                 used |= {a.index for a in v.args if isinstance(a, Ref)}
-                lines.append(f"{names[i]} = {self._expression(v, names, self.type)}")
+                lines.append(f"{names[i]} = {self._expression(v, names, self.compute)}")
         for i in self._slice_sums(planned):
             used.add(self.graph.values[i].args[0].index)
             lines += self._accumulation(i, names)
@@ -640,19 +553,5 @@ def _indented(lines: list[str], depth: int) -> str:
     return "\n".join("    " * depth + line for line in lines)
 
 
-def _literal(value: float, type_: str) -> str:
-    """A constant of exactly this type, and not of the type that Triton would take it for."""
-    finite = value - value == 0
-    return (
-        f"tl.full([], {value!r}, {type_})" if finite else f'tl.full([], float("{value}"), {type_})'
-    )
-
-
 def _as_number(name: str, type_: str) -> str:
-    return f"tl.where({name}, {_literal(1.0, type_)}, {_literal(0.0, type_)})"
-
-
-def _constants(type_: str) -> dict[str, str]:
-    largest = torch.finfo(torch.float64 if type_ == "tl.float64" else torch.float32).max
-    values = {"zero": 0.0, "one": 1.0, "minus": -1.0, "half": 0.5, "largest": largest}
-    return {name: _literal(value, type_) for name, value in values.items()}
+    return f"tl.where({name}, tl.full([], 1.0, {type_}), tl.full([], 0.0, {type_}))"

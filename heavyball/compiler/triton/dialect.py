@@ -1,0 +1,56 @@
+"""How Triton spells values and operations."""
+
+import torch
+
+from heavyball.compiler.dialect import Dialect
+from heavyball.compiler.frontend.ops import Operation
+from heavyball.compiler.frontend.symbols import Expr, Number, Op, Var
+
+TYPES = {
+    torch.bool: "tl.int1",
+    torch.float32: "tl.float32",
+    torch.float64: "tl.float64",
+    torch.bfloat16: "tl.bfloat16",
+    torch.float16: "tl.float16",
+    torch.int8: "tl.int8",
+    torch.int16: "tl.int16",
+    torch.int32: "tl.uint32",
+}
+# Of conditions as numbers, where one is per tensor, which the interpreter cannot spread.
+MIXED = {"and": "({0} * {1} != 0)", "or": "({0} + {1} != 0)", "xor": "({0} != {1})"}
+
+
+class Triton(Dialect):
+    """Triton, whose functions besides `tl` are those of `PRELUDE`."""
+
+    language = "Triton"
+    types = TYPES
+
+    def form(self, operation: Operation) -> str | None:
+        return operation.triton
+
+    def literal(self, value: Number, dtype: torch.dtype) -> str:
+        """A constant of exactly this type, and not of the type that Triton would take it for."""
+        if dtype == torch.bool:
+            return "True" if value else "False"
+        if dtype == torch.int32:
+            return f"tl.full([], {int(value) & 0xFFFFFFFF:#x}, tl.uint32)"
+        value = float(value)
+        text = repr(value) if value - value == 0 else f'float("{value}")'
+        return f"tl.full([], {text}, {TYPES[dtype]})"
+
+    def operation(self, e: Op, arguments: list[str]) -> str:
+        if e.name in MIXED and e.type == torch.bool and len(set(map(_is_number, e.args))) > 1:
+            ones = [
+                f"tl.where({a}, {self.literal(1, torch.float32)}, {self.literal(0, torch.float32)})"
+                for a in arguments
+            ]
+            return MIXED[e.name].format(*ones)
+        return super().operation(e, arguments)
+
+
+def _is_number(e: Expr) -> bool:
+    """Whether a condition is one per tensor, or of one."""
+    if isinstance(e, Op):
+        return all(map(_is_number, e.args))
+    return not isinstance(e, Var) or e.level == "scalar"
