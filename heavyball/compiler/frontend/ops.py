@@ -52,7 +52,7 @@ class Operation:
 
 
 def _row(
-    name: str, takes: str, eager: Callable[..., Tensor], *forms: str, **rest: Any
+    name: str, takes: str, eager: Callable[..., Tensor], *forms: Any, **rest: Any
 ) -> Operation:
     """An operation that the recorder sees as `name.default`."""
     return Operation(name, takes, eager, *forms, **{"aten": (f"{name}.default",), **rest})
