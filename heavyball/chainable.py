@@ -2,7 +2,9 @@
 
 from heavyball.core.combine import graft, parallel, route, when, within
 from heavyball.core.hyper import Interval, Live, shared
+from heavyball.core.rate import Member, Rate, rate
 from heavyball.core.transform import Transform, transform
+from heavyball.core.whole import Whole, whole_transform
 from heavyball.errors import no_attribute
 from heavyball.optim.optimizer import ChainOpt
 from heavyball.state.declare import State, copy_of_param, scalar, squares, zeros
@@ -34,11 +36,15 @@ __all__ = [  # noqa: PLE0604, the keys of TRANSFORMS are strings
     "ChainOpt",
     "Interval",
     "Live",
+    "Member",
+    "Rate",
     "State",
     "Transform",
+    "Whole",
     "copy_of_param",
     "graft",
     "parallel",
+    "rate",
     "route",
     "scalar",
     "shared",
@@ -46,6 +52,7 @@ __all__ = [  # noqa: PLE0604, the keys of TRANSFORMS are strings
     "squares",
     "transform",
     "when",
+    "whole_transform",
     "within",
     "zeros",
     *TRANSFORMS,

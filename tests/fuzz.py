@@ -382,7 +382,7 @@ def element(name: str, draw: random.Random) -> str:
             if (value := make(picked, t, draw)) is not None:
                 given[picked] = value
     text = f"C.{name}({', '.join(f'{k}={v!r}' for k, v in given.items())})"
-    return f"anywhere({text})" if t.requires is not None else text
+    return f"anywhere({text})" if t.rules.requires is not None else text
 
 
 # Parts of a chain in the order in which they make sense.

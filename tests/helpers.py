@@ -539,7 +539,7 @@ def chain(*transforms: object, lr: float = 0.1, **options: object) -> Make:
 
 def anywhere(element: Transform) -> object:
     """A transform for the shapes that it takes; the update passes for others."""
-    requires, options = element.requires, element.options
+    requires, options = element.rules.requires, element.options
     if requires is None:
         return element
     fits = C.when(element, predicate=lambda name, param: requires(param.shape, options) is None)

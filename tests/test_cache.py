@@ -477,7 +477,7 @@ def own(large: Large, holder: list):
     def kept(*, vectors, squares):
         return (vectors, squares) if large else None
 
-    @C.transform(whole=True, after=kept, due=lambda count: bool(large))
+    @C.whole_transform(after=kept, due=lambda count: bool(large))
     def whole_of_own(update):
         return update * (2.0 if large else 1.0)
 

@@ -62,7 +62,7 @@ def weights(opt):
 
 def common(opt):
     """The numbers of the groups, read now."""
-    names = opt.chain.rate.transform.common
+    names = opt.chain.rate.transform.numbers
     return [{n: float(g[n]) for n in names} for g in opt.param_groups]
 
 
@@ -343,7 +343,7 @@ def test_a_number_that_was_written_in_place_is_looked_at():
 @rates
 def test_what_a_partial_load_does_not_list_is_kept(rate):
     opt = make(rate, parameters((8, 8)), compile=False)
-    names = opt.chain.rate.transform.common
+    names = opt.chain.rate.transform.numbers
     theirs = {"d": 0.5, "d_max": 0.5, "k": 60}
     state = {"state": {}, "param_groups": [{"lr": 1.0, **theirs, "params": [0]}]}
     left = opt.load_state_dict(state, strict=False)

@@ -100,7 +100,7 @@ def member(t: Any, kind: Callable[[float], Any], values: list[float], gives: boo
     """A group in the middle of a training."""
     draw = iter(values)
     known: dict[str, Any] = {}
-    for name, first in t.common.items():
+    for name, first in t.numbers.items():
         known[name] = 3 if isinstance(first, int) else kind(next(draw))
     for name, first in t.hyper.items():
         known[name] = tuple(map(kind, first)) if isinstance(first, tuple) else kind(first)

@@ -11,7 +11,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from heavyball import chainable as C
-from heavyball.chainable import transform, zeros
+from heavyball.chainable import transform, whole_transform, zeros
 from heavyball.compiler.passes import segments
 from heavyball.compiler.run import engine, waves
 
@@ -19,14 +19,14 @@ MATRICES = ((5, 6), (6, 5), (5, 6), (1, 9), (3, 2, 2, 2), (300, 260), (5, 6), (2
 ALL = (*MATRICES, (), (7,), (70_001,))
 
 
-@transform(whole=True)
+@whole_transform
 def squared_whole(update, *, param, grad, lr, scheduled_beta2: torch.Tensor | None = None):
     """Asks for all that it can: tensors, numbers, and one that may be missing."""
     weight = 1.0 if scheduled_beta2 is None else scheduled_beta2
     return update + 0.1 * param * weight + 0.01 * grad + lr
 
 
-@transform(whole=True, provides=("grad", "step", "scheduled_beta2"))
+@whole_transform(provides=("grad", "step", "scheduled_beta2"))
 def provides_numbers(update, *, step, count: int):
     rows = update.flatten(1)
     return update * 2, update * 0.5, step + 1, 0.5 + 0.1 * torch.tanh(rows.mean(1))

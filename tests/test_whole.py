@@ -5,7 +5,7 @@ import torch
 from helpers import parameters, snapshot, train
 
 from heavyball import chainable as C
-from heavyball.chainable import State, transform, zeros
+from heavyball.chainable import State, transform, whole_transform, zeros
 from heavyball.numerics import normals
 from heavyball.transforms import TRANSFORMS
 
@@ -21,21 +21,21 @@ def _factors(param, options):
     return tuple(None if n > 4 else torch.eye(n, device=param.device) for n in param.shape)
 
 
-@transform(whole=True, factors=State(_factors, "one per small axis", several=True))
+@whole_transform(factors=State(_factors, "one per small axis", several=True))
 def counted(update, factors, *, count: int, step, weight: float = 1.0):
     SEEN.append((tuple(update.shape), count, float(step), type(weight)))
     new = tuple(None if f is None else f + weight for f in factors)
     return update * 1.0, new
 
 
-@transform(whole=True, host=("weight",), provides=("gate", "step"), opaque=("basis",))
+@whole_transform(host=("weight",), provides=("gate", "step"), opaque=("basis",))
 def enters(update, *, count: int, weight: float = 1.0):
     SEEN.append(("enter", count, weight))
     turn = torch.full((len(update), 1, 1), float(count), dtype=update.dtype)
     return update * 1.0, count > 1, count - 1, (turn, None, "label")
 
 
-@transform(whole=True)
+@whole_transform
 def leaves(update, *, basis, count: int):
     turn, nothing, label = basis
     assert (nothing, label, turn.shape) == (None, "label", (len(update), 1, 1))
@@ -48,7 +48,7 @@ def _turn(seen, *, vectors, squares, count, step):
     return seen + 1, tuple(-v for v in vectors), tuple(s * 4 for s in squares)
 
 
-@transform(whole=True, seen=zeros, after=_turn, due=lambda count: count % 2 == 0)
+@whole_transform(seen=zeros, after=_turn, due=lambda count: count % 2 == 0)
 def turning(update, seen):
     return update * 1.0, seen
 
@@ -60,7 +60,7 @@ def inner(update, mean, square, other):
     return update * 1.0, mean + update, square + update**2, other + update
 
 
-@transform(whole=True)
+@whole_transform
 def passes(update):
     return update * 1.0
 
@@ -164,7 +164,7 @@ def test_after_the_write_the_states_between_may_turn():
     assert torch.equal(state["turning.seen"], torch.ones(3, 4))
 
 
-@transform(whole=True)
+@whole_transform
 def noisy(update, *, noise, chance):
     SEEN.append(chance(3))
     return noise(update.shape) + 10 * noise(update.shape, salt=1)
@@ -221,12 +221,10 @@ def test_loading_compares_the_factors_with_those_of_the_shape():
 
 
 def test_what_cannot_be_right_is_refused():
-    with pytest.raises(TypeError, match="whole=True"):
+    with pytest.raises(TypeError, match="only a @whole_transform can hold several tensors"):
         transform(several=State(_factors, "x", several=True))(lambda update, several: update)
-    with pytest.raises(TypeError, match="only for kind 'transform'"):
-        transform(whole=True, kind="writer")
-    with pytest.raises(TypeError, match="for transforms with whole=True"):
-        transform(host=("a",))
+    with pytest.raises(TypeError, match=r"kind='writer'.*'kind' belongs to @transform"):
+        whole_transform(kind="writer")(lambda update: update)
     with pytest.raises(ValueError, match="asks for 'count'"):
         C.ChainOpt(_params((3,)), 0.1, asks_for_count)
     with pytest.raises(ValueError, match="asks for 'basis'"):
@@ -253,7 +251,7 @@ def asks_for_basis(update, *, basis):
     return update * basis
 
 
-@transform(whole=True)
+@whole_transform
 def wrong_shape(update):
     return update.mT
 
@@ -261,7 +259,7 @@ def wrong_shape(update):
 # ---- sums over all parameters behind a whole transform
 
 
-@transform(whole=True, total=zeros)
+@whole_transform(total=zeros)
 def adds_in_place(update, total):
     """A whole transform that writes its state where it is, as a user's may."""
     total += update

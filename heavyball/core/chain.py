@@ -10,12 +10,21 @@ from torch import Tensor
 from heavyball.core.check import check
 from heavyball.core.combine import Element, Parallel, Route, Within, as_chain, chain_repr
 from heavyball.core.hyper import Hyper, Shared
-from heavyball.core.program import Fork, Node, Program, Switch, flatten, kind_of
+from heavyball.core.program import (
+    Fork,
+    Node,
+    Program,
+    RateNode,
+    Switch,
+    WholeNode,
+    flatten,
+    kind_of,
+)
+from heavyball.core.rate import Rate
 from heavyball.core.route import branches_of, every_node, picks_of, resolved
-from heavyball.core.transform import Transform
+from heavyball.core.transform import DEFAULTS, Transform
+from heavyball.core.whole import Whole
 from heavyball.state.formats import Storage
-from heavyball.transforms.decay import decoupled
-from heavyball.transforms.descend import descend
 
 
 class Chain:
@@ -30,10 +39,7 @@ class Chain:
         self._counts: Counter[str] = Counter()
         self._programs: dict[tuple[int, ...], Program] = {}
         self._nodes = self._bind(self.elements)
-        self._tail = {
-            "decay": self._bind_leaf(decoupled),
-            "writer": self._bind_leaf(descend),
-        }
+        self._tail = {kind: self._bind_leaf(DEFAULTS[kind]) for kind in ("decay", "writer")}
         for number, picks in enumerate(self._all_picks(self._nodes)):
             if number == MOST_PROGRAMS:
                 raise ValueError(
@@ -62,13 +68,13 @@ class Chain:
     def __deepcopy__(self, memo: dict) -> "Chain":
         return self
 
-    def _only_rate(self, owner: str) -> Node | None:
+    def _only_rate(self, owner: str) -> RateNode | None:
         """The element that decides on the learning rate, of which a chain can have one."""
-        rates = [n for n in every_node(self._nodes) if n.transform.kind == "rate"]
+        rates = [n for n in every_node(self._nodes) if isinstance(n, RateNode)]
         if len(rates) > 1:
             names = " and ".join(n.key for n in rates)
             raise ValueError(f"{owner}: {names} both decide on the learning rate")
-        for name in rates[0].transform.common if rates else ():
+        for name in rates[0].transform.numbers if rates else ():
             if name in self.hyper or name in RESERVED or name in BOOKKEEPING:
                 raise ValueError(
                     f"{rates[0].key} keeps {name!r} in the parameter group, where "
@@ -97,8 +103,8 @@ class Chain:
                 (*first, enter), inner = self._bind((element.enter,)), self._bind(element.chain)
                 bound += [*first, replace(enter, inner=tuple(every_node(inner))), *inner]
                 bound += self._bind((element.leave,))
-            elif isinstance(element, Transform) and element.lead is not None:
-                bound += self._bind_led(element)
+            elif isinstance(element, Whole) and element.lead is not None:
+                bound += self._bind_led(element, element.lead)
             else:
                 bound.append(self._bind_one(element))
         return tuple(bound)
@@ -122,13 +128,15 @@ class Chain:
                 f"a transform cannot be called {transform.name!r}: its state would be the optimizer's"
             )
         where = {name: self._name(transform, key, name) for name in transform.hyper}
+        if isinstance(transform, Whole):
+            return WholeNode(transform, key, where)
+        if isinstance(transform, Rate):
+            return RateNode(transform, key, where)
         return Node(transform, key, where)
 
-    def _bind_led(self, transform: Transform) -> tuple[Node, Node]:
+    def _bind_led(self, transform: Whole, lead: Transform) -> tuple[Node, Node]:
         """A whole transform and the one before it: two nodes with one key and one set of names."""
         node = self._bind_leaf(transform)
-        lead = transform.lead
-        assert lead is not None
         hyper = {n: v for n, v in transform.hyper.items() if n in lead.defaults}
         options = {n: v for n, v in transform.options.items() if n in lead.defaults}
         where = {n: place for n, place in node.hyper.items() if n in hyper}
@@ -187,10 +195,11 @@ class Chain:
         observers = [n for n, kind in zip(nodes, kinds, strict=True) if kind == "observer"]
         if "writer" not in kinds:
             body.append(self._tail["writer"])
-        # a chain that decays in another way has that way's `weight_decay`
-        if not any("weight_decay" in n.hyper for n in flatten(nodes)):
+        # a chain that decays in another way has that way's coefficient
+        decay = self._tail["decay"]
+        if not any(decay.hyper.keys() & n.hyper.keys() for n in flatten(nodes)):
             first = next(i for i, n in enumerate(body) if kind_of(n) == "writer")
-            body.insert(first, self._tail["decay"])
+            body.insert(first, decay)
         return (*body, *observers)
 
 
@@ -224,7 +233,7 @@ def _rate_first(nodes: tuple[Node | Fork, ...]) -> tuple[Node | Fork, ...]:
     for i, node in enumerate(nodes[:place]):
         if isinstance(node, Node):
             t = node.transform
-            start = i + 1 if t.before_state or "grad" in t.provides else start
+            start = i + 1 if t.rules.before_state or "grad" in t.provides else start
     rest = (*nodes[:place], *nodes[place + 1 :])
     for i in range(start, len(rest)):
         if any(_has_unit(n) for n in flatten(rest[i : i + 1])):
@@ -238,4 +247,4 @@ def _rate_first(nodes: tuple[Node | Fork, ...]) -> tuple[Node | Fork, ...]:
 def _has_unit(node: Node) -> bool:
     """Whether a node keeps something in the unit of the gradient."""
     kept = node.transform.all_states.values()
-    return node.transform.whole or any(s.holds in ("moment", "square") for s in kept)
+    return isinstance(node, WholeNode) or any(s.holds in ("moment", "square") for s in kept)

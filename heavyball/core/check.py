@@ -1,6 +1,6 @@
 """Refuses programs that cannot be right, with the reason."""
 
-from heavyball.core.program import Fork, Node, flatten, kind_of
+from heavyball.core.program import Fork, Node, RateNode, WholeNode, flatten, kind_of
 from heavyball.core.transform import CONTEXT, WHOLE_CONTEXT, Transform
 
 
@@ -12,7 +12,8 @@ def check(nodes: tuple[Node | Fork, ...]) -> None:
         raise ValueError(
             f"{' and '.join(averages)}: only one can decide which weights are evaluated"
         )
-    common = {name for n in flatten(nodes) for name in n.transform.common}
+    rates = [n.transform for n in flatten(nodes) if isinstance(n, RateNode)]
+    common = {name for rate in rates for name in rate.numbers}
     _check_path((), nodes, set(CONTEXT) | common)
 
 
@@ -36,10 +37,11 @@ def _check_order(nodes: tuple[Node | Fork, ...]) -> None:
         if decay and kind == "transform" and has_state:
             raise ValueError(
                 f"{leaf.key} stands after the decay {decay} and would average it; put {decay} right "
-                "before the write, or use `coupled` for decay as part of the gradient"
+                "before the write, or decay the gradient itself"
             )
-        if leaf.transform.before_state and stateful:
-            raise ValueError(f"{leaf.key} stands after {stateful}: {leaf.transform.before_state}")
+        reason = leaf.transform.rules.before_state
+        if reason and stateful:
+            raise ValueError(f"{leaf.key} stands after {stateful}: {reason}")
         writer = leaf.key if kind == "writer" else writer
         decay = leaf.key if kind == "decay" else decay
         stateful = leaf.key if has_state else stateful
@@ -50,12 +52,12 @@ def _check_path(
 ) -> tuple[Node, ...]:
     """Check what each node asks for and excludes, given the nodes that ran before it."""
     path = before
-    for node in nodes:
+    for place, node in enumerate(nodes):
         if isinstance(node, Fork):
             ends = [_check_path(path, branch, set(context)) for branch in node.branches]
             inner = [n for end in ends for n in end[len(path) :]]
             for n in inner:
-                for name in {"lr", "decayed"} & set(n.transform.provides):
+                for name in _asked_behind(nodes[place + 1 :]) & set(n.transform.provides):
                     raise ValueError(
                         f"{n.key} decides on {name!r} for all that follows, so it cannot stand in one "
                         f"branch of {node.merge.key}"
@@ -63,9 +65,11 @@ def _check_path(
             path = (*path, *inner, node.merge)
             continue
         t = node.transform
-        known = context | ({"total"} if t.over_all and not t.finish else set())
-        opaque = {name for other in path for name in other.transform.opaque}
-        known = known | set(WHOLE_CONTEXT) if t.whole else known - opaque
+        known = context | ({"total"} if t.over_all and not isinstance(node, RateNode) else set())
+        opaque = {
+            n for other in path if isinstance(other, WholeNode) for n in other.transform.opaque
+        }
+        known = known | set(WHOLE_CONTEXT) if isinstance(node, WholeNode) else known - opaque
         for name in t.context:
             if name not in known:
                 raise ValueError(
@@ -73,20 +77,27 @@ def _check_path(
                     f"there is {', '.join(sorted(known))}"
                 )
         for other in path:
-            reason = t.excludes.get(other.transform.name) or other.transform.excludes.get(t.name)
+            reason = t.rules.excludes.get(other.transform.name)
+            reason = reason or other.transform.rules.excludes.get(t.name)
             if reason:
                 raise ValueError(f"{other.key} and {node.key} exclude each other: {reason}")
-        context.update(t.provides, t.opaque)
+        context.update(t.provides, node.transform.opaque if isinstance(node, WholeNode) else ())
         path = (*path, node)
     if not before:
         _check_modifiers(path)
     return path
 
 
+def _asked_behind(nodes: tuple[Node | Fork, ...]) -> set[str]:
+    """What a decay or the write behind a branch takes from before it, where each branch has its own."""
+    ends = [n.transform for n in nodes if isinstance(n, Node) and kind_of(n) in ("decay", "writer")]
+    return {name for t in ends for name in _asks(t)} - (CONTEXT.keys() - {"lr"})
+
+
 def _check_modifiers(path: tuple[Node, ...]) -> None:
     for position, node in enumerate(path):
         asked = {n for later in path[position + 1 :] for n in _asks(later.transform)}
-        if node.transform.modifier and not asked & set(node.transform.provides):
+        if node.transform.rules.modifier and not asked & set(node.transform.provides):
             raise ValueError(
                 f"{node.key} has no effect: nothing behind it asks for "
                 f"{', '.join(node.transform.provides)}"

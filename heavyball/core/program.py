@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from heavyball.core.combine import Parallel, When
+from heavyball.core.rate import Rate
 from heavyball.core.transform import Transform
+from heavyball.core.whole import Whole
 from heavyball.state.declare import Holds
 from heavyball.state.formats import Storage
 from heavyball.state.held import COMPANIONS
@@ -29,6 +31,20 @@ class Node:
 
     def state_key(self, state: str) -> str:
         return self.key if state == self.transform.name else f"{self.key}.{state}"
+
+
+@dataclass(frozen=True, eq=False)
+class WholeNode(Node):
+    """A transform of whole tensors at its place."""
+
+    transform: Whole
+
+
+@dataclass(frozen=True, eq=False)
+class RateNode(Node):
+    """What decides on the learning rate, at its place."""
+
+    transform: Rate
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,11 +71,15 @@ class Program:
         self.storage = storage or Storage()
         self.flat = tuple(flatten(nodes))
         self.total_keys = tuple(n.key for n in self.flat if n.transform.over_all is not None)
-        self.has_whole = any(n.transform.whole for n in self.flat)
+        self.has_whole = any(isinstance(n, WholeNode) for n in self.flat)
         self.has_noise = any(n.transform.asks_for("noise") for n in self.flat)
         self.evaluators = tuple(n for n in self.flat if n.transform.evaluate is not None)
-        self.rate = next((n for n in self.flat if n.transform.kind == "rate"), None)
-        self.common = frozenset(self.rate.transform.common) if self.rate else frozenset()
+        self.rate = next((n for n in self.flat if isinstance(n, RateNode)), None)
+        # the numbers of the group that it makes
+        self.common = frozenset(self.rate.transform.numbers) if self.rate else frozenset()
+        # what moments are multiplied by, and hyper-parameters in their unit
+        self.moment_change = self.rate.transform.moment_change if self.rate else ""
+        self.hyper_change = self.rate.transform.hyper_change if self.rate else {}
         self.states = tuple(
             (n, name, declared)
             for n in self.flat
@@ -131,8 +151,10 @@ def _identity(node: Node | Fork) -> Any:
     except TypeError:
         options = (("unhashable", t),)
     states = tuple((name, state.holds) for name, state in t.states.items())
-    numbers = (tuple(t.hyper), tuple(t.common), tuple(t.past.items()))
-    declared = (t.kind, states, t.provides, numbers, t.gives)
+    declared = (t.kind, states, t.provides, tuple(t.hyper))
+    if isinstance(t, Rate):
+        numbers = (tuple(t.numbers), tuple(t.past.items()), tuple(t.hyper_change.items()))
+        declared = (*declared, *numbers, t.gives, t.moment_change)  # type: ignore[assignment]
     inner = tuple(n.key for n in node.inner)
     return (t.update, t.over_all, options, declared, node.key, tuple(node.hyper.items()), inner)
 
@@ -169,7 +191,7 @@ def _shown(node: Node | Fork) -> str:
 
 
 def visible(nodes: tuple[Node | Fork, ...]) -> list[Node | Fork]:
-    """Without what runs before a transform as a part of it."""
+    """Leaves out `lead` nodes, which print as part of the transform behind them."""
     keys = [n.key if isinstance(n, Node) else "" for n in nodes[1:]]
     return [
         n

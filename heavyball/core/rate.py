@@ -1,15 +1,19 @@
-"""What an element that finds the learning rate sees of a group."""
+"""An element that finds the learning rate: numbers of a group, and what makes them anew."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from heavyball.core.hyper import Interval
+from heavyball.core.transform import Rules, Transform, checked, signed
+from heavyball.state.declare import State
+
 
 @dataclass(frozen=True)
 class Member:
-    """One group as `finish` sees it.
+    """One group as `finish` sees it. Its numbers are 0-d tensors, or on the host what computes alike.
 
     sums: what its parameters gave, added up; None if none of them had a gradient in this step, or a
         gate has left it out.
@@ -18,3 +22,137 @@ class Member:
 
     sums: tuple[Tensor, ...] | None
     values: Mapping[str, Any]
+
+
+Finish = Callable[[Sequence[Member], Mapping[str, Any]], list[dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What an optimizer shows of a rate, and what it says of groups that it does not suit.
+
+    name: the number that is estimated, as users know it. steps_with: the one that multiplies `lr`.
+    split: the option that gives each group an estimate of its own; without one each has. mean: the
+        option with which these step alike.
+    unlike: `fn(name, one, other, hyper)`, of a hyper-parameter that differs between groups with one
+        estimate: what to warn of, "" if nothing, None where it must not be.
+    start: the hyper-parameter that the estimate begins at.
+    stands: `fn(group, options)`, whether the estimate was asked not to move.
+    early: `fn(options)`, whether it will stand still before it can have been found.
+    tuned_by: what to tune where `lr` is not. try_instead: what to try where it does not move.
+    """
+
+    name: str
+    start: str
+    steps_with: str = ""
+    split: str = ""
+    mean: str = ""
+    unlike: Callable[[str, Any, Any, Mapping[str, Any]], str | None] | None = None
+    stands: Callable[[Mapping[str, Any], Mapping[str, Any]], bool] = lambda group, options: False
+    early: Callable[[Mapping[str, Any]], bool] = lambda options: False
+    tuned_by: str = ""
+    try_instead: str = ""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Rate(Transform):
+    """An element that decides on the learning rate with numbers of the parameter group."""
+
+    numbers: dict[str, str | float] = field(default_factory=dict)
+    past: dict[str, str] = field(default_factory=dict)
+    made_from: dict[str, str] = field(default_factory=dict)
+    gives: tuple[str, ...] = ()
+    finish: Finish = lambda members, options: []
+    moment_change: str = ""
+    hyper_change: dict[str, str] = field(default_factory=dict)
+    estimate: Estimate | None = None
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        """What the function returns behind the update and the states."""
+        return (*self.provides, *self.gives)
+
+    @property
+    def counters(self) -> tuple[str, ...]:
+        """The numbers that count the steps of a group."""
+        return tuple(n for n, first in self.numbers.items() if isinstance(first, int))
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether all groups have one estimate."""
+        split = self.estimate.split if self.estimate else ""
+        return not self.options.get(split, True)
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether groups with estimates of their own step alike."""
+        mean = self.estimate.mean if self.estimate else ""
+        return not self.is_shared and self.options.get(mean, False)
+
+
+def rate(
+    *,
+    numbers: Mapping[str, str | float],
+    finish: Finish,
+    past: Mapping[str, str] | None = None,
+    made_from: Mapping[str, str] | None = None,
+    from_sums: Callable[..., tuple[Tensor, ...]] | None = None,
+    gives: tuple[str, ...] = (),
+    moment_change: str = "",
+    hyper_change: Mapping[str, str] | None = None,
+    estimate: Estimate | None = None,
+    provides: tuple[str, ...] = ("lr",),
+    domains: Mapping[str, Interval] | None = None,
+    excludes: Mapping[str, str] | None = None,
+    **states: State,
+) -> Callable[[Callable[..., Any]], Rate]:
+    """Declare what decides on the learning rate: `@rate(numbers={"d": "d0"}, finish=...)`.
+
+    The function is that of a `transform`. Wherever it is written in a chain, it runs before every
+    element whose state it may have to rescale. The numbers are entries of the parameter group, saved
+    with it, and context for every element.
+
+    numbers: each with a hyper-parameter that it begins at, or a float; an int counts the group's steps.
+    finish: `fn(members, options)` gets a `Member` for each group and returns the new numbers of each. It
+        computes with torch on 0-d tensors, and reads none of them: that would wait for the device.
+    past: those of the numbers that keep what another was before `finish`, by their names.
+    made_from: those that `finish` makes from another in every step, by their names.
+    from_sums: `fn(update, ...)`, one tensor's shares, a tuple, of sums over all parameters; `finish` is
+        called before the step goes on, so the function runs with the new numbers.
+    gives: in place of that, names of further results, behind those of `provides`: shares of sums over
+        all parameters that are not needed in this step. `finish` is called after it.
+    moment_change: which result of `provides` the moments behind it are multiplied by, and squares by its
+        square, where they are kept in a unit that changes with the rate; "" for none.
+    hyper_change: hyper-parameters of elements behind it, by name, that have this unit too, each with the
+        result of `provides` that it is multiplied by.
+    estimate: what the optimizer shows of it, see `Estimate`.
+    provides, domains, excludes: as in `transform`.
+
+    Errors: TypeError if the signature and the declared state differ, or the sums come from nowhere.
+    """
+    rules = Rules(dict(domains or {}), dict(excludes or {}), "", False, None)
+
+    def declare(fn: Callable[..., Any]) -> Rate:
+        if bool(from_sums) == bool(gives):
+            raise TypeError(f"{fn.__name__}: expected sums from either `from_sums` or `gives`")
+        for name in (moment_change, *(hyper_change or {}).values()):
+            if name and name not in provides:
+                raise TypeError(f"{fn.__name__}: {name!r} changes a unit, but provides={provides}")
+        made = Rate(
+            *signed(fn, states),
+            provides,
+            "rate",
+            rules,
+            from_sums,
+            numbers=dict(numbers),
+            past=dict(past or {}),
+            made_from=dict(made_from or {}),
+            gives=gives,
+            finish=finish,
+            moment_change=moment_change,
+            hyper_change=dict(hyper_change or {}),
+            estimate=estimate,
+        )
+        return checked(made)
+
+    return declare

@@ -9,7 +9,7 @@ import inspect
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -49,6 +49,35 @@ WHOLE_CONTEXT = {
 }
 
 
+# The transforms that complete a chain which has none of their kind, by kind.
+DEFAULTS: dict[str, "Transform"] = {}
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a function takes besides the update and the states.
+
+    defaults, annotations: of its hyper-parameters and options, in order. context: what it cannot do
+        without. optional: what it is given if it is there.
+    """
+
+    defaults: dict[str, Any]
+    annotations: dict[str, Any]
+    context: tuple[str, ...]
+    optional: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Where a transform may stand, and what it can be used for; see `transform`."""
+
+    domains: dict[str, Interval]
+    excludes: dict[str, str]
+    before_state: str
+    modifier: bool
+    requires: Callable[[torch.Size, Mapping[str, Any]], str | None] | None
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Transform:
     """One element of a chain: a pure function and what it declares.
@@ -60,35 +89,41 @@ class Transform:
 
     name: str
     update: Callable[..., Any]
+    signature: Signature
     states: dict[str, State]
     hyper: dict[str, Any]
     options: dict[str, Any]
-    defaults: dict[str, Any]
-    annotations: dict[str, Any]
-    context: tuple[str, ...]
-    optional: tuple[str, ...]
     provides: tuple[str, ...]
     kind: Kind
-    domains: dict[str, Interval]
-    excludes: dict[str, str]
-    before_state: str
-    modifier: bool
-    over_all: Callable[..., Any] | None
-    over_all_context: tuple[str, ...]
-    evaluate: Callable[..., Tensor] | None
-    requires: Callable[[torch.Size, Mapping[str, Any]], str | None] | None = None
-    whole: bool = False
-    opaque: tuple[str, ...] = ()
-    host: tuple[str, ...] = ()
-    after: Callable[..., Any] | None = None
-    due: Callable[..., bool] | None = None
-    lead: "Transform | None" = None
-    common: dict[str, str | float] = field(default_factory=dict)
-    past: dict[str, str] = field(default_factory=dict)
-    made_from: dict[str, str] = field(default_factory=dict)
-    gives: tuple[str, ...] = ()
-    finish: Callable[..., Any] | None = None
+    rules: Rules
+    over_all: Callable[..., Any] | None = None
+    evaluate: Callable[..., Tensor] | None = None
     given: frozenset[str] = field(default_factory=frozenset)
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Of hyper-parameters and options, in order."""
+        return self.signature.defaults
+
+    @property
+    def annotations(self) -> dict[str, Any]:
+        """Of hyper-parameters and options, in order."""
+        return self.signature.annotations
+
+    @property
+    def context(self) -> tuple[str, ...]:
+        """What the function cannot do without."""
+        return self.signature.context
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """What the function is given if it is there."""
+        return self.signature.optional
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        """What the function returns behind the update and the states."""
+        return self.provides
 
     @property
     def doc(self) -> str:
@@ -100,17 +135,17 @@ class Transform:
 
     @property
     def all_states(self) -> dict[str, State]:
-        """Its states and those of the transform that runs right before it."""
-        return {**(self.lead.states if self.lead else {}), **self.states}
+        """Its states, and those of a transform that runs right before it as a part of it."""
+        return self.states
 
     def asks_for(self, name: str) -> bool:
-        """Whether the function or what it does after the write has an argument of this name."""
-        return name in self.context or name in keyword_names(self.after)
+        """Whether it has an argument of this name that the runner gives."""
+        return name in self.context
 
     def domain(self, name: str) -> Interval:
         """Where the live hyper-parameter `name` may lie: [0, 1) for betas, else not negative."""
         default = fraction if name.startswith("beta") else nonnegative
-        return self.domains.get(name, default)
+        return self.rules.domains.get(name, default)
 
     def __call__(self, *args: Any, **options: Any) -> "Transform":
         names = [n for n in self.annotations if n in self.hyper or n in self.options]
@@ -140,8 +175,9 @@ class Transform:
                 default = 0.0
             if not is_live(default):
                 value = check_option(name, value, default, self.annotations[name])
-                if name in self.domains and value is not None and value not in self.domains[name]:
-                    raise ValueError(f"{name}={value!r}: expected in {self.domains[name]}")
+                domain = self.rules.domains.get(name)
+                if domain is not None and value is not None and value not in domain:
+                    raise ValueError(f"{name}={value!r}: expected in {domain}")
                 return False, value
             if value is None and allows_none(self.annotations[name]):
                 return False, None
@@ -180,7 +216,7 @@ def transform(
     fn: Callable[..., Any] | None = None,
     /,
     *,
-    kind: Kind = "transform",
+    kind: Literal["transform", "decay", "writer", "observer"] = "transform",
     provides: tuple[str, ...] = (),
     domains: Mapping[str, Interval] | None = None,
     excludes: Mapping[str, str] | None = None,
@@ -189,17 +225,6 @@ def transform(
     over_all: Callable[..., Any] | None = None,
     evaluate: Callable[..., Tensor] | None = None,
     requires: Callable[[torch.Size, Mapping[str, Any]], str | None] | None = None,
-    whole: bool = False,
-    opaque: tuple[str, ...] = (),
-    host: tuple[str, ...] = (),
-    after: Callable[..., Any] | None = None,
-    due: Callable[..., bool] | None = None,
-    lead: Transform | None = None,
-    common: Mapping[str, str | float] | None = None,
-    past: Mapping[str, str] | None = None,
-    made_from: Mapping[str, str] | None = None,
-    gives: tuple[str, ...] = (),
-    finish: Callable[..., Any] | None = None,
     **states: State,
 ) -> Any:
     """Declare a transform: `@transform(mean=zeros)` above a function of one tensor.
@@ -210,8 +235,7 @@ def transform(
     hyper-parameters and arrive as 0-d tensors; every other default is a fixed option.
 
     kind: "decay" goes right before the write, "writer" returns the new parameter in place of an
-        update, "observer" runs after the write, "rate" decides on the learning rate: wherever it is
-        written, it runs before every element whose state it may have to rescale.
+        update, "observer" runs after the write.
     provides: names of further results, context for the elements behind it. `gate` (a 0-d bool that
         freezes everything behind while it is false), `step`, `lr` and `grad` are replaced for them.
     domains: the interval of a hyper-parameter; without one, a float lies in [0, inf), one whose name
@@ -220,115 +244,96 @@ def transform(
     before_state: why the transform must stand before every transform that holds state, if it must.
     modifier: acts only through what it provides, so something behind it must ask for that.
     over_all: `fn(update, ...)`, one tensor's share of a sum over all parameters; the sum arrives as
-        the context `total`. With `finish` it is a tuple of shares, and there is no `total`.
-    common: numbers of the parameter group, each with a hyper-parameter that it begins at, or a float;
-        an int counts the group's steps. They are entries of the group and context for every element.
-    past: those of the common numbers that keep what another was before `finish`, by their names.
-    made_from: those that `finish` makes from another in every step, by their names.
-    gives: names of further results, behind those of `provides`: shares of sums over all parameters
-        that are not needed in this step. Only with `finish`.
-    finish: `fn(members, options)` makes the new common numbers from the sums, see `runtime/rates.py`: of
-        `over_all` before the step goes on, of `gives` after it.
+        the context `total`.
     evaluate: `fn(param, *states, hyper-parameters)`, the weights to evaluate with.
     requires: `fn(shape, options)`, why a parameter of this shape cannot have the transform, or None;
         asked when the parameter is added.
-    whole: the function does linear algebra on whole tensors. It gets the update and the states of B
-        parameters of one shape, stacked to (B, *shape), and returns them so; it is plain torch, may
-        decide on the host by `count`, and is not run while a `gate` before it is false. What it
-        `provides` are numbers for the elements behind it: one Python number or B values; a `gate`
-        that is the Python value False ends the step of these parameters.
-    opaque: names of results after those of `provides`, handed to whole transforms behind it as they
-        are: tensors that begin with B, tuples of such, or Python values.
-    host: hyper-parameters of a whole transform that arrive as Python numbers.
-    after: `fn(*states, *, vectors, squares, ...)`, run after the write with the new states; returns
-        (*states, vectors, squares). `vectors` and `squares` are the rotating states of the elements
-        that `within` puts inside this one. Other keywords are options, hyper-parameters, `count`,
-        `step`, `noise`, `chance`.
-    due: `fn(count, **options)`, whether `after` has anything to do at this count.
-    lead: an ordinary transform that runs right before a whole one and is configured as part of it, so
-        that its elementwise part is compiled with the elements around.
     `@transform` without parentheses declares one with no state.
+
+    Transforms of whole tensors are declared with `@whole_transform`, those that decide on the learning
+    rate with `@rate`.
 
     Errors: TypeError if the signature and the declared state differ.
     """
+    _check_states(states)
     for name, state in states.items():
-        if not isinstance(state, State):
-            raise TypeError(f"state {name}={state!r}: expected zeros, copy_of_param, or a State")
-        if state.several and not whole:
-            raise TypeError(
-                f"state {name}: only a transform with whole=True can hold several tensors"
-            )
-    if whole and (kind != "transform" or over_all or evaluate):
-        raise TypeError("whole=True: only for kind 'transform', without over_all and evaluate")
-    if (opaque or host or after or due or lead) and not whole:
-        raise TypeError("opaque, host, after, due and lead are for transforms with whole=True")
+        if state.several:
+            raise TypeError(f"state {name}: only a @whole_transform can hold several tensors")
+    if kind not in ORDINARY:
+        hint = "; it is declared with @rate" if kind == "rate" else ""
+        raise TypeError(f"kind={kind!r}: expected one of {', '.join(map(repr, ORDINARY))}{hint}")
+    rules = Rules(dict(domains or {}), dict(excludes or {}), before_state, modifier, requires)
 
     def declare(fn: Callable[..., Any]) -> Transform:
-        signature = inspect.signature(fn, eval_str=True)
-        positional: list[inspect.Parameter] = []
-        keywords: list[inspect.Parameter] = []
-        for p in signature.parameters.values():
-            if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
-                raise TypeError(f"{fn.__name__}: {p} cannot be declared, name every argument")
-            (keywords if p.kind is p.KEYWORD_ONLY else positional).append(p)
-        if [p.name for p in positional[1:]] != list(states) or not positional:
-            found = ", ".join(p.name for p in positional)
-            raise TypeError(
-                f"{fn.__name__}({found}): expected the update and then the declared state, "
-                f"{', '.join(['update', *states])}"
-            )
-        needed = [p.name for p in keywords if p.default is p.empty]
-        optional = [
-            p.name for p in keywords if p.default is None and _mentions_tensor(p.annotation)
-        ]
-        rest = {p.name: p for p in keywords if p.name not in needed and p.name not in optional}
-        defaults = {n: p.default for n, p in rest.items()}
-        annotations = {n: p.annotation for n, p in rest.items()}
-        if lead is not None:
-            defaults = {**lead.defaults, **defaults}
-            annotations = {**lead.annotations, **annotations}
-        result = Transform(
-            name=fn.__name__,
-            update=fn,
-            states=dict(states),
-            hyper={n: v for n, v in defaults.items() if is_live(v)},
-            options={n: v for n, v in defaults.items() if not is_live(v)},
-            defaults=defaults,
-            annotations=annotations,
-            context=tuple(needed),
-            optional=tuple(optional),
-            provides=provides,
-            kind=kind,
-            domains={**(lead.domains if lead else {}), **(domains or {})},
-            excludes=dict(excludes or {}),
-            before_state=before_state,
-            modifier=modifier,
-            over_all=over_all,
-            over_all_context=keyword_names(over_all),
-            evaluate=evaluate,
-            requires=requires,
-            whole=whole,
-            opaque=opaque,
-            host=host,
-            after=after,
-            due=due,
-            lead=lead,
-            common=dict(common or {}),
-            past=dict(past or {}),
-            made_from=dict(made_from or {}),
-            gives=gives,
-            finish=finish,
-        )
-        if bool(finish) != bool(common) or (gives and (over_all or not finish)):
-            raise TypeError(
-                f"{fn.__name__}: `common` and `finish` go together, with either `over_all` or `gives`"
-            )
-        for name, value in defaults.items():
-            result._checked(name, value)
-        object.__setattr__(result, "__doc__", fn.__doc__)
-        return result
+        parts = signed(fn, states)
+        return checked(Transform(*parts, provides, kind, rules, over_all, evaluate))
 
     return declare if fn is None else declare(fn)
+
+
+ORDINARY = ("transform", "decay", "writer", "observer")
+# Which decorator takes what, for those that are given to another.
+_BELONGS = {
+    **dict.fromkeys(("kind", "modifier", "over_all", "evaluate"), "@transform"),
+    **dict.fromkeys(("whole", "opaque", "host", "after", "due", "lead"), "@whole_transform"),
+    **dict.fromkeys(("numbers", "past", "made_from", "from_sums", "gives", "finish"), "@rate"),
+}
+
+
+def _check_states(states: Mapping[str, Any]) -> None:
+    for name, state in states.items():
+        if not isinstance(state, State):
+            hint = f"; {name!r} belongs to {_BELONGS[name]}" if name in _BELONGS else ""
+            raise TypeError(
+                f"state {name}={state!r}: expected zeros, copy_of_param, or a State{hint}"
+            )
+
+
+def signed(
+    fn: Callable[..., Any], states: Mapping[str, State], lead: Transform | None = None
+) -> tuple[str, Callable[..., Any], Signature, dict[str, State], dict[str, Any], dict[str, Any]]:
+    """What the signature of a function says: the first fields of its declaration.
+
+    lead: a transform that is configured as part of it.
+
+    Errors: TypeError if it and the declared state differ.
+    """
+    _check_states(states)
+    positional: list[inspect.Parameter] = []
+    keywords: list[inspect.Parameter] = []
+    for p in inspect.signature(fn, eval_str=True).parameters.values():
+        if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+            raise TypeError(f"{fn.__name__}: {p} cannot be declared, name every argument")
+        (keywords if p.kind is p.KEYWORD_ONLY else positional).append(p)
+    if [p.name for p in positional[1:]] != list(states) or not positional:
+        found = ", ".join(p.name for p in positional)
+        raise TypeError(
+            f"{fn.__name__}({found}): expected the update and then the declared state, "
+            f"{', '.join(['update', *states])}"
+        )
+    needed = [p.name for p in keywords if p.default is p.empty]
+    optional = [p.name for p in keywords if p.default is None and _mentions_tensor(p.annotation)]
+    rest = {p.name: p for p in keywords if p.name not in needed and p.name not in optional}
+    defaults = {**(lead.defaults if lead else {}), **{n: p.default for n, p in rest.items()}}
+    annotations = {
+        **(lead.annotations if lead else {}),
+        **{n: p.annotation for n, p in rest.items()},
+    }
+    hyper = {n: v for n, v in defaults.items() if is_live(v)}
+    options = {n: v for n, v in defaults.items() if not is_live(v)}
+    signature = Signature(defaults, annotations, tuple(needed), tuple(optional))
+    return fn.__name__, fn, signature, dict(states), hyper, options
+
+
+T = TypeVar("T", bound=Transform)
+
+
+def checked(declared: T) -> T:
+    """A declaration whose defaults are such as it takes, with the docstring of its function."""
+    for name, value in declared.defaults.items():
+        declared._checked(name, value)
+    object.__setattr__(declared, "__doc__", declared.update.__doc__)
+    return declared
 
 
 # By function, which is not kept alive: it may be a user's and hold much.

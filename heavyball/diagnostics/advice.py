@@ -16,8 +16,8 @@ from heavyball.errors import warn
 
 # Where an `lr` is that a user has probably meant as a factor.
 NEAR_ONE = (0.1, 10.0)
-# A d0 that is no first guess of a distance, and a freeze before d can have been found: lr is meant so.
-PLAIN, EARLY = 0.1, 10
+# A start that is no first guess of a distance: lr is meant so.
+PLAIN = 0.1
 # The norm of all gradients is noted in so many first steps, and in some later ones.
 NORMS = 4
 LATER = (16, 50, 100, 150)
@@ -33,8 +33,11 @@ class Advice:
     """Watches the first steps of an optimizer whose chain has a rate."""
 
     def __init__(self, chain: Chain):
-        self.active = chain.rate is not None
-        self._fixed = {} if chain.rate is None else chain.rate.transform.options
+        t = None if chain.rate is None else chain.rate.transform
+        self._options = {} if t is None else t.options
+        self._counters = () if t is None else t.counters
+        self._estimate = None if t is None else t.estimate
+        self.active = self._estimate is not None
         self._steps = 0
         self._seen: list[dict[Tensor, tuple[Tensor, Tensor]]] = []
 
@@ -70,22 +73,23 @@ class Advice:
                 self._seen[-1][param] = norm.double(), grad.flatten()[::step][:KEPT].double()
 
     def _look(self, groups: list[dict[str, Any]]) -> None:
-        clipped = self._clipped()
+        estimate, clipped = self._estimate, self._clipped()
+        assert estimate is not None
         if clipped:
             norm, same = clipped
             warn(
                 f"the norm of all gradients was {norm:.4g} in {same} of the first {NORMS} steps, though "
                 "they were not the same: something clips them before the optimizer sees them, and that "
-                "distorts the estimate of d. Leave the clip out (the preset bounds its updates itself), "
-                "or clip updates: update_clipping=..."
+                f"distorts the estimate of {estimate.name}. Leave the clip out (the preset bounds its "
+                "updates itself), or clip updates: update_clipping=..."
             )
         for index, group in enumerate(groups):
-            if self._should_move(group) and float(group["d"]) <= group["d0"]:
+            start = group.get(estimate.start, 0.0)
+            if self._should_move(group) and float(group[estimate.name]) <= start:
                 warn(
-                    f"d of parameter group {index} is still d0={group['d0']:g} after {LOOK} steps: the "
-                    "gradients do not agree on a direction, or weights move too little to tell. Try a "
-                    "larger d0 (1e-5, 1e-4), d_coef=2, larger batches, no warm-up, or without "
-                    "use_bias_correction; see docs/prodigy.md"
+                    f"{estimate.name} of parameter group {index} is still {estimate.start}={start:g} "
+                    f"after {LOOK} steps: the gradients do not agree on a direction, or weights move "
+                    f"too little to tell. Try {estimate.try_instead}"
                 )
 
     def _clipped(self) -> tuple[float, int] | None:
@@ -107,14 +111,17 @@ class Advice:
         return (largest, same) if any(_differ(first, other) for other in others) else None
 
     def _should_move(self, group: Mapping[str, Any]) -> bool:
-        """Whether the d of a group has had all these steps to move, and nobody asked it not to."""
-        steps, freeze = int(group.get("d_steps", 0)), self._fixed.get("prodigy_steps", 0)
-        stands = (freeze and steps >= freeze) or group.get("growth_rate") == 1
+        """Whether the estimate of a group has had all these steps, and nobody asked it not to move."""
+        estimate = self._estimate
+        if estimate is None or estimate.name not in group:
+            return False
+        steps = min((int(group[name]) for name in self._counters), default=0)
         trains = any(p.requires_grad for p in group["params"]) and float(group["lr"]) != 0
-        return "d" in group and steps >= LOOK - 1 and trains and not stands
+        return steps >= LOOK - 1 and trains and not estimate.stands(group, self._options)
 
     def _check_lr(self, groups: list[dict[str, Any]]) -> None:
-        if 0 < self._fixed.get("prodigy_steps", 0) <= EARLY:
+        estimate = self._estimate
+        if estimate is None or estimate.early(self._options):
             return
         low, high = NEAR_ONE
         # groups keep the ratio of their lr, so one that is near 1 explains the others
@@ -122,10 +129,11 @@ class Advice:
             return
         for index, group in enumerate(groups):
             lr = max(_rates(group), default=0.0)
-            if lr and group["params"] and group.get("d0", 0.0) < PLAIN:
+            if lr and group["params"] and group.get(estimate.start, 0.0) < PLAIN:
                 warn(
                     f"lr={lr:g} in parameter group {index}: here it multiplies a learning rate that is "
-                    "found while training, so leave it at 1 (a schedule may lower it) and tune d_coef"
+                    "found while training, so leave it at 1 (a schedule may lower it)"
+                    + (f" and tune {estimate.tuned_by}" if estimate.tuned_by else "")
                 )
 
 

@@ -84,7 +84,7 @@ def check_entries(owner: type, group: Mapping[Any, Any], known: list[str], chain
     _check_asked(owner, group, chain)
     # a group of another optimizer, ours or torch's, has the names of its own hyper-parameters
     of_another = {"seed", "warmup_steps"} <= group.keys() or "maximize" in group
-    common = chain.rate.transform.common if chain.rate else {}
+    common = chain.rate.transform.numbers if chain.rate else {}
     found = sorted(common.keys() & group.keys())
     # of another optimizer they come along, and begin anew here, as state does
     if found and not of_another:
@@ -171,7 +171,7 @@ def check_shape(label: str, param: Tensor, program: Program) -> None:
     """Refuse a parameter that one of its transforms is not defined for."""
     for node in program.flat:
         t = node.transform
-        reason = None if t.requires is None else t.requires(param.shape, t.options)
+        reason = None if t.rules.requires is None else t.rules.requires(param.shape, t.options)
         if reason:
             raise ValueError(f"{label}: {node.key} {reason}")
 

@@ -27,52 +27,54 @@ def check_fixed(chain: Chain, group: Mapping[str, Any]) -> None:
 
 
 def check_alike(chain: Chain, groups: Iterable[Mapping[str, Any]]) -> None:
-    """Refuse groups with one d that do not agree on how it is estimated; warn of unlike decays.
+    """Refuse groups with one estimate that do not agree on how it is made, or warn of it.
 
     Errors: ValueError naming the entry, both values and the groups.
     """
     rate = chain.rate
-    if rate is None or rate.transform.options.get("split_groups", True):
+    if rate is None or rate.transform.estimate is None or not rate.transform.is_shared:
         return
+    estimate = rate.transform.estimate
     held = [(i, group) for i, group in enumerate(groups) if group["params"]]
     for name, (key, index) in rate.hyper.items() if len(held) > 1 else ():
         (first, start), *others = held
-        expected = _value(name, start, key, index)
+        expected = _value(start, key, index)
         for number, group in others:
-            value = _value(name, group, key, index)
+            value = _value(group, key, index)
             if value == expected:
                 continue
-            if name != "betas":
+            unlike = estimate.unlike and estimate.unlike(name, value, expected, rate.hyper)
+            said = f"{key}={group[key]!r} of parameter group {number}, "
+            said += f"but {start[key]!r} of group {first}"
+            if unlike is None:
                 raise ValueError(
-                    f"{key}={value!r} of parameter group {number}, but {expected!r} of group {first}: "
-                    "the groups share one d, which is estimated with one of them; give both the same, "
-                    "or pass split_groups=True for a d of each"
+                    f"{said}: the groups share one {estimate.name}, which is estimated with one of "
+                    f"them; give both the same, or pass {estimate.split}=True for a {estimate.name} of "
+                    "each"
                 )
-            if "beta3" not in rate.hyper:
-                warn(
-                    f"{key}={group[key]!r} of parameter group {number}, but {start[key]!r} of group "
-                    f"{first}: the estimate of their one d decays with the square root of {expected!r} "
-                    "for both; give a beta3, or pass split_groups=True"
-                )
+            if unlike:
+                warn(f"{said}: {unlike}, or pass {estimate.split}=True")
 
 
-def _value(name: str, group: Mapping[str, Any], key: str, index: int | None) -> Any:
+def _value(group: Mapping[str, Any], key: str, index: int | None) -> Any:
     value = group[key] if index is None else group[key][index]
-    return value[1] if name == "betas" else value
+    return tuple(value) if isinstance(value, list) else value
 
 
 def warn_of_half(chain: Chain, params: Mapping[Tensor, str]) -> None:
-    """Say that float16 weights do not follow the small steps that a d begins with.
+    """Say that float16 weights do not follow the small steps that an estimate begins with.
 
     params: parameters that come to the optimizer, with what to call them.
     """
-    if chain.rate is None or chain.storage.param is not None:
+    rate = chain.rate
+    if rate is None or rate.transform.estimate is None or chain.storage.param is not None:
         return
     halves = [label for param, label in params.items() if param.dtype == torch.float16]
     if halves:
         more = f" and {len(halves) - 1} more" if len(halves) > 1 else ""
+        estimate = rate.transform.estimate
         warn(
-            f"{halves[0]}{more} in float16: the first steps of {chain.rate.transform.name} are lost in "
-            "the rounding of such weights, so that d may stay at d0 for good; use float32 or bfloat16 "
-            "weights, or param_ecc='fp16+8'"
+            f"{halves[0]}{more} in float16: the first steps of {rate.transform.name} are lost in "
+            f"the rounding of such weights, so that {estimate.name} may stay at {estimate.start} for "
+            "good; use float32 or bfloat16 weights, or param_ecc='fp16+8'"
         )

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from heavyball.compiler.run.engine import Engine, sources
 from heavyball.core.chain import Chain
+from heavyball.core.rate import Estimate
 from heavyball.diagnostics.advice import Advice
 from heavyball.diagnostics.report import optimizer_repr, routing_table, state_bytes
 from heavyball.optim.checkpoint import LoadResult, describe, migrate
@@ -376,20 +377,23 @@ class ChainOpt(Optimizer):
         In a step of one parameter at a time it counts those that were stepped so far. It is read from
         the device, so a program that asks in every step waits in every step.
         """
-        return [float(group["d"]) for group in self._estimating()]
+        estimate, groups = self._estimating()
+        return [float(group[estimate.name]) for group in groups]
 
     @property
     def effective_lr(self) -> list[float]:
         """What multiplies each group's updates in the next step: lr d, without warm-up."""
-        groups = self._estimating()
-        return [float(g.get("d_step", g["d"])) * float(g["lr"]) for g in groups]
+        estimate, groups = self._estimating()
+        entry = estimate.steps_with or estimate.name
+        return [float(group[entry]) * float(group["lr"]) for group in groups]
 
-    def _estimating(self) -> list[dict[str, Any]]:
-        if self._chain.rate is None or "d" not in self._chain.rate.transform.common:
+    def _estimating(self) -> tuple[Estimate, list[dict[str, Any]]]:
+        rate = self._chain.rate
+        if rate is None or rate.transform.estimate is None:
             raise AttributeError(
-                f"{type(self).__name__} has no d: nothing in its chain estimates it, as prodigy_d does"
+                f"{type(self).__name__} has no d: nothing in its chain estimates it, see docs/prodigy.md"
             )
-        return self._singles.pending.closed(self.param_groups)
+        return rate.transform.estimate, self._singles.pending.closed(self.param_groups)
 
     @property
     def chain(self) -> Chain:

@@ -142,7 +142,7 @@ def check_hyper(chain: Chain, index: int, group: Mapping[str, Any], strict: bool
                 parts = value if isinstance(value, list | tuple) else (value,)
                 if any(isinstance(v, float) and math.isnan(v) for v in parts):
                     raise ValueError(f"{key}={value!r}: expected no NaN")
-        for key, first in chain.rate.transform.common.items() if chain.rate else ():
+        for key, first in chain.rate.transform.numbers.items() if chain.rate else ():
             if key in group:
                 _check_common(key, group[key], isinstance(first, int))
     except (TypeError, ValueError, OverflowError) as error:

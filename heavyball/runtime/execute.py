@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heavyball.core.program import Fork, Node
-from heavyball.core.transform import CONTEXT, WHOLE_CONTEXT
+from heavyball.core.program import Fork, Node, RateNode, WholeNode
+from heavyball.core.transform import CONTEXT, WHOLE_CONTEXT, keyword_names
 from heavyball.numerics import SCALAR, compute_dtype, shape_of
 from heavyball.runtime.job import Answer, Call, Frame
 from heavyball.runtime.serve import due
@@ -29,7 +29,7 @@ def execute(nodes: Iterable[Node | Fork], update: Any, frame: Frame) -> Run:
     for node in nodes:
         if isinstance(node, Fork):
             update = yield from _fork(node, update, frame)
-        elif node.transform.whole:
+        elif isinstance(node, WholeNode):
             update = yield from call(node, update, frame)
         else:
             update = yield from _apply(node, update, frame)
@@ -84,10 +84,12 @@ def _apply(node: Node, update: Any, frame: Frame) -> Run:
     if t.over_all is not None:
         known = {**dict(zip(t.states, old, strict=True)), **arguments}
         there = CONTEXT.keys() | frame.job.program.common
-        asked = {n: frame.context(n) if n in there else known[n] for n in t.over_all_context}
-        shares = t.over_all(update, **asked)
-        total = yield node.key, _given(shares, frame) if t.finish else _gated((shares,), gate)
-        if t.finish:
+        names = keyword_names(t.over_all)
+        asked = {n: frame.context(n) if n in there else known[n] for n in names}
+        found = t.over_all(update, **asked)
+        is_rate = isinstance(node, RateNode)
+        total = yield node.key, _given(found, frame) if is_rate else _gated((found,), gate)
+        if isinstance(node, RateNode):
             arguments = _arguments(node, frame)  # the group's numbers are new now
         else:
             arguments["total"] = total
@@ -101,12 +103,12 @@ def _apply(node: Node, update: Any, frame: Frame) -> Run:
         if before is not None:
             kept = after if gate is None else torch.where(gate, after, before)
             frame.new[node.state_key(name)] = kept
-    if t.gives:
+    if isinstance(node, RateNode) and node.transform.gives:
         for place, share in enumerate(_given(provided[len(t.provides) :], frame)):
             frame.new[share_name(node.key, place)] = share
     for name, value in zip(t.provides, provided[: len(t.provides)], strict=True):
         env[name] = _both(gate, value) if name == "gate" else value
-        if name == "unit_change" and gate is not None:
+        if name == frame.job.program.moment_change and gate is not None:
             # what is left out keeps the unit of the step before, as this element's own state does
             env[name] = torch.where(gate, value, 1.0)
         if name in ("gate", "step"):
@@ -151,7 +153,7 @@ def _check_shapes(
 def _in_present_unit(node: Node, name: str, frame: Frame) -> Tensor | None:
     """A state; its unit, the one in which the learning rate is 1, may have changed since last step."""
     declared, tensor = node.transform.states[name], working_state(node, name, frame.job)
-    change = frame.env.get("unit_change")
+    change = frame.env.get(frame.job.program.moment_change)
     if tensor is None or change is None or declared.is_number:
         return tensor
     if declared.holds not in ("moment", "square"):
@@ -163,16 +165,16 @@ def _results(node: Node, result: Any) -> tuple[Any, tuple, tuple]:
     """Split what a transform returned into the update, its new state and what it provides."""
     t = node.transform
     parts = result if isinstance(result, tuple) else (result,)
-    expected = 1 + len(t.states) + len(t.provides) + len(t.gives)
+    expected = 1 + len(t.states) + len(t.results)
     if len(parts) != expected or not isinstance(parts[0], Tensor):
-        names = ", ".join(["update", *t.states, *t.provides, *t.gives])
+        names = ", ".join(["update", *t.states, *t.results])
         got = ", ".join(type(part).__name__ for part in parts)
         raise TypeError(f"{node.key} returned ({got}), expected {expected} values: {names}")
     cut = 1 + len(t.states)
     return parts[0], parts[1:cut], parts[cut:]
 
 
-def call(node: Node, update: Tensor, frame: "Frame") -> Generator[Any, Any, Tensor]:
+def call(node: WholeNode, update: Tensor, frame: "Frame") -> Generator[Any, Any, Tensor]:
     """A whole transform's turn: what it may ask for, and what it has changed."""
     t, env = node.transform, frame.env
     known = {n: frame.context(n) for n in t.context if n not in WHOLE_CONTEXT}
@@ -193,7 +195,7 @@ def call(node: Node, update: Tensor, frame: "Frame") -> Generator[Any, Any, Tens
     return answer.update
 
 
-def _provide(node: Node, name: str, value: Any, frame: "Frame") -> None:
+def _provide(node: WholeNode, name: str, value: Any, frame: "Frame") -> None:
     if name == "gate":
         frame.ended |= value is False
         value = None if isinstance(value, bool) else value

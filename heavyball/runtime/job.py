@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from heavyball.core.hyper import frozen
-from heavyball.core.program import Node, Program
+from heavyball.core.program import Node, Program, WholeNode
 from heavyball.numerics import SCALAR, compute_dtype, version_of
 
 # One state of a transform: a tensor, several, or none for this shape.
@@ -35,7 +35,7 @@ class Call:
     away and asked for again, so that states are written in copies only.
     """
 
-    node: "Node"
+    node: "WholeNode"
     job: "Job"
     update: Tensor | None
     count: int | None
@@ -167,9 +167,8 @@ class Frame:
         key, index = node.hyper[name]
         value = self.job.scalars.get(self.job.group, key, self.job.param.device)
         value = value if index is None else value[index]
-        # it has the unit of the gradient, as moments have
-        scaled = name == "eps" and value is not None and "eps_change" in self.env
-        return value * self.env["eps_change"] if scaled else value
+        change = self.env.get(self.job.program.hyper_change.get(name))
+        return value if value is None or change is None else value * change
 
     def context(self, name: str) -> Any:
         if name in self.job.program.common and name not in self.env:

@@ -70,9 +70,8 @@ class Together:
         # by a group's identity
         self._scalars: dict[int, Scalars] = {}
         self._gated = any(_is_gated(program) for program in chain.programs)
-        common = {} if self.node is None else self.node.transform.common
         # the entries that count the steps of a group
-        self._counters = tuple(n for n, first in common.items() if isinstance(first, int))
+        self._counters = () if self.node is None else self.node.transform.counters
         # by a group's identity and an entry's name: what was put there
         self._put: dict[int, dict[str, _Put]] = {}
         # which entries are still what they begin at
@@ -83,13 +82,13 @@ class Together:
     @property
     def common(self) -> Mapping[str, str | float]:
         """The entries, and what each begins at."""
-        return {} if self.node is None else self.node.transform.common
+        return {} if self.node is None else self.node.transform.numbers
 
     @property
     def _shared(self) -> bool:
         """Whether all groups have one estimate."""
         assert self.node is not None
-        return not self.node.transform.options.get("split_groups", True)
+        return self.node.transform.is_shared
 
     # ---- where they begin
 
@@ -245,15 +244,11 @@ class Together:
         for name, first in self.common.items():
             leader = leaders[first] if isinstance(first, str) else name
             # of several groups, the step makes it
-            several = name in self.node.transform.made_from and len(groups) > 1 and self._mean
+            t = self.node.transform
+            several = name in t.made_from and t.is_mean and len(groups) > 1
             if leader in new and name not in new and not (several and self._has_stepped(groups)):
                 found[name] = new[leader]
         return found
-
-    @property
-    def _mean(self) -> bool:
-        assert self.node is not None
-        return not self._shared and self.node.transform.options.get("split_groups_mean", False)
 
     def _has_stepped(self, groups: list[dict[str, Any]]) -> bool:
         return any(group[name] for group in groups for name in self._counters)
@@ -292,7 +287,6 @@ class Together:
         """The same, given the sums of each group by its identity."""
         assert self.node is not None
         t = self.node.transform
-        assert t.finish is not None
         home = _device_of(next(iter(sums.values()))[0])
         on_host = home.type == "cpu"
         given = _on_host(sums) if on_host else _at(home, sums)
@@ -303,7 +297,7 @@ class Together:
             return
         # on a device only it knows, and nothing waits for it
         unsure = self._gated and not on_host
-        whole = [group for group in groups if set(t.common) <= group.keys()]
+        whole = [group for group in groups if self.common.keys() <= group.keys()]
         for group in whole:
             for name in self._counters if id(group) in given else ():
                 more = given[id(group)][-1] > 0 if unsure else 1

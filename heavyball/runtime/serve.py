@@ -17,7 +17,7 @@ from heavyball.runtime.state import old_states
 from heavyball.runtime.threads import each
 
 if TYPE_CHECKING:
-    from heavyball.core.program import Node
+    from heavyball.core.program import WholeNode
 
 # Batched products of small matrices are 1.9 to 2.6 times faster than one by one, up to about this many
 # elements per matrix; above it stacking only costs copies and memory.
@@ -28,7 +28,7 @@ DEVICE_STACKED = 2**22
 MOST, DEVICE_MOST = 2**22, 2**25
 
 
-def due(node: "Node", count: int) -> bool:
+def due(node: "WholeNode", count: int) -> bool:
     """Whether a node has something to do after the write."""
     t = node.transform
     if t.after is None or t.due is None:
@@ -118,7 +118,7 @@ def _answer(group: list[Call]) -> list[Answer]:
     update = _join([call.update for call in group])
     result = fn(update, *old, **arguments)
     parts = result if isinstance(result, tuple) else (result,)
-    names = ["update", *t.states, *t.provides, *t.opaque]
+    names = ["update", *t.states, *t.results]
     if len(parts) != len(names) or not isinstance(parts[0], Tensor):
         got = ", ".join(type(part).__name__ for part in parts)
         raise TypeError(
@@ -199,7 +199,7 @@ def _context(group: list[Call], name: str) -> Any:
     return _join(values)
 
 
-def _check(node: "Node", name: str, before: Pieces, after: Any) -> None:
+def _check(node: "WholeNode", name: str, before: Pieces, after: Any) -> None:
     old, new = _flat(before), _flat(after)
     if isinstance(before, tuple) != isinstance(after, tuple) or len(old) != len(new):
         raise ValueError(
@@ -218,7 +218,7 @@ def _shown(value: Any) -> str:
     return str(tuple(value.shape)) if isinstance(value, Tensor) else repr(value)
 
 
-def _number(node: "Node", name: str, value: Any, index: int, size: int) -> Any:
+def _number(node: "WholeNode", name: str, value: Any, index: int, size: int) -> Any:
     """One parameter's part of a number for the elements behind."""
     if not isinstance(value, Tensor) or value.ndim == 0:
         return value

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from heavyball.core.program import Node, Program
+from heavyball.core.program import Node, Program, WholeNode
 from heavyball.numerics import SCALAR, compute_dtype, working
 from heavyball.runtime.job import Job, Pieces
 from heavyball.state.declare import Holds, State
@@ -153,7 +153,7 @@ def add_missing_state(
             continue
         tensor = declared.init(working_param(param, state), node.transform.options)
         if tensor is not None:
-            plain = declared.is_number or param.ndim or node.transform.whole
+            plain = declared.is_number or param.ndim or isinstance(node, WholeNode)
             shape = tensor.shape if plain else param.shape
             chosen = program.storage.format_of(key, name, declared, shape, param.shape)
             # a view would hold on to its memory a second time, see `heavyball.compiler.run.watch.Kept`

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from heavyball.core.hyper import Live
-from heavyball.core.transform import transform
+from heavyball.core.transform import DEFAULTS, transform
 from heavyball.numerics import ema
 from heavyball.state.declare import scalar, zeros
 
@@ -25,6 +25,9 @@ def decoupled(
     Source: Loshchilov and Hutter 2017, Algorithm 2, https://arxiv.org/abs/1711.05101.
     """
     return update + weight_decay * (param if decayed is None else decayed)
+
+
+DEFAULTS["decay"] = decoupled
 
 
 @transform()

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from heavyball.core.transform import transform
+from heavyball.core.transform import DEFAULTS, transform
 
 
 @transform(kind="writer")
@@ -14,3 +14,6 @@ def descend(update: Tensor, *, param: Tensor, lr: Tensor, shrink: Tensor | None 
     Units: `lr` times the update's unit is the parameter's.
     """
     return param - lr * update if shrink is None else param - lr * update - shrink
+
+
+DEFAULTS["writer"] = descend

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from heavyball.core.hyper import Live, fraction
 from heavyball.core.transform import transform
+from heavyball.core.whole import whole_transform
 from heavyball.linalg.orthogonalize import Products, newton_schulz, polar_factor
 from heavyball.numerics import lerp
 from heavyball.state.declare import State, zeros
@@ -85,7 +86,7 @@ def orthogonal(
     return result * (wanted / size.clamp(min=torch.finfo(x.dtype).tiny))
 
 
-@transform(whole=True, requires=needs_matrix)
+@whole_transform(requires=needs_matrix)
 def orthogonalize(
     update: Tensor,
     *,
@@ -142,7 +143,7 @@ def muon_momentum(
     return (lerp(update, buffer, momentum) if nesterov else buffer), buffer
 
 
-@transform(whole=True, requires=needs_matrix, lead=muon_momentum)
+@whole_transform(requires=needs_matrix, lead=muon_momentum)
 def muon(
     update: Tensor,
     *,
@@ -173,8 +174,7 @@ def _row_means(param: Tensor, options: Mapping[str, Any]) -> Tensor:
     return torch.zeros(shape, dtype=param.dtype, device=param.device)
 
 
-@transform(
-    whole=True,
+@whole_transform(
     requires=needs_matrix,
     lead=muon_momentum,
     row_square=State(_row_means, "a number per row", holds="square"),

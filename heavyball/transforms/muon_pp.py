@@ -5,6 +5,7 @@ from torch import Tensor
 
 from heavyball.core.hyper import Live
 from heavyball.core.transform import transform
+from heavyball.core.whole import whole_transform
 from heavyball.numerics import lerp, rms, second_weight
 from heavyball.state.declare import scalar
 from heavyball.transforms.muon import as_matrices, needs_matrix, orthogonal
@@ -13,7 +14,7 @@ from heavyball.transforms.muon import as_matrices, needs_matrix, orthogonal
 LARGEST = 2.0**56
 
 
-@transform(whole=True, requires=needs_matrix)
+@whole_transform(requires=needs_matrix)
 def adaptive_orthogonalize(update: Tensor, *, steps: int = 6, eps: Live = 1e-7) -> Tensor:
     """Orthogonalize a matrix, and shrink the result where the matrix itself is small.
 

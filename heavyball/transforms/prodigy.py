@@ -1,13 +1,14 @@
 """Prodigy: how far the solution is, estimated while training, in place of a learning rate."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from heavyball.core.hyper import Interval, Live, positive
-from heavyball.core.rate import Member
+from heavyball.core.rate import Estimate, Member, rate
 from heavyball.core.transform import transform
 from heavyball.numerics import SCALAR, dot, every
 from heavyball.state.declare import State, scalar
@@ -135,6 +136,42 @@ def where_any(count: Tensor, new: Mapping[str, Tensor], v: Mapping[str, Any]) ->
     return {name: value.where(count > 0, v[name]) for name, value in new.items()}
 
 
+# ---- what is said of d
+
+# A freeze before d can have been found: the rate is meant to be what it begins at.
+EARLY = 10
+
+
+def _unlike(name: str, one: Any, other: Any, hyper: Mapping[str, Any]) -> str | None:
+    """What to say of groups that have one d and differ in a hyper-parameter."""
+    if name != "betas":
+        return None
+    if one[1] == other[1] or "beta3" in hyper:
+        return ""
+    decay = f"the estimate of their one d decays with the square root of {other[1]!r} for both"
+    return f"{decay}; give a beta3"
+
+
+def _stands(group: Mapping[str, Any], options: Mapping[str, Any]) -> bool:
+    freeze = options.get("prodigy_steps", 0)
+    return bool(freeze and group["d_steps"] >= freeze) or group.get("growth_rate") == 1
+
+
+DISTANCE = Estimate(
+    name="d",
+    start="d0",
+    split="split_groups",
+    unlike=_unlike,
+    stands=_stands,
+    early=lambda options: 0 < options.get("prodigy_steps", 0) <= EARLY,
+    tuned_by="d_coef",
+    try_instead="a larger d0 (1e-5, 1e-4), d_coef=2, larger batches, no warm-up, or without "
+    "use_bias_correction; see docs/prodigy.md",
+)
+# of groups that may step with one d while each has its own
+DISTANCES = replace(DISTANCE, steps_with="d_step", mean="split_groups_mean")
+
+
 # ---- the authors' Prodigy
 
 
@@ -203,8 +240,7 @@ def _estimate(members: Sequence[Member], options: Mapping[str, Any]) -> list[dic
     return new
 
 
-@transform(
-    kind="rate",
+@rate(
     p0=FIRST,
     s=SUMS,
     unit=UNIT,
@@ -215,7 +251,7 @@ def _estimate(members: Sequence[Member], options: Mapping[str, Any]) -> list[dic
         "growth_rate": Interval(1, float("inf"), high_open=False),
         "slice_p": COUNT,
     },
-    common={
+    numbers={
         "d": "d0",
         "d_before": "d0",
         "d_max": "d0",
@@ -224,8 +260,11 @@ def _estimate(members: Sequence[Member], options: Mapping[str, Any]) -> list[dic
         "d_steps": 0,
     },
     past={"d_before": "d"},
-    over_all=_shares,
+    from_sums=_shares,
     finish=_estimate,
+    moment_change="unit_change",
+    hyper_change={"eps": "eps_change"},
+    estimate=DISTANCE,
 )
 def prodigy_d(
     update: Tensor,
@@ -381,8 +420,7 @@ def _estimate_plus(members: Sequence[Member], options: Mapping[str, Any]) -> lis
     return stepping_d(new, members, options, "d_norm")
 
 
-@transform(
-    kind="rate",
+@rate(
     p0=FIRST.gone_at("prodigy_steps", "d_steps"),
     s=NARROW_SUMS.gone_at("prodigy_steps", "d_steps"),
     unit=UNIT,
@@ -393,10 +431,12 @@ def _estimate_plus(members: Sequence[Member], options: Mapping[str, Any]) -> lis
         "slice_p": COUNT,
         "prodigy_steps": Interval(0, float("inf")),
     },
-    common={"d": "d0", "d_numerator": 0.0, **COVERED, **STEPPING, "d_steps": 0},
+    numbers={"d": "d0", "d_numerator": 0.0, **COVERED, **STEPPING, "d_steps": 0},
     made_from={"d_step": "d"},
     gives=SHARES,
     finish=_estimate_plus,
+    moment_change="unit_change",
+    estimate=DISTANCES,
 )
 def prodigy_plus_d(
     update: Tensor,

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from heavyball.core.hyper import Interval, Live, positive
-from heavyball.core.rate import Member
-from heavyball.core.transform import transform
+from heavyball.core.rate import Member, rate
 from heavyball.numerics import SCALAR, dot, every
 from heavyball.state.declare import scalar
 from heavyball.transforms.prodigy import (
     COUNT,
     COVERED,
+    DISTANCES,
     FIRST,
     MOST,
     SHARES,
@@ -63,8 +63,7 @@ def _estimate(members: Sequence[Member], options: Mapping[str, Any]) -> list[dic
     return stepping_d(new, members, options, "d_numerator")
 
 
-@transform(
-    kind="rate",
+@rate(
     p0=FIRST.gone_at("prodigy_steps", "d_steps"),
     along=scalar(0.0),
     l1=scalar(LEAST),
@@ -77,7 +76,7 @@ def _estimate(members: Sequence[Member], options: Mapping[str, Any]) -> list[dic
         "slice_p": COUNT,
         "prodigy_steps": Interval(0, float("inf")),
     },
-    common={
+    numbers={
         "d": "d0",
         "d_numerator": 0.0,
         "d_largest_numerator": 0.0,
@@ -88,6 +87,8 @@ def _estimate(members: Sequence[Member], options: Mapping[str, Any]) -> list[dic
     made_from={"d_step": "d"},
     gives=SHARES,
     finish=_estimate,
+    moment_change="unit_change",
+    estimate=DISTANCES,
 )
 def prodigy_progress_d(
     update: Tensor,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from heavyball.core.hyper import Live, positive
-from heavyball.core.transform import transform
+from heavyball.core.whole import whole_transform
 from heavyball.linalg import kron, triangles
 from heavyball.linalg.decisions import Decision, checked_probability, occasions
 from heavyball.linalg.device_memory import warn_if_large
@@ -135,8 +135,7 @@ def _closed(factors: Sequence[Tensor], axes: Sequence[bool], line: bool) -> list
     ]
 
 
-@transform(
-    whole=True,
+@whole_transform(
     requires=_problem,
     domains={"precond_lr": positive, "precond_init_scale": positive},
     factors=State(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from heavyball.core.hyper import Live, positive
-from heavyball.core.transform import transform
+from heavyball.core.whole import whole_transform
 from heavyball.linalg.decisions import Decision, checked_probability, occasions
 from heavyball.linalg.device_memory import warn_if_large
 from heavyball.linalg.kron import usable
@@ -126,8 +126,7 @@ def fitted(
     return left, right, new_diagonal, kept
 
 
-@transform(
-    whole=True,
+@whole_transform(
     requires=_problem,
     domains={"precond_lr": positive, "precond_init_scale": positive},
     left=State(_thin, "U, drawn at the first step"),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from heavyball.core.hyper import Live, positive
-from heavyball.core.transform import transform
+from heavyball.core.whole import whole_transform
 from heavyball.linalg import kron
 from heavyball.linalg.decisions import Decision, checked_probability, occasions
 from heavyball.linalg.device_memory import warn_if_large
@@ -115,8 +115,7 @@ def _times_p(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
     return kron.precondition_with(x, squares)
 
 
-@transform(
-    whole=True,
+@whole_transform(
     requires=_problem,
     domains={"precond_lr": positive, "precond_init_scale": positive},
     factors=State(_first_factors, "Q_i, square or diagonal, at first the identity", several=True),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from heavyball.core.hyper import Live, closed_fraction, nonnegative
-from heavyball.core.transform import transform
+from heavyball.core.whole import whole_transform
 from heavyball.linalg.device_memory import warn_if_large
 from heavyball.linalg.kron import gram
 from heavyball.linalg.roots import inverse_root
@@ -58,8 +58,7 @@ def _problem(shape: torch.Size, options: Mapping[str, Any]) -> str | None:
     return None
 
 
-@transform(
-    whole=True,
+@whole_transform(
     host=("beta2", "eps"),
     requires=_problem,
     domains={"beta2": closed_fraction, "eps": nonnegative},

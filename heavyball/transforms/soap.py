@@ -9,7 +9,7 @@ from torch import Tensor
 from heavyball import utils
 from heavyball.core.combine import Within, as_chain
 from heavyball.core.hyper import Live, fraction, positive
-from heavyball.core.transform import transform
+from heavyball.core.whole import whole_transform
 from heavyball.linalg import basis as pieces_of
 from heavyball.linalg.basis import (
     MergeDims,
@@ -92,8 +92,7 @@ def _refresh(
     return gram, _turned(new), moments[0], moments[1]
 
 
-@transform(
-    whole=True,
+@whole_transform(
     gram=State(pieces_of.zero_pieces, "a zero matrix per rotated axis of each block", several=True),
     basis=State(
         pieces_of.identity_pieces,
@@ -185,7 +184,7 @@ def _finite(update: Tensor) -> Tensor:
     return torch.where(torch.isfinite(largest), update, 0.0)
 
 
-@transform(whole=True)
+@whole_transform
 def from_eigenbasis(
     update: Tensor, *, bases: Any, working: Any, normalize_grads: bool = False
 ) -> Tensor:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from heavyball.compiler.frontend.ops import OPERATIONS, RECORDED, NotPrintableError
 from heavyball.compiler.passes.axes import Runs, along, first_axes, is_along
 from heavyball.core.hyper import is_sequence
-from heavyball.core.program import Node, Program
+from heavyball.core.program import Node, Program, WholeNode
 from heavyball.numerics import measures
 from heavyball.runtime.execute import share_name
 from heavyball.runtime.job import Answer, Call, Job, has_narrow
@@ -606,7 +606,7 @@ def whole_keys(program: Program, state: Iterable[str]) -> set[str]:
     """The keys of the states that only whole transforms see."""
     found: set[str] = set()
     for node, name, declared in program.states:
-        if node.transform.whole:
+        if isinstance(node, WholeNode):
             key = node.state_key(name)
             found |= {
                 k for k in state if k == key or (declared.several and k.startswith(f"{key}."))

@@ -52,7 +52,7 @@ class _Kernel:
         self.names: dict[str, str | None] = {}
         rate = program.rate
         if rate is not None and rate.transform.over_all and rate.key not in self.totals:
-            self.names = {**dict.fromkeys(rate.transform.common), **rate.transform.past}
+            self.names = {**dict.fromkeys(rate.transform.numbers), **rate.transform.past}
         self.before: dict[int, str] = {}
 
     def find(self, step: Graph, index: int) -> Ref | None:

@@ -26,7 +26,7 @@ from heavyball.compiler.frontend.graph import (
     trace,
 )
 from heavyball.compiler.passes.stages import REDUCTIONS
-from heavyball.core.program import Fork, Program, flatten
+from heavyball.core.program import Fork, Program, WholeNode, flatten
 from heavyball.runtime.execute import SHARE
 from heavyball.runtime.step import compute_dtype
 
@@ -93,7 +93,7 @@ def _check_branches(program: Program) -> None:
         if not isinstance(fork, Fork):
             continue
         for node in flatten((fork,)):
-            if node.transform.whole and "gate" in node.transform.provides:
+            if isinstance(node, WholeNode) and "gate" in node.transform.provides:
                 name = fork.merge.key
                 raise NotPrintableError(f"{node.key} may end the step in one branch of {name}")
 

@@ -21,6 +21,7 @@ from heavyball.compiler.passes.segments import Segments, Told, cut
 from heavyball.compiler.run.table import Kernel, Table, build, place_of, printer_type
 from heavyball.compiler.triton import device as cuda
 from heavyball.compiler.triton.printer import TritonPrinter
+from heavyball.core.program import WholeNode
 from heavyball.linalg.scratch import reused
 from heavyball.runtime.execute import SHARE, rotating
 from heavyball.runtime.job import Answer, Call, Job
@@ -410,7 +411,7 @@ def _alike(one: Tensor, other: Tensor) -> bool:
 
 
 def _has_after(entry: Entry) -> bool:
-    return any(node.transform.after is not None for node in entry.job.program.flat)
+    return any(isinstance(n, WholeNode) and n.transform.after for n in entry.job.program.flat)
 
 
 def arrange(entries: list[Entry], foreach: bool | None) -> Waves:

@@ -1,0 +1,95 @@
+"""A transform of whole tensors: linear algebra in plain torch, on a batch of parameters."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from heavyball.core.hyper import Interval
+from heavyball.core.transform import Rules, Transform, checked, keyword_names, signed
+from heavyball.state.declare import State
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Whole(Transform):
+    """A transform whose function gets the update and states of B parameters of one shape."""
+
+    opaque: tuple[str, ...] = ()
+    host: tuple[str, ...] = ()
+    after: Callable[..., Any] | None = None
+    due: Callable[..., bool] | None = None
+    lead: Transform | None = None
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        """What the function returns behind the update and the states."""
+        return (*self.provides, *self.opaque)
+
+    @property
+    def all_states(self) -> dict[str, State]:
+        """Its states and those of the transform that runs right before it."""
+        return {**(self.lead.states if self.lead else {}), **self.states}
+
+    def asks_for(self, name: str) -> bool:
+        """Whether the function or what it does after the write has an argument of this name."""
+        return name in self.context or name in keyword_names(self.after)
+
+
+def whole_transform(
+    fn: Callable[..., Any] | None = None,
+    /,
+    *,
+    provides: tuple[str, ...] = (),
+    opaque: tuple[str, ...] = (),
+    host: tuple[str, ...] = (),
+    after: Callable[..., Any] | None = None,
+    due: Callable[..., bool] | None = None,
+    lead: Transform | None = None,
+    domains: Mapping[str, Interval] | None = None,
+    excludes: Mapping[str, str] | None = None,
+    before_state: str = "",
+    requires: Callable[[torch.Size, Mapping[str, Any]], str | None] | None = None,
+    **states: State,
+) -> Any:
+    """Declare a transform of whole tensors: `@whole_transform(gram=State(...))` above a function.
+
+    The function gets the update and the states of B parameters of one shape, stacked to (B, *shape),
+    and returns them so. It is plain torch, may decide on the host by `count`, and is not run while a
+    `gate` before it is false. Its arguments are those of a `transform`, and `count`, `places`, `noise`
+    and `chance` besides.
+
+    provides: names of numbers for the elements behind it: one Python number or B values; a `gate` that
+        is the Python value False ends the step of these parameters.
+    opaque: names of results after those of `provides`, handed to whole transforms behind it as they
+        are: tensors that begin with B, tuples of such, or Python values.
+    host: hyper-parameters that arrive as Python numbers.
+    after: `fn(*states, *, vectors, squares, ...)`, run after the write with the new states; returns
+        (*states, vectors, squares). `vectors` and `squares` are the rotating states of the elements
+        that `within` puts inside this one. Other keywords are options, hyper-parameters, `count`,
+        `step`, `noise`, `chance`.
+    due: `fn(count, **options)`, whether `after` has anything to do at this count.
+    lead: an ordinary transform that runs right before this one and is configured as part of it, so that
+        its elementwise part is compiled with the elements around.
+    domains, excludes, before_state, requires: as in `transform`.
+
+    Errors: TypeError if the signature and the declared state differ.
+    """
+    known = {**(lead.rules.domains if lead else {}), **(domains or {})}
+    rules = Rules(known, dict(excludes or {}), before_state, False, requires)
+
+    def declare(fn: Callable[..., Any]) -> Whole:
+        made = Whole(
+            *signed(fn, states, lead),
+            provides,
+            "transform",
+            rules,
+            opaque=opaque,
+            host=host,
+            after=after,
+            due=due,
+            lead=lead,
+        )
+        return checked(made)
+
+    return declare if fn is None else declare(fn)
