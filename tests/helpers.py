@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import heavyball
 from heavyball import chainable as C
 from heavyball import utils
-from heavyball.core.transform import Transform
+from heavyball.core.transform import CONTEXT, WHOLE_CONTEXT, Transform
 
 # where the parameters of the suites are; `make test-cuda` says "cuda"
 DEVICE = torch.device(os.environ.get("HEAVYBALL_TEST_DEVICE", "cpu"))
@@ -535,6 +535,47 @@ def of_one(grads: Sequence[Tensor]) -> list[list[Tensor]]:
 def chain(*transforms: object, lr: float = 0.1, **options: object) -> Make:
     """How to make our optimizer, for `walk`."""
     return lambda params: C.ChainOpt(params, lr, *transforms, **options)
+
+
+def chain_of(t: Transform) -> tuple[object, ...]:
+    """A chain in which a transform of the library does something."""
+    if isinstance(t, C.Rate):
+        return (t, C.scale_by_adam)
+    missing = [n for n in t.context if n not in {*CONTEXT, *WHOLE_CONTEXT, "total"}]
+    before = [
+        other
+        for other in C.TRANSFORMS.values()
+        if set(missing) & {*other.provides, *getattr(other, "opaque", ())}
+    ]
+    if missing and isinstance(before[0], C.Whole):
+        return (C.within(before[0], C.exp_avg, leave=t),)
+    if t.kind == "decay":
+        return (C.exp_avg, *before[:1], t(weight_decay=0.1) if "weight_decay" in t.hyper else t)
+    if t.kind in ("writer", "observer"):
+        return (C.exp_avg, *before[:1], t)
+    asking = [
+        other
+        for other in C.TRANSFORMS.values()
+        if t.rules.modifier and set(t.provides) & set(other.context + other.optional)
+    ]
+    element = anywhere(t) if t.rules.requires else t
+    return (*before[:1], element, *asking[:1], *([] if t.states or asking else [C.exp_avg]))
+
+
+# By the name of a mistake: the transform, how it is made wrong, and the tests that must notice. Tests of
+# transforms plant theirs with `mutant`.
+Wrong = Callable[..., Any]
+MUTANTS: dict[str, tuple[str, Callable[[Wrong], Wrong], tuple[Callable[[], object], ...]]] = {}
+
+
+def mutant(name: str, *tests: Callable[[], object]) -> Callable:
+    """Register a wrong version of a transform: a function of the right one, and who must notice."""
+
+    def register(make: Callable[[Wrong], Wrong]) -> Callable:
+        MUTANTS[make.__name__] = name, make, tests
+        return make
+
+    return register
 
 
 def anywhere(element: Transform) -> object:

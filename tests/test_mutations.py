@@ -5,13 +5,16 @@ as they are.
 """
 
 import dataclasses
+import importlib
 import inspect
+import pkgutil
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from helpers import eager  # noqa: F401
+import transforms
+from helpers import MUTANTS, Wrong, eager, mutant  # noqa: F401
 from transforms import (
     test_accumulate,
     test_adam,
@@ -58,18 +61,9 @@ from heavyball.linalg import basis as basis_module
 from heavyball.linalg.modes import rotate
 from heavyball.transforms import soap as soap_module
 
-Wrong = Callable[..., Any]
-MUTANTS: dict[str, tuple[str, Callable[[Wrong], Wrong], tuple[Callable[[], object], ...]]] = {}
-
-
-def mutant(name: str, *tests: Callable[[], object]) -> Callable:
-    """Register a wrong version of a transform: a function of the right one, and who must notice."""
-
-    def register(make: Callable[[Wrong], Wrong]) -> Callable:
-        MUTANTS[make.__name__] = name, make, tests
-        return make
-
-    return register
+# Tests of transforms may plant mistakes of their own.
+for _module in pkgutil.iter_modules(transforms.__path__):
+    importlib.import_module(f"transforms.{_module.name}")
 
 
 def adam_tests() -> tuple[Callable[[], object], ...]:

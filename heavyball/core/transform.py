@@ -9,7 +9,7 @@ import inspect
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -99,6 +99,9 @@ class Transform:
     over_all: Callable[..., Any] | None = None
     evaluate: Callable[..., Tensor] | None = None
     given: frozenset[str] = field(default_factory=frozenset)
+
+    # whether the function gets whole tensors, see `heavyball.core.whole`
+    whole: ClassVar[bool] = False
 
     @property
     def defaults(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -20,6 +20,8 @@ class Whole(Transform):
     after: Callable[..., Any] | None = None
     due: Callable[..., bool] | None = None
     lead: Transform | None = None
+
+    whole: ClassVar[bool] = True
 
     @property
     def results(self) -> tuple[str, ...]:
