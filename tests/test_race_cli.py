@@ -255,7 +255,7 @@ def test_every_transform_can_be_shown(name):
         "from_eigenbasis": "to_eigenbasis | from_eigenbasis",
     }
     text = company.get(name, name)
-    if C.TRANSFORMS[name].requires is not None:
+    if C.TRANSFORMS[name].rules.requires is not None:
         text = f"route(when({name}, min_ndim=2), otherwise=sign)"
     result = heavyball_command("show", text)
     if name in alone_impossible and result.exit_code == 2:
