@@ -6,7 +6,9 @@ from typing import Any, Literal, Self
 from heavyball.core.hyper import Shared
 from heavyball.core.combine import graft, parallel, route, when, within
 from heavyball.core.hyper import Interval, Live, shared
+from heavyball.core.rate import Member, Rate, rate
 from heavyball.core.transform import Transform, transform
+from heavyball.core.whole import Whole, whole_transform
 from heavyball.errors import no_attribute
 from heavyball.optim.optimizer import ChainOpt
 from heavyball.state.declare import State, copy_of_param, scalar, squares, zeros
@@ -833,11 +835,15 @@ __all__ = [
     "ChainOpt",
     "Interval",
     "Live",
+    "Member",
+    "Rate",
     "State",
     "Transform",
+    "Whole",
     "copy_of_param",
     "graft",
     "parallel",
+    "rate",
     "route",
     "scalar",
     "shared",
@@ -845,6 +851,7 @@ __all__ = [
     "squares",
     "transform",
     "when",
+    "whole_transform",
     "within",
     "zeros",
     "a_law",
