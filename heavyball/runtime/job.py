@@ -167,7 +167,7 @@ class Frame:
         key, index = node.hyper[name]
         value = self.job.scalars.get(self.job.group, key, self.job.param.device)
         value = value if index is None else value[index]
-        change = self.env.get(self.job.program.hyper_change.get(name))
+        change = self.env.get(self.job.program.hyper_change.get(name, ""))
         return value if value is None or change is None else value * change
 
     def context(self, name: str) -> Any:

@@ -309,7 +309,7 @@ class Together:
             for name, value in (kept | values).items():
                 if unsure and isinstance(value, Tensor):
                     mine = everyone if self._shared else given.get(id(group), (everyone,))[-1]
-                    value = torch.where(mine > 0, value.to(home), member.values[name])  # type: ignore[operator]
+                    value = torch.where(mine > 0, value.to(home), member.values[name])  # type: ignore[operator, arg-type]
                 if not _same(value, member.values[name]):
                     self._write(group, name, value)
 
@@ -335,7 +335,7 @@ class Together:
         put = self._put.get(id(group), {}).get(name)
         if put is not None and put.value is not None and put.stands(group[name]):
             return Number(put.value)
-        return Number(float(group[name]))
+        return Number(group[name].reshape(1).tolist()[0])
 
 
 def _device_of(share: Tensor | float) -> torch.device:
@@ -405,11 +405,11 @@ class Pending:
 
     def renew(self, groups: list[dict[str, Any]], sums: Sums) -> None:
         """The same, given it by its group."""
-        sums = {place: tuple(map(_as_tensor, shares)) for place, shares in sums.items()}
+        given = {place: tuple(map(_as_tensor, shares)) for place, shares in sums.items()}
         if self._place is None:
-            self._rest = sums
+            self._rest = given
         else:
-            (shares,) = sums.values()
+            (shares,) = given.values()
             self._place.group.setdefault(WAITING, {})[self._place.position] = shares
 
     def waits(self, groups: list[dict[str, Any]]) -> bool:

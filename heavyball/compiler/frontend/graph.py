@@ -52,7 +52,7 @@ class Question:
     the parameter's own count, which the host knows.
     """
 
-    node: Node
+    node: WholeNode
     update: int
     context: "dict[str, int | Opaque | None]"
     step: int
