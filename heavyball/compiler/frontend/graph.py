@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from heavyball.compiler.frontend.ops import OPERATIONS, RECORDED, NotPrintableError
 from heavyball.compiler.passes.axes import Runs, along, first_axes, is_along
 from heavyball.core.hyper import is_sequence
-from heavyball.core.program import Node, Program, WholeNode
+from heavyball.core.program import Program, WholeNode
 from heavyball.numerics import measures
 from heavyball.runtime.execute import share_name
 from heavyball.runtime.job import Answer, Call, Job, has_narrow
