@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import heavyball
+from heavyball.core.hyper import Fixed
 
 C = heavyball.chainable
 
@@ -61,6 +62,8 @@ def _type(annotation: Any, default: Any) -> str:
         return " | ".join(_type(part, default) for part in typing.get_args(annotation))
     if annotation is types.NoneType:
         return "None"
+    if annotation is Fixed:
+        return "float"
     if "Callable" in str(annotation):
         return "Callable[..., Any]"
     return annotation.__name__ if annotation in (bool, int, float, str) else "Any"

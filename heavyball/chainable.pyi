@@ -37,6 +37,19 @@ class _Accumulate(Transform):
 
 accumulate: _Accumulate
 
+class _Adagc(Transform):
+    """Bound the norm of a tensor by a multiple of its mean."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        relative: float | Shared = 1.05,
+        beta: float | Shared = 0.98,
+        absolute: float | Shared = 1.0,
+        warmup: int = 100,
+    ) -> Self: ...
+
+adagc: _Adagc
+
 class _Adamc(Transform):
     """Decay for weights that a normalization layer follows, corrected for the schedule."""
 
@@ -71,6 +84,27 @@ class _AdaptiveOrthogonalize(Transform):
 
 adaptive_orthogonalize: _AdaptiveOrthogonalize
 
+class _AddNoise(Transform):
+    """Add noise whose variance falls as a power of the step."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        eta: float | Shared = 0.01,
+        gamma: float | Shared = 0.55,
+    ) -> Self: ...
+
+add_noise: _AddNoise
+
+class _AnchorDecay(Transform):
+    """Pull the weights to where they began, as suits fine-tuning."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        weight_decay: float | Shared = 0.0,
+    ) -> Self: ...
+
+anchor_decay: _AnchorDecay
+
 class _Apply(Transform):
     """Put a function of the update into a chain."""
 
@@ -80,6 +114,17 @@ class _Apply(Transform):
     ) -> Self: ...
 
 apply: _Apply
+
+class _AsgdRate(Transform):
+    """Let the learning rate of everything behind fall as a power of the step."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        lambd: float | Shared = 0.0001,
+        alpha: float | Shared = 0.75,
+    ) -> Self: ...
+
+asgd_rate: _AsgdRate
 
 class _Cautious(Transform):
     """Drop the entries of the update whose sign is not the gradient's."""
@@ -115,6 +160,7 @@ class _ClipByGlobalNorm(Transform):
     def __call__(  # type: ignore[override]
         self,
         max_norm: float | Shared = 1.0,
+        eps: float = 1e-06,
     ) -> Self: ...
 
 clip_by_global_norm: _ClipByGlobalNorm
@@ -138,6 +184,18 @@ class _ClipByRms(Transform):
     ) -> Self: ...
 
 clip_by_rms: _ClipByRms
+
+class _ClipSpikes(Transform):
+    """Bound every entry by the root of `theta` times its mean square so far."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        theta: float | Shared = 5000.0,
+        beta2: float | Shared = 0.999,
+        start: int = 0,
+    ) -> Self: ...
+
+clip_spikes: _ClipSpikes
 
 class _ClipUpdateRms(Transform):
     """Scale an update down to the root mean square `threshold`."""
@@ -207,6 +265,8 @@ class _ExpAvg(Transform):
     def __call__(  # type: ignore[override]
         self,
         beta: float | Shared = 0.9,
+        correct_bias: bool = True,
+        lr_in_momentum: bool = False,
     ) -> Self: ...
 
 exp_avg: _ExpAvg
@@ -222,6 +282,8 @@ class _FactoredRms(Transform):
         min_dim: int = 32,
         min_dim_mode: Literal['second', 'any'] = 'second',
         correct_bias: bool = True,
+        axes: Literal['largest', 'last'] = 'largest',
+        eps_placement: Literal['outside', 'maximum'] = 'outside',
     ) -> Self: ...
 
 factored_rms: _FactoredRms
@@ -255,6 +317,18 @@ class _Grams(Transform):
 
 grams: _Grams
 
+class _Grokfast(Transform):
+    """Add a slow mean of the gradient to it."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        alpha: float | Shared = 0.98,
+        lamb: float | Shared = 2.0,
+        start: Literal['first', 'unbiased'] = 'first',
+    ) -> Self: ...
+
+grokfast: _Grokfast
+
 class _HeavyballMomentum(Transform):
     """Polyak's heavy ball."""
 
@@ -262,6 +336,7 @@ class _HeavyballMomentum(Transform):
         self,
         momentum: float | Shared = 0.9,
         dampening: float | Shared = 0.0,
+        lr_in_momentum: bool = False,
     ) -> Self: ...
 
 heavyball_momentum: _HeavyballMomentum
@@ -284,6 +359,30 @@ class _Independent(Transform):
 
 independent: _Independent
 
+class _InverseTime(Transform):
+    """Divide the learning rate of everything behind by a number that grows with the steps."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        decay: float | Shared = 0.0,
+    ) -> Self: ...
+
+inverse_time: _InverseTime
+
+class _KourkoutasBeta2(Transform):
+    """Choose the beta2 of every second moment behind by the size of a tensor's gradient."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        beta2_min: float | Shared = 0.88,
+        beta2_max: float | Shared = 0.999,
+        alpha: float | Shared = 0.93,
+        tiny: float | Shared = 1e-09,
+        warmup: int = 350,
+    ) -> Self: ...
+
+kourkoutas_beta2: _KourkoutasBeta2
+
 class _L1Decay(Transform):
     """Decay by the same amount for every weight, which drives weights to zero."""
 
@@ -300,6 +399,30 @@ class _L2Normalize(Transform):
     def __call__(self) -> Self: ...  # type: ignore[override]
 
 l2_normalize: _L2Normalize
+
+class _LarsRatio(Transform):
+    """Give the gradient of every tensor a share of the norm of its weights, decay included."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        trust: float | Shared = 0.001,
+        weight_decay: float | Shared = 0.0,
+        eps: float | Shared = 1e-08,
+        clip: bool = False,
+    ) -> Self: ...
+
+lars_ratio: _LarsRatio
+
+class _Lookahead(Transform):
+    """Go a part of the way of every k steps, and start again from there."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        k: int = 5,
+        alpha: float | Shared = 0.5,
+    ) -> Self: ...
+
+lookahead: _Lookahead
 
 class _Mars(Transform):
     """Reduce the variance of the gradient that follows."""
@@ -395,6 +518,18 @@ class _Orthograd(Transform):
 
 orthograd: _Orthograd
 
+class _OuterNesterov(Transform):
+    """Take the way of every k steps for a gradient, and step along it with Nesterov momentum."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        k: int = 30,
+        outer_lr: float | Shared = 0.7,
+        outer_momentum: float | Shared = 0.5,
+    ) -> Self: ...
+
+outer_nesterov: _OuterNesterov
+
 class _PalmBeta2(Transform):
     """Let the memory of every second moment behind this element grow with time."""
 
@@ -425,6 +560,18 @@ class _ParameterEma(Transform):
     ) -> Self: ...
 
 parameter_ema: _ParameterEma
+
+class _PrimalAverage(Transform):
+    """Step from z, average the steps in x with a constant weight, and take gradients between, at y."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        mu_y: float | Shared = 0.7,
+        mu_x: float | Shared = 0.9967,
+        decay_at: Literal['y', 'z'] = 'y',
+    ) -> Self: ...
+
+primal_average: _PrimalAverage
 
 class _ProdigyD(Transform):
     """Multiply the learning rate by the distance to the solution, estimated as in Prodigy."""
@@ -484,6 +631,16 @@ class _ProdigyProgressD(Transform):
     ) -> Self: ...
 
 prodigy_progress_d: _ProdigyProgressD
+
+class _ProximalDecay(Transform):
+    """Shrink the weights of after the step."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        weight_decay: float | Shared = 0.0,
+    ) -> Self: ...
+
+proximal_decay: _ProximalDecay
 
 class _PsgdKron(Transform):
     """Multiply by P = Q^T Q, where Q = Q_1 x ... x Q_n is fitted to make the gradient white."""
@@ -557,12 +714,75 @@ class _Regularized(Transform):
 
 regularized: _Regularized
 
+class _RelativeStep(Transform):
+    """Take the inverse root of the step for the learning rate of everything behind."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        warmup_init: bool = False,
+    ) -> Self: ...
+
+relative_step: _RelativeStep
+
+class _ResetMoments(Transform):
+    """Count the steps of everything behind from 1 again, so that its unbiased means forget."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        every: int = 500,
+    ) -> Self: ...
+
+reset_moments: _ResetMoments
+
 class _RmsNormalize(Transform):
     """Give a tensor the root mean square 1."""
 
     def __call__(self) -> Self: ...  # type: ignore[override]
 
 rms_normalize: _RmsNormalize
+
+class _RunningAverage(Transform):
+    """Average the parameters behind every step with equal weights, to evaluate with."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        start: float = 0.0,
+    ) -> Self: ...
+
+running_average: _RunningAverage
+
+class _ScaleByAdabelief(Transform):
+    """Scale every element by the size of what its gradient was not expected to be."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        betas: tuple[float, ...] | Shared = (0.9, 0.999),
+        eps: float | Shared = 1e-16,
+    ) -> Self: ...
+
+scale_by_adabelief: _ScaleByAdabelief
+
+class _ScaleByAdadelta(Transform):
+    """Give the update the root mean square that updates have had so far."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        rho: float | Shared = 0.9,
+        eps: float | Shared = 1e-06,
+    ) -> Self: ...
+
+scale_by_adadelta: _ScaleByAdadelta
+
+class _ScaleByAdagrad(Transform):
+    """Scale every element by the sum of its squares."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        eps: float | Shared = 1e-10,
+        initial_accumulator_value: float = 0.0,
+    ) -> Self: ...
+
+scale_by_adagrad: _ScaleByAdagrad
 
 class _ScaleByAdam(Transform):
     """Scale every element by its own gradient size."""
@@ -574,6 +794,7 @@ class _ScaleByAdam(Transform):
         eps_placement: Literal['outside', 'maximum', 'inside', 'biased'] = 'outside',
         amsgrad: bool = False,
         correct_bias: bool = True,
+        square: Literal['element', 'row', 'tensor'] | int = 'element',
     ) -> Self: ...
 
 scale_by_adam: _ScaleByAdam
@@ -589,6 +810,39 @@ class _ScaleByAdamAtan2(Transform):
     ) -> Self: ...
 
 scale_by_adam_atan2: _ScaleByAdamAtan2
+
+class _ScaleByAdamax(Transform):
+    """Scale every element by the largest gradient that it has had lately."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        betas: tuple[float, ...] | Shared = (0.9, 0.999),
+        eps: float | Shared = 1e-08,
+    ) -> Self: ...
+
+scale_by_adamax: _ScaleByAdamax
+
+class _ScaleByAdams(Transform):
+    """Adam with one state: the old momentum stands for the gradients before."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        betas: tuple[float, ...] | Shared = (0.9, 0.95),
+        eps: float | Shared = 1e-08,
+    ) -> Self: ...
+
+scale_by_adams: _ScaleByAdams
+
+class _ScaleByAdan(Transform):
+    """A mean of gradients, a mean of their differences, and the root mean square of both."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        betas: tuple[float, ...] | Shared = (0.98, 0.92, 0.99),
+        eps: float | Shared = 1e-08,
+    ) -> Self: ...
+
+scale_by_adan: _ScaleByAdan
 
 class _ScaleByAdemamix(Transform):
     """A fast and a slow mean of the gradient over its root mean square."""
@@ -616,6 +870,19 @@ class _ScaleByAdopt(Transform):
     ) -> Self: ...
 
 scale_by_adopt: _ScaleByAdopt
+
+class _ScaleByCame(Transform):
+    """Adafactor's direction, averaged, over the root of how far directions are from their mean."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        betas: tuple[float, ...] | Shared = (0.9, 0.999, 0.9999),
+        threshold: float | Shared = 1.0,
+        eps: tuple[float, ...] | Shared = (1e-30, 1e-16),
+        correct_bias: bool = False,
+    ) -> Self: ...
+
+scale_by_came: _ScaleByCame
 
 class _ScaleByExpAvgSq(Transform):
     """Adam without its first moment."""
@@ -687,6 +954,43 @@ class _ScaleByNormuon(Transform):
 
 scale_by_normuon: _ScaleByNormuon
 
+class _ScaleByNovograd(Transform):
+    """Divide the gradient of a tensor by the root of its mean squared norm, then add momentum."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        betas: tuple[float, ...] | Shared = (0.95, 0.98),
+        eps: float | Shared = 1e-08,
+        weight_decay: float | Shared = 0.0,
+        grad_averaging: bool = False,
+    ) -> Self: ...
+
+scale_by_novograd: _ScaleByNovograd
+
+class _ScaleByParameterRms(Transform):
+    """Make the step a share of the weights' root mean square."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        eps: float | Shared = 0.001,
+        relative_step: bool = True,
+    ) -> Self: ...
+
+scale_by_parameter_rms: _ScaleByParameterRms
+
+class _ScaleByRadam(Transform):
+    """Adam scaled by the variance of its second moment, and momentum while that is unknown."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        betas: tuple[float, ...] | Shared = (0.9, 0.999),
+        eps: float | Shared = 1e-08,
+        threshold: int = 5,
+        silent: bool = False,
+    ) -> Self: ...
+
+scale_by_radam: _ScaleByRadam
+
 class _ScaleByRms(Transform):
     """The second moment of torch's RMSprop, without bias correction."""
 
@@ -698,6 +1002,17 @@ class _ScaleByRms(Transform):
     ) -> Self: ...
 
 scale_by_rms: _ScaleByRms
+
+class _ScaleByRprop(Transform):
+    """Grow the step of an element while its gradient keeps its sign, and shrink it where that turns."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        etas: tuple[float, ...] | Shared = (0.5, 1.2),
+        step_sizes: tuple[float, ...] | Shared = (1e-06, 50.0),
+    ) -> Self: ...
+
+scale_by_rprop: _ScaleByRprop
 
 class _ScaleByTensorRms(Transform):
     """Divide a tensor by its running root mean square, one number for all of it."""
@@ -712,6 +1027,18 @@ class _ScaleByTensorRms(Transform):
 
 scale_by_tensor_rms: _ScaleByTensorRms
 
+class _ScaleByYogi(Transform):
+    """Let the second moment grow and shrink at the same rate."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        betas: tuple[float, ...] | Shared = (0.9, 0.999),
+        eps: float | Shared = 0.001,
+        initial_accumulator_value: float = 1e-06,
+    ) -> Self: ...
+
+scale_by_yogi: _ScaleByYogi
+
 class _ScaleLr(Transform):
     """Multiply the learning rate of everything behind this element, decay and write included."""
 
@@ -721,6 +1048,16 @@ class _ScaleLr(Transform):
     ) -> Self: ...
 
 scale_lr: _ScaleLr
+
+class _ScaleLrByParameterRms(Transform):
+    """Make the learning rate of everything behind, decay included, a share of the weights' size."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        eps: float | Shared = 0.001,
+    ) -> Self: ...
+
+scale_lr_by_parameter_rms: _ScaleLrByParameterRms
 
 class _ScheduleFree(Transform):
     """Step from z, average the steps in x, and take gradients in between, at y."""
@@ -799,6 +1136,20 @@ class _StableAdamw(Transform):
 
 stable_adamw: _StableAdamw
 
+class _StableSpam(Transform):
+    """Scale down the largest entries, give the tensor its usual norm, and restart moments now and then."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        gamma1: float | Shared = 0.7,
+        gamma2: float | Shared = 0.9,
+        theta: float | Shared = 0.999,
+        eps: float | Shared = 1e-08,
+        every: int = 1000,
+    ) -> Self: ...
+
+stable_spam: _StableSpam
+
 class _ToEigenbasis(Transform):
     """Rotate the update into the eigenvectors of its running second moments along each axis."""
 
@@ -818,6 +1169,16 @@ class _ToEigenbasis(Transform):
 
 to_eigenbasis: _ToEigenbasis
 
+class _TrustRatio(Transform):
+    """Give the update of every tensor the norm of its weights."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        clip: bool = False,
+    ) -> Self: ...
+
+trust_ratio: _TrustRatio
+
 class _TrustRegion(Transform):
     """Leave small entries as they are and bound large ones by 2."""
 
@@ -828,6 +1189,19 @@ class _TrustRegion(Transform):
     ) -> Self: ...
 
 trust_region: _TrustRegion
+
+class _Zclip(Transform):
+    """Shorten all updates together where their norm is many deviations above its mean."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        warmup: int = 25,
+        z: float | Shared = 2.5,
+        alpha: float | Shared = 0.97,
+        max_norm: float | Shared | None = None,
+    ) -> Self: ...
+
+zclip: _Zclip
 
 __all__ = [
     "COMBINATORS",
@@ -856,16 +1230,21 @@ __all__ = [
     "zeros",
     "a_law",
     "accumulate",
+    "adagc",
     "adamc",
     "adaptive_gradient_clip",
     "adaptive_orthogonalize",
+    "add_noise",
+    "anchor_decay",
     "apply",
+    "asgd_rate",
     "cautious",
     "cautious_decay",
     "centralize",
     "clip_by_global_norm",
     "clip_by_norm",
     "clip_by_rms",
+    "clip_spikes",
     "clip_update_rms",
     "coupled",
     "decay_to_ema",
@@ -877,11 +1256,16 @@ __all__ = [
     "focus",
     "from_eigenbasis",
     "grams",
+    "grokfast",
     "heavyball_momentum",
     "in_new_unit",
     "independent",
+    "inverse_time",
+    "kourkoutas_beta2",
     "l1_decay",
     "l2_normalize",
+    "lars_ratio",
+    "lookahead",
     "mars",
     "maximize",
     "mu_law",
@@ -890,29 +1274,48 @@ __all__ = [
     "nesterov_momentum",
     "orthogonalize",
     "orthograd",
+    "outer_nesterov",
     "palm_beta2",
     "palm_decay",
     "parameter_ema",
+    "primal_average",
     "prodigy_d",
     "prodigy_plus_d",
     "prodigy_progress_d",
+    "proximal_decay",
     "psgd_kron",
     "psgd_lra",
     "psgd_pro",
     "regularized",
+    "relative_step",
+    "reset_moments",
     "rms_normalize",
+    "running_average",
+    "scale_by_adabelief",
+    "scale_by_adadelta",
+    "scale_by_adagrad",
     "scale_by_adam",
     "scale_by_adam_atan2",
+    "scale_by_adamax",
+    "scale_by_adams",
+    "scale_by_adan",
     "scale_by_ademamix",
     "scale_by_adopt",
+    "scale_by_came",
     "scale_by_exp_avg_sq",
     "scale_by_laprop",
     "scale_by_lion",
     "scale_by_nadam",
     "scale_by_normuon",
+    "scale_by_novograd",
+    "scale_by_parameter_rms",
+    "scale_by_radam",
     "scale_by_rms",
+    "scale_by_rprop",
     "scale_by_tensor_rms",
+    "scale_by_yogi",
     "scale_lr",
+    "scale_lr_by_parameter_rms",
     "schedule_free",
     "separate_decay",
     "shampoo",
@@ -920,6 +1323,9 @@ __all__ = [
     "skip_not_finite",
     "softsign",
     "stable_adamw",
+    "stable_spam",
     "to_eigenbasis",
+    "trust_ratio",
     "trust_region",
+    "zclip",
 ]

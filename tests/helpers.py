@@ -197,6 +197,14 @@ PRESET_ARGUMENTS: dict[str, dict[str, Any]] = {
     "SFAdamW": {"weight_decay": 0.1},
     "PaLMSFAdamW": {"weight_decay": 0.1},
     "FactoredAdamW": {"min_dim": 2},
+    **{
+        name: {"weight_decay": 0.1}
+        for name in (
+            *("Adam", "RAdam", "Adagrad", "Adadelta", "Adamax", "ASGD", "Adafactor", "AdaBelief"),
+            *("Adan", "Yogi", "NovoGrad", "Signum", "AdamS", "StableSPAM"),
+        )
+    },
+    "LARS": {"weight_decay": 0.1, "momentum": 0.9, "trust_coefficient": 0.1},
     "PSGDKron": {"weight_decay": 0.1},
     "PSGDLRA": {"rank": 2, "precond_init_scale": 2.0},
     "Shampoo": {"weight_decay": 0.1, "eps": 0.01},
@@ -204,12 +212,18 @@ PRESET_ARGUMENTS: dict[str, dict[str, Any]] = {
     "PrecondScheduleProdigySOAP": {"weight_decay": 0.1, "d0": 0.3},
     "ProdigyPlusScheduleFree": {"weight_decay": 0.1, "d0": 0.1},
 }
-# one d for all parameters
-PRESET_TOGETHER = ("Prodigy", "ProdigyPlusScheduleFree", "PrecondScheduleProdigySOAP")
+# one d or one clip for all parameters
+PRESET_TOGETHER = ("Prodigy", "ProdigyPlusScheduleFree", "PrecondScheduleProdigySOAP", "LAMB")
 # PaLM's schedule stands in for beta2
 PRESET_IDLE = {
     "SGD": ("dampening",),
     "RMSprop": ("dampening",),
+    "LARS": ("dampening", "eps"),
+    # a few steps are momentum alone
+    "RAdam": ("betas[1]", "eps"),
+    # the first step's size alone; bounds that are not reached
+    "Rprop": ("lr", "warmup_steps", "step_sizes[0]", "step_sizes[1]"),
+    "Adafactor": ("beta2", "momentum"),
     **{name: ("betas[1]",) for name in heavyball.PRESETS if "PaLM" in name},
     # half of infinity; what acts on d alone, one step later, or where d has moved
     "Prodigy": ("growth_rate",),
@@ -452,8 +466,10 @@ def changed_values(key: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield key, 10.0
     elif key == "warmup_steps":
         yield key, 100.0
+    elif key.startswith("beta") and value > 0.9:
+        yield key, 0.9
     else:
-        yield key, value / 2 if value else 0.5
+        yield key, 2 * value if value > 1 else value / 2 if value else 0.5
 
 
 EPS = 2.0**-53  # the unit roundoff of float64

@@ -130,7 +130,11 @@ def chain_of(name: str) -> tuple:
         return (C.prodigy_plus_d(d0=0.1),)
     if name == "prodigy_d":
         return (C.prodigy_d(d0=0.1),)
-    return (C.TRANSFORMS[name], C.scale_by_adam) if name == "palm_beta2" else (C.TRANSFORMS[name],)
+    return (
+        (C.TRANSFORMS[name], C.scale_by_adam)
+        if C.TRANSFORMS[name].modifier
+        else (C.TRANSFORMS[name],)
+    )
 
 
 # Products of whole matrices run in plain torch on CUDA.

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import test_more_transforms
 import torch
 import transforms
 from helpers import MUTANTS, Wrong, eager, mutant  # noqa: F401
@@ -945,6 +946,27 @@ DECAYS = {
     "decay_to_ema": test_decay.test_decay_to_the_mean_of_the_weights,
     "coupled": test_decay.test_coupled_decay_is_part_of_the_gradient,
 }
+
+
+def a_hundredth_more(right: Wrong) -> Wrong:
+    """What gives a hundredth too much: the update, and the first of what else it returns."""
+
+    def wrong(*args: Any, **kw: Any) -> Any:
+        result = right(*args, **kw)
+        return tuple(map(_more, result)) if isinstance(result, tuple) else _more(result)
+
+    return wrong
+
+
+def _more(result: Any) -> Any:
+    if not isinstance(result, torch.Tensor) or result.dtype == torch.bool:
+        return result
+    return 1.01 * result
+
+
+for _case, _about, _test in test_more_transforms.shown():
+    for _name in _about:
+        MUTANTS[f"{_name} in {_case}"] = _name, a_hundredth_more, (_test,)
 
 
 def install(monkeypatch: pytest.MonkeyPatch, name: str, wrong: Wrong) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from heavyball.core.check import check
+from heavyball.core.check import check, excluded
 from heavyball.core.combine import Element, Parallel, Route, Within, as_chain, chain_repr
 from heavyball.core.hyper import Hyper, Shared
 from heavyball.core.program import (
@@ -194,10 +194,13 @@ class Chain:
         body = [n for n, kind in zip(nodes, kinds, strict=True) if kind != "observer"]
         observers = [n for n, kind in zip(nodes, kinds, strict=True) if kind == "observer"]
         if "writer" not in kinds:
-            body.append(self._tail["writer"])
+            behind = [n for n in body if kind_of(n) == "post"]
+            body = [*(n for n in body if kind_of(n) != "post"), self._tail["writer"], *behind]
         # a chain that decays in another way has that way's coefficient
         decay = self._tail["decay"]
-        if not any(decay.hyper.keys() & n.hyper.keys() for n in flatten(nodes)):
+        if not any(
+            decay.hyper.keys() & n.hyper.keys() or _refuses(n, decay) for n in flatten(nodes)
+        ):
             first = next(i for i, n in enumerate(body) if kind_of(n) == "writer")
             body.insert(first, decay)
         return (*body, *observers)
@@ -242,6 +245,10 @@ def _rate_first(nodes: tuple[Node | Fork, ...]) -> tuple[Node | Fork, ...]:
         if isinstance(node, Node) and {"grad", "gate"} <= set(node.transform.provides):
             start = i + 1
     return (*rest[:start], nodes[place], *rest[start:])
+
+
+def _refuses(node: Node, other: Node) -> bool:
+    return excluded(node.transform, other.transform) is not None
 
 
 def _has_unit(node: Node) -> bool:

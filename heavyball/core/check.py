@@ -1,7 +1,10 @@
 """Refuses programs that cannot be right, with the reason."""
 
 from heavyball.core.program import Fork, Node, RateNode, WholeNode, flatten, kind_of
-from heavyball.core.transform import CONTEXT, WHOLE_CONTEXT, Transform
+from heavyball.core.transform import CONTEXT, WHOLE_CONTEXT, WRITTEN_CONTEXT, Transform
+
+# Kinds of what takes from before a fork what may be another thing in each of its branches.
+BEHIND = ("decay", "writer", "post")
 
 
 def check(nodes: tuple[Node | Fork, ...]) -> None:
@@ -31,7 +34,9 @@ def _check_order(nodes: tuple[Node | Fork, ...]) -> None:
         kind = kind_of(node)
         if kind == "writer" and writer:
             raise ValueError(f"two writers: {writer} and {leaf.key}; a chain writes once")
-        if writer and kind != "observer":
+        if kind == "post" and not writer:
+            raise ValueError(f"{leaf.key} stands before the writer, it changes what was written")
+        if writer and kind not in ("post", "observer"):
             raise ValueError(f"{leaf.key} stands after the writer {writer}, which must be last")
         has_state = any(n.transform.states for n in flatten((node,)))
         if decay and kind == "transform" and has_state:
@@ -77,20 +82,26 @@ def _check_path(
                     f"there is {', '.join(sorted(known))}"
                 )
         for other in path:
-            reason = t.rules.excludes.get(other.transform.name)
-            reason = reason or other.transform.rules.excludes.get(t.name)
+            reason = excluded(t, other.transform) or excluded(other.transform, t)
             if reason:
                 raise ValueError(f"{other.key} and {node.key} exclude each other: {reason}")
         context.update(t.provides, node.transform.opaque if isinstance(node, WholeNode) else ())
+        if t.kind == "writer":
+            context.update(WRITTEN_CONTEXT)
         path = (*path, node)
     if not before:
         _check_modifiers(path)
     return path
 
 
+def excluded(one: Transform, other: Transform) -> str | None:
+    """Why a transform excludes another one, by its name or its kind."""
+    return one.rules.excludes.get(other.name) or one.rules.excludes.get(other.kind)
+
+
 def _asked_behind(nodes: tuple[Node | Fork, ...]) -> set[str]:
     """What a decay or the write behind a branch takes from before it, where each branch has its own."""
-    ends = [n.transform for n in nodes if isinstance(n, Node) and kind_of(n) in ("decay", "writer")]
+    ends = [n.transform for n in nodes if isinstance(n, Node) and kind_of(n) in BEHIND]
     return {name for t in ends for name in _asks(t)} - (CONTEXT.keys() - {"lr"})
 
 

@@ -5,15 +5,17 @@ import math
 import numbers
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias, TypeGuard
+from typing import Annotated, Any, Literal, TypeAlias, TypeGuard
 
 from torch import Tensor
 
 # A live hyper-parameter of a transform: a float (or a tuple of floats) where it is declared, a 0-d
 # tensor (or a tuple of them) when the function runs.
 Live: TypeAlias = Any
+# A float that is fixed when the chain is built, such as one that a state begins at.
+Fixed: TypeAlias = Annotated[float, "fixed"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,15 @@ fraction = Interval(0, 1)
 open_fraction = Interval(0, 1, low_open=True)
 closed_fraction = Interval(0, 1, high_open=False)
 finite = Interval(-math.inf, math.inf, low_open=True)
+
+# Of a live hyper-parameter: of all its numbers, of each, or either as a function of the options.
+Intervals: TypeAlias = Interval | tuple[Interval, ...]
+Domain: TypeAlias = Intervals | Callable[[Mapping[str, Any]], Intervals]
+
+
+def each(domain: Intervals) -> tuple[Interval, ...]:
+    """The interval of every number, or the one of all."""
+    return domain if isinstance(domain, tuple) else (domain,)
 
 
 @dataclass(frozen=True)
@@ -108,10 +119,13 @@ def is_sequence(value: Any) -> TypeGuard[Sequence[Any]]:
     return ordered and not isinstance(value, _NO_SEQUENCES) and getattr(value, "ndim", 1) > 0
 
 
-def check_live(name: str, value: Any, like: Any, domain: Interval, index: int | None = None) -> Any:
+def check_live(
+    name: str, value: Any, like: Any, domain: Intervals, index: int | None = None
+) -> Any:
     """A live hyper-parameter's value as floats, or an error that names it and what was expected.
 
-    `like` gives the kind: one number, or so many. `index`: only this one must lie in `domain`.
+    `like` gives the kind: one number, or so many. `index`: only this one must lie in `domain`, which
+    may be a tuple of one interval for each number.
     """
     if isinstance(like, tuple):
         value = checked_numbers(name, value)
@@ -122,9 +136,12 @@ def check_live(name: str, value: Any, like: Any, domain: Interval, index: int | 
         value = checked_number(name, value)
         parts = (value,)
     for position, part in enumerate(parts):
-        if index in (None, position) and part not in domain:
-            which = "" if len(parts) == 1 else "each " if index is None else f"number {index} "
-            raise ValueError(f"{name}={value!r}: expected {which}in {domain}")
+        several = isinstance(domain, tuple)
+        allowed = domain[position] if isinstance(domain, tuple) else domain
+        if index in (None, position) and part not in allowed:
+            each = index is None and not several
+            which = "" if len(parts) == 1 else "each " if each else f"number {position} "
+            raise ValueError(f"{name}={value!r}: expected {which}in {allowed}")
     return value
 
 
@@ -142,9 +159,18 @@ def check_option(name: str, value: Any, default: Any, annotation: Any) -> Any:
             raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, choices))}")
         return value
     accepted: Any = type(default)
+    annotation = float if annotation is Fixed else annotation
     if annotation is not inspect.Parameter.empty:
         parts = typing.get_args(annotation) if is_union(annotation) else (annotation,)
+        words = [c for p in parts if typing.get_origin(p) is Literal for c in typing.get_args(p)]
+        if isinstance(value, str) and value in words:
+            return value
+        if isinstance(value, str) and words:
+            others = [p.__name__ for p in parts if p in (int, float, tuple)]
+            known = ", ".join([*map(repr, words), *others])
+            raise ValueError(f"{name}={value!r}: expected one of {known}")
         accepted = tuple(typing.get_origin(p) or p for p in parts)
+        accepted = tuple(p for p in accepted if p is not Literal)
     if isinstance(value, bool) and accepted not in (bool, (bool,)):
         raise TypeError(f"{name}={value!r}: expected {annotation}, got a bool")
     names = accepted if isinstance(accepted, tuple) else (accepted,)
@@ -170,7 +196,10 @@ def may_be_live(annotation: Any) -> bool:
     return Any in typing.get_args(annotation) and allows_none(annotation)
 
 
-def is_live(default: Any) -> bool:
+def is_live(default: Any, annotation: Any) -> bool:
+    """Whether a hyper-parameter goes to the parameter group: floats and tuples of floats do."""
+    if annotation is Fixed:
+        return False
     return isinstance(default, float) or (
         isinstance(default, tuple) and bool(default) and all(isinstance(v, float) for v in default)
     )
@@ -181,7 +210,7 @@ class Hyper:
     """One entry of the parameter group: its default and where it may lie."""
 
     default: Any
-    domains: tuple[tuple[int | None, Interval], ...]
+    domains: tuple[tuple[int | None, Intervals], ...]
     owner: str
 
     def check(self, key: str, value: Any) -> Any:

@@ -72,6 +72,7 @@ class Program:
         self.flat = tuple(flatten(nodes))
         self.total_keys = tuple(n.key for n in self.flat if n.transform.over_all is not None)
         self.has_whole = any(isinstance(n, WholeNode) for n in self.flat)
+        self.has_post = any(n.transform.kind == "post" for n in self.flat)
         self.has_noise = any(n.transform.asks_for("noise") for n in self.flat)
         self.evaluators = tuple(n for n in self.flat if n.transform.evaluate is not None)
         self.rate = next((n for n in self.flat if isinstance(n, RateNode)), None)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from heavyball.core.hyper import Interval
+from heavyball.core.hyper import Domain
 from heavyball.core.transform import Rules, Transform, checked, signed
 from heavyball.state.declare import State
 
@@ -102,7 +102,7 @@ def rate(
     hyper_change: Mapping[str, str] | None = None,
     estimate: Estimate | None = None,
     provides: tuple[str, ...] = ("lr",),
-    domains: Mapping[str, Interval] | None = None,
+    domains: Mapping[str, Domain] | None = None,
     excludes: Mapping[str, str] | None = None,
     **states: State,
 ) -> Callable[[Callable[..., Any]], Rate]:

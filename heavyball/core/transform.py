@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from heavyball.core.hyper import (
+    Domain,
     Interval,
+    Intervals,
     Shared,
     allows_none,
     check_live,
@@ -29,7 +31,7 @@ from heavyball.core.hyper import (
 from heavyball.errors import nearest
 from heavyball.state.declare import State
 
-Kind = Literal["transform", "decay", "writer", "observer", "rate"]
+Kind = Literal["transform", "decay", "writer", "post", "observer", "rate"]
 # What the runner offers to any transform that names it as a keyword-only argument.
 CONTEXT = {
     "step": "how many gradients this parameter has had, from 1",
@@ -38,6 +40,11 @@ CONTEXT = {
     "raw_grad": "the gradient as it came, before saturation",
     "lr": "the learning rate of this step, warm-up included",
     "base_lr": "the learning rate of the group, without warm-up",
+}
+# What elements behind the writer may name besides.
+WRITTEN_CONTEXT = {
+    "old_param": "the parameter before the write",
+    "written": "the update that the writer got, decay included",
 }
 # What the runner offers to transforms of whole tensors besides.
 WHOLE_CONTEXT = {
@@ -71,7 +78,7 @@ class Signature:
 class Rules:
     """Where a transform may stand, and what it can be used for; see `transform`."""
 
-    domains: dict[str, Interval]
+    domains: dict[str, Domain]
     excludes: dict[str, str]
     before_state: str
     modifier: bool
@@ -145,10 +152,11 @@ class Transform:
         """Whether it has an argument of this name that the runner gives."""
         return name in self.context
 
-    def domain(self, name: str) -> Interval:
+    def domain(self, name: str) -> Intervals:
         """Where the live hyper-parameter `name` may lie: [0, 1) for betas, else not negative."""
         default = fraction if name.startswith("beta") else nonnegative
-        return self.rules.domains.get(name, default)
+        domain = self.rules.domains.get(name, default)
+        return domain(self.options) if callable(domain) else domain
 
     def __call__(self, *args: Any, **options: Any) -> "Transform":
         names = [n for n in self.annotations if n in self.hyper or n in self.options]
@@ -168,7 +176,11 @@ class Transform:
             fixed.pop(name, None)
             target, checked = self._checked(name, value)
             (hyper if target else fixed)[name] = checked
-        return replace(self, hyper=hyper, options=fixed, given=self.given | options.keys())
+        made = replace(self, hyper=hyper, options=fixed, given=self.given | options.keys())
+        for name, value in hyper.items():
+            if callable(self.rules.domains.get(name)):  # it may depend on an option given with it
+                made._checked(name, value)
+        return made
 
     def _checked(self, name: str, value: Any) -> tuple[bool, Any]:
         """Whether `value` makes `name` a live hyper-parameter, and its checked value."""
@@ -176,10 +188,10 @@ class Transform:
         try:
             if default is None and value is not None and may_be_live(self.annotations[name]):
                 default = 0.0
-            if not is_live(default):
+            if not is_live(default, self.annotations[name]):
                 value = check_option(name, value, default, self.annotations[name])
                 domain = self.rules.domains.get(name)
-                if domain is not None and value is not None and value not in domain:
+                if isinstance(domain, Interval) and value is not None and value not in domain:
                     raise ValueError(f"{name}={value!r}: expected in {domain}")
                 return False, value
             if value is None and allows_none(self.annotations[name]):
@@ -219,9 +231,9 @@ def transform(
     fn: Callable[..., Any] | None = None,
     /,
     *,
-    kind: Literal["transform", "decay", "writer", "observer"] = "transform",
+    kind: Literal["transform", "decay", "writer", "post", "observer"] = "transform",
     provides: tuple[str, ...] = (),
-    domains: Mapping[str, Interval] | None = None,
+    domains: Mapping[str, Domain] | None = None,
     excludes: Mapping[str, str] | None = None,
     before_state: str = "",
     modifier: bool = False,
@@ -238,12 +250,15 @@ def transform(
     hyper-parameters and arrive as 0-d tensors; every other default is a fixed option.
 
     kind: "decay" goes right before the write, "writer" returns the new parameter in place of an
-        update, "observer" runs after the write.
+        update, "post" runs behind the writer and returns the parameter once more, "observer" runs
+        after both.
     provides: names of further results, context for the elements behind it. `gate` (a 0-d bool that
         freezes everything behind while it is false), `step`, `lr` and `grad` are replaced for them.
-    domains: the interval of a hyper-parameter; without one, a float lies in [0, inf), one whose name
-        begins with `beta` in [0, 1).
-    excludes: names of transforms that cannot stand in the same chain, with the reason.
+    domains: the interval of a hyper-parameter, a tuple of one for each of its numbers, or a function of
+        the options that returns either; without one, a float lies in [0, inf), one whose name begins
+        with `beta` in [0, 1).
+    excludes: names of transforms that cannot stand in the same chain, with the reason. "decay" stands
+        for all of that kind; the chain then gets no decay by itself.
     before_state: why the transform must stand before every transform that holds state, if it must.
     modifier: acts only through what it provides, so something behind it must ask for that.
     over_all: `fn(update, ...)`, one tensor's share of a sum over all parameters; the sum arrives as
@@ -274,7 +289,7 @@ def transform(
     return declare if fn is None else declare(fn)
 
 
-ORDINARY = ("transform", "decay", "writer", "observer")
+ORDINARY = ("transform", "decay", "writer", "post", "observer")
 # Which decorator takes what, for those that are given to another.
 _BELONGS = {
     **dict.fromkeys(("kind", "modifier", "over_all", "evaluate"), "@transform"),
@@ -322,8 +337,8 @@ def signed(
         **(lead.annotations if lead else {}),
         **{n: p.annotation for n, p in rest.items()},
     }
-    hyper = {n: v for n, v in defaults.items() if is_live(v)}
-    options = {n: v for n, v in defaults.items() if not is_live(v)}
+    hyper = {n: v for n, v in defaults.items() if is_live(v, annotations[n])}
+    options = {n: v for n, v in defaults.items() if n not in hyper}
     signature = Signature(defaults, annotations, tuple(needed), tuple(optional))
     return fn.__name__, fn, signature, dict(states), hyper, options
 

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
-from heavyball.core.hyper import Interval
+from heavyball.core.hyper import Domain
 from heavyball.core.transform import Rules, Transform, checked, keyword_names, signed
 from heavyball.state.declare import State
 
@@ -42,13 +42,14 @@ def whole_transform(
     fn: Callable[..., Any] | None = None,
     /,
     *,
+    kind: Literal["transform", "post"] = "transform",
     provides: tuple[str, ...] = (),
     opaque: tuple[str, ...] = (),
     host: tuple[str, ...] = (),
     after: Callable[..., Any] | None = None,
     due: Callable[..., bool] | None = None,
     lead: Transform | None = None,
-    domains: Mapping[str, Interval] | None = None,
+    domains: Mapping[str, Domain] | None = None,
     excludes: Mapping[str, str] | None = None,
     before_state: str = "",
     requires: Callable[[torch.Size, Mapping[str, Any]], str | None] | None = None,
@@ -61,6 +62,7 @@ def whole_transform(
     `gate` before it is false. Its arguments are those of a `transform`, and `count`, `places`, `noise`
     and `chance` besides.
 
+    kind: "post" runs behind the writer: the update is the parameter then, and so is the result.
     provides: names of numbers for the elements behind it: one Python number or B values; a `gate` that
         is the Python value False ends the step of these parameters.
     opaque: names of results after those of `provides`, handed to whole transforms behind it as they
@@ -84,7 +86,7 @@ def whole_transform(
         made = Whole(
             *signed(fn, states, lead),
             provides,
-            "transform",
+            kind,
             rules,
             opaque=opaque,
             host=host,

@@ -3,6 +3,16 @@
 from typing import Any
 
 from heavyball.errors import no_attribute
+from heavyball.presets.adaptive import (
+    AdaBelief,
+    AdamS,
+    Adan,
+    NovoGrad,
+    Signum,
+    StableSPAM,
+    Tiger,
+    Yogi,
+)
 from heavyball.presets.base import CLIPPINGS, DEFAULTS, Preset, PresetOptions
 from heavyball.presets.first_order import (
     ADOPT,
@@ -18,7 +28,19 @@ from heavyball.presets.first_order import (
     RMSprop,
     SFAdamW,
 )
+from heavyball.presets.large_batch import LAMB, LARS
+from heavyball.presets.memory_savers import CAME
 from heavyball.presets.muon import Muon, NorMuon
+from heavyball.presets.of_torch import (
+    ASGD,
+    Adadelta,
+    Adafactor,
+    Adagrad,
+    Adam,
+    Adamax,
+    RAdam,
+    Rprop,
+)
 from heavyball.presets.prodigy import PrecondScheduleProdigySOAP, Prodigy, ProdigyPlusScheduleFree
 from heavyball.presets.psgd import (
     PSGDLRA,
@@ -80,13 +102,36 @@ PRESETS: dict[str, type[Preset]] = {
         Prodigy,
         ProdigyPlusScheduleFree,
         PrecondScheduleProdigySOAP,
+        Adam,
+        RAdam,
+        Adagrad,
+        Adadelta,
+        Adamax,
+        ASGD,
+        Rprop,
+        Adafactor,
+        AdaBelief,
+        Adan,
+        Yogi,
+        NovoGrad,
+        Signum,
+        Tiger,
+        AdamS,
+        StableSPAM,
+        LAMB,
+        LARS,
+        CAME,
     )
 }
 
 __all__ = [
     "ADOPT",
+    "ASGD",
+    "CAME",
     "CLIPPINGS",
     "DEFAULTS",
+    "LAMB",
+    "LARS",
     "PRESETS",
     "PSGDLRA",
     "PSGDPRO",
@@ -94,7 +139,15 @@ __all__ = [
     "SOAP",
     "SOLP",
     "AdEMAMix",
+    "AdaBelief",
+    "Adadelta",
+    "Adafactor",
+    "Adagrad",
+    "Adam",
+    "AdamS",
     "AdamW",
+    "Adamax",
+    "Adan",
     "CachedDelayedPSGDKron",
     "CachedPSGDKron",
     "DelayedPSGD",
@@ -106,6 +159,7 @@ __all__ = [
     "Muon",
     "NAdam",
     "NorMuon",
+    "NovoGrad",
     "PSGDKron",
     "PaLMSFAdamW",
     "PaLMSOAP",
@@ -118,12 +172,18 @@ __all__ = [
     "Prodigy",
     "ProdigyPlusScheduleFree",
     "PurePSGD",
+    "RAdam",
     "RMSprop",
+    "Rprop",
     "SFAdamW",
     "SFPaLMSOAP",
     "SOAPAdEMAMix",
     "SOAPNAdam",
     "Shampoo",
+    "Signum",
+    "StableSPAM",
+    "Tiger",
+    "Yogi",
 ]
 
 

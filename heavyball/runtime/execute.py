@@ -99,9 +99,9 @@ def _apply(node: Node, update: Any, frame: Frame) -> Run:
     if update.is_floating_point() and update.dtype != compute:
         update = update.to(compute)  # a condition times a number is float64
     _check_shapes(node, before, update, old, new)
-    for name, before, after in zip(t.states, old, new, strict=True):
-        if before is not None:
-            kept = after if gate is None else torch.where(gate, after, before)
+    for name, was, after in zip(t.states, old, new, strict=True):
+        if was is not None:
+            kept = after if gate is None else torch.where(gate, after, was)
             frame.new[node.state_key(name)] = kept
     if isinstance(node, RateNode) and node.transform.gives:
         for place, share in enumerate(_given(provided[len(t.provides) :], frame)):
@@ -113,9 +113,18 @@ def _apply(node: Node, update: Any, frame: Frame) -> Run:
             env[name] = torch.where(gate, value, 1.0)
         if name in ("gate", "step"):
             env["count"] = None  # no longer known on the host
-    if t.kind == "writer":
-        update = env["param"] = update if gate is None else torch.where(gate, update, env["param"])
+    if t.kind in ("writer", "post"):
+        update = _written(t.kind, before, update, frame)
     return update
+
+
+def _written(kind: str, before: Tensor, after: Tensor, frame: Frame) -> Tensor:
+    """The parameter behind a write, which those behind it see in place of an update."""
+    env, gate = frame.env, frame.env["gate"]
+    if kind == "writer" and frame.job.program.has_post:
+        env["old_param"], env["written"] = env["param"], before
+    env["param"] = after if gate is None else torch.where(gate, after, env["param"])
+    return env["param"]
 
 
 # What the runner and kernels call a share of a sum over all parameters.
@@ -192,6 +201,8 @@ def call(node: WholeNode, update: Tensor, frame: "Frame") -> Generator[Any, Any,
         frame.hooks.append(Call(node, frame.job, None, answer.count, known, after=True))
     for name, value in answer.provided.items():
         _provide(node, name, value, frame)
+    if t.kind == "post":
+        return _written(t.kind, update, answer.update, frame)
     return answer.update
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from heavyball.core.hyper import Live, positive
+from heavyball.core.hyper import Fixed, Live, nonnegative, positive
 from heavyball.core.transform import transform
 from heavyball.numerics import norm, rms
 
@@ -58,11 +58,13 @@ def _squared_norm(update: Tensor) -> Tensor:
     return norm(update).square()
 
 
-@transform(over_all=_squared_norm, domains={"max_norm": positive})
-def clip_by_global_norm(update: Tensor, *, total: Tensor, max_norm: Live = 1.0) -> Tensor:
+@transform(over_all=_squared_norm, domains={"max_norm": positive, "eps": nonnegative})
+def clip_by_global_norm(
+    update: Tensor, *, total: Tensor, max_norm: Live = 1.0, eps: Fixed = 1e-6
+) -> Tensor:
     """Shorten all parameters' updates by one factor if they are longer than `max_norm` together.
 
-    u' = u min(1, max_norm / (N + 1e-6)), N the norm of all updates as one vector
+    u' = u min(1, max_norm / (N + eps)), N the norm of all updates as one vector
 
     Only parameters with a gradient in this step count.
 
@@ -70,7 +72,7 @@ def clip_by_global_norm(update: Tensor, *, total: Tensor, max_norm: Live = 1.0) 
     Source: Pascanu, Mikolov and Bengio 2013, https://arxiv.org/abs/1211.5063; 1e-6 as in
         torch.nn.utils.clip_grad_norm_.
     """
-    return update * (max_norm / (total.sqrt() + 1e-6)).clamp(max=1)
+    return update * (max_norm / (total.sqrt() + eps)).clamp(max=1)
 
 
 @transform(domains={"clipping": positive, "min_norm": positive})

@@ -10,21 +10,22 @@ from torch import Tensor
 from heavyball.core.hyper import Live
 from heavyball.core.transform import DEFAULTS, transform
 from heavyball.numerics import ema
-from heavyball.state.declare import scalar, zeros
+from heavyball.state.declare import copy_of_param, scalar, zeros
 
 
-@transform(kind="decay")
+@transform(kind="decay", provides=("decay_rate",))
 def decoupled(
     update: Tensor, *, param: Tensor, decayed: Tensor | None = None, weight_decay: Live = 0.0
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Shrink the weights in proportion to the learning rate; the default decay.
 
     D = wd p, so p <- p (1 - lr wd) - lr u. After `focus`, wd times the averaged weight.
+    It provides wd as `decay_rate` for writers that decay at another point.
 
     Units: `weight_decay` is per unit of `lr` and step.
     Source: Loshchilov and Hutter 2017, Algorithm 2, https://arxiv.org/abs/1711.05101.
     """
-    return update + weight_decay * (param if decayed is None else decayed)
+    return update + weight_decay * (param if decayed is None else decayed), weight_decay
 
 
 DEFAULTS["decay"] = decoupled
@@ -134,6 +135,34 @@ def cautious_decay(update: Tensor, *, param: Tensor, weight_decay: Live = 0.0) -
     """
     agree = update.sign() * param.sign() >= 0
     return update + weight_decay * torch.where(agree, param, 0.0)
+
+
+@transform(kind="decay")
+def proximal_decay(
+    update: Tensor, *, param: Tensor, lr: Tensor, weight_decay: Live = 0.0
+) -> Tensor:
+    """Shrink the weights of after the step.
+
+    D = (wd p - lr wd u) / (1 + lr wd), so p <- (p - lr u) / (1 + lr wd)
+
+    Units: `weight_decay` is per unit of `lr` and step, as that of `decoupled`.
+    Source: Zhuang et al. 2022, https://arxiv.org/abs/2202.00089; Adan.
+    """
+    return (update + weight_decay * param) / (1 + lr * weight_decay)
+
+
+@transform(kind="decay", anchor=copy_of_param)
+def anchor_decay(
+    update: Tensor, anchor: Tensor, *, param: Tensor, weight_decay: Live = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Pull the weights to where they began, as suits fine-tuning.
+
+    D = wd (p - p_1), p_1 the parameter before its first step
+
+    Units: `weight_decay` is per unit of `lr` and step.
+    Source: Li, Grandvalet and Davoine 2018, L2-SP, https://arxiv.org/abs/1802.01483, decoupled.
+    """
+    return update + weight_decay * (param - anchor), anchor
 
 
 @transform(kind="decay")

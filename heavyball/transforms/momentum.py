@@ -16,8 +16,10 @@ def heavyball_momentum(
     momentum_buffer: Tensor | None,
     buffer_steps: Tensor | None,
     *,
+    lr: Tensor,
     momentum: Live = 0.9,
     dampening: Live = 0.0,
+    lr_in_momentum: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Polyak's heavy ball.
 
@@ -26,6 +28,8 @@ def heavyball_momentum(
     While `momentum` is 0 the update passes and b stays; no b is held if it has been 0 all along, and
     b_1 belongs to the first step at which it is not.
 
+    lr_in_momentum: b is a sum of whole steps, of lr u, and u' = b / lr; the same while lr is constant.
+
     Shapes: all (*).
     Units: those of u, up to 1 / (1 - momentum) times larger.
     Source: Polyak 1964; torch.optim.SGD.
@@ -33,10 +37,15 @@ def heavyball_momentum(
     if momentum_buffer is None or buffer_steps is None:
         return update, momentum_buffer, buffer_steps
     off = momentum == 0
+    if lr_in_momentum:
+        update = lr * update
     weight = torch.where(buffer_steps == 0, 1.0, 1 - dampening)
     buffer = torch.where(off, momentum_buffer, momentum * momentum_buffer + weight * update)
+    result = torch.where(off, update, buffer)
+    if lr_in_momentum:  # at a rate of zero nothing moves
+        result = torch.where(lr > 0, result / lr, 0.0)
     return (
-        torch.where(off, update, buffer),
+        result,
         buffer,
         torch.where(off, buffer_steps, buffer_steps + 1),
     )

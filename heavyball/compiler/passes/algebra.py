@@ -2,6 +2,7 @@
 
 from heavyball.compiler.frontend.graph import Graph, Ref, Value
 from heavyball.compiler.frontend.ops import TABLE
+from heavyball.core.hyper import each
 from heavyball.core.program import Program
 
 # Besides those of the table: sums, and counts.
@@ -18,10 +19,11 @@ def simplified(graph: Graph, program: Program) -> Graph:
     than any float, or b infinite or NaN.
     """
     known = frozenset(
-        (key, index or 0)
+        (key, index or place)
         for node in program.flat
         for name, (key, index) in node.hyper.items()
-        if node.transform.domain(name).low >= 0
+        for place, interval in enumerate(each(node.transform.domain(name)))
+        if interval.low >= 0
     )
     found: list[bool] = []
     for v in graph.values:
