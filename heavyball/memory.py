@@ -42,11 +42,13 @@ class Planned:
 class MemoryPlan:
     """The state that an optimizer will hold after its first step, exact to the byte.
 
-    chain: what steps the parameters; parameters: what each of them will hold.
+    chain: what steps the parameters; parameters: what each of them will hold. per_process: of a mesh,
+    the bytes of state that each of its processes will hold of all that.
     """
 
     chain: str
     parameters: tuple[Planned, ...]
+    per_process: tuple[int, ...] = ()
 
     @property
     def state_bytes(self) -> int:
@@ -88,7 +90,9 @@ class MemoryPlan:
         return "\n".join(_lines(self))
 
 
-def memory_plan(model_or_params: Any, chain_or_preset: Any, **options: Any) -> MemoryPlan:
+def memory_plan(
+    model_or_params: Any, chain_or_preset: Any, *, mesh: Any = None, **options: Any
+) -> MemoryPlan:
     """The state that an optimizer will take, per parameter and per transform, allocating nothing.
 
     model_or_params: a module, or parameters in any form that an optimizer takes; their values are not
@@ -96,6 +100,8 @@ def memory_plan(model_or_params: Any, chain_or_preset: Any, **options: Any) -> M
     chain_or_preset: a preset's class or name, a transform, a tuple of elements, text as the command
         `heavyball` takes it ("AdamW:amsgrad=True", "scale_by_adam | cautious"), or a function that
         makes the optimizer from its parameters.
+    mesh: say also what each process holds where `fully_shard` cuts the parameters: a `DeviceMesh`, a
+        number of processes, or (copies, processes of a copy); nothing of it need exist.
     options: those of the preset, or of `ChainOpt`; `lr` may be left out.
 
     Errors: as the optimizer's own, and ValueError for a name that nobody knows.
@@ -105,7 +111,17 @@ def memory_plan(model_or_params: Any, chain_or_preset: Any, **options: Any) -> M
     if not isinstance(opt, ChainOpt):
         raise TypeError(f"memory_plan: {type(opt).__name__} is not made of a chain")
     opt.init_state()
-    return MemoryPlan(repr(opt.chain), tuple(_planned(opt)))
+    return MemoryPlan(repr(opt.chain), tuple(_planned(opt)), _per_process(opt, mesh))
+
+
+def _per_process(opt: ChainOpt, mesh: Any) -> tuple[int, ...]:
+    if mesh is None:
+        return ()
+    from heavyball.distributed.memory import bytes_on, parts_on
+
+    registry, chain = opt.registry, opt.chain
+    totals = bool(chain.total_keys) or chain.rate is not None
+    return tuple(bytes_on(parts_on(mesh, registry.places(), registry.programs(), totals)))
 
 
 def _maker(what: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -218,6 +234,13 @@ def _lines(plan: MemoryPlan) -> Iterable[str]:
     )
     for key, count in plan.per_transform.items():
         yield f"  {key:<28} {count:>20,}  {readable_bytes(count)}"
+    if plan.per_process:
+        most, count = max(plan.per_process), len(plan.per_process)
+        share = most * count / max(sum(plan.per_process), 1)
+        yield (
+            f"on {count} processes: at most {most:,} bytes ({readable_bytes(most)}) on one, "
+            f"{share:.2f} of an even share"
+        )
     if plan.evaluation_bytes:
         more = readable_bytes(plan.evaluation_bytes)
         yield f"in evaluation mode: {plan.evaluation_bytes:,} bytes more ({more})"

@@ -294,20 +294,28 @@ def mesh(tmp_path):
 
 
 @pytest.mark.parametrize("options", [{}, {"compile": False}, {"fuse_backward": True}], ids=str)
-def test_sharded_parameters_are_refused_by_name(mesh, options) -> None:
-    whole = torch.nn.Parameter(values((4, 5), 0))
+def test_a_dtensor_is_stepped_as_the_tensor_that_it_is_made_of(mesh, options) -> None:
+    whole, same = (torch.nn.Parameter(values((4, 5), 0)) for _ in range(2))
     sharded = torch.nn.Parameter(DTensor.from_local(values((4, 5), 0), mesh))
-    with pytest.raises(ValueError, match=r"parameter 'p' of shape \(4, 5\) is a DTensor"):
-        heavyball.AdamW([("q", whole), ("p", sharded)], **options)
     opt = heavyball.AdamW([("q", whole)], **options)
-    with pytest.raises(ValueError, match=r"parameter 'p' of shape \(4, 5\) is a DTensor"):
-        opt.add_param_group({"params": [("p", sharded)]})
-    # its local part is a plain tensor
-    local = torch.nn.Parameter(sharded.to_local().detach())
-    opt.add_param_group({"params": [("p", local)]})
-    (local.sum() + whole.sum()).backward()
-    opt.step()
-    assert opt.state[local]["step"] == 1
+    opt.add_param_group({"params": [("p", sharded)]})
+    alone = heavyball.AdamW([same], **options)
+    for _ in range(3):
+        for param in (whole, sharded, same):
+            param.square().sum().backward()
+        opt.step()
+        alone.step()
+        opt.zero_grad()
+        alone.zero_grad()
+    assert torch.equal(sharded.to_local(), same)
+    assert torch.equal(whole, same)
+    assert isinstance(opt.state[sharded]["scale_by_adam.exp_avg"], DTensor)
+
+
+def test_a_dtensor_that_is_yet_to_be_reduced_is_refused_by_name(mesh) -> None:
+    partial = DTensor.from_local(values((4, 5), 0), mesh, [torch.distributed.tensor.Partial()])
+    with pytest.raises(ValueError, match=r"parameter 'p' of shape \(4, 5\) is placed as \(P"):
+        heavyball.AdamW([("p", torch.nn.Parameter(partial))])
 
 
 def test_tensors_without_elements_need_no_memory() -> None:

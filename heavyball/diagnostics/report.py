@@ -8,6 +8,7 @@ from torch import Tensor
 
 from heavyball.core.chain import Chain
 from heavyball.core.program import Program
+from heavyball.distributed import local
 
 # State by parameter, and by name.
 States = Mapping[Tensor, Mapping[str, Any]]
@@ -23,7 +24,8 @@ def readable_bytes(count: float) -> str:
 
 
 def _bytes(state: Mapping[str, Any]) -> int:
-    return sum(t.numel() * t.element_size() for t in state.values() if isinstance(t, Tensor))
+    tensors = [local(t) for t in state.values() if isinstance(t, Tensor)]
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def state_bytes(state: States) -> int:

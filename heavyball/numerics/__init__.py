@@ -24,6 +24,7 @@ from heavyball.numerics.measures import (
     shape_of,
 )
 from heavyball.numerics.random import (
+    Origin,
     generator,
     host_uniform,
     normals,
@@ -36,6 +37,7 @@ __all__ = [
     "SCALAR",
     "EpsPlacement",
     "Number",
+    "Origin",
     "compute_dtype",
     "count",
     "debiased_weight",

@@ -4,6 +4,7 @@ The bits are the optimizer's own: they leave torch's generators alone, are the s
 and in compiled kernels, and need no state besides the step.
 """
 
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -29,8 +30,30 @@ def stream(seed: int, number: int) -> int:
     return mix((mix(seed & WORD) + number * ODD) & WORD)
 
 
-def random_bits(like: Tensor, stream: int, step: Tensor) -> Tensor:
-    """Sixteen random bits for every element of `like`, as int32, counted in the order of memory."""
+@dataclass(frozen=True)
+class Origin:
+    """Where a part of a tensor lies in it: its first element along each axis, and the sizes of both."""
+
+    offset: tuple[int, ...]
+    sizes: tuple[int, ...]
+    whole: tuple[int, ...]
+
+    def places(self, index: Tensor) -> Tensor:
+        """The numbers in the whole tensor of elements that are numbered in the part."""
+        found, stride = torch.zeros_like(index), 1
+        for offset, size, whole in reversed(
+            [*zip(self.offset, self.sizes, self.whole, strict=True)]
+        ):
+            found += (index % size + offset) * stride
+            index, stride = index // size, stride * whole
+        return found
+
+
+def random_bits(like: Tensor, stream: int, step: Tensor, origin: Origin | None = None) -> Tensor:
+    """Sixteen random bits for every element of `like`, as int32, counted in the order of memory.
+
+    origin: `like` is a part of a tensor, and its elements are counted in the order of that.
+    """
     key = mix((stream + step.to(torch.int64) * ODD) & WORD)
     size, device = like.numel(), like.device
     bits = torch.empty(size, dtype=torch.int32, device=device)
@@ -38,7 +61,10 @@ def random_bits(like: Tensor, stream: int, step: Tensor) -> Tensor:
     part = PART if device.type == "cpu" else 64 * PART
     for low in range(0, size, part):
         index = torch.arange(low, min(low + part, size), dtype=torch.int64, device=device)
+        index = index if origin is None else origin.places(index)
         bits[low : low + part] = mix(((index * ODD) & WORD) ^ key) & 0xFFFF
+    if origin is not None:
+        return bits.reshape(like.shape)
     order = sorted(range(like.ndim), key=lambda axis: -like.stride()[axis])
     back = sorted(range(like.ndim), key=lambda axis: order[axis])
     return bits.reshape([like.shape[axis] for axis in order]).permute(back)

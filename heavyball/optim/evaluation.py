@@ -5,11 +5,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from heavyball.core.program import Node
+from heavyball.distributed import local
 from heavyball.errors import warn
 from heavyball.numerics import working
 from heavyball.optim.checkpoint import SAVED_WEIGHTS
@@ -17,6 +19,9 @@ from heavyball.optim.registry import Registry
 from heavyball.runtime.job import Scalars
 from heavyball.runtime.place import Place
 from heavyball.runtime.step import average
+
+if TYPE_CHECKING:
+    from heavyball.distributed.steps import Sharded
 
 # A parameter, and whether it was written, still on its device.
 Look = tuple[Place, Tensor]
@@ -28,21 +33,29 @@ ROUNDINGS = 8
 
 @dataclass(frozen=True, eq=False)
 class Evaluated:
-    """A parameter that is evaluated at an average, the node that keeps it, and its state."""
+    """A parameter that is evaluated at an average, the node that keeps it, and its state.
+
+    param, state: as this process has them. parts: what knows of those that others have.
+    """
 
     place: Place
     node: Node
     state: dict[str, Tensor]
+    param: Tensor
+    parts: "Sharded | None"
 
     def average(self, trained: Tensor) -> Tensor:
         """What to evaluate with, given the weights to train with."""
         if not self.state["step"]:  # before the first step there is nothing to average
             return trained.detach()
+        if self.parts is not None:
+            return self.parts.average(self.node, self.place.param, trained)
         return average(self.node, trained.detach(), self.state, self.place.group, Scalars())
 
 
 def stamp(param: Tensor) -> Stamp:
     """What changes when a parameter is written or its `data` replaced."""
+    param = local(param)
     return param.data_ptr(), None if param.is_inference() else param._version
 
 
@@ -58,7 +71,7 @@ def written(evaluated: Iterable[Evaluated], loaded: Mapping[Tensor, Stamp]) -> I
             # a look is not worth failing for want of memory
             with contextlib.suppress(torch.OutOfMemoryError, MemoryError):
                 expected = each.average(each.state[SAVED_WEIGHTS]).to(param.dtype)
-                yield each.place, _differ(param.detach(), expected)
+                yield each.place, _differ(each.param.detach(), expected)
 
 
 def _differ(found: Tensor, expected: Tensor) -> Tensor:
@@ -104,11 +117,10 @@ class Evaluation:
 
     def _evaluated(self) -> Iterator[Evaluated]:
         """Every parameter that is averaged and has state."""
-        programs, state = self._registry.programs(), self._registry.state
-        for place in self._registry.places():
-            own = state.get(place.param, {})
+        programs, parts = self._registry.programs(), self._registry.parts
+        for place, param, own in self._registry.views():
             for node in programs[place.param].evaluators if "step" in own else ():
-                yield Evaluated(place, node, own)
+                yield Evaluated(place, node, own, param, parts)
 
     def _show_averages(self) -> None:
         evaluated = list(self._evaluated())
@@ -119,23 +131,20 @@ class Evaluation:
             group["train_mode"] = False  # first, so that no step takes an average for the weights
         for each in evaluated:
             if SAVED_WEIGHTS not in each.state:  # a parameter may stand twice
-                value = each.average(each.place.param)
-                each.state[SAVED_WEIGHTS] = each.place.param.detach().clone()
-                each.place.param.copy_(value)
+                value = each.average(each.param)
+                each.state[SAVED_WEIGHTS] = each.param.detach().clone()
+                each.param.copy_(value)
         self._loaded = {}
         self._switching = False
 
     def _restore_weights(self) -> None:
         """Put the weights to train with back. What an exception has ended can be begun again."""
         self._switching = True
-        groups, states = self._registry.groups, self._registry.state
-        for group in groups:
-            for param in group["params"]:
-                state = states.get(param, {})
-                if SAVED_WEIGHTS in state:
-                    param.copy_(state[SAVED_WEIGHTS])
-                    del state[SAVED_WEIGHTS]
-        for group in groups:
+        for _, param, state in self._registry.views():
+            if SAVED_WEIGHTS in state:
+                param.copy_(state[SAVED_WEIGHTS])
+                del state[SAVED_WEIGHTS]
+        for group in self._registry.groups:
             group["train_mode"] = True
         self._loaded = {}
         self._switching = False

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from heavyball.distributed import is_sharded
 from heavyball.optim.registry import Registry
 from heavyball.optim.singles import Singles
 from heavyball.runtime.place import Place
@@ -159,13 +160,17 @@ def _on_gradient(
 
 
 def refuse_processes(places: list[Place]) -> None:
-    """Refuse replicas: their gradients are averaged only after they are complete here."""
+    """Refuse replicas: their gradients are averaged only after they are complete here.
+
+    Those of DTensors are reduced when they are complete.
+    """
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
         return
-    if places and distributed.get_world_size() > 1:
+    plain = [place for place in places if not is_sharded(place.param)]
+    if plain and distributed.get_world_size() > 1:
         raise ValueError(
-            f"fuse_backward: {places[0].label} in {distributed.get_world_size()} processes would be "
+            f"fuse_backward: {plain[0].label} in {distributed.get_world_size()} processes would be "
             "stepped before its gradient is averaged over them; step without fuse_backward"
         )
 

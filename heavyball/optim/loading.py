@@ -4,7 +4,7 @@ import contextlib
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -30,6 +30,9 @@ from heavyball.runtime.place import describe
 from heavyball.runtime.rates import WAITING
 from heavyball.runtime.state import SHOWN, add_missing_state
 
+if TYPE_CHECKING:
+    from heavyball.distributed.steps import Sharded
+
 HINT = "load_state_dict(..., strict=False) loads what matches and returns what it left"
 
 
@@ -44,6 +47,8 @@ class Match:
     group: Mapping[str, Any]
     known: bool
     saved: Mapping[str, Any]
+    here: Tensor
+    parts: "Sharded | None"
     expected: dict[str, Tensor] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     extra: list[str] = field(default_factory=list)
@@ -54,14 +59,23 @@ class Match:
 
         Errors: ValueError for what fits nowhere.
         """
-        self.expected = expected_state(self.program, self.param, self.group)
+        self.expected = self.expecting()
         if self.saved:
-            full = expected_state(self.program, self.param, self.group, all_lazy=True)
-            for fault in impossible(self.saved, full, self.program, self.param):
+            full = self.expecting(all_lazy=True)
+            for fault in impossible(self.saved, full, self.program, self.here):
                 raise ValueError(f"load_state_dict: of the state saved for {self.label}, {fault}")
             own = {k: v for k, v in self.saved.items() if self.program.owns((k,)) or not same_chain}
-            found = misfits(own, self.expected, self.program, self.param, full)
+            found = misfits(own, self.expected, self.program, self.here, full)
             self.missing, self.extra, self.wrong = found
+
+    def expecting(
+        self, group: Mapping[str, Any] | None = None, all_lazy: bool = False
+    ) -> dict[str, Tensor]:
+        """The state that this process should have, without memory."""
+        group = self.group if group is None else group
+        if self.parts is not None:
+            return self.parts.expected_state(self.param, group, all_lazy)
+        return expected_state(self.program, self.param, group, all_lazy)
 
     def lacks_weights(self) -> bool:
         """Whether the parameters hold an average and nothing holds what it is an average of."""
@@ -168,12 +182,12 @@ def fit(registry: Registry, loading: Mapping[str, Any], strict: bool) -> Fitted:
 def _ready(match: Match, state: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
     """Copies of what is loaded, on the parameter's device and in the formats of this optimizer."""
     made = {
-        key: value.detach().clone().to(match.param.device)
+        key: value.detach().clone().to(match.here.device)
         if isinstance(value, Tensor)
         else copy.deepcopy(value)
         for key, value in state.items()
     }
-    convert(made, expected_state(match.program, match.param, group), match.program)
+    convert(made, match.expecting(group), match.program)
     return made
 
 
@@ -330,8 +344,10 @@ def _matches(
                 known = by_name[index][position] is not None
                 place = numbers.get(own_names[index][position]) if known else None  # type: ignore[index]
             label, short = describe(name, index, position, param), name or str(number)
-            found = state.get(place, {}) if known else {}
-            yield Match(label, short, param, programs[param], values, known, found)
+            found, here, parts = state.get(place, {}) if known else {}, param, registry.parts
+            if parts is not None:
+                here, found = parts.taken(param, found)
+            yield Match(label, short, param, programs[param], values, known, found, here, parts)
             number += 1
 
 
@@ -340,14 +356,19 @@ def _matches(
 
 def _state(registry: Registry, match: Match, left: LoadResult) -> dict[str, Any]:
     """The state of one parameter: what was saved, and what it has where nothing was."""
-    own, taken = dict(registry.state.get(match.param, {})), match.usable()
+    parts = match.parts
+    held = registry.state.get(match.param, {}) if parts is None else parts.held(match.param)
+    own, taken = dict(held), match.usable()
     missing = match.missing if taken else match.expected if match.saved or not match.known else own
     left.missing_keys.extend(f"{match.short}.{key}" for key in missing)
     left.unexpected_keys.extend(f"{match.short}.{key}" for key in match.saved if key not in taken)
     if not taken:
         return own
     kept = {**{key: own[key] for key in missing if key in own}, **taken}
-    add_missing_state(match.program, match.param.detach(), match.group, kept)
+    if parts is not None:
+        parts.begin(match.param, kept)
+    else:
+        add_missing_state(match.program, match.param.detach(), match.group, kept)
     return kept
 
 

@@ -58,6 +58,11 @@ class ChainOpt(Optimizer):
     param_ecc: the same for the parameters, whose correction is state; they must have that 16-bit dtype.
     fuse_backward: step each parameter inside `backward()`, as soon as its gradient is complete, and
         free the gradient; see `heavyball.fuse_backward`.
+    replicas: processes on which plain parameters are equal (DDP): the work of matrix methods and its
+        state are shared out over them. A `ProcessGroup` or a `DeviceMesh` of one dimension; see
+        docs/distributed.md, also for DTensors, which need no option.
+    stages: processes that hold other parameters of the model (pipelines, `ZeroRedundancyOptimizer`):
+        sums over all parameters are completed over them. Likewise.
     fused, capturable, differentiable: torch's, taken where they ask for nothing that is not so:
         every chain is fused where it can be, elementwise ones can be captured, and none is
         differentiable.
@@ -81,13 +86,15 @@ class ChainOpt(Optimizer):
         storage_dtype: Choice = None,
         ecc: Choice = None,
         param_ecc: str | None = None,
+        replicas: Any = None,
+        stages: Any = None,
         **unknown: Any,
     ):
         owner = type(self).__name__
         check_names(owner, unknown, foreach)
         if not isinstance(fuse_backward, bool):
             raise TypeError(f"fuse_backward={fuse_backward!r}: expected True or False")
-        self._options = Options(foreach, compile, stochastic_rounding)
+        self._options = Options(foreach, compile, stochastic_rounding, replicas, stages)
         storage = Storage(storage_dtype, ecc, param_ecc)
         self._chain = Chain(transforms, owner, storage)
         check_capturable(self._chain, unknown.get("capturable"))
@@ -153,6 +160,7 @@ class ChainOpt(Optimizer):
             self._singles.forget()
             raise
         self._registry.add(index, programs)
+        self._registry.find_parts(self._options)
         self._engine.forget()
         self._rivals.forget()
 
@@ -191,8 +199,11 @@ class ChainOpt(Optimizer):
             together = pending
         if self._advice.active:
             begun |= fused.has_begun
-            self._advice.before(groups, begun)
-        if not self._engine.step_again(groups, self.__dict__, together):
+            # norms of parts say nothing
+            self._advice.before(groups, begun, None if registry.parts is None else ())
+        if registry.parts is not None:
+            registry.parts.step(together)
+        elif not self._engine.step_again(groups, self.__dict__, together):
             jobs = registry.jobs()
             self._engine.step(jobs, self._chain.total_keys, groups, self.__dict__, together)
         pending.close(groups)
@@ -299,12 +310,13 @@ class ChainOpt(Optimizer):
         registry = self._registry
         for group in self.param_groups:
             registry.rates.settle(group)
+        registry.find_parts(self._options)
         if loaded is None:
             registry.programs()  # parameters are new tensors after unpickling
             if self.__dict__.pop("_fuse_backward"):
                 self._fused.attach()
             return
-        self.__dict__["state"].update(loaded)
+        registry.put_state(loaded)
         if not registry.training:
             stamps = {p: stamp(p) for group in self.param_groups for p in group["params"]}
             self._evaluation = Evaluation(registry, stamps)
@@ -320,7 +332,7 @@ class ChainOpt(Optimizer):
         state = self.state
         # First of all hooks, so that the user's see it.
         handle = self.register_state_dict_post_hook(
-            lambda _, saved: describe(saved, self._chain), prepend=True
+            lambda _, saved: describe(self._registry.whole(saved), self._chain), prepend=True
         )
         removed = {p for p in state if isinstance(p, Tensor) and p not in held}
         if removed:  # they have no number to be saved under
@@ -349,7 +361,8 @@ class ChainOpt(Optimizer):
 
         def capture(_: Optimizer, loading: dict[str, Any]) -> dict[str, Any]:
             check_form(loading)
-            fitted = fit(self._registry, migrate(loading), strict)
+            with self._registry.agreeing():
+                fitted = fit(self._registry, migrate(loading), strict)
             self._loading = fitted.states
             results.append(fitted.left)
             return fitted.numbered()

@@ -23,6 +23,8 @@ NAMES = (
     "storage_dtype",
     "ecc",
     "param_ecc",
+    "replicas",
+    "stages",
 )
 
 
@@ -36,6 +38,8 @@ class Options:
     foreach: bool | None
     compile: bool | str
     stochastic_rounding: bool
+    replicas: Any = None
+    stages: Any = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.stochastic_rounding, bool):

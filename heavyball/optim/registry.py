@@ -1,8 +1,10 @@
 """The parameters of an optimizer: where each stands, what runs for it, its state and its jobs."""
 
+import contextlib
 import weakref
 from collections.abc import Iterator, Mapping
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,10 +12,12 @@ from torch.optim import Optimizer
 
 from heavyball.core.chain import Chain
 from heavyball.core.program import Program
+from heavyball.distributed import check_parts, is_sharded
 from heavyball.numerics import lasting, version_of
 from heavyball.optim.checkpoint import convert
 from heavyball.optim.checks import check_gradient, check_shape, check_state, labelled, overlaps
 from heavyball.optim.estimate import warn_of_half
+from heavyball.optim.options import Options
 from heavyball.optim.reconcile import fitting_state, refuse_replaced
 from heavyball.optim.values import Values
 from heavyball.runtime.addresses import as_numbers, check_memory, check_plain, check_state_memory
@@ -22,6 +26,9 @@ from heavyball.runtime.place import Place, describe
 from heavyball.runtime.rates import Together
 from heavyball.runtime.state import Own, add_missing_state
 from heavyball.state.held import stream_of
+
+if TYPE_CHECKING:
+    from heavyball.distributed.steps import Sharded
 
 
 class Registry:
@@ -43,16 +50,29 @@ class Registry:
         self._rounds = rounds
         self._programs: dict[Tensor, Program] = {}
         # what programs and state were made for
-        self._made_for: dict[Tensor, tuple[torch.Size, torch.dtype]] = {}
+        self._made_for: dict[Tensor, tuple[Any, ...]] = {}
         # state of `init_state`, with versions
         self._fresh: dict[Tensor, list[tuple[Tensor, int | None]]] = {}
         self._scalars: list[Scalars] = []
         self._counts = Counts()
+        # what knows of the parts that other processes hold
+        self.parts: Sharded | None = None
+
+    def find_parts(self, options: Options) -> None:
+        """Find out whether other processes hold parts of the parameters, or take part in a step."""
+        several = options.replicas is not None or options.stages is not None
+        params = (param for group in self.groups for param in group["params"])
+        if self.parts is None and (several or any(map(is_sharded, params))):
+            from heavyball.distributed.steps import Sharded
+
+            self.parts = Sharded(self, options)
 
     def renewed(self, owner: Optimizer) -> "Registry":
         """A registry of the same parameters, whose groups and state have been replaced."""
         renewed = Registry(owner, self.chain, self._rounds)
         renewed._programs, renewed._made_for = self._programs, self._made_for
+        if self.parts is not None:
+            renewed.parts = self.parts.renewed(renewed)
         return renewed
 
     # ---- groups and state
@@ -130,7 +150,8 @@ class Registry:
     def _resolved(self, label: str, name: str | None, param: Tensor) -> Program:
         if param.is_complex() or not param.is_floating_point():
             raise ValueError(f"{label} is {param.dtype}, expected a real floating-point dtype")
-        check_plain(label, param)
+        check = check_parts if is_sharded(param) else check_plain
+        check(label, param)
         if overlaps(param):
             raise ValueError(f"{label}: its elements overlap in memory; pass a contiguous tensor")
         self.chain.storage.check_param(label, param)
@@ -165,6 +186,11 @@ class Registry:
         for param, place in changed.items():
             label = labels[param]
             program = programs[param] = self._resolved(label, place.name, param)
+            if "step" in state.get(param, ()) and is_sharded(param):
+                raise ValueError(
+                    f"{label} was redistributed or given another dtype, and its state is as before: "
+                    "save a state dict first, make the optimizer anew, and load it"
+                )
             if "step" in state.get(param, ()):
                 expected[param] = fitting_state(label, program, param, place.group, state[param])
         for param, tensors in expected.items():
@@ -174,6 +200,8 @@ class Registry:
             del self._programs[param], self._made_for[param]
         self._programs.update(programs)
         self._made_for.update((param, _form(param)) for param in changed)
+        if self.parts is not None:
+            self.parts.forget()
         warn_of_half(self.chain, unlike)
 
     # ---- jobs
@@ -186,6 +214,8 @@ class Registry:
             programs: Mapping[Tensor, Program] = self._programs  # as it was noticed last
         else:
             programs = self.programs()
+        if self.parts is not None:
+            return self.parts.jobs(None if places is None else [p.param for p in places])
         state, stepped = self.state, []
         for place in self.places() if places is None else places:
             if place.param.grad is not None:
@@ -230,6 +260,9 @@ class Registry:
 
     def init_state(self) -> None:
         """Create the state of every parameter that requires a gradient and has none."""
+        if self.parts is not None:
+            self.parts.init_state()
+            return
         programs, state = self.programs(), self.state
         for place in self.places():
             param = place.param
@@ -246,6 +279,34 @@ class Registry:
         ):
             state.clear()
 
+    def views(self) -> Iterator[tuple[Place, Tensor, dict[str, Tensor]]]:
+        """Each parameter as this process has it, with its state."""
+        if self.parts is not None:
+            yield from ((part.place, part.here, part.held) for part in self.parts.parts().values())
+            return
+        states = self.state
+        for place in self.places():
+            yield place, place.param, states.get(place.param, {})
+
+    def whole(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """A state dict in which state is as other processes can load it; they all take part."""
+        if self.parts is not None:
+            numbers = [n for group in saved["param_groups"] for n in group["params"]]
+            params = [param for group in self.groups for param in group["params"]]
+            self.parts.save(saved["state"], dict(zip(numbers, params, strict=True)))
+        return saved
+
+    def agreeing(self) -> AbstractContextManager[None]:
+        """Where what raises here raises on all processes that hold parts of the parameters."""
+        return contextlib.nullcontext() if self.parts is None else self.parts.agreeing()
+
+    def put_state(self, loaded: Mapping[Tensor, dict[str, Any]]) -> None:
+        """Take state that was loaded."""
+        if self.parts is not None:
+            self.parts.put_state(loaded)
+        else:
+            self.attributes["state"].update(loaded)
+
     def give_up_state(self) -> bool:
         """Free the state that its group does not need any more; says whether there was some."""
         rate, given_up = self.chain.rate, False
@@ -260,8 +321,9 @@ class Registry:
         return given_up
 
 
-def _form(param: Tensor) -> tuple[torch.Size, torch.dtype]:
-    return param.shape, param.dtype
+def _form(param: Tensor) -> tuple[Any, ...]:
+    placed = (param.device_mesh, param.placements) if is_sharded(param) else ()  # type: ignore[attr-defined]
+    return param.shape, param.dtype, *placed
 
 
 def _check(place: Place, program: Program, state: Mapping[str, Tensor]) -> None:

@@ -193,6 +193,9 @@ class Singles:
 
     def _anew(self, single: Single) -> None:
         registry, engine = self.registry, single.engine
+        if registry.parts is not None:
+            registry.parts.step_one(single.place.param, self.pending)
+            return
         attributes = registry.attributes
         if not engine.step_again(single.groups, attributes, self.pending):
             jobs = registry.jobs([single.place])

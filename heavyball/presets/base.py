@@ -43,8 +43,8 @@ class OptionsButRounding(TypedDict, total=False):
         function of a tensor, applied to the gradient or to the finished update.
     palm, beta2_scale: PaLM's schedule for beta2, 1 - t^(-beta2_scale).
     foreach: False steps one parameter at a time, for the smallest peak memory.
-    compile, stochastic_rounding, seed, fuse_backward, storage_dtype, ecc, param_ecc, fused,
-    capturable, differentiable: as in `ChainOpt`.
+    compile, stochastic_rounding, seed, fuse_backward, storage_dtype, ecc, param_ecc, replicas, stages,
+    fused, capturable, differentiable: as in `ChainOpt`.
     """
 
     warmup_steps: float
@@ -62,6 +62,8 @@ class OptionsButRounding(TypedDict, total=False):
     storage_dtype: Choice
     ecc: Choice
     param_ecc: str | None
+    replicas: Any
+    stages: Any
     fused: bool | None
     capturable: bool
     differentiable: bool
@@ -90,6 +92,8 @@ DEFAULTS: dict[str, Any] = {
     "storage_dtype": None,
     "ecc": None,
     "param_ecc": None,
+    "replicas": None,
+    "stages": None,
 }
 
 
@@ -104,6 +108,8 @@ PASSED_ON = (
     "ecc",
     "param_ecc",
     "fuse_backward",
+    "replicas",
+    "stages",
 )
 
 

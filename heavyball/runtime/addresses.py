@@ -47,8 +47,7 @@ def check_memory(label: str, tensor: Tensor) -> None:
 def _not_plain(tensor: Tensor) -> str | None:
     if type(tensor).__torch_dispatch__ != _PLAIN:
         kind = type(tensor).__name__
-        later = "; sharded parameters cannot be stepped yet" if kind == "DTensor" else ""
-        return f"is a {kind}, which has no memory of its own, expected a plain tensor{later}"
+        return f"is a {kind}, which has no memory of its own, expected a plain tensor or a DTensor"
     if tensor.layout is not torch.strided or tensor.is_nested:
         kind = "nested" if tensor.is_nested else f"sparse ({tensor.layout})"
         return f"is {kind}, expected a dense tensor"

@@ -1,6 +1,6 @@
 """What one parameter's step is made of: the job, what its run knows, what it asks and is answered."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from heavyball.core.hyper import frozen
 from heavyball.core.program import Node, Program, WholeNode
-from heavyball.numerics import SCALAR, compute_dtype, version_of
+from heavyball.numerics import SCALAR, Origin, compute_dtype, version_of
 
 # One state of a transform: a tensor, several, or none for this shape.
 Pieces = Tensor | tuple[Tensor | None, ...] | None
@@ -134,6 +134,8 @@ class Job:
     noise: int = 0
     place: int = 0
     counts: Counts | None = None
+    # where this is a part of a tensor: by the key of a state, or "param", where in the whole it lies
+    origin: Callable[[str], Origin | None] | None = None
     # shares of sums that are needed after the step, by their names
     gave: dict[str, Tensor] = field(default_factory=dict)
     # whether something is kept that has not the range of float64

@@ -195,7 +195,8 @@ def write(job: Job, values: dict[str, Tensor], step: Tensor) -> None:
         else:
             target.copy_(value)
             continue
-        kept.store(value, drawing(target, job.stream, key, step))
+        origin = None if job.origin is None else job.origin(key)
+        kept.store(value, drawing(target, job.stream, key, step, origin))
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

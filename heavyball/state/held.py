@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from heavyball.numerics import random_bits, round_stochastically, stream
+from heavyball.numerics import Origin, random_bits, round_stochastically, stream
 from heavyball.state import packing
 from heavyball.state.declare import Holds
 from heavyball.state.formats import Format
@@ -208,9 +208,12 @@ def stream_of(seed: int, number: int) -> int:
 
 
 def drawing(
-    like: Tensor, stream: int | None, key: str, step: Tensor
+    like: Tensor, stream: int | None, key: str, step: Tensor, origin: Origin | None = None
 ) -> Callable[[], Tensor] | None:
-    """Gives the bits for a tensor when they are needed; None where nothing is rounded at random."""
+    """Gives the bits for a tensor when they are needed; None where nothing is rounded at random.
+
+    origin: where in a whole tensor this one lies, if it is a part of one.
+    """
     if stream is None:
         return None
-    return functools.partial(random_bits, like, stream ^ word_of(key), step)
+    return functools.partial(random_bits, like, stream ^ word_of(key), step, origin)

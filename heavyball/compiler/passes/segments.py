@@ -77,7 +77,7 @@ def cut(
 
     Errors: NotPrintableError, as `record`.
     """
-    _check_branches(program)
+    check_branches(program)
     recorder, tensors = trace(program, shape, dtype, state, group)
     graph = recorder.graph
     graph.outputs = {name: recorder.find(t) for name, t in tensors.items()}
@@ -87,7 +87,7 @@ def cut(
     return found
 
 
-def _check_branches(program: Program) -> None:
+def check_branches(program: Program) -> None:
     """Refuse a step that may end in one branch of a fork while the others still see the gradient."""
     for fork in program.nodes:
         if not isinstance(fork, Fork):

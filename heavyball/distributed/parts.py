@@ -1,0 +1,269 @@
+"""A parameter in parts: what this process has of it, and how it is stepped."""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heavyball.compiler.frontend.graph import NotPrintableError, record
+from heavyball.core.program import Program
+from heavyball.distributed.evaluate import first_of_slice
+from heavyball.distributed.layout import WEIGHTS, Beginning, Kept, kept_states, shown
+from heavyball.distributed.recipe import Recipe, recipe
+from heavyball.distributed.shard import Layout, local
+from heavyball.numerics import Origin
+from heavyball.runtime.place import Place
+from heavyball.runtime.state import add_missing_state
+from heavyball.state.held import main_of
+
+
+class Held(dict[str, Tensor]):
+    """What this process has of a parameter's state; `optimizer.state` shows it as DTensors."""
+
+    def __init__(self, part: "Part", states: dict[Tensor, Any]):
+        super().__init__()
+        self._part, self._states = part, states
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """The same as `optimizer.state` has it, with what others keep there."""
+        return self._states.get(self._part.param, {})
+
+    def __setitem__(self, key: str, tensor: Tensor) -> None:
+        shown = self._part.shown(key, tensor)
+        self._states.setdefault(self._part.param, {})[key] = shown
+        super().__setitem__(key, local(shown))
+
+    def __delitem__(self, key: str) -> None:
+        super().__delitem__(key)
+        self.shown.pop(key, None)
+
+    def clear(self) -> None:
+        for key in list(self):
+            del self[key]
+
+    def follow(self) -> None:
+        """Take what was put into `optimizer.state` by hand."""
+        shown = self.shown
+        for key in [key for key in self if key not in shown]:
+            super().__delitem__(key)
+        for key, value in shown.items():
+            if key not in self._part.kept:
+                continue  # others may keep what they like beside it
+            here = local(value) if isinstance(value, Tensor) else value
+            if here is not self.get(key):
+                super().__setitem__(key, here)
+
+
+@dataclass(eq=False)
+class Part:
+    """One parameter: the place where it stands, its layout, its program, and what is kept where.
+
+    here: what this process has of it. mode: "local" where no process needs another for a step; "cut"
+    where a recorded program is computed in parts; "entire" where the owner does the whole step. step,
+    shares: the recipes of the step and of the shares of sums over all parameters.
+    """
+
+    place: Place
+    program: Program
+    layout: Layout
+    here: Tensor
+    mode: str
+    step: Recipe | None
+    shares: dict[str, Recipe]
+    kept: dict[str, Kept]
+    owner: int = 0
+    held: Held = field(init=False)
+
+    @property
+    def param(self) -> Tensor:
+        return self.place.param
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size(self.layout.shape)
+
+    @property
+    def is_mine(self) -> bool:
+        """Whether this process owns it."""
+        return self.layout.group.me == self.owner
+
+    @property
+    def needs_owner(self) -> bool:
+        return self.mode == "entire" or (self.step is not None and bool(self.step.questions))
+
+    def shown(self, key: str, tensor: Tensor) -> Tensor:
+        """A state as `optimizer.state` shows it."""
+        return shown(self.param, key, self.kept[key], tensor) if key in self.kept else tensor
+
+    def refresh(self) -> None:
+        """Look where the parameter is now; a trainer may have given it other memory."""
+        here = local(self.param)
+        if here.data_ptr() != self.here.data_ptr() or here.shape != self.here.shape:
+            self.here = here.detach()
+
+    @property
+    def cost(self) -> float:
+        """About how many operations the owner's work takes."""
+        rows, rest = (self.shape[0], self.shape[1:].numel()) if len(self.shape) else (1, 1)
+        return float(rows * rest * min(rows, rest))
+
+    def origin(self, key: str) -> Origin | None:
+        """Where what is here of the parameter or of a state lies in the whole."""
+        if key == "param" or key == WEIGHTS:
+            return Origin(*self.layout.mine, self.layout.shape)
+        where = self.kept.get(key)
+        if where is None or where.is_number or where.at_owner:
+            return None
+        return Origin(*where.layout.mine, where.shape)
+
+    def saved_keys(self) -> list[str]:
+        """What all processes have of the state together."""
+        lazy = self.program.lazy_keys
+        return [
+            k for k, where in self.kept.items() if k in self.held or self._elsewhere(k, where, lazy)
+        ]
+
+    @staticmethod
+    def _elsewhere(key: str, where: Kept, lazy: set[str]) -> bool:
+        return where.at_owner and key not in lazy
+
+    def begin(self, whole: Tensor | None, state: dict[str, Tensor] | None = None) -> None:
+        """Create what this process's part of the state lacks.
+
+        whole: the whole parameter, where this process owns it. state: where to, if not in its own.
+        """
+        state = self.held if state is None else state
+        if whole is None and self.layout.group.size == 1:
+            whole = self.here
+        here = {
+            k for k, w in self.kept.items() if k != WEIGHTS and not (w.at_owner and whole is None)
+        }
+        if here <= state.keys():
+            return
+        wanted = whole_state(self.program, self.shape, self.here.dtype, self.place.group, False)
+        kept = {key: where for key, where in self.kept.items() if key in wanted}
+        first = functools.partial(first_of_slice, self.layout)
+        Beginning(self.program, self.here, whole, first).add(state, kept)
+
+
+def whole_state(
+    program: Program, shape: torch.Size, dtype: torch.dtype, group: Mapping[str, Any], lazy: bool
+) -> dict[str, Tensor]:
+    """The state of the whole tensor, without memory."""
+    found: dict[str, Tensor] = {}
+    like = torch.empty(shape, dtype=dtype, device="meta")
+    add_missing_state(program, like, group, found, lazy)
+    return found
+
+
+def part_of(place: Place, program: Program, layout: Layout, totals: bool) -> Part:
+    """How a parameter is stepped, decided from the whole of it.
+
+    totals: whether the chain has sums over all parameters, for which each must say its share.
+    """
+    here, group = local(place.param).detach(), place.group
+    expected = whole_state(program, torch.Size(layout.shape), here.dtype, group, False)
+    full = whole_state(program, torch.Size(layout.shape), here.dtype, group, True)
+    if layout.group.size == 1 and not totals:
+        kept = kept_states(program, layout, full, lambda key: False, 0)
+        assert kept is not None
+        return Part(place, program, layout, here, "local", None, {}, kept)
+    args = layout, here.dtype, expected, group
+    shares: dict[str, Recipe] = {}
+    try:
+        step = recipe(program, *args)
+        shares = {key: recipe(program, *args, key) for key in program.total_keys}
+        kept = kept_states(program, layout, full, step.owns, 0)
+        if any(
+            r.graph.every and layout.flat(r.graph.every) is None for r in (step, *shares.values())
+        ):
+            kept = None
+    except NotPrintableError:
+        kept = None
+    if kept is None:
+        kept = kept_states(program, layout, full, _entirely, 0)
+        assert kept is not None
+        return Part(place, program, layout, here, "entire", None, {}, kept)
+    mode = "local" if not totals and _is_local(step, program, here, expected, group) else "cut"
+    return Part(place, program, layout, here, mode, step, shares, kept)
+
+
+def _entirely(key: str) -> bool:
+    """Whether a state of a parameter that its owner steps alone is at the owner."""
+    return key not in ("step", WEIGHTS)
+
+
+def _is_local(
+    step: Recipe,
+    program: Program,
+    here: Tensor,
+    expected: Mapping[str, Tensor],
+    group: Mapping[str, Any],
+) -> bool:
+    """Whether a step of every shard, seen as a tensor of its own, is that of the whole.
+
+    It is asked for every process's shard, so that all decide alike.
+    """
+    if not step.is_plain:
+        return False
+    for sizes in {box[1] for box in step.layout.boxes if 0 not in box[1]}:
+        state = {k: _resized(t, step.layout.shape, sizes) for k, t in expected.items()}
+        try:
+            graph, looked = record(program, torch.Size(sizes), here.dtype, state, group)
+        except NotPrintableError:
+            return False
+        if looked or graph.key() != _live(step).key():
+            return False
+    return True
+
+
+def _live(step: Recipe) -> Any:
+    graph = step.graph.copy()
+    graph.outputs = dict(step.outputs)
+    return graph.live()
+
+
+def _resized(tensor: Tensor, whole: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
+    shape = sizes if tuple(tensor.shape) == whole else tuple(tensor.shape)
+    return torch.empty(shape, dtype=tensor.dtype, device="meta")
+
+
+def owners(parts: list[Part], before: Mapping[Tensor, int]) -> None:
+    """Give each part that needs one its owner: the most costly first, to whoever has the least to do.
+
+    Loads are those of the places of a group, which all of its processes know alike. before: the owners
+    of parts that were there already, which keep them.
+    """
+    loads: dict[Any, list[float]] = {}
+    for part in parts:
+        group = part.layout.group
+        loads.setdefault(group, [0.0] * group.size)
+        if part.param in before:
+            part.owner = before[part.param]
+            if part.needs_owner:
+                loads[group][part.owner] += part.cost
+    fresh = [p for p in parts if p.needs_owner and p.param not in before]
+    for part in sorted(fresh, key=lambda p: (-p.cost, p.place.number)):
+        of = loads[part.layout.group]
+        part.owner = min(range(len(of)), key=lambda rank: (of[rank], rank))
+        of[part.owner] += part.cost
+
+
+def keep_at_owner(part: Part) -> None:
+    """Say of the states that are at the owner who that is, now that it is known."""
+    for key, where in part.kept.items():
+        if where.at_owner:
+            whole = where.layout.everywhere()
+            part.kept[key] = Kept(
+                where.of, where.shape, where.dtype, whole.at(part.owner), True, where.is_number
+            )
+
+
+def is_owned(part: Part, key: str) -> bool:
+    """Whether a state, or what accompanies it, is at the owner only."""
+    where = part.kept.get(key) or part.kept.get(main_of(key))
+    return where is not None and where.at_owner

@@ -1,0 +1,275 @@
+"""What of a recorded program is computed where: on the shards, or by whoever owns the parameter.
+
+A program is recorded once, for the whole shape. Whole transforms are answered by the owner, and what
+lies between two of them is computed there too, on whole tensors. So the state of that, such as Adam's
+moments in SOAP's basis, is the owner's. Everything else is computed on the shards, where sums over
+elements are completed over the processes, in rounds.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heavyball.compiler.frontend.graph import (
+    Graph,
+    NotPrintableError,
+    Opaque,
+    Question,
+    Ref,
+    trace,
+    whole_keys,
+)
+from heavyball.compiler.passes.axes import is_along
+from heavyball.compiler.passes.segments import check_branches
+from heavyball.compiler.passes.stages import REDUCTIONS
+from heavyball.core.program import Program
+from heavyball.distributed.shard import Layout
+from heavyball.runtime.execute import SHARE, rotating
+from heavyball.state.held import main_of
+
+
+@dataclass(eq=False)
+class Phase:
+    """Values to compute in order: for each round those that its sums need, and then the others."""
+
+    rounds: list[tuple[list[int], list[int]]]
+    rest: list[int]
+
+
+@dataclass(eq=False)
+class Recipe:
+    """A program for tensors of one shape in one layout.
+
+    outputs: the node of each tensor that is written. until: at how many answers each of them is known.
+    owned: the keys of the state that only the owner has. there, back: values for each element that
+    travel to the owner and back; numbers: those that every process needs of what the owner computes.
+    """
+
+    graph: Graph
+    questions: list[Question]
+    outputs: dict[str, int]
+    until: dict[str, int]
+    owned: frozenset[str]
+    layout: Layout
+    before: Phase = field(init=False)
+    behind: Phase = field(init=False)
+    at_owner: list[list[int]] = field(default_factory=list)
+    there: list[int] = field(default_factory=list)
+    back: list[int] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
+
+    def owns(self, key: str) -> bool:
+        """Whether a state is at the owner only."""
+        return main_of(key) in self.owned
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether each element is computed from those at its place and from numbers of the parameter."""
+        free = {v.op for v in self.graph.values}.isdisjoint(_SIZED)
+        return free and not self.questions and self.graph.levels <= {"element", "scalar"}
+
+
+_SIZED = {*REDUCTIONS, "numel", "members", "slices", "pick"}
+# Nodes that any process can compute by itself.
+_FREE = {"const", "hyper", "total", "numel", "members", "slices"}
+
+
+def recipe(
+    program: Program,
+    layout: Layout,
+    dtype: torch.dtype,
+    state: Mapping[str, Tensor],
+    group: Mapping[str, Any],
+    share: str | None = None,
+) -> Recipe:
+    """Record a program for the whole of a tensor, and say what is computed where.
+
+    state: that of the whole tensor; its values do not matter. share: the element whose share of a sum
+        over all parameters is wanted instead of a step.
+
+    Errors: NotPrintableError with the reason.
+    """
+    check_branches(program)
+    shape = torch.Size(layout.shape)
+    recorder, tensors = trace(program, shape, dtype, state, group, share)
+    graph, questions = recorder.graph, recorder.questions
+    found = {name: recorder.find(tensor) for name, tensor in tensors.items()}
+    outputs = {n: i for n, i in found.items() if not recorder.is_loaded(n, i)}
+    until = {
+        name: next((k for k, q in enumerate(questions) if name in q.known), len(questions))
+        for name in outputs
+    }
+    until |= {"step": 0} if "step" in until else {}
+    _check_shapes(graph, shape, state)
+    cutter = _Cutter(graph, questions, outputs)
+    owned = cutter.owned | {main_of(key) for key in whole_keys(program, state)}
+    for question in questions:
+        turning = [key for keys in rotating(question.node, state) for key in keys]
+        if question.node.transform.after is not None and not owned.issuperset(turning):
+            raise NotPrintableError(f"{question.node.key} turns state that is not between its ends")
+    made = Recipe(graph, questions, outputs, until, frozenset(owned), layout)
+    cutter.place(made)
+    return made
+
+
+def _check_shapes(graph: Graph, shape: torch.Size, state: Mapping[str, Tensor]) -> None:
+    """Refuse state whose elements are those of the parameter in another shape."""
+    for name, level in graph.tensors.items():
+        if name in state and level != "slice" and state[name].ndim != len(shape):
+            raise NotPrintableError(f"{name} has not the parameter's axes")
+
+
+class _Cutter:
+    def __init__(self, graph: Graph, questions: list[Question], outputs: dict[str, int]):
+        self.graph, self.questions, self.outputs = graph, questions, outputs
+        last = f"whole.{len(questions) - 1}."
+        self.given = {i for i, v in enumerate(graph.values) if _named(v).startswith("whole.")}
+        self.late = self._depends(
+            {i for i in self.given if _named(graph.values[i]).startswith(last)}
+        )
+        self.owned: set[str] = set()
+        self.own = self._own()
+        while more := {n for n, i in self._states() if i in self.own} - self.owned:
+            self.owned |= more
+            self.own = self._own()
+
+    def _states(self) -> Iterable[tuple[str, int]]:
+        """What is written to state."""
+        return ((n, i) for n, i in self.outputs.items() if n != "param" and not is_share(n))
+
+    def _depends(self, on: set[int]) -> set[int]:
+        """Nodes that are computed from some, and these."""
+        found = set(on)
+        for index, value in enumerate(self.graph.values):
+            if any(isinstance(a, Ref) and a.index in found for a in value.args):
+                found.add(index)
+        return found
+
+    def _own(self) -> set[int]:
+        """The nodes that the owner computes: of answers but the last, and of its state."""
+        begin = {
+            i
+            for i, v in enumerate(self.graph.values)
+            if i in self.given - self.late or _named(v) in self.owned
+        }
+        return self._depends(begin) - self.late
+
+    # ---- which value is needed where
+
+    def place(self, made: Recipe) -> None:
+        """Fill in the order in which values are computed, and what travels."""
+        boundary = self.own | self.given
+        there: dict[int, None] = {}
+        for question in self.questions:
+            there.update(dict.fromkeys(self._outside(_inputs(question), boundary)))
+        rest = [i for n, i in self.outputs.items() if n not in self.owned]
+        crossing = [i for i in sorted(self._reached(rest, boundary)) if i in boundary]
+        made.back = [i for i in crossing if self._travels(i)]
+        made.numbers = [i for i in crossing if not self._travels(i)]
+        mine = [*(i for _, i in self._states() if i in self.own), *crossing]
+        there.update(dict.fromkeys(self._outside(mine, boundary)))
+        made.there = [i for i in there if self._travels(i)]
+        scalars = [i for i in there if not self._travels(i)]
+        known = set(there) | self.given
+        made.at_owner = [
+            self._order([i for i in roots if i in self.own], known)
+            for roots in (*map(_inputs, self.questions), mine)
+        ]
+        known = set(boundary)
+        first = [i for i in rest if i not in self.late] if not self.questions else []
+        early = [i for i in rest if i not in self.late and self._level(i) == "scalar"]
+        roots = [*made.there, *scalars, *first, *early]
+        sums = self._sums(self._reached([*roots, *rest], boundary), made.layout)
+        made.before = self._phase([i for i in sums if i not in self.late], roots, known)
+        made.behind = self._phase([i for i in sums if i in self.late], rest, known)
+
+    def _travels(self, index: int) -> bool:
+        level = self._level(index)
+        if level not in ("element", "scalar"):
+            raise NotPrintableError(f"values that are one per {level} beside whole tensors")
+        return level == "element"
+
+    def _level(self, index: int) -> str:
+        return self.graph.values[index].level
+
+    def _arguments(self, index: int) -> list[int]:
+        return [a.index for a in self.graph.values[index].args if isinstance(a, Ref)]
+
+    def _reached(self, roots: Iterable[int], boundary: set[int]) -> set[int]:
+        """What some nodes are computed from, up to the boundary."""
+        return self.graph.needed(roots, boundary)
+
+    def _outside(self, roots: Iterable[int], boundary: set[int]) -> list[int]:
+        """What the owner needs of others for these nodes."""
+        found, todo, seen = [], list(roots), set[int]()
+        while todo:
+            index = todo.pop()
+            if index in seen:
+                continue
+            seen.add(index)
+            if index in self.own:
+                todo += self._arguments(index)
+            elif index not in boundary:
+                found.append(index)
+        return sorted(found)
+
+    def _order(self, roots: list[int], known: set[int]) -> list[int]:
+        """The nodes to compute for these that are not known yet; then they are."""
+        found = sorted(i for i in self.graph.needed(roots, known) if i not in known)
+        known.update(found)
+        return found
+
+    def _phase(self, sums: list[int], roots: list[int], known: set[int]) -> Phase:
+        rounds: dict[int, list[int]] = {}
+        depth: dict[int, int] = {}
+        for index in range(len(self.graph.values)):
+            below = max((depth.get(a, 0) for a in self._arguments(index)), default=0)
+            if index in sums:
+                rounds.setdefault(below, []).append(index)
+                below += 1
+            depth[index] = below
+        found = []
+        for _, several in sorted(rounds.items()):
+            order = self._order([a for i in several for a in self._arguments(i)], known)
+            known.update(several)
+            found.append((order, several))
+        return Phase(found, self._order(roots, known))
+
+    def _sums(self, nodes: set[int], layout: Layout) -> list[int]:
+        """The sums of which no process has all terms."""
+        found = []
+        for index in sorted(nodes):
+            value = self.graph.values[index]
+            if value.op in REDUCTIONS:
+                source = self.graph.values[self._arguments(index)[0]]
+                summed = axes_of_level(source.level, layout) - axes_of_level(value.level, layout)
+                if any(layout.cut[axis] for axis in summed):
+                    found.append(index)
+        return found
+
+
+def _named(value: Any) -> str:
+    return value.args[0] if value.op in ("load", "number", "pick") else ""
+
+
+def _inputs(question: Question) -> list[int]:
+    """The nodes that a whole transform is told."""
+    told = [question.update, question.step, *question.context.values(), question.gate]
+    return [i for i in told if i is not None and not isinstance(i, Opaque)]
+
+
+def axes_of_level(level: str, layout: Layout) -> set[int]:
+    """The axes along which values of a level differ."""
+    if level in ("element", "slice"):
+        return set(range(len(layout.shape)))
+    if is_along(level):
+        return {int(axis) for axis in level.removeprefix("along ").split(",") if axis}
+    return set()
+
+
+def is_share(name: str) -> bool:
+    """Whether an output is a share of a sum over all parameters."""
+    return name.startswith(SHARE)
