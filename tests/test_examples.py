@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 RUNS = {
     "train_and_resume.py": (["--steps", "20"], "equal to the bit: True"),
     "own_recipe.py": ([], "step 200"),
+    "fsdp2.py": ([], "equal to rounding: True"),
 }
 
 

@@ -1,0 +1,180 @@
+"""Ways to put a model on several processes, and optimizers to step it with, there and on one."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+import heavyball
+from heavyball import chainable as C
+
+Params = list[tuple[str, Tensor]]
+
+
+class Model(nn.Module):
+    """Matrices of several shapes, of which none can be cut evenly by three or four, and vectors."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(10, 8)
+        self.second = nn.Linear(8, 6)
+        self.norm = nn.LayerNorm(6)
+        self.third = nn.Linear(6, 3, bias=False)
+        self.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.third(self.norm(torch.tanh(self.second(torch.tanh(self.first(x))))))
+
+
+def gradients(step: int, dtype: torch.dtype = torch.float64) -> Iterator[Tensor]:
+    """The gradients of a step: multiples of 2^-20, the same on every process."""
+    generator = torch.Generator().manual_seed(100 + step)
+    for p in Model().parameters():
+        g = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        yield ((g * 2**20).round() / 2**20).to(dtype)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+
+
+def give(model: nn.Module, step: int, dtype: torch.dtype = torch.float64) -> None:
+    """Put the gradients of a step where the parameters are."""
+    for p, g in zip(model.parameters(), gradients(step, dtype), strict=True):
+        p.grad = placed_as(p, g) if isinstance(p, DTensor) else g
+
+
+def placed_as(param: DTensor, tensor: Tensor) -> DTensor:
+    """A whole tensor, cut as a parameter is."""
+    mesh, placements = param.device_mesh, param.placements
+    sizes, first = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
+    part = tensor[tuple(slice(o, o + n) for o, n in zip(first, sizes, strict=True))].clone()
+    return DTensor.from_local(
+        part, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
+
+
+# ---- engines: what is done to a model, and what the optimizer is told
+
+
+def _plain(model: nn.Module, world: int) -> dict[str, Any]:
+    return {}
+
+
+def _replicas(model: nn.Module, world: int) -> dict[str, Any]:
+    return {"replicas": dist.group.WORLD}
+
+
+def _fsdp(model: nn.Module, world: int) -> dict[str, Any]:
+    fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+    return {}
+
+
+def _nested(model: nn.Module, world: int) -> dict[str, Any]:
+    mesh = init_device_mesh("cpu", (world,))
+    fully_shard(model.first, mesh=mesh)
+    fully_shard(model.third, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return {}
+
+
+def _columns(model: nn.Module, world: int) -> dict[str, Any]:
+    mesh = init_device_mesh("cpu", (world,))
+    fully_shard(model, mesh=mesh, shard_placement_fn=lambda p: Shard(p.ndim - 1))
+    return {}
+
+
+def _hsdp(model: nn.Module, world: int) -> dict[str, Any]:
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("copies", "parts"))
+    fully_shard(model, mesh=mesh)
+    return {}
+
+
+def _tensor_parallel(model: nn.Module, world: int) -> dict[str, Any]:
+    mesh = init_device_mesh("cpu", (world,))
+    parallelize_module(model, mesh, {"first": ColwiseParallel(), "second": RowwiseParallel()})
+    return {}
+
+
+def _both(model: nn.Module, world: int) -> dict[str, Any]:
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("data", "tensor"))
+    plan = {"first": ColwiseParallel(), "second": RowwiseParallel()}
+    parallelize_module(model, mesh["tensor"], plan)
+    fully_shard(model, mesh=mesh["data"])
+    return {}
+
+
+Engine = Callable[[nn.Module, int], dict[str, Any]]
+ENGINES: dict[str, tuple[Engine, int]] = {
+    "ddp": (_plain, 2),
+    "replicas": (_replicas, 2),
+    "fsdp2-even": (_fsdp, 2),
+    "fsdp2-uneven": (_fsdp, 3),
+    "nested": (_nested, 4),
+    "columns": (_columns, 2),
+    "hsdp": (_hsdp, 4),
+    "tensor-parallel": (_tensor_parallel, 2),
+    "fsdp2-and-tensor-parallel": (_both, 4),
+}
+
+
+# ---- optimizers
+
+
+def _chain(*elements: Any, lr: float = 1e-2) -> Callable[..., Any]:
+    return lambda params, **options: C.ChainOpt(params, lr, *elements, **options)
+
+
+def _preset(name: str, **given: Any) -> Callable[..., Any]:
+    return lambda params, **options: getattr(heavyball, name)(params, **{**given, **options})
+
+
+OPTIMIZERS: dict[str, Callable[..., Any]] = {
+    "AdamW": _preset("AdamW", lr=1e-2, weight_decay=0.1),
+    "AdamW, eager": _preset("AdamW", lr=1e-2, compile=False),
+    "cautious AdamW": _preset("AdamW", lr=1e-2, caution=True),
+    "global clip": _preset("AdamW", lr=1e-2, gradient_clipping="global_norm_clip"),
+    "AGC": _preset("AdamW", lr=1e-2, gradient_clipping="agc"),
+    "skip_not_finite": _chain(C.skip_not_finite, C.scale_by_adam),
+    "stable_adamw": _chain(C.scale_by_adam, C.stable_adamw),
+    "SFAdamW": _preset("SFAdamW", lr=1e-2),
+    "cautious LaProp": _preset("LaProp", lr=1e-2, caution=True),
+    "Lion": _preset("Lion", lr=1e-3),
+    "FactoredAdamW": _preset("FactoredAdamW", lr=1e-2),
+    "ADOPT": _preset("ADOPT", lr=1e-2),
+    "Prodigy": _preset("Prodigy"),
+    "ProdigyPlusScheduleFree": _preset("ProdigyPlusScheduleFree"),
+    "SOAP": _preset("SOAP", lr=1e-2, precondition_frequency=3),
+    "PrecondSchedulePaLMSOAP": _preset("PrecondSchedulePaLMSOAP", lr=1e-2),
+    "PSGDKron": _preset("PSGDKron", lr=1e-2),
+    "Muon": _preset("Muon", lr=1e-2),
+    "NorMuon": _preset("NorMuon", lr=1e-2),
+    "Shampoo": _preset("Shampoo", lr=1e-2),
+    "8-bit AdamW": _preset("AdamW", lr=1e-2, storage_dtype="8bit"),
+}
+
+
+def on_one(make: Callable[..., Any], steps: int, dtype: torch.dtype) -> list[list[Tensor]]:
+    """The parameters of a process alone: at first, after some steps, and where it is evaluated."""
+    model = Model(dtype)
+    opt = make(list(model.named_parameters()))
+    first = [whole(p) for p in model.parameters()]
+    for step in range(steps):
+        give(model, step, dtype)
+        opt.step()
+    last = [whole(p) for p in model.parameters()]
+    opt.eval()
+    return [first, last, [whole(p) for p in model.parameters()]]
