@@ -55,6 +55,7 @@ PAGES = {
 }
 PAGES["docs/measurements.md"] = "import time, statistics\n"  # a function for a GPU, not called
 PAGES["docs/writing-a-transform.md"] = f"import sys\nsys.path.append({str(ROOT / 'tests')!r})\n"
+PAGES["docs/distributed.md"] = "def fully_shard(model): pass\n"
 PAGES["docs/prodigy.md"] = "def evaluate(model): pass\n"
 HEAD = "import torch\nmodel = torch.nn.Linear(64, 10)\nimport heavyball\nC = heavyball.chainable\n"
 # Whatever a page leaves in `opt` can step.
