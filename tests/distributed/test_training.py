@@ -141,7 +141,7 @@ OWN: dict[str, Make] = {
     "state": lambda p: C.ChainOpt(p, 1e-2, averaged_in_order),
     "with an average": lambda p: C.ChainOpt(p, 1e-2, averaged_in_order, C.parameter_ema),
     "with a sum": lambda p: C.ChainOpt(p, 1e-2, averaged_in_order, C.clip_by_global_norm),
-    "with a matrix method": lambda p: C.ChainOpt(p, 1e-2, strange, C.muon),
+    "with a matrix method": lambda p: C.ChainOpt(p, 1e-2, strange, C.psgd_kron),
 }
 
 
