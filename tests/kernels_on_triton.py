@@ -132,7 +132,7 @@ def chain_of(name: str) -> tuple:
         return (C.prodigy_d(d0=0.1),)
     return (
         (C.TRANSFORMS[name], C.scale_by_adam)
-        if C.TRANSFORMS[name].modifier
+        if C.TRANSFORMS[name].rules.modifier
         else (C.TRANSFORMS[name],)
     )
 

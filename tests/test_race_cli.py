@@ -251,7 +251,7 @@ def test_the_list_has_every_name_with_its_first_sentence():
 def test_every_transform_can_be_shown(name):
     alone_impossible = {"palm_beta2", "apply"}
     company = {
-        **{n: f"{n} | scale_by_adam" for n, t in C.TRANSFORMS.items() if t.modifier},
+        **{n: f"{n} | scale_by_adam" for n, t in C.TRANSFORMS.items() if t.rules.modifier},
         "from_eigenbasis": "to_eigenbasis | from_eigenbasis",
     }
     text = company.get(name, name)
