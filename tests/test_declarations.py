@@ -16,12 +16,13 @@ from heavyball.core.transform import DEFAULTS
 
 PACKAGE = Path(heavyball.__file__).parent
 # What each decorator takes besides what all take.
+PLACED = {"before_state", "requires", "opens_once"}
 OWN = {
-    C.transform: {"kind", "modifier", "over_all", "evaluate", "before_state", "requires"},
-    C.whole_transform: {"opaque", "host", "after", "due", "lead", "before_state", "requires"},
+    C.transform: {"kind", "modifier", "over_all", "evaluate", *PLACED},
+    C.whole_transform: {"opaque", "host", "after", "due", "lead", *PLACED},
     C.rate: {
-        "numbers", "past", "made_from", "from_sums", "gives", "finish", "moment_change",
-        "hyper_change", "estimate",
+        "numbers", "past", "made_from", "from_sums", "gives", "finish", "moment_unit",
+        "moment_change", "hyper_change", "estimate",
     },
 }  # fmt: skip
 COMMON = {"provides", "domains", "excludes"}
@@ -38,8 +39,8 @@ def test_what_another_kind_says_is_refused_by_name(decorator: Any) -> None:
     needed = {"numbers": {"d": 1.0}, "finish": lambda members, options: [], "gives": ("x",)}
     needed = needed if decorator is C.rate else {}
     for other, names in OWN.items():
-        for name in names - OWN[decorator] - {"before_state", "requires", "estimate"}:
-            if name in ("moment_change", "hyper_change"):
+        for name in names - OWN[decorator] - PLACED - {"estimate"}:
+            if name in ("moment_unit", "moment_change", "hyper_change"):
                 continue
             with pytest.raises(TypeError, match=rf"{name}=.*belongs to @{other.__name__}"):
                 decorator(**needed, **{name: "x"})(lambda update: update)
@@ -57,7 +58,9 @@ def test_a_rate_says_where_its_sums_come_from() -> None:
     for sums in ({}, {"gives": ("a",), "from_sums": found}):
         with pytest.raises(TypeError, match="found: expected sums from either"):
             C.rate(numbers={"d": 1.0}, finish=lambda members, options: [], **sums)(found)
-    made = C.rate(numbers={"d": 1.0}, finish=lambda m, o: [], gives=("a",), moment_change="change")
+    made = C.rate(
+        numbers={"d": 1.0}, finish=lambda m, o: [], gives=("a",), hyper_change={"eps": "change"}
+    )
     with pytest.raises(TypeError, match=r"'change' changes a unit, but provides=\('lr',\)"):
         made(found)
 

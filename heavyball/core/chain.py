@@ -23,6 +23,7 @@ from heavyball.core.program import (
 from heavyball.core.rate import Rate
 from heavyball.core.route import branches_of, every_node, picks_of, resolved
 from heavyball.core.transform import DEFAULTS, Transform
+from heavyball.core.unit import with_units
 from heavyball.core.whole import Whole
 from heavyball.state.formats import Storage
 
@@ -184,7 +185,7 @@ class Chain:
             choices = iter(picks)
             nodes = self._complete(tuple(resolved(self._nodes, choices)))
             check(nodes)
-            self._programs[picks] = Program(nodes, self.storage)
+            self._programs[picks] = Program(with_units(nodes), self.storage)
         return self._programs[picks]
 
     def _complete(self, nodes: tuple[Node | Fork, ...]) -> tuple[Node | Fork, ...]:

@@ -48,6 +48,11 @@ class RateNode(Node):
 
 
 @dataclass(frozen=True, eq=False)
+class UnitNode(Node):
+    """A node that is no element of the chain: it keeps the unit of what stands behind a gate."""
+
+
+@dataclass(frozen=True, eq=False)
 class Fork:
     """Branches that see the same update, and the node that makes one update of theirs."""
 
@@ -192,7 +197,8 @@ def _shown(node: Node | Fork) -> str:
 
 
 def visible(nodes: tuple[Node | Fork, ...]) -> list[Node | Fork]:
-    """Leaves out `lead` nodes, which print as part of the transform behind them."""
+    """Leaves out `lead` nodes, which print as part of the transform behind them, and hidden ones."""
+    nodes = tuple(n for n in nodes if not isinstance(n, UnitNode))
     keys = [n.key if isinstance(n, Node) else "" for n in nodes[1:]]
     return [
         n

@@ -63,6 +63,7 @@ class Rate(Transform):
     made_from: dict[str, str] = field(default_factory=dict)
     gives: tuple[str, ...] = ()
     finish: Finish = lambda members, options: []
+    moment_unit: str = ""
     moment_change: str = ""
     hyper_change: dict[str, str] = field(default_factory=dict)
     estimate: Estimate | None = None
@@ -98,6 +99,7 @@ def rate(
     made_from: Mapping[str, str] | None = None,
     from_sums: Callable[..., tuple[Tensor, ...]] | None = None,
     gives: tuple[str, ...] = (),
+    moment_unit: str = "",
     moment_change: str = "",
     hyper_change: Mapping[str, str] | None = None,
     estimate: Estimate | None = None,
@@ -121,8 +123,9 @@ def rate(
         called before the step goes on, so the function runs with the new numbers.
     gives: in place of that, names of further results, behind those of `provides`: shares of sums over
         all parameters that are not needed in this step. `finish` is called after it.
-    moment_change: which result of `provides` the moments behind it are multiplied by, and squares by its
-        square, where they are kept in a unit that changes with the rate; "" for none.
+    moment_unit: which result of `provides` is the unit in which moments behind it are kept, where that
+        changes with the rate. moment_change: the result by which they are multiplied in this step, and
+        squares by its square: the unit of the parameter's last step over that of this one.
     hyper_change: hyper-parameters of elements behind it, by name, that have this unit too, each with the
         result of `provides` that it is multiplied by.
     estimate: what the optimizer shows of it, see `Estimate`.
@@ -130,12 +133,14 @@ def rate(
 
     Errors: TypeError if the signature and the declared state differ, or the sums come from nowhere.
     """
-    rules = Rules(dict(domains or {}), dict(excludes or {}), "", False, None)
+    rules = Rules(dict(domains or {}), dict(excludes or {}), "", False, None, False)
 
     def declare(fn: Callable[..., Any]) -> Rate:
         if bool(from_sums) == bool(gives):
             raise TypeError(f"{fn.__name__}: expected sums from either `from_sums` or `gives`")
-        for name in (moment_change, *(hyper_change or {}).values()):
+        if bool(moment_unit) != bool(moment_change):
+            raise TypeError(f"{fn.__name__}: `moment_unit` and `moment_change` go together")
+        for name in (moment_unit, moment_change, *(hyper_change or {}).values()):
             if name and name not in provides:
                 raise TypeError(f"{fn.__name__}: {name!r} changes a unit, but provides={provides}")
         made = Rate(
@@ -149,6 +154,7 @@ def rate(
             made_from=dict(made_from or {}),
             gives=gives,
             finish=finish,
+            moment_unit=moment_unit,
             moment_change=moment_change,
             hyper_change=dict(hyper_change or {}),
             estimate=estimate,

@@ -83,6 +83,7 @@ class Rules:
     before_state: str
     modifier: bool
     requires: Callable[[torch.Size, Mapping[str, Any]], str | None] | None
+    opens_once: bool
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -240,6 +241,7 @@ def transform(
     over_all: Callable[..., Any] | None = None,
     evaluate: Callable[..., Tensor] | None = None,
     requires: Callable[[torch.Size, Mapping[str, Any]], str | None] | None = None,
+    opens_once: bool = False,
     **states: State,
 ) -> Any:
     """Declare a transform: `@transform(mean=zeros)` above a function of one tensor.
@@ -266,6 +268,7 @@ def transform(
     evaluate: `fn(param, *states, hyper-parameters)`, the weights to evaluate with.
     requires: `fn(shape, options)`, why a parameter of this shape cannot have the transform, or None;
         asked when the parameter is added.
+    opens_once: the `gate` that it provides is closed in a parameter's first steps alone.
     `@transform` without parentheses declares one with no state.
 
     Transforms of whole tensors are declared with `@whole_transform`, those that decide on the learning
@@ -280,7 +283,9 @@ def transform(
     if kind not in ORDINARY:
         hint = "; it is declared with @rate" if kind == "rate" else ""
         raise TypeError(f"kind={kind!r}: expected one of {', '.join(map(repr, ORDINARY))}{hint}")
-    rules = Rules(dict(domains or {}), dict(excludes or {}), before_state, modifier, requires)
+    rules = Rules(
+        dict(domains or {}), dict(excludes or {}), before_state, modifier, requires, opens_once
+    )
 
     def declare(fn: Callable[..., Any]) -> Transform:
         parts = signed(fn, states)

@@ -53,6 +53,7 @@ def whole_transform(
     excludes: Mapping[str, str] | None = None,
     before_state: str = "",
     requires: Callable[[torch.Size, Mapping[str, Any]], str | None] | None = None,
+    opens_once: bool = False,
     **states: State,
 ) -> Any:
     """Declare a transform of whole tensors: `@whole_transform(gram=State(...))` above a function.
@@ -75,12 +76,12 @@ def whole_transform(
     due: `fn(count, **options)`, whether `after` has anything to do at this count.
     lead: an ordinary transform that runs right before this one and is configured as part of it, so that
         its elementwise part is compiled with the elements around.
-    domains, excludes, before_state, requires: as in `transform`.
+    domains, excludes, before_state, requires, opens_once: as in `transform`.
 
     Errors: TypeError if the signature and the declared state differ.
     """
     known = {**(lead.rules.domains if lead else {}), **(domains or {})}
-    rules = Rules(known, dict(excludes or {}), before_state, False, requires)
+    rules = Rules(known, dict(excludes or {}), before_state, False, requires, opens_once)
 
     def declare(fn: Callable[..., Any]) -> Whole:
         made = Whole(

@@ -13,6 +13,7 @@ from torch import nn
 
 from heavyball import chainable
 from heavyball.compiler.frontend.graph import NotPrintableError
+from heavyball.core.program import UnitNode
 from heavyball.errors import ChainError, RaceError, unknown
 from heavyball.race.contenders import Contender, from_chain, from_optimizer, presets, state_bytes
 from heavyball.race.tasks import TASKS
@@ -69,7 +70,9 @@ def explanation(text: str) -> Group:
         parts.append(Text(first_sentence(type(optimizer))))
     chain = optimizer.chain
     parts.append(Text(f"completed: {chain!r}"))
-    nodes = {node.key: node for program in chain.programs for node in program.flat}
+    nodes = {
+        node.key: node for p in chain.programs for node in p.flat if not isinstance(node, UnitNode)
+    }
     for place, node in enumerate(nodes.values(), start=1):
         parts.append(_element(place, node, optimizer.state[layer.weight]))
     if len(chain.programs) > 1:

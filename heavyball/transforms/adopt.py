@@ -9,7 +9,7 @@ from heavyball.numerics import lerp
 from heavyball.state.declare import squares, zeros
 
 
-@transform(exp_avg=zeros, exp_avg_sq=squares, provides=("gate", "step"))
+@transform(exp_avg=zeros, exp_avg_sq=squares, provides=("gate", "step"), opens_once=True)
 def scale_by_adopt(
     update: Tensor,
     exp_avg: Tensor,

@@ -11,7 +11,7 @@ from heavyball.numerics import quotient, second_weight
 from heavyball.transforms.factored import COL, FULL, ROW, factored_root, next_square
 
 
-@transform(row=ROW, col=COL, exp_avg_sq=FULL, provides=("gate",))
+@transform(row=ROW, col=COL, exp_avg_sq=FULL, provides=("gate",), opens_once=True)
 def delayed_rms(
     update: Tensor,
     row: Tensor | None,

@@ -244,7 +244,7 @@ def _estimate(members: Sequence[Member], options: Mapping[str, Any]) -> list[dic
     p0=FIRST,
     s=SUMS,
     unit=UNIT,
-    provides=("lr", "unit_change", "eps_change"),
+    provides=("lr", "unit_change", "eps_change", "moment_unit"),
     domains={
         "d0": positive,
         "d_coef": positive,
@@ -262,6 +262,7 @@ def _estimate(members: Sequence[Member], options: Mapping[str, Any]) -> list[dic
     past={"d_before": "d"},
     from_sums=_shares,
     finish=_estimate,
+    moment_unit="moment_unit",
     moment_change="unit_change",
     hyper_change={"eps": "eps_change"},
     estimate=DISTANCE,
@@ -314,7 +315,8 @@ def prodigy_d(
     dlr = d_before * lr * _correction(step, betas, use_bias_correction)
     decay = beta3_of(beta3, betas)
     s = _next_sums(s, every(grad, slice_p), d_before, d0, dlr, decay, safeguard_warmup)
-    return update, p0, s, d_before, dlr, unit_change_of(unit, d_before), d / d_before
+    changes = unit_change_of(unit, d_before), d / d_before
+    return update, p0, s, d_before, dlr, *changes, d_before
 
 
 @transform()
@@ -424,7 +426,7 @@ def _estimate_plus(members: Sequence[Member], options: Mapping[str, Any]) -> lis
     p0=FIRST.gone_at("prodigy_steps", "d_steps"),
     s=NARROW_SUMS.gone_at("prodigy_steps", "d_steps"),
     unit=UNIT,
-    provides=("lr", "unit_change", "clip_threshold"),
+    provides=("lr", "unit_change", "clip_threshold", "moment_unit"),
     domains={
         "d0": positive,
         "d_coef": positive,
@@ -435,6 +437,7 @@ def _estimate_plus(members: Sequence[Member], options: Mapping[str, Any]) -> lis
     made_from={"d_step": "d"},
     gives=SHARES,
     finish=_estimate_plus,
+    moment_unit="moment_unit",
     moment_change="unit_change",
     estimate=DISTANCES,
 )
@@ -494,7 +497,7 @@ def prodigy_plus_d(
     rect = rectification(step, betas[1]) if use_bias_correction else 1.0
     # the larger updates of the first steps, where d has not moved, tell it which way to go
     threshold = torch.where(d <= d0, 1.0 if use_speed else 50.0, 1.0)
-    provided = (d_step * lr * rect, unit_change_of(unit, d), threshold)
+    provided = (d_step * lr * rect, unit_change_of(unit, d), threshold, d)
     trains = lr > 0
     count = trains.to(torch.float64)
     if s is None or p0 is None:

@@ -69,7 +69,7 @@ def _estimate(members: Sequence[Member], options: Mapping[str, Any]) -> list[dic
     l1=scalar(LEAST),
     l2=scalar(LEAST),
     unit=UNIT,
-    provides=("lr", "unit_change"),
+    provides=("lr", "unit_change", "moment_unit"),
     domains={
         "d0": positive,
         "d_coef": positive,
@@ -87,6 +87,7 @@ def _estimate(members: Sequence[Member], options: Mapping[str, Any]) -> list[dic
     made_from={"d_step": "d"},
     gives=SHARES,
     finish=_estimate,
+    moment_unit="moment_unit",
     moment_change="unit_change",
     estimate=DISTANCES,
 )
@@ -137,7 +138,7 @@ def prodigy_progress_d(
         original takes z; p_1 is not rounded to bfloat16.
     """
     rect = rectification(step, betas[1]) if use_bias_correction else 1.0
-    provided = (d_step * lr * rect, unit_change_of(unit, d))
+    provided = (d_step * lr * rect, unit_change_of(unit, d), d)
     trains = lr > 0
     if p0 is None:
         none = torch.zeros_like(d)

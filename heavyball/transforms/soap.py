@@ -100,6 +100,7 @@ def _refresh(
         several=True,
     ),
     provides=("gate", "step"),
+    opens_once=True,
     opaque=("bases", "working"),
     host=("shampoo_beta",),
     domains={

@@ -1,0 +1,72 @@
+"""The unit of moments behind a gate, which stand still in steps that a rate's own state goes on in."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heavyball.core.program import Fork, Node, RateNode, UnitNode, WholeNode, flatten
+from heavyball.core.rate import Rate
+from heavyball.core.transform import Rules, Signature, Transform
+from heavyball.state.declare import scalar
+
+
+def own_unit(update: Tensor, moment_unit: Tensor, **present: Any) -> tuple[Tensor, ...]:
+    """Keep the unit of the last step that a gate let through, and provide what it has changed by."""
+    (unit,) = present.values()
+    return update, unit, torch.where(moment_unit > 0, moment_unit / unit, 1.0)
+
+
+def with_units(nodes: tuple[Node | Fork, ...]) -> tuple[Node | Fork, ...]:
+    """Give the moments behind each gate that stands behind a rate a unit of their own.
+
+    A gate that is closed in a parameter's first steps alone needs none: what is behind it is still
+    zero then.
+    """
+    place = next((i for i, n in enumerate(nodes) if isinstance(n, RateNode)), None)
+    if place is None:
+        return nodes
+    rate: Rate = nodes[place].transform  # type: ignore[union-attr]
+    if not rate.moment_unit:
+        return nodes
+    return (*nodes[: place + 1], *_placed(nodes[place + 1 :], rate))
+
+
+def _placed(nodes: tuple[Node | Fork, ...], rate: Rate) -> Iterator[Node | Fork]:
+    for place, node in enumerate(nodes):
+        is_fork = isinstance(node, Fork)
+        yield (
+            Fork(tuple(tuple(_placed(b, rate)) for b in node.branches), node.merge)
+            if is_fork
+            else node
+        )
+        gated = any(map(_closes, flatten((node,))))
+        if gated and any(has_unit(n) for n in flatten(nodes[place + 1 :])):
+            yield _unit_node(node.merge.key if is_fork else node.key, rate)
+
+
+def _closes(node: Node) -> bool:
+    """Whether a node may leave out steps after a parameter's first ones."""
+    return "gate" in node.transform.provides and not node.transform.rules.opens_once
+
+
+def has_unit(node: Node) -> bool:
+    """Whether a node keeps something in the unit of the gradient that a rate changes."""
+    states = node.transform.states.values()
+    return not isinstance(node, WholeNode) and any(s.holds in ("moment", "square") for s in states)
+
+
+def _unit_node(key: str, rate: Rate) -> UnitNode:
+    made = Transform(
+        "own_unit",
+        own_unit,
+        Signature({}, {}, (rate.moment_unit,), ()),
+        {"moment_unit": scalar(0.0, low=0.0)},
+        {},
+        {},
+        (rate.moment_change,),
+        "transform",
+        Rules({}, {}, "", False, None, False),
+    )
+    return UnitNode(made, key, {})
