@@ -12,10 +12,10 @@ from heavyball.core.transform import Rules, Signature, Transform
 from heavyball.state.declare import scalar
 
 
-def own_unit(update: Tensor, moment_unit: Tensor, **present: Any) -> tuple[Tensor, ...]:
+def own_unit(update: Tensor, last: Tensor, /, **present: Any) -> tuple[Tensor, ...]:
     """Keep the unit of the last step that a gate let through, and provide what it has changed by."""
     (unit,) = present.values()
-    return update, unit, torch.where(moment_unit > 0, moment_unit / unit, 1.0)
+    return update, unit, torch.where(last > 0, last / unit, 1.0)
 
 
 def with_units(nodes: tuple[Node | Fork, ...]) -> tuple[Node | Fork, ...]:
