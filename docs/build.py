@@ -122,23 +122,23 @@ def fill(text: str, name: str, content: str) -> str:
     return f"{before}{start}\n{content}\n{end}{rest.split(end)[1]}"
 
 
-def stub() -> str:
-    """`heavyball/chainable.pyi`, with the imports of the module itself."""
-    module = (ROOT / "heavyball" / "chainable.py").read_text()
-    tree = ast.parse(module)
-    return stubs.chainable([ast.unparse(n) for n in tree.body if isinstance(n, ast.ImportFrom)])
+def imports_of(path: Path) -> list[str]:
+    """The import statements of a module."""
+    tree = ast.parse(path.read_text())
+    return [ast.unparse(n) for n in tree.body if isinstance(n, ast.ImportFrom)]
 
 
 def build() -> dict[Path, str]:
     """Every generated file with its text."""
     readme, page = ROOT / "README.md", ROOT / "docs" / "transforms.md"
-    precond = ROOT / "docs" / "precond_schedule.md"
+    precond, package = ROOT / "docs" / "precond_schedule.md", ROOT / "heavyball"
     text = fill(readme.read_text(), "presets", presets())
     return {
         readme: fill(text, "transforms", transforms()),
         page: fill(page.read_text(), "details", "\n".join(details())),
         precond: fill(precond.read_text(), "schedule", schedule()),
-        ROOT / "heavyball" / "chainable.pyi": stub(),
+        package / "chainable.pyi": stubs.chainable(imports_of(package / "chainable.py")),
+        package / "__init__.pyi": stubs.package(imports_of(package / "__init__.py")),
     }
 
 

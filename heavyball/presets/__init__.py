@@ -1,189 +1,37 @@
-"""Named optimizers."""
+"""Named optimizers: every public class of the modules here, unless it says that it is not `listed`."""
 
+import importlib
+import pkgutil
 from typing import Any
 
 from heavyball.errors import no_attribute
-from heavyball.presets.adaptive import (
-    AdaBelief,
-    AdamS,
-    Adan,
-    NovoGrad,
-    Signum,
-    StableSPAM,
-    Tiger,
-    Yogi,
-)
 from heavyball.presets.base import CLIPPINGS, DEFAULTS, Preset, PresetOptions
-from heavyball.presets.first_order import (
-    ADOPT,
-    SGD,
-    AdamW,
-    AdEMAMix,
-    FactoredAdamW,
-    Focus,
-    LaProp,
-    Lion,
-    NAdam,
-    PaLMSFAdamW,
-    RMSprop,
-    SFAdamW,
-)
-from heavyball.presets.large_batch import LAMB, LARS
-from heavyball.presets.memory_savers import CAME
-from heavyball.presets.muon import Muon, NorMuon
-from heavyball.presets.of_torch import (
-    ASGD,
-    Adadelta,
-    Adafactor,
-    Adagrad,
-    Adam,
-    Adamax,
-    RAdam,
-    Rprop,
-)
-from heavyball.presets.prodigy import PrecondScheduleProdigySOAP, Prodigy, ProdigyPlusScheduleFree
-from heavyball.presets.psgd import (
-    PSGDLRA,
-    PSGDPRO,
-    CachedDelayedPSGDKron,
-    CachedPSGDKron,
-    DelayedPSGD,
-    DelayedPSGDKron,
-    PSGDKron,
-    PurePSGD,
-    Shampoo,
-)
-from heavyball.presets.soap import (
-    SOAP,
-    SOLP,
-    PaLMSOAP,
-    PrecondSchedulePaLMSOAP,
-    PrecondScheduleSFPaLMSOAP,
-    PrecondScheduleSOAP,
-    SFPaLMSOAP,
-    SOAPAdEMAMix,
-    SOAPNAdam,
-)
 
-PRESETS: dict[str, type[Preset]] = {
-    cls.__name__: cls
-    for cls in (
-        SGD,
-        AdamW,
-        NAdam,
-        RMSprop,
-        LaProp,
-        ADOPT,
-        AdEMAMix,
-        Lion,
-        Focus,
-        SFAdamW,
-        PaLMSFAdamW,
-        FactoredAdamW,
-        SOAP,
-        PaLMSOAP,
-        SFPaLMSOAP,
-        PrecondScheduleSOAP,
-        PrecondSchedulePaLMSOAP,
-        PrecondScheduleSFPaLMSOAP,
-        SOAPNAdam,
-        SOAPAdEMAMix,
-        SOLP,
-        PSGDKron,
-        PurePSGD,
-        DelayedPSGD,
-        CachedPSGDKron,
-        CachedDelayedPSGDKron,
-        PSGDLRA,
-        PSGDPRO,
-        Shampoo,
-        Muon,
-        NorMuon,
-        Prodigy,
-        ProdigyPlusScheduleFree,
-        PrecondScheduleProdigySOAP,
-        Adam,
-        RAdam,
-        Adagrad,
-        Adadelta,
-        Adamax,
-        ASGD,
-        Rprop,
-        Adafactor,
-        AdaBelief,
-        Adan,
-        Yogi,
-        NovoGrad,
-        Signum,
-        Tiger,
-        AdamS,
-        StableSPAM,
-        LAMB,
-        LARS,
-        CAME,
-    )
-}
 
-__all__ = [
-    "ADOPT",
-    "ASGD",
-    "CAME",
+def _collect() -> dict[str, type[Preset]]:
+    found: dict[str, type[Preset]] = {}
+    for info in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{info.name}")
+        for name, value in vars(module).items():
+            mine = isinstance(value, type) and value.__module__ == module.__name__
+            if mine and issubclass(value, Preset) and vars(value).get("listed", name[0] != "_"):
+                found[name] = value
+    return found
+
+
+# with second names, such as DelayedPSGDKron
+NAMES = _collect()
+PRESETS = {name: cls for name, cls in NAMES.items() if name == cls.__name__}
+
+globals().update(NAMES)
+
+__all__ = [  # noqa: PLE0604, the keys of NAMES are strings
     "CLIPPINGS",
     "DEFAULTS",
-    "LAMB",
-    "LARS",
     "PRESETS",
-    "PSGDLRA",
-    "PSGDPRO",
-    "SGD",
-    "SOAP",
-    "SOLP",
-    "AdEMAMix",
-    "AdaBelief",
-    "Adadelta",
-    "Adafactor",
-    "Adagrad",
-    "Adam",
-    "AdamS",
-    "AdamW",
-    "Adamax",
-    "Adan",
-    "CachedDelayedPSGDKron",
-    "CachedPSGDKron",
-    "DelayedPSGD",
-    "DelayedPSGDKron",
-    "FactoredAdamW",
-    "Focus",
-    "LaProp",
-    "Lion",
-    "Muon",
-    "NAdam",
-    "NorMuon",
-    "NovoGrad",
-    "PSGDKron",
-    "PaLMSFAdamW",
-    "PaLMSOAP",
-    "PrecondSchedulePaLMSOAP",
-    "PrecondScheduleProdigySOAP",
-    "PrecondScheduleSFPaLMSOAP",
-    "PrecondScheduleSOAP",
     "Preset",
     "PresetOptions",
-    "Prodigy",
-    "ProdigyPlusScheduleFree",
-    "PurePSGD",
-    "RAdam",
-    "RMSprop",
-    "Rprop",
-    "SFAdamW",
-    "SFPaLMSOAP",
-    "SOAPAdEMAMix",
-    "SOAPNAdam",
-    "Shampoo",
-    "Signum",
-    "StableSPAM",
-    "Tiger",
-    "Yogi",
+    *NAMES,
 ]
 
 

@@ -116,6 +116,8 @@ PASSED_ON = (
 class Preset(ChainOpt):
     """A named chain with the options that every preset takes, see `PresetOptions`."""
 
+    listed = False
+
     palm_default = False
     # options of this family of presets that are not those of all presets
     more_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})

@@ -90,6 +90,8 @@ ROUTED_DEFAULTS: dict[str, Any] = {
 class RoutedPreset(Preset):
     """A preset that gives matrices one chain and everything else AdamW."""
 
+    listed = False
+
     more_options = ROUTED_DEFAULTS
 
     def build_routed(

@@ -65,6 +65,8 @@ BASIS_DEFAULTS: dict[str, Any] = {
 class BasisPreset(Preset):
     """A preset whose rule runs in an eigenbasis."""
 
+    listed = False
+
     more_options = BASIS_DEFAULTS
     scheduler_default: ClassVar[tuple[float, float] | None] = None
 
