@@ -7,6 +7,14 @@ from heavyball.memory import MemoryPlan, memory_plan
 from heavyball.optim import checkpoint
 from heavyball.optim.fused import FusedBackward, fuse_backward
 from heavyball.presets import NAMES, PRESETS
+from heavyball.presets.adaptive import AdaBelief
+from heavyball.presets.adaptive import AdamS
+from heavyball.presets.adaptive import Adan
+from heavyball.presets.adaptive import NovoGrad
+from heavyball.presets.adaptive import Signum
+from heavyball.presets.adaptive import StableSPAM
+from heavyball.presets.adaptive import Tiger
+from heavyball.presets.adaptive import Yogi
 from heavyball.presets.first_order import ADOPT
 from heavyball.presets.first_order import AdEMAMix
 from heavyball.presets.first_order import AdamW
@@ -19,8 +27,19 @@ from heavyball.presets.first_order import PaLMSFAdamW
 from heavyball.presets.first_order import RMSprop
 from heavyball.presets.first_order import SFAdamW
 from heavyball.presets.first_order import SGD
+from heavyball.presets.large_batch import LAMB
+from heavyball.presets.large_batch import LARS
+from heavyball.presets.memory_savers import CAME
 from heavyball.presets.muon import Muon
 from heavyball.presets.muon import NorMuon
+from heavyball.presets.of_torch import ASGD
+from heavyball.presets.of_torch import Adadelta
+from heavyball.presets.of_torch import Adafactor
+from heavyball.presets.of_torch import Adagrad
+from heavyball.presets.of_torch import Adam
+from heavyball.presets.of_torch import Adamax
+from heavyball.presets.of_torch import RAdam
+from heavyball.presets.of_torch import Rprop
 from heavyball.presets.prodigy import PrecondScheduleProdigySOAP
 from heavyball.presets.prodigy import Prodigy
 from heavyball.presets.prodigy import ProdigyPlusScheduleFree
@@ -56,6 +75,14 @@ __all__ = [
     "fuse_backward",
     "memory_plan",
     "utils",
+    "AdaBelief",
+    "Adan",
+    "Yogi",
+    "NovoGrad",
+    "Signum",
+    "Tiger",
+    "AdamS",
+    "StableSPAM",
     "SGD",
     "AdamW",
     "NAdam",
@@ -68,8 +95,19 @@ __all__ = [
     "SFAdamW",
     "PaLMSFAdamW",
     "FactoredAdamW",
+    "LAMB",
+    "LARS",
+    "CAME",
     "Muon",
     "NorMuon",
+    "Adam",
+    "RAdam",
+    "Adagrad",
+    "Adadelta",
+    "Adamax",
+    "ASGD",
+    "Rprop",
+    "Adafactor",
     "Prodigy",
     "PrecondScheduleProdigySOAP",
     "ProdigyPlusScheduleFree",
