@@ -19,7 +19,7 @@ PACKAGE = Path(heavyball.__file__).parent
 PLACED = {"before_state", "requires", "opens_once"}
 OWN = {
     C.transform: {"kind", "modifier", "over_all", "evaluate", *PLACED},
-    C.whole_transform: {"opaque", "host", "after", "due", "lead", *PLACED},
+    C.whole_transform: {"kind", "opaque", "host", "after", "due", "lead", *PLACED},
     C.rate: {
         "numbers", "past", "made_from", "from_sums", "gives", "finish", "moment_unit",
         "moment_change", "hyper_change", "estimate",
@@ -72,7 +72,7 @@ OPTIMIZERS = {"lr", "base_lr", "step", "param", "grad", "seed", "weight_decay", 
 # the core's own words: gates, what a state holds, operations, and what arguments of torch are called
 WORDS = {
     "gate", "square", "squares", "beta", "graft", "lerp", "load", "sign", "alpha", "maximize",
-    "amsgrad", "nesterov", "centered",
+    "amsgrad", "nesterov", "centered", "decay", "every",
 }  # fmt: skip
 # names of checkpoints of before, and what to write in place of an argument of torch's
 EXCEPT = ("optim/migrations.py", "optim/checks.py: nesterov_momentum")
@@ -99,7 +99,7 @@ def names_of_transforms() -> set[str]:
     for t in C.TRANSFORMS.values():
         names |= {*t.provides, *t.states, *t.defaults}
         names |= set(t.numbers) if isinstance(t, C.Rate) else set()
-    return names - OPTIMIZERS - WORDS
+    return {name for name in names - OPTIMIZERS - WORDS if len(name) > 1 or name == "d"}
 
 
 @pytest.mark.parametrize("folder", ["core", "runtime", "compiler", "optim", "state", "numerics"])

@@ -120,8 +120,8 @@ def doubling(update: Tensor, unit: Tensor, *, scale: Tensor) -> tuple[Tensor, ..
 @pytest.mark.parametrize("branch", [False, True])
 def test_a_moment_behind_a_gate_catches_up(gate: str, branch: bool, compile: bool) -> None:
     """m <- m unit / scale + w (1 - m unit / scale) in the steps that go through."""
-    if branch and gate == "host":
-        pytest.skip("a step may not end on the host in one branch of a kernel")
+    if gate == "host" and (branch or compile):
+        pytest.skip("a step may not end on the host in one branch, nor in front of a share")
     gates = (C.parallel(GATES[gate], C.sign, weights=(1.0, 0.0)),) if branch else (GATES[gate],)
     param = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
     opt = C.ChainOpt([param], 1.0, doubling, *gates, C.exp_avg(beta=0.5), compile=compile)

@@ -24,26 +24,21 @@ def with_units(nodes: tuple[Node | Fork, ...]) -> tuple[Node | Fork, ...]:
     A gate that is closed in a parameter's first steps alone needs none: what is behind it is still
     zero then.
     """
-    place = next((i for i, n in enumerate(nodes) if isinstance(n, RateNode)), None)
-    if place is None:
-        return nodes
-    rate: Rate = nodes[place].transform  # type: ignore[union-attr]
-    if not rate.moment_unit:
-        return nodes
-    return (*nodes[: place + 1], *_placed(nodes[place + 1 :], rate))
+    for place, node in enumerate(nodes):
+        if isinstance(node, RateNode) and node.transform.moment_unit:
+            return (*nodes[: place + 1], *_placed(nodes[place + 1 :], node.transform))
+    return nodes
 
 
 def _placed(nodes: tuple[Node | Fork, ...], rate: Rate) -> Iterator[Node | Fork]:
     for place, node in enumerate(nodes):
-        is_fork = isinstance(node, Fork)
-        yield (
-            Fork(tuple(tuple(_placed(b, rate)) for b in node.branches), node.merge)
-            if is_fork
-            else node
-        )
+        if isinstance(node, Fork):
+            yield Fork(tuple(tuple(_placed(b, rate)) for b in node.branches), node.merge)
+        else:
+            yield node
         gated = any(map(_closes, flatten((node,))))
         if gated and any(has_unit(n) for n in flatten(nodes[place + 1 :])):
-            yield _unit_node(node.merge.key if is_fork else node.key, rate)
+            yield _unit_node(node.merge.key if isinstance(node, Fork) else node.key, rate)
 
 
 def _closes(node: Node) -> bool:

@@ -244,7 +244,7 @@ def _estimate(members: Sequence[Member], options: Mapping[str, Any]) -> list[dic
     p0=FIRST,
     s=SUMS,
     unit=UNIT,
-    provides=("lr", "unit_change", "eps_change", "moment_unit"),
+    provides=("lr", "unit_change", "eps_change", "d_unit"),
     domains={
         "d0": positive,
         "d_coef": positive,
@@ -262,7 +262,7 @@ def _estimate(members: Sequence[Member], options: Mapping[str, Any]) -> list[dic
     past={"d_before": "d"},
     from_sums=_shares,
     finish=_estimate,
-    moment_unit="moment_unit",
+    moment_unit="d_unit",
     moment_change="unit_change",
     hyper_change={"eps": "eps_change"},
     estimate=DISTANCE,
@@ -426,7 +426,7 @@ def _estimate_plus(members: Sequence[Member], options: Mapping[str, Any]) -> lis
     p0=FIRST.gone_at("prodigy_steps", "d_steps"),
     s=NARROW_SUMS.gone_at("prodigy_steps", "d_steps"),
     unit=UNIT,
-    provides=("lr", "unit_change", "clip_threshold", "moment_unit"),
+    provides=("lr", "unit_change", "clip_threshold", "d_unit"),
     domains={
         "d0": positive,
         "d_coef": positive,
@@ -437,7 +437,7 @@ def _estimate_plus(members: Sequence[Member], options: Mapping[str, Any]) -> lis
     made_from={"d_step": "d"},
     gives=SHARES,
     finish=_estimate_plus,
-    moment_unit="moment_unit",
+    moment_unit="d_unit",
     moment_change="unit_change",
     estimate=DISTANCES,
 )

@@ -69,7 +69,7 @@ def _estimate(members: Sequence[Member], options: Mapping[str, Any]) -> list[dic
     l1=scalar(LEAST),
     l2=scalar(LEAST),
     unit=UNIT,
-    provides=("lr", "unit_change", "moment_unit"),
+    provides=("lr", "unit_change", "d_unit"),
     domains={
         "d0": positive,
         "d_coef": positive,
@@ -87,7 +87,7 @@ def _estimate(members: Sequence[Member], options: Mapping[str, Any]) -> list[dic
     made_from={"d_step": "d"},
     gives=SHARES,
     finish=_estimate,
-    moment_unit="moment_unit",
+    moment_unit="d_unit",
     moment_change="unit_change",
     estimate=DISTANCES,
 )
