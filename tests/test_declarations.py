@@ -38,7 +38,7 @@ def test_a_decorator_takes_what_its_kind_can_say(decorator: Any) -> None:
 def test_what_another_kind_says_is_refused_by_name(decorator: Any) -> None:
     needed = {"numbers": {"d": 1.0}, "finish": lambda members, options: [], "gives": ("x",)}
     needed = needed if decorator is C.rate else {}
-    for other, names in OWN.items():
+    for names in OWN.values():
         for name in names - OWN[decorator] - PLACED - {"estimate"}:
             if name in ("moment_unit", "moment_change", "hyper_change"):
                 continue
