@@ -111,7 +111,7 @@ def measure(
             try:
                 _steps(result, settings)
                 if case.library == "heavyball" and settings.starts:
-                    _starts(result, settings)
+                    measure_starts(result, settings)
             except MeasureError as error:
                 result.failure = str(error)
             say(result)
@@ -138,7 +138,7 @@ def _steps(result: Result, settings: Settings) -> None:
     result.once, result.passes = moved.get("once"), moved.get("passes")
 
 
-def _starts(result: Result, settings: Settings) -> None:
+def measure_starts(result: Result, settings: Settings) -> None:
     """First steps, each in a process of its own: eager, with an empty cache, with a filled one."""
     request = _request(result, settings, "first")
     found: dict[str, list[float]] = {"eager": [], "cold": [], "warm": []}

@@ -182,7 +182,7 @@ def test_first_steps_are_eager_then_cold_then_warm(monkeypatch):
 
     monkeypatch.setattr(measure, "ask", ask)
     result = measure.Result(cases.CHAINS["adamw"], "gpt", times=[1.0], reference=[2.0])
-    measure._starts(result, measure.Settings(threads=1, quick=True))
+    measure.measure_starts(result, measure.Settings(threads=1, quick=True))
     assert [(task, eager) for task, eager, *_ in asked] == [
         ("first", True),
         ("first", False),

@@ -23,7 +23,7 @@ POINTWISE = [
     for name, cls in heavyball.PRESETS.items()
     if not any(
         node.transform.whole
-        for program in cls([nn.Parameter(torch.zeros(3, 3))])._chain.programs
+        for program in cls([nn.Parameter(torch.zeros(3, 3))]).chain.programs
         for node in program.flat
     )
 ]

@@ -253,7 +253,7 @@ def test_a_decomposition_that_fails_keeps_the_old_basis_and_says_so_once(
     old = orthogonal(3, 6, seed=3)
     expected, _ = E.refreshed(matrix, old, "eigh")
     matrix[1] = 13.0 * torch.eye(6)
-    E._report.cache_clear()
+    E.report_once.cache_clear()
     monkeypatch.setattr(torch.linalg, "eigh", failing((torch.float32, torch.float64), []))
     with pytest.warns(RuntimeWarning, match="eigh did not converge .* old basis is kept"):
         basis, order = E.refreshed(matrix, old, "eigh")

@@ -96,9 +96,9 @@ def test_late_counts_are_those_of_the_integral() -> None:
 
 def test_a_late_step_takes_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    running = heavyball.linalg.schedule._running
+    running = heavyball.linalg.schedule.running_sums
     monkeypatch.setattr(
-        "heavyball.linalg.schedule._running", lambda *a: made.append(a) or running(*a)
+        "heavyball.linalg.schedule.running_sums", lambda *a: made.append(a) or running(*a)
     )
     schedule = PrecondSchedule(b=7.25)
     with decimal.localcontext(decimal.Context(prec=2)):  # that of the caller is nobody's business

@@ -42,7 +42,7 @@ def two_threads() -> Iterator[None]:
     ],
 )
 def test_which_are_done_side_by_side(costs: tuple, count: int, expected: tuple) -> None:
-    assert threads._side_by_side(costs, count) == expected
+    assert threads.side_by_side(costs, count) == expected
 
 
 def test_results_come_in_order_each_from_one_thread() -> None:
@@ -112,10 +112,10 @@ def test_state_of_the_caller_s_thread_holds(state) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 def test_a_child_process_makes_its_own_threads() -> None:
     threads.each(str, [1, 2], [MUCH, MUCH])
-    assert threads._pools
+    assert threads.pools
     child = os.fork()
     if not child:
-        os._exit(bool(threads._pools))
+        os._exit(bool(threads.pools))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
@@ -134,7 +134,7 @@ def trained(name: str, count: int, monkeypatch: pytest.MonkeyPatch):
     torch.set_num_threads(count)
     monkeypatch.setattr(threads, "LEAST", 0)
     monkeypatch.setattr(whole, "STACKED", 0)  # one call for each
-    threads._side_by_side.cache_clear()
+    threads.side_by_side.cache_clear()
     draws = torch.Generator().manual_seed(0)
     params = [
         torch.nn.Parameter(torch.randn(s, generator=draws, dtype=torch.float64)) for s in SHAPES
@@ -144,21 +144,21 @@ def trained(name: str, count: int, monkeypatch: pytest.MonkeyPatch):
         for p in params:
             p.grad = torch.randn(p.shape, generator=draws, dtype=torch.float64)
         opt.step()
-    threads._side_by_side.cache_clear()
+    threads.side_by_side.cache_clear()
     return params, opt
 
 
 @pytest.mark.parametrize("name", CHAINS)
 def test_steps_do_not_depend_on_the_threads(name: str, monkeypatch) -> None:
     asked: list[tuple] = []
-    real = threads._side_by_side
+    real = threads.side_by_side
 
     def noted(costs, count):
         asked.append(real(costs, count))
         return asked[-1]
 
     noted.cache_clear = real.cache_clear  # type: ignore[attr-defined]
-    monkeypatch.setattr(threads, "_side_by_side", noted)
+    monkeypatch.setattr(threads, "side_by_side", noted)
     one, first = trained(name, 1, monkeypatch)
     assert not any(asked)
     two, second = trained(name, 2, monkeypatch)
@@ -173,11 +173,11 @@ def test_steps_do_not_depend_on_the_threads(name: str, monkeypatch) -> None:
 
 def test_memory_of_a_step_is_given_back(monkeypatch) -> None:
     trained("soap", 2, monkeypatch)
-    found = threads.each(lambda _: scratch._blocks.found, [1, 2], [MUCH, MUCH])
+    found = threads.each(lambda _: scratch.blocks.found, [1, 2], [MUCH, MUCH])
     assert found == [None, None]
     with scratch.reused():
-        outer = scratch._blocks.found
-        inner = threads.each(lambda _: scratch._blocks.found, [1, 2], [MUCH, MUCH])
+        outer = scratch.blocks.found
+        inner = threads.each(lambda _: scratch.blocks.found, [1, 2], [MUCH, MUCH])
         assert all(any(block is held for held in outer.values()) for block in inner)
 
 

@@ -200,7 +200,7 @@ def _decomposed(
         rows = zip(matrix.split(1), fallback().split(1), strict=True)
         parts = [_decomposed(fn, one, functools.partial(_self, old)) for one, old in rows]
         return torch.cat(parts)
-    _report(fn.__name__.removeprefix("_by_"))
+    report_once(fn.__name__.removeprefix("_by_"))
     return fallback()
 
 
@@ -218,7 +218,7 @@ def _attempt(fn: Callable[[Tensor], Tensor], matrix: Tensor) -> Tensor | None:
 
 
 @functools.cache
-def _report(name: str) -> None:
+def report_once(name: str) -> None:
     warn(
         f"{name} did not converge for a preconditioner, in float64 either: its old basis is kept. "
         "This is reported once.",

@@ -112,11 +112,11 @@ def newton_schulz(
     torch.div(x, norm, out=unit)
     if products == "bfloat16" or (products == "auto" and _is_faster_narrow(x)):
         (narrow,) = scratch("unit", x.new_empty(0, dtype=torch.bfloat16), x.shape)
-        return _plain_form(narrow.copy_(unit), rows).to(x.dtype)  # squaring takes too many digits
+        return plain_form(narrow.copy_(unit), rows).to(x.dtype)  # squaring takes too many digits
     short, long = sorted(x.shape[-2:])
     if long >= ELONGATED * short:
         return _gram_form(unit, rows, restarts(len(rows)) if restart is None else restart)
-    return _plain_form(unit, rows, torch.empty_like(unit))
+    return plain_form(unit, rows, torch.empty_like(unit))
 
 
 def _is_faster_narrow(x: Tensor) -> bool:
@@ -126,11 +126,11 @@ def _is_faster_narrow(x: Tensor) -> bool:
     if x.is_cuda:
         return torch.cuda.get_device_capability(x.device)[0] >= 8
     short, long = sorted(x.shape[-2:])
-    return x.device.type == "cpu" and short >= 256 and long < 8 * short and _has_amx()
+    return x.device.type == "cpu" and short >= 256 and long < 8 * short and has_amx()
 
 
 @functools.cache
-def _has_amx() -> bool:
+def has_amx() -> bool:
     try:
         return "amx_bf16" in Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -147,7 +147,7 @@ def _gram(x: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.matmul(one, other, out=out)
 
 
-def _plain_form(x: Tensor, rows: tuple[Row, ...], out: Tensor | None = None) -> Tensor:
+def plain_form(x: Tensor, rows: tuple[Row, ...], out: Tensor | None = None) -> Tensor:
     """Overwrites x; the result is in `out`, or in memory that the next call uses again."""
     square = (*x.shape[:-2], *2 * (min(x.shape[-2:]),))
     gram, step, other = scratch("newton_schulz", x, square, square, x.shape)

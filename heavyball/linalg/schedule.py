@@ -145,12 +145,12 @@ def _checked(step: int) -> int:
 def _sums(schedule: PrecondSchedule, block: int) -> tuple[int, list[float]]:
     """S after each step of a block, as a whole number and what comes to it."""
     if block < ADDED_UP:
-        return 0, _running(schedule, block, _starts(schedule)[block]).tolist()
+        return 0, running_sums(schedule, block, _starts(schedule)[block]).tolist()
     first = ADDED_UP * BLOCK
     late = sum_between(schedule.a, schedule.b, first, block * BLOCK)
     start = Decimal(_starts(schedule)[ADDED_UP]) + late
     whole = math.floor(start)
-    return whole, _running(schedule, block, float(start - whole)).tolist()
+    return whole, running_sums(schedule, block, float(start - whole)).tolist()
 
 
 @functools.lru_cache(maxsize=64)
@@ -158,11 +158,11 @@ def _starts(schedule: PrecondSchedule) -> list[float]:
     """S before each of the first blocks."""
     starts = [0.0]
     for block in range(ADDED_UP):
-        starts.append(_running(schedule, block, starts[-1])[-1].item())
+        starts.append(running_sums(schedule, block, starts[-1])[-1].item())
     return starts
 
 
-def _running(schedule: PrecondSchedule, block: int, start: float) -> Tensor:
+def running_sums(schedule: PrecondSchedule, block: int, start: float) -> Tensor:
     first = block * BLOCK + 1
     steps = torch.arange(first, first + BLOCK, dtype=torch.float64, device="cpu")
     shares = 1 / (1 + (schedule.a * steps.log10()) ** schedule.b)

@@ -18,34 +18,34 @@ class _Blocks(threading.local):
     found: dict[Any, Any] | None = None
 
 
-_blocks = _Blocks()
+blocks = _Blocks()
 
 
 @contextmanager
 def reused() -> Iterator[None]:
     """A context or decorator in which `scratch` hands out the memory of a place again and again."""
-    outer = _blocks.found
-    _blocks.found = {} if outer is None else outer
+    outer = blocks.found
+    blocks.found = {} if outer is None else outer
     try:
         yield
     finally:
-        _blocks.found = outer
+        blocks.found = outer
 
 
 def borrowed() -> Callable[[], AbstractContextManager[None]]:
     """What other threads enter, so that their memory is used again for as long as the caller's."""
-    outer = _blocks.found
+    outer = blocks.found
     if outer is None:
         return nullcontext
 
     @contextmanager
     def enter() -> Iterator[None]:
-        before = _blocks.found
-        _blocks.found = outer.setdefault(threading.get_ident(), {})
+        before = blocks.found
+        blocks.found = outer.setdefault(threading.get_ident(), {})
         try:
             yield
         finally:
-            _blocks.found = before
+            blocks.found = before
 
     return enter
 
@@ -58,11 +58,11 @@ def scratch(place: str, like: Tensor, *shapes: Sequence[int]) -> list[Tensor]:
 
 
 def _block(place: str, like: Tensor, size: int) -> Tensor:
-    if _blocks.found is None or like.device.type != "cpu":
+    if blocks.found is None or like.device.type != "cpu":
         return like.new_empty(size)
     key = place, like.dtype
-    block = _blocks.found.get(key)
+    block = blocks.found.get(key)
     if block is None or block.numel() < size:
-        _blocks.found.pop(key, None)  # freed before the larger one is there
-        block = _blocks.found[key] = like.new_empty(size)
+        blocks.found.pop(key, None)  # freed before the larger one is there
+        block = blocks.found[key] = like.new_empty(size)
     return block[:size]

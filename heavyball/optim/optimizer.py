@@ -296,7 +296,8 @@ class ChainOpt(Optimizer):
     # ---- saving and copying
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {name: getattr(self, name) for name in ("_chain", "_options", "backward_ends_step")}
+        own = ("_chain", "_options", "backward_ends_step")
+        kept = {name: value for name, value in vars(self).items() if name in own}
         # hooks belong to the parameters of this optimizer; a copy registers its own
         return {**super().__getstate__(), **kept, "_fuse_backward": self._fused.active}
 

@@ -28,10 +28,10 @@ LEAST = 2**25
 # waiting for the longest.
 EFFICIENCY = 0.85
 
-_pools: dict[int, ThreadPoolExecutor] = {}
+pools: dict[int, ThreadPoolExecutor] = {}
 _lock = threading.Lock()
 if hasattr(os, "register_at_fork"):  # a child process has none of its parent's threads
-    os.register_at_fork(after_in_child=_pools.clear)
+    os.register_at_fork(after_in_child=pools.clear)
 
 
 def each(
@@ -44,7 +44,7 @@ def each(
 
     costs: about how many operations each takes.
     """
-    together = _side_by_side(tuple(costs), torch.get_num_threads())
+    together = side_by_side(tuple(costs), torch.get_num_threads())
     if not together or _watched():
         return [fn(item) for item in items]
     enter, grad = borrowed(), torch.is_grad_enabled()
@@ -74,7 +74,7 @@ def _by_turns(fn: Callable[[Item], Result], items: Mapping[int, Item]) -> dict[i
 
 
 @functools.lru_cache(maxsize=4096)
-def _side_by_side(costs: tuple[float, ...], threads: int) -> tuple[int, ...]:
+def side_by_side(costs: tuple[float, ...], threads: int) -> tuple[int, ...]:
     """Which pieces to work on side by side, the longest first: whoever is done takes the next.
 
     Left out are the longest of all, for which no other is a match: they have all threads, afterwards.
@@ -103,7 +103,7 @@ def _watched() -> bool:
 def _pool(size: int) -> ThreadPoolExecutor | None:
     """Threads that have begun; None where so many cannot be started."""
     with _lock:
-        if size not in _pools:
+        if size not in pools:
             ready = threading.Barrier(size)
 
             def begin() -> None:
@@ -123,5 +123,5 @@ def _pool(size: int) -> ThreadPoolExecutor | None:
             finally:
                 # threads that begin later, anybody's, have the number that was set last
                 torch.set_num_threads(size)
-            _pools[size] = pool
-        return _pools[size]
+            pools[size] = pool
+        return pools[size]

@@ -120,8 +120,8 @@ def test_the_gram_form_has_as_many_digits_in_float32_as_products_with_the_matrix
     x = conditioned(48, 200, 1e5)
     for method, steps in itertools.product(METHODS[:3], (1, 2, 3, 4, 5, 6, 7, 8, 10, 12)):
         unit, rows = x / x.norm(), table(method, steps)
-        exact = orthogonalize._plain_form(unit.clone(), rows)
-        plain = orthogonalize._plain_form(unit.float(), rows).double()
+        exact = orthogonalize.plain_form(unit.clone(), rows)
+        plain = orthogonalize.plain_form(unit.float(), rows).double()
         for turned in (x, x.mT):
             t = C.orthogonalize(method=method, steps=steps)
             (found,) = updates([t], [turned.float()])
@@ -135,7 +135,7 @@ def test_where_the_gram_form_begins_anew_changes_nothing_but_the_rounding(restar
         (x,) = starts([shape], seed=3)
         for method in METHODS[:3]:
             t = C.orthogonalize(method=method, restart=restart)
-            plain = orthogonalize._plain_form(x / (x.norm() + 1e-7), table(method, 5))
+            plain = orthogonalize.plain_form(x / (x.norm() + 1e-7), table(method, 5))
             close(updates([t], [x])[0], plain, atol=1e-12)
 
 
@@ -351,7 +351,7 @@ def test_an_exact_factor_has_no_products() -> None:
 def test_a_processor_with_units_for_bfloat16_uses_them_for_large_matrices(monkeypatch) -> None:
     made = torch.Generator().manual_seed(0)
     for units in (False, True):
-        monkeypatch.setattr(orthogonalize, "_has_amx", lambda found=units: found)
+        monkeypatch.setattr(orthogonalize, "has_amx", lambda found=units: found)
         for shape, large in (((256, 300), True), ((255, 300), False), ((256, 2048), False)):
             x = torch.randn(shape, generator=made)
             way = "bfloat16" if units and large else "full"
