@@ -31,7 +31,7 @@ demo: $(VENV)/installed-race
 		--chain "scale_by_adam | cautious" --lr 0.003,0.01,0.03 --seeds 3 --out demo --overwrite
 
 test: $(VENV)/installed-test
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 # the kernels' file is no test_*.py, since test_triton.py runs it in Triton's interpreter
 test-cuda: $(VENV)/installed-test
