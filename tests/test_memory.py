@@ -1,5 +1,6 @@
 """A memory plan against the bytes that are really held, and against counting by hand."""
 
+import itertools
 import math
 
 import pytest
@@ -42,8 +43,10 @@ class NoMemory(TorchDispatchMode):
 # ---- against what is held
 
 
-@every_case
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+DTYPED = [*zip(CASES, itertools.cycle([torch.float32, torch.bfloat16]), strict=False)]
+
+
+@pytest.mark.parametrize(("case", "dtype"), DTYPED, ids=str)
 def test_a_plan_is_what_is_held_to_the_byte(case, dtype):
     params = parameters(*SHAPES, dtype=dtype)
     opt = case(params)
@@ -62,14 +65,15 @@ def test_a_plan_is_what_is_held_to_the_byte(case, dtype):
     assert bool(plan.evaluation_bytes) == averages(opt)
 
 
-@pytest.mark.parametrize("name", heavyball.PRESETS)
-def test_a_preset_may_be_named_or_given_and_its_options_count(name):
+COUNTED = ({"mars": True}, {"gradient_clipping": "l2_clip"}, {})
+
+
+@pytest.mark.parametrize(("name", "options"), zip(heavyball.PRESETS, itertools.cycle(COUNTED)))
+def test_a_preset_may_be_named_or_given_and_its_options_count(name, options):
     model = Tiny()
-    for options in ({}, {"mars": True}, {"gradient_clipping": "l2_clip"}):
-        opt = heavyball.PRESETS[name](model.parameters(), **options)
-        expected = held(opt)
-        for preset in (name, heavyball.PRESETS[name]):
-            assert memory_plan(model, preset, **options).state_bytes == expected
+    expected = held(heavyball.PRESETS[name](model.parameters(), **options))
+    for preset in (name, heavyball.PRESETS[name]):
+        assert memory_plan(model, preset, **options).state_bytes == expected
 
 
 FORMATS = [
@@ -79,19 +83,22 @@ FORMATS = [
 ]
 
 
-@pytest.mark.parametrize("name", heavyball.PRESETS)
-def test_formats_of_fewer_bits_are_planned_to_the_byte(name):
-    shapes = (*SHAPES, (66, 65))  # the last is large enough for 8-bit codes
-    for options in FORMATS:
-        params = parameters(*shapes, dtype=torch.bfloat16)
-        opt = heavyball.PRESETS[name](params, **options)
-        plan = memory_plan(params, name, **options)
-        assert plan.state_bytes == held(opt), options
-        corrections = plan.per_transform.get("param", 0)
-        each = {"bf16+8": 1, "bf16+16": 2}.get(options.get("param_ecc"), 0)
-        assert corrections == each * sum(p.numel() for p in params)
-        opt.eval()
-        assert opt.state_bytes() == plan.state_bytes + plan.evaluation_bytes
+FORMATTED = [("AdamW", options) for options in FORMATS]
+FORMATTED += zip(heavyball.PRESETS, itertools.cycle(FORMATS), strict=False)
+
+
+@pytest.mark.parametrize(("name", "options"), FORMATTED, ids=str)
+def test_formats_of_fewer_bits_are_planned_to_the_byte(name, options):
+    shapes = ((40, 33), (), (3, 4, 3, 3), (0, 5), (66, 65))  # the last is large enough for codes
+    params = parameters(*shapes, dtype=torch.bfloat16)
+    opt = heavyball.PRESETS[name](params, **options)
+    plan = memory_plan(params, name, **options)
+    assert plan.state_bytes == held(opt)
+    corrections = plan.per_transform.get("param", 0)
+    each = {"bf16+8": 1, "bf16+16": 2}.get(options.get("param_ecc"), 0)
+    assert corrections == each * sum(p.numel() for p in params)
+    opt.eval()
+    assert opt.state_bytes() == plan.state_bytes + plan.evaluation_bytes
 
 
 def test_a_format_of_fewer_bits_takes_fewer_bytes():
