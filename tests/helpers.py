@@ -446,6 +446,13 @@ def random_chain(seed: int) -> Case:
         return _chain(f"random-{seed}", *elements)
 
 
+def drawn(name: str, count: int, *choices: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
+    """Random picks of each of the choices, others for every name and the same in every run."""
+    draw = random.Random(name)
+    for _ in range(count):
+        yield tuple(draw.choice(each) for each in choices)
+
+
 def averages(opt: Any) -> bool:
     """Whether the optimizer evaluates at other weights than those it trains."""
     return "train_mode" in opt.defaults

@@ -1,13 +1,12 @@
 """What must hold for every transform, whatever the parameter looks like and the gradient holds."""
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from helpers import EPS, anywhere, chain_of, close, eager, examples  # noqa: F401
-from hypothesis import given
-from hypothesis import strategies as st
+from helpers import EPS, anywhere, chain_of, close, drawn, eager  # noqa: F401
 from torch import Tensor
 
 from heavyball import chainable as C
@@ -228,22 +227,19 @@ def storages(optimizer: torch.optim.Optimizer, param: Tensor) -> list[int]:
 
 
 @pytest.mark.parametrize("name", CHAINS)
-@examples(30)
-@given(
-    case=st.sampled_from(CASES),
-    grad_layout=st.sampled_from(["plain", "transposed", "every_other"]),
-    dtype=st.sampled_from(DTYPES),
-    kinds=st.lists(st.sampled_from(KINDS), min_size=2, max_size=4),
-    seed=st.integers(0, 1000),
-)
-def test_a_step_is_finite_and_touches_nothing_that_it_should_not(
-    name: str, case: tuple, grad_layout: str, dtype: torch.dtype, kinds: list[str], seed: int
-) -> None:
+def test_a_step_is_finite_and_touches_nothing_that_it_should_not(name: str) -> None:
+    grad_layouts = ("plain", "transposed", "every_other")
+    for case in drawn(name, 10, CASES, grad_layouts, DTYPES, KINDS, KINDS, KINDS):
+        check_a_step(name, *case)
+
+
+def check_a_step(name: str, case: tuple, grad_layout: str, dtype: torch.dtype, *kinds: str) -> None:
     shape, layout = case
-    made = torch.Generator().manual_seed(seed)
+    made = torch.Generator().manual_seed(len(kinds))
     param = torch.nn.Parameter(filled(layout, values(shape, "normal", made), dtype))
     other = torch.nn.Parameter(torch.ones(2, 2))
     optimizer = C.ChainOpt([param, other], 0.01, *CHAINS[name]())
+    given = (case, grad_layout, dtype, kinds)
     strides = param.stride()
     high = torch.promote_types(dtype, torch.float32)
     for kind in kinds:
@@ -257,30 +253,29 @@ def test_a_step_is_finite_and_touches_nothing_that_it_should_not(
         assert torch.equal(grad, before)
         assert (param.shape, param.dtype, param.stride()) == (shape, dtype, strides)
         assert param.data_ptr() == data
-        assert torch.isfinite(param).all()
+        assert torch.isfinite(param).all(), given
         found = storages(optimizer, param)
         assert len(set(found)) == len(found)
         for key, tensor in optimizer.state[param].items():
-            assert torch.isfinite(tensor).all(), key
-            assert tensor.dtype == high or tensor.numel() == 1, key
+            assert torch.isfinite(tensor).all(), (key, given)
+            assert tensor.dtype == high or tensor.numel() == 1, (key, given)
             assert not tensor.requires_grad
     assert torch.isfinite(other).all()
 
 
+MATRICES = [(s, layout) for s, layout in CASES if len(s) > 1 and 0 not in s]
+
+
 @pytest.mark.parametrize("name", CHAINS)
-@examples(12)
-@given(
-    case=st.sampled_from([(s, layout) for s, layout in CASES if len(s) > 1 and 0 not in s]),
-    grad_layout=st.sampled_from(["plain", "transposed", "every_other"]),
-    seed=st.integers(0, 1000),
-)
-def test_the_memory_layout_does_not_matter(
-    name: str, case: tuple, grad_layout: str, seed: int
-) -> None:
-    shape, layout = case
-    made = torch.Generator().manual_seed(seed)
+def test_the_memory_layout_does_not_matter(name: str) -> None:
+    for case, grad_layout in drawn(name, 4, MATRICES, ("plain", "transposed", "every_other")):
+        check_the_layout(name, *case, grad_layout)
+
+
+def check_the_layout(name: str, shape: tuple[int, ...], layout: str, grad_layout: str) -> None:
+    made = torch.Generator().manual_seed(0)
     start = values(shape, "normal", made)
-    grads = [values(shape, "normal", made) for _ in range(4)]
+    grads = [values(shape, "normal", made) for _ in range(3)]
     ends = []
     for one, other in ((layout, grad_layout), ("plain", "plain")):
         param = torch.nn.Parameter(filled(one, start, torch.float64))
@@ -291,18 +286,20 @@ def test_the_memory_layout_does_not_matter(
         ends.append(param.detach())
     if name == "atan2":
         # torch's arc tangent of a vector and of a single number differ by a rounding or two of values
-        # below 2; so do then, in each of the 4 steps, the weights, which are below 8
-        close(*ends, atol=4 * (0.1 * 2 * 2 + 8) * 2 * EPS)
+        # below 2; so do then, in each of the 3 steps, the weights, which are below 8
+        close(*ends, atol=3 * (0.1 * 2 * 2 + 8) * 2 * EPS)
     elif elementwise(name):
-        assert torch.equal(*ends)
+        assert torch.equal(*ends), (shape, layout, grad_layout)
     else:
         # a sum in another order differs by its n roundings, here n < 1200; updates are below 10 and
-        # the step is 0.1, four times; orthograd and cautious may magnify tenfold
-        close(*ends, atol=4 * 0.1 * 10 * 10 * 1200 * EPS)
+        # the step is 0.1, three times; orthograd and cautious may magnify tenfold
+        close(*ends, atol=3 * 0.1 * 10 * 10 * 1200 * EPS)
 
 
-@pytest.mark.parametrize("name", [n for n in CHAINS if n != "noise"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+BY_TURNS = zip((name for name in CHAINS if name != "noise"), itertools.cycle(DTYPES), strict=False)
+
+
+@pytest.mark.parametrize(("name", "dtype"), BY_TURNS, ids=str)
 def test_a_zero_gradient_without_decay_leaves_the_weights_where_they_are(
     name: str, dtype: torch.dtype
 ) -> None:
@@ -312,7 +309,7 @@ def test_a_zero_gradient_without_decay_leaves_the_weights_where_they_are(
     for group in optimizer.param_groups:
         group["weight_decay"] = 0.0
     before = [p.detach().clone() for p in params]
-    for _ in range(4):
+    for _ in range(3):
         for p in params:
             p.grad = torch.zeros_like(p)
         optimizer.step()
@@ -324,19 +321,15 @@ SUMS = [n for n in CHAINS if any(t.over_all for t in leaves(CHAINS[n]()))]
 
 
 @pytest.mark.parametrize("name", SUMS)
-@examples(12)
-@given(
-    dtype=st.sampled_from(DTYPES),
-    kinds=st.lists(st.sampled_from(KINDS), min_size=2, max_size=4),
-    missing=st.integers(0, 10),
-    seed=st.integers(0, 1000),
-)
-def test_foreach_changes_no_bit_where_parameters_meet_in_a_sum(
-    name: str, dtype: torch.dtype, kinds: list[str], missing: int, seed: int
-) -> None:
+def test_foreach_changes_no_bit_where_parameters_meet_in_a_sum(name: str) -> None:
+    for case in drawn(name, 4, DTYPES, range(len(SHAPES)), KINDS, KINDS):
+        check_foreach(name, *case)
+
+
+def check_foreach(name: str, dtype: torch.dtype, missing: int, *kinds: str) -> None:
     ends = []
-    for foreach in (True, False, None):
-        made = torch.Generator().manual_seed(seed)
+    for foreach in (True, False):
+        made = torch.Generator().manual_seed(missing)
         params = [torch.nn.Parameter(values(shape, "normal", made).to(dtype)) for shape in SHAPES]
         optimizer = C.ChainOpt(params, 0.1, *CHAINS[name](), foreach=foreach)
         for kind in kinds:
@@ -345,9 +338,8 @@ def test_foreach_changes_no_bit_where_parameters_meet_in_a_sum(
                 p.grad = None if i == missing else x
             optimizer.step()
         ends.append([p.detach() for p in params])
-    for one, two, three in zip(*ends, strict=True):
-        assert torch.equal(one, two)
-        assert torch.equal(one, three)
+    for one, two in zip(*ends, strict=True):
+        assert torch.equal(one, two), (dtype, missing, kinds)
 
 
 @pytest.mark.parametrize("name", CHAINS)
@@ -374,9 +366,9 @@ def test_the_same_run_twice_gives_the_same_bits(name: str) -> None:
     ends = []
     for _ in range(2):
         made = torch.Generator().manual_seed(5)
-        params = [torch.nn.Parameter(values(s, "normal", made).float()) for s in SHAPES]
+        params = [torch.nn.Parameter(values(s, "normal", made).float()) for s in SHAPES[::2]]
         optimizer = C.ChainOpt(params, 0.1, *CHAINS[name]())
-        for _ in range(3):
+        for _ in range(2):
             for p in params:
                 p.grad = values(tuple(p.shape), "normal", made).float()
             optimizer.step()
