@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import itertools
 import math
 import os
 from collections.abc import Iterator
@@ -195,15 +196,25 @@ COMPOSITE = {
 }
 
 
-@pytest.mark.parametrize("name", CONDITIONS)
-def test_conditions_and_numbers(name: str) -> None:
-    dtype = torch.float64 if name in ("plus", "either") else torch.float32
-    chain = (C.exp_avg, conditional(name)(strength=0.7))
+# three in a kernel
+CONDITIONED = [[*CONDITIONS][n : n + 3] for n in range(0, len(CONDITIONS), 3)]
+
+
+@pytest.mark.parametrize("names", CONDITIONED, ids=", ".join)
+def test_conditions_and_numbers(names: list[str]) -> None:
+    dtype = torch.float64 if {"plus", "either"} & {*names} else torch.float32
+    chain = (C.exp_avg, conditional(*names)(strength=0.7))
     assert_near(pair(chain, ((1,), (BLOCK + 77,)), dtype, steps=2))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("name", COMPOSITE)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.float32) for name in COMPOSITE),
+        *zip(COMPOSITE, itertools.cycle([torch.bfloat16, torch.float64]), strict=False),
+    ],
+    ids=str,
+)
 def test_composite_chains(name: str, dtype: torch.dtype) -> None:
     assert_near(pair(COMPOSITE[name], dtype=dtype, warmup_steps=2, stochastic_rounding=False))
 
@@ -234,13 +245,16 @@ def test_parameters_without_a_kernel_take_part_in_sums() -> None:
         assert_near(pair(chain, ((7,), (4, 3, 3, 3), (6, 5)), mode="auto"))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "chain",
+    ("chain", "dtype"),
     [
-        (C.adaptive_gradient_clip, C.scale_by_adam, C.cautious),
-        (C.skip_not_finite, C.factored_rms(min_dim=4), C.clip_update_rms, C.parameter_ema),
+        ((C.adaptive_gradient_clip, C.scale_by_adam, C.cautious), torch.float32),
+        (
+            (C.skip_not_finite, C.factored_rms(min_dim=4), C.clip_update_rms, C.parameter_ema),
+            torch.bfloat16,
+        ),
     ],
+    ids=str,
 )
 def test_rows_and_columns(chain: tuple, dtype: torch.dtype, monkeypatch) -> None:
     monkeypatch.setattr(triton_arrays, "HEIGHT", 4)
@@ -261,7 +275,7 @@ FACTORED = (
 )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_two_axes_of_several(dtype: torch.dtype, monkeypatch) -> None:
     monkeypatch.setattr(triton_arrays, "HEIGHT", 4)
     chain = (C.skip_not_finite, C.factored_rms(min_dim=4), C.clip_update_rms)
@@ -470,14 +484,20 @@ def test_results_do_not_depend_on_other_parameters() -> None:
     assert torch.equal(alone[0], among[0])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "chain",
+    ("chain", "dtype"),
     [
-        (C.prodigy_plus_d(d0=0.1, slice_p=3), C.scale_by_exp_avg_sq, C.clip_update_rms),
-        (C.prodigy_plus_d(d0=0.1), C.factored_rms(min_dim=4), C.cautious, C.schedule_free),
-        (C.prodigy_d(d0=0.1, slice_p=5), C.scale_by_adam),
+        (
+            (C.prodigy_plus_d(d0=0.1, slice_p=3), C.scale_by_exp_avg_sq, C.clip_update_rms),
+            torch.float32,
+        ),
+        (
+            (C.prodigy_plus_d(d0=0.1), C.factored_rms(min_dim=4), C.cautious, C.schedule_free),
+            torch.bfloat16,
+        ),
+        ((C.prodigy_d(d0=0.1, slice_p=5), C.scale_by_adam), torch.bfloat16),
     ],
+    ids=str,
 )
 def test_slices(chain: tuple, dtype: torch.dtype, monkeypatch) -> None:
     monkeypatch.setattr(triton_arrays, "HEIGHT", 4)
@@ -592,8 +612,11 @@ WHOLE = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    zip(WHOLE, itertools.cycle([torch.float32, torch.bfloat16]), strict=False),
+    ids=str,
+)
 def test_products_between_kernels(name: str, dtype: torch.dtype) -> None:
     shapes = ((6, 6), (5, 7), (6, 6), (4, 3, 2)) + (((5,),) if name == "route" else ())
     lr = 1.0 if "prodigy" in name else 0.05

@@ -6,7 +6,7 @@ import torch
 
 from heavyball import chainable as C
 
-CASES = 16
+CASES = 8
 
 
 def test_the_first_cases_pass() -> None:
@@ -31,14 +31,14 @@ def test_a_fault_is_found_and_shrunk(monkeypatch: pytest.MonkeyPatch) -> None:
 
     calls: list[int] = []
     monkeypatch.setitem(fuzz.NAMESPACE, "forgetful", forgetful)
-    of = fuzz.Of((3, 7), "transposed", "sliced")
-    elements = ("C.exp_avg()", "forgetful", "C.cautious()")
+    of = fuzz.Of((3, 2), "transposed", "sliced")
+    elements = ("C.exp_avg()", "forgetful")
     case = fuzz.Case(
         elements,
         (of, of),
         "deepcopy",
         options=(("compile", False),),
-        grads=("zeros", "normal", "normal"),
+        grads=("zeros", "normal"),
     )
     assert fuzz.failure(case) is not None
     least = fuzz.shrunk(case)

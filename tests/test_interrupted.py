@@ -108,7 +108,7 @@ def test_an_interrupted_switch_loses_nothing(name, act, evaluating):
     train(want, [3])
 
     made = trained(name).train(not evaluating)
-    for opt in interruptions(lambda: copy.deepcopy(made), act):
+    for number, opt in enumerate(interruptions(lambda: copy.deepcopy(made), act)):
         # wherever it ended: nothing has happened, or all of it
         if opt.param_groups[0]["train_mode"]:
             assert not differences(snapshot(opt), right)
@@ -117,8 +117,9 @@ def test_an_interrupted_switch_loses_nothing(name, act, evaluating):
         evaluated = clones(all_params(opt.eval()))
         assert all(torch.equal(e, s) for e, s in zip(evaluated, shown, strict=True))
         assert not differences(snapshot(opt.train()), right)
-        train(opt, [3])
-        assert_same_optimizers(opt, want)
+        if number % 4 == 0:
+            train(opt, [3])
+            assert_same_optimizers(opt, want)
 
 
 @pytest.mark.parametrize("name", ["SFAdamW", "parameter_ema"])
