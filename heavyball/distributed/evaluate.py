@@ -15,7 +15,7 @@ from heavyball.compiler.frontend.graph import Graph, Ref, Value
 from heavyball.compiler.frontend.ops import OPERATIONS
 from heavyball.compiler.passes.axes import is_along
 from heavyball.compiler.run.table import entry
-from heavyball.distributed.recipe import axes_of_level
+from heavyball.distributed.recipe import Recipe, axes_of_level
 from heavyball.distributed.shard import Layout
 from heavyball.distributed.sums import Term
 from heavyball.numerics import SCALAR, compute_dtype, working
@@ -26,11 +26,15 @@ from heavyball.runtime.state import loaded, working_param
 class Values:
     """The values of one parameter's graph, in one step.
 
-    layout: how the tensors of the job lie. given: values that others have computed.
+    layout: how the tensors of the job lie. totals: the sums over all parameters.
     """
 
-    def __init__(self, graph: Graph, job: Job, layout: Layout, totals: Mapping[str, Tensor]):
-        self.graph, self.job, self.layout, self.totals = graph, job, layout, totals
+    def __init__(
+        self, recipe: Recipe | None, job: Job, layout: Layout, totals: Mapping[str, Tensor]
+    ):
+        self.graph = Graph() if recipe is None else recipe.graph
+        self.frees = {} if recipe is None else recipe.frees
+        self.job, self.layout, self.totals = job, layout, totals
         self.dtype = compute_dtype(job.param.dtype)
         self.device = job.param.device
         self.known: dict[int, Any] = {}
@@ -40,6 +44,12 @@ class Values:
         """Compute nodes of which the arguments are known."""
         for index in order:
             self.known[index] = self._value(self.graph.values[index])
+            self.forget(self.frees.get(index, ()))
+
+    def forget(self, nodes: Iterable[int]) -> None:
+        """Free values that nothing needs any more."""
+        for index in nodes:
+            self.known.pop(index, None)
 
     def element(self, index: int) -> Tensor:
         """A value with one number for each element that is here."""
@@ -69,7 +79,9 @@ class Values:
         else:
             layout = self.layout.along(axes_of_level(level, self.layout))
         kept = self.layout.along(axes_of_level(value.level, self.layout))
-        return Term(value.op, kept, self._partial(value), layout.is_first)
+        term = Term(value.op, kept, self._partial(value), layout.is_first)
+        self.forget(self.frees.get(index, ()))
+        return term
 
     def take(self, index: int, total: Tensor) -> None:
         """Put a sum in its place that all processes have completed."""

@@ -60,6 +60,9 @@ class Recipe:
     there: list[int] = field(default_factory=list)
     back: list[int] = field(default_factory=list)
     numbers: list[int] = field(default_factory=list)
+    # the values on shards for which a node is the last to need them, and those that are only sent
+    frees: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    spent: list[int] = field(default_factory=list)
 
     def owns(self, key: str) -> bool:
         """Whether a state is at the owner only."""
@@ -185,6 +188,29 @@ class _Cutter:
         sums = self._sums(self._reached([*roots, *rest], boundary), made.layout)
         made.before = self._phase([i for i in sums if i not in self.late], roots, known)
         made.behind = self._phase([i for i in sums if i in self.late], rest, known)
+        made.frees = self._frees(made)
+
+    def _frees(self, made: Recipe) -> dict[int, tuple[int, ...]]:
+        """For each node on the shards what it is the last to need; numbers take no room."""
+        last: dict[int, int] = {}
+        behind = {i for order, sums in made.behind.rounds for i in (*order, *sums)}
+        behind |= {*made.behind.rest}
+        for phase in (made.before, made.behind):
+            rounds = [order + sums for order, sums in phase.rounds]
+            for index in [i for several in rounds for i in several] + phase.rest:
+                value = self.graph.values[index]
+                needed = [*self._arguments(index)]
+                if value.op in REDUCTIONS:  # what is squared there
+                    needed += self._arguments(needed[0])
+                last.update(dict.fromkeys(needed, index))
+        outputs = {*self.outputs.values()}
+        made.spent = [i for i in made.there if last.get(i) not in behind and i not in outputs]
+        stay = outputs | {*made.there}
+        found: dict[int, tuple[int, ...]] = {}
+        for needed_last, by in last.items():
+            if needed_last not in stay and self._level(needed_last) != "scalar":
+                found[by] = (*found.get(by, ()), needed_last)
+        return found
 
     def _travels(self, index: int) -> bool:
         level = self._level(index)

@@ -312,8 +312,7 @@ class Sharded:
         with lasting():
             part.begin(None, state)
         job = self._job(part, state)
-        graph = part.step.graph if part.step is not None else None
-        run = Run(part, job, Values(graph, job, part.layout, totals), fresh=fresh)  # type: ignore[arg-type]
+        run = Run(part, job, Values(part.step, job, part.layout, totals), fresh=fresh)
         run.absent = part in roll.absent
         if absent:
             roll.waiting.append(run)
@@ -382,7 +381,8 @@ class Sharded:
             if together.node is not None and key == together.node.key:
                 self._renew(found, together)
             else:
-                sums = {0: (sum((s[0] for _, s in found), torch.zeros((), dtype=SCALAR)),)}
+                total = sum((s[0] for _, s in found), torch.zeros((), dtype=SCALAR))
+                sums: dict[int, Shares] = {0: (total,)}
                 if self._stages is not ALONE:
                     device = parts[0].here.device if parts else torch.device("cpu")
                     sums = over_stages(sums, 1, self._stages, device)
@@ -398,9 +398,11 @@ class Sharded:
         found: dict[int, Shares] = {}
         cut = [run for run in runs if run.part.mode != "entire"]
         for run in cut:
-            run.values = Values(run.part.shares[key].graph, run.job, run.part.layout, totals)
+            recipe = run.part.shares[key]
+            run.values = Values(recipe, run.job, run.part.layout, totals)
         advance([(run.values, run.part.shares[key].before) for run in cut], roll.complete)
         for run in cut:
+            run.values.compute(run.part.shares[key].before.rest)
             outputs = run.part.shares[key].outputs
             names = sorted(outputs, key=lambda name: int(name.rsplit(":", 1)[1]))
             found[id(run)] = tuple(run.values.known[outputs[name]] for name in names)

@@ -89,8 +89,6 @@ def advance(runs: Sequence[tuple[Values, Phase]], complete: Completes) -> None:
         for values, _, sums in several:
             for index in sums:
                 values.take(index, next(totals))
-    for values, phase in runs:
-        values.compute(phase.rest)
 
 
 def numbers(found: Sequence[tuple[Layout, bool, list[float]]], device: torch.device) -> list[Term]:
@@ -122,11 +120,16 @@ class CutWave:
     def start(self) -> None:
         advance([(run.values, run.recipe.before) for run in self.runs], self._complete)
         self._asking = [run for run in self.runs if run.recipe.questions]
+        for run in self._asking:
+            run.values.compute(run.recipe.before.rest)
         fresh = [run for run in self._asking if run.fresh]
         moves = [self._move(run, run.part.here) for run in fresh]
         for run in self._asking:
             moves += [self._move(run, run.values.element(i)) for i in run.recipe.there]
         self._fresh, self._sent = fresh, Exchanges(moves) if moves else None
+        del moves
+        for run in self._asking:
+            run.values.forget(run.recipe.spent)
 
     @staticmethod
     def _move(run: Run, tensor: Tensor) -> Move:
@@ -160,7 +163,9 @@ class CutWave:
         like = torch.empty((), dtype=part.here.dtype, device=part.here.device).expand(part.shape)
         there = replace(run.job, param=like, grad=like, origin=None)
         layout = replicated(part.layout.shape, ALONE)
-        run.owned = Owned(Values(recipe.graph, there, layout, run.values.totals), there)
+        whole = Values(recipe, there, layout, run.values.totals)
+        whole.frees = {}  # what is sent back is looked for at the end
+        run.owned = Owned(whole, there)
         run.whole.known.update({i: v for i, v in run.values.known.items() if v.ndim == 0})
         for index, tensor in zip(recipe.there, tensors, strict=True):
             run.whole.known[index] = tensor.reshape(part.shape or (1,))
@@ -295,7 +300,11 @@ class CutWave:
         advance([(run.values, run.recipe.behind) for run in self._asking], self._complete)
         for run in self.runs:
             if not run.absent:
+                recipe = run.recipe
+                run.values.compute((recipe.behind if recipe.questions else recipe.before).rest)
                 self._write(run)
+            run.values.known.clear()
+            run.owned = None
 
     @staticmethod
     def _write(run: Run) -> None:
