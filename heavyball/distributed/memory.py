@@ -10,7 +10,14 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from heavyball.core.program import Program
-from heavyball.distributed.parts import Part, keep_at_owner, owners, part_of, whole_state
+from heavyball.distributed.parts import (
+    Part,
+    another,
+    keep_at_owner,
+    owners,
+    part_of,
+    whole_state,
+)
 from heavyball.distributed.shard import Group, Layout, numel, planned
 from heavyball.runtime.place import Place
 
@@ -36,10 +43,15 @@ def parts_on(
     """The parts of parameters on a mesh that need not exist, as `fully_shard` would cut them."""
     sizes = sizes_of(mesh)
     group = Group(None, math.prod(sizes), 0)
-    parts = [
-        part_of(p, programs[p.param], planned(tuple(p.param.shape), sizes, group), totals)
-        for p in places
-    ]
+    known: dict[Any, Part] = {}
+    parts = []
+    for place in places:
+        param, program = place.param, programs[place.param]
+        layout = planned(tuple(param.shape), sizes, group)
+        kind = id(program), layout, param.dtype, place.index
+        if kind not in known:
+            known[kind] = part_of(place, program, layout, totals)
+        parts.append(another(known[kind], place))
     owners(parts, {})
     for part in parts:
         keep_at_owner(part)

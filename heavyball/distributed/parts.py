@@ -192,6 +192,13 @@ def part_of(place: Place, program: Program, layout: Layout, totals: bool) -> Par
     return Part(place, program, layout, here, mode, step, shares, kept)
 
 
+def another(like: Part, place: Place) -> Part:
+    """The part of a parameter that is as another one in everything that decides how it is stepped."""
+    here = local(place.param).detach()
+    given = place, like.program, like.layout, here, like.mode, like.step, like.shares
+    return Part(*given, dict(like.kept))
+
+
 def _entirely(key: str) -> bool:
     """Whether a state of a parameter that its owner steps alone is at the owner."""
     return key not in ("step", WEIGHTS)

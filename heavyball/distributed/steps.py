@@ -21,6 +21,7 @@ from heavyball.distributed.layout import saved, saving, taken
 from heavyball.distributed.parts import (
     Held,
     Part,
+    another,
     is_owned,
     keep_at_owner,
     owners,
@@ -160,11 +161,7 @@ class Sharded:
         key = id(program), layout, place.param.dtype, wanted, none
         if key not in self._known:
             self._known[key] = part_of(place, program, layout, totals)
-        like = self._known[key]
-        here = local(place.param).detach()
-        return Part(
-            place, program, layout, here, like.mode, like.step, like.shares, dict(like.kept)
-        )
+        return another(self._known[key], place)
 
     def _number(self, places: Sequence[Place]) -> None:
         """Count the parameters that other stages have before those of each group."""

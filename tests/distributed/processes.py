@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-LIMIT = 240.0
+LIMIT = 600.0
 
 
 class ProcessError(AssertionError):
