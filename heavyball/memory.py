@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from heavyball.core.program import Program
 from heavyball.core.transform import Transform
 from heavyball.diagnostics.report import readable_bytes
-from heavyball.errors import nearest
 from heavyball.optim.optimizer import ChainOpt
-from heavyball.presets import PRESETS
+from heavyball.presets.create import chosen
 
 # Rows of parameters that a printed plan shows.
 SHOWN = 12
@@ -126,27 +125,10 @@ def _per_process(opt: ChainOpt, mesh: Any) -> tuple[int, ...]:
 
 def _maker(what: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """A function that builds the optimizer, and its options."""
-    if isinstance(what, str):
-        what, given = _from_text(what)
-        options = {**given, **options}
-    if what is ChainOpt:
-        raise TypeError("memory_plan: give the chain itself in place of ChainOpt")
-    if callable(what) and not isinstance(what, Transform):
+    if callable(what) and not isinstance(what, type | Transform):
         return what, options
-    chain = tuple(what) if isinstance(what, tuple | list) else (what,)
-    options = {"lr": 1e-3, **options}
-    return (lambda params, lr, **rest: ChainOpt(params, lr, *chain, **rest)), options
-
-
-def _from_text(text: str) -> tuple[Any, dict[str, Any]]:
-    from heavyball.text import parse_chain, parse_optimizer
-
-    name = text.partition(":")[0].strip()
-    if name in PRESETS:
-        return PRESETS[name], parse_optimizer(text)[1]
-    if name.isidentifier() and ":" in text:
-        raise ValueError(f"memory_plan: no preset {name!r}; {nearest(name, PRESETS)}")
-    return parse_chain(text), {}
+    make, given = chosen(what, "memory_plan")
+    return make, {**given, **options}
 
 
 # ---- parameters without memory
@@ -183,9 +165,12 @@ def _entry(item: Any, known: dict[Tensor, nn.Parameter]) -> Any:
 
 
 def _planned(opt: ChainOpt) -> Iterator[Planned]:
-    programs = opt.registry.programs()
+    programs, seen = opt.registry.programs(), set()
     for place in opt.registry.places():
         param = place.param
+        if param in seen:
+            continue
+        seen.add(param)
         state = {key: _bytes(t) for key, t in opt.state.get(param, {}).items()}
         yield Planned(
             name=place.name or str(place.number),

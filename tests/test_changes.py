@@ -520,3 +520,68 @@ def test_kernels_follow_every_change_that_plain_steps_follow(seed):
                 place, _, name = key.partition(".")
                 target = [p for g in kernels.opt.param_groups for p in g["params"]][int(place)]
                 (kernels.opt.state[target][name] if name else target).copy_(value)
+
+
+# ---- state put in by hand, and parameters of inference mode
+
+
+COUNTS = {
+    "replaced": lambda state, step: state.update(step=torch.tensor(step, dtype=torch.float64)),
+    "written": lambda state, step: state["step"].fill_(step),
+    "a number": lambda state, step: state.update(step=step),
+}
+
+
+@every_mode
+@pytest.mark.parametrize("way", COUNTS)
+@pytest.mark.parametrize("step", [-3.0, -1.0, float("nan")])
+def test_a_count_of_steps_that_is_none_is_refused_by_name(compiled, way, step):
+    params, opt = begun((3, 2), (4,), compiled=compiled)
+    weights = clones(params)
+    COUNTS[way](opt.state[params[1]], step)
+    with pytest.raises(ValueError, match=r"parameter 1 of group 0.*'step' is"):
+        train(opt, [3])
+    assert_same(params, weights)
+
+
+@every_mode
+def test_a_state_made_in_inference_mode_is_taken_as_its_values(compiled):
+    opt = begun((3, 2), (4,), compiled=compiled)[1]
+    want = begun((3, 2), (4,), compiled=compiled)[1]
+    with torch.inference_mode():
+        for state in opt.state.values():
+            for key, tensor in state.items():
+                state[key] = tensor.clone()
+    train(opt, [3, 4])
+    train(want, [3, 4])
+    assert not differences(snapshot(opt), snapshot(want))
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SFAdamW", "SOAP", "Prodigy"])
+def test_parameters_of_inference_mode_are_stepped_or_refused_by_name(name):
+    with torch.inference_mode():
+        params = parameters((3, 2), (4,))
+    for compiled in (False, "auto"):
+        opt = heavyball.PRESETS[name](params, lr=0.1, compile=compiled)
+        before = clones(params)
+        if not compiled:
+            with pytest.raises(RuntimeError, match=r"shape \(3, 2\).*inference_mode"):
+                train(opt, [0])
+            assert_same(params, before)
+        with torch.inference_mode():
+            train(opt, [1, 2])  # SOAP's first step moves nothing
+        assert not torch.equal(params[0], before[0])
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_a_parameter_that_stands_twice_counts_once():
+    params = parameters((3, 2), (4,))
+    once = heavyball.AdamW(params)
+    twice = heavyball.AdamW([*params, params[1]])
+    for opt in (once, twice):
+        train(opt, [0])
+    assert "2 parameters, 10 elements" in repr(twice)
+    assert repr(twice).splitlines()[-4:] == repr(once).splitlines()[-4:]
+    plan = heavyball.memory_plan([*params, params[1]], "AdamW")
+    assert plan.state_bytes == twice.state_bytes() == once.state_bytes()
+    assert plan.elements == 10

@@ -40,9 +40,14 @@ class Interrupting(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-def interruptions(make: Callable[[], Any], act: Callable[[Any], object], again: bool = False):
-    """What `make` gives after `act` on it was interrupted at its 1st, 2nd, .. operation, to the last."""
-    for n in range(1, 10_000):
+def interruptions(
+    make: Callable[[], Any], act: Callable[[Any], object], again: bool = False, by: int = 1
+):
+    """What `make` gives after `act` on it was interrupted at its 1st, 2nd, .. operation, to the last.
+
+    by: 2 takes every other one.
+    """
+    for n in range(1, 10_000, by):
         made, mode = make(), Interrupting(n, again)
         try:
             with mode:
@@ -234,3 +239,49 @@ def test_weights_that_are_no_average_are_seen_after_a_state_was_loaded(name):
     overwrite(all_params(opt)[0])
     with pytest.warns(UserWarning, match="parameter 0 of group 0"):
         opt.train()
+
+
+# ---- a step that an exception ends
+
+PREPARED: dict[str, Callable[[list[nn.Parameter]], C.ChainOpt]] = {
+    "AdamW": lambda ps: heavyball.AdamW(ps, 0.1, compile=False, foreach=False),
+    "together": lambda ps: C.ChainOpt(
+        ps, 0.1, C.clip_by_global_norm, C.scale_by_adam, compile=False
+    ),
+    "8bit": lambda ps: heavyball.AdamW(ps, 0.1, compile=False, storage_dtype="8bit"),
+    "param_ecc": low_precision,
+    "Prodigy": lambda ps: heavyball.Prodigy(ps, d0=0.1, compile=False),
+    "SOAP": lambda ps: heavyball.SOAP(ps, 0.1, compile=False, precondition_frequency=2),
+    "Muon": lambda ps: heavyball.Muon(ps, 0.1, compile=False),
+}
+
+
+def in_place(key: str) -> bool:
+    """Whether a matrix method averages this state where it lies, before anything is written."""
+    return "gram" in key
+
+
+@pytest.mark.parametrize("name", PREPARED)
+def test_a_step_that_is_interrupted_leaves_no_parameter_half_written(name):
+    """Each parameter and its state are of before the step or of after it, and the next step works."""
+    opt = PREPARED[name](parameters((3, 2), (4,)))
+    train(opt, range(3))
+    fill = functools.partial(train, steps=[3])
+    before, done = snapshot(opt), copy.deepcopy(opt)
+    fill(done)
+    after = snapshot(done)
+    ends = set()
+    many = {"param_ecc": 41, "8bit": 19, "SOAP": 7, "Muon": 7}.get(name, 3)
+    for made in interruptions(lambda: copy.deepcopy(opt), fill, by=many):
+        now = snapshot(made)
+        for place in ("0", "1"):
+            own = {k for k in now if k.split(".")[0] == place and not in_place(k)}
+            old, new = (own & set(differences(now, those)) for those in (before, after))
+            assert not old or not new, (place, sorted(old), sorted(new))
+            ends.add((place, bool(old)))
+        train(made, [4])
+        assert all(p.isfinite().all() for p in all_params(made))
+        if averages(made):
+            trained_at = snapshot(made)
+            assert not differences(trained_at, snapshot(made.eval().train()))
+    assert {("0", False), ("0", True)} <= ends

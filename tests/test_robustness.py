@@ -426,3 +426,42 @@ def test_a_first_gradient_of_nothing_divides_none_out_of_the_range(dtype, first)
                 opt.step()
                 assert p.isfinite().all()
                 assert all(v.isfinite().all() for v in opt.state[p].values())
+
+
+# ---- sums over many steps
+
+MATRICES = [
+    name
+    for name, preset in heavyball.PRESETS.items()
+    if any(p.has_whole for p in preset(parameters((2, 2)), lr=1e-3).chain.programs)
+]
+GRAFTS = {
+    "graft, normalized": (C.graft(C.sign, C.muon_momentum),),
+    "graft, behind a division": (C.scale_by_tensor_rms, C.graft(C.sign, C.muon_momentum)),
+    "graft, Shampoo": (C.graft(C.shampoo(beta2=1.0), C.scale_by_adam),),
+    "Shampoo's sums": (C.shampoo(beta2=1.0, precondition_frequency=10),),
+    "graft, SGD": (C.graft(C.scale_by_adam, C.exp_avg),),
+}
+# in every order: what a step keeps meets the next one's
+ORDERS = [("largest", "1e-30", "zero"), ("zero", "largest"), ("1e30",), ("smallest", "1e30")]
+
+
+@pytest.mark.parametrize("name", [*MATRICES, *GRAFTS])
+def test_many_huge_and_tiny_gradients_leave_all_finite(name):
+    """What matrix methods sum up and graft, over many more steps than a short run takes."""
+    made = torch.Generator().manual_seed(2)
+    for place, kinds in enumerate(ORDERS):
+        for dtype in (torch.float32, torch.float64)[: 2 if place == 0 else 1]:
+            params = parameters((4, 3), (5,), dtype=dtype)
+            if name in GRAFTS:
+                opt = quietly(C.ChainOpt, params, 1e-3, *GRAFTS[name], compile=False)
+            else:
+                opt = quietly(heavyball.PRESETS[name], params, lr=1e-3, compile=False)
+            for step in range(16):
+                for p in params:
+                    p.grad = filled(kinds[step % len(kinds)], tuple(p.shape), dtype, made)
+                opt.step()
+            assert not not_finite(opt), (dtype, kinds)
+            fill_gradients(params, 0)
+            opt.step()
+            assert not not_finite(opt), (dtype, kinds)

@@ -1,12 +1,13 @@
 """What an optimizer prints of itself."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from heavyball.core.chain import Chain
+from heavyball.core.hyper import by_name
 from heavyball.core.program import Program
 from heavyball.distributed import local
 
@@ -37,9 +38,10 @@ def optimizer_repr(
     name: str, chain: Chain, groups: Sequence[Mapping[str, Any]], state: States
 ) -> str:
     """The chain, each group's hyper-parameters, and the bytes of state per parameter and in all."""
-    lines = [f"{name}(", f"  {chain!r}"]
+    lines = [f"{name}(", f"  {by_name(repr(chain))}"]
     for index, group in enumerate(groups):
-        count, size = len(group["params"]), sum(p.numel() for p in group["params"])
+        params = dict.fromkeys(group["params"])  # one may be listed twice
+        count, size = len(params), sum(p.numel() for p in params)
         shown = "  ".join(f"{k}={_plain(v)}" for k, v in group.items() if _is_shown(k))
         lines.append(f"  group {index}: {count} parameters, {size:,} elements  {shown}")
     lines += [f"  {line}" for line in _state_lines(groups, state)]
@@ -57,27 +59,35 @@ def _plain(value: Any) -> Any:
 def _state_lines(groups: Sequence[Mapping[str, Any]], states: States) -> Iterable[str]:
     total, elements = state_bytes(states), 0
     alike: dict[tuple, list[int]] = defaultdict(list)
-    for group in groups:
-        for param in group["params"]:
-            elements += param.numel()
-            state = states.get(param, {})
-            parts = ", ".join(f"{k} {_bytes({k: v}):,}" for k, v in state.items())
-            dtype = str(param.dtype).removeprefix("torch.")
-            alike[tuple(param.shape), dtype, parts].append(_bytes(state))
+    for param in dict.fromkeys(p for group in groups for p in group["params"]):
+        elements += param.numel()
+        state = states.get(param, {})
+        parts = ", ".join(f"{k} {_bytes({k: v}):,}" for k, v in state.items())
+        dtype = str(param.dtype).removeprefix("torch.")
+        alike[tuple(param.shape), dtype, parts].append(_bytes(state))
     yield f"state: {total:,} bytes ({readable_bytes(total)}), {total / max(elements, 1):.4g} per element"
     for (shape, dtype, parts), sizes in alike.items():
         detail = f": {parts}" if parts else ""
         yield f"  {len(sizes)} x {shape} {dtype}, {sizes[0]:,} bytes each{detail}"
 
 
-def routing_table(groups: Iterable[Mapping[str, Any]], programs: Mapping[Tensor, Program]) -> str:
-    """One line per parameter: its name or place, its shape, and the chain that it got."""
+def routing_table(
+    groups: Iterable[Mapping[str, Any]],
+    programs: Mapping[Tensor, Program],
+    why: Callable[[str | None, Tensor], list[str]],
+) -> str:
+    """One line per parameter: its name or place, its shape, the chain that it got, and why.
+
+    why: the reasons for a parameter's chain, given its name, if it has one.
+    """
     rows = [("parameter", "shape", "chain")]
     for index, group in enumerate(groups):
         names = group.get("param_names") or [
             f"group {index}[{i}]" for i in range(len(group["params"]))
         ]
         for name, param in zip(names, group["params"], strict=True):
-            rows.append((name, str(tuple(param.shape)), repr(programs[param])))
+            reasons = ", ".join(why(name if group.get("param_names") else None, param))
+            chain = f"{programs[param]!r}{f'  # {reasons}' if reasons else ''}"
+            rows.append((name, str(tuple(param.shape)), chain))
     widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
     return "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows)

@@ -205,3 +205,14 @@ def check_state(label: str, program: Program, param: Tensor, state: Mapping[str,
                 f"{label} is on {param.device}, but its state {key!r} on {tensor.device}; "
                 "opt.load_state_dict(opt.state_dict()) moves the state to the parameters"
             )
+    check_count(label, state.get("step"))
+
+
+def check_count(label: str, step: Any) -> None:
+    """Refuse a count of steps that is none. One on another device is not waited for."""
+    if not isinstance(step, Tensor) or step.device.type != "cpu":
+        return
+    if step.numel() == 1 and not step.is_complex():
+        count = step.item()
+        if not (count >= 0 and count == int(count)):
+            raise ValueError(f"{label}: its state 'step' is {count}, expected a count from 0 on")

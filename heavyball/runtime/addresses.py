@@ -5,7 +5,7 @@ tables are made of them. `compiler/run/` then notices when one has changed.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from heavyball.core.program import Program
+from heavyball.numerics import lasting
 from heavyball.runtime.state import add_missing_state
 from heavyball.state.held import CORRECTION, PARAM, SCALE, fault, is_companion, is_real, main_of
 
@@ -137,8 +138,28 @@ def is_plain_number(program: Program, key: str, value: Any) -> bool:
     return math.isfinite(value) and (float(value) >= 0 or key != "step")
 
 
-def as_numbers(program: Program, state: dict[str, Tensor], device: torch.device) -> None:
-    """Bring numbers of a state that were given in another form into the one that is read."""
+def check_writable(params: Iterable[Tensor]) -> None:
+    """Refuse what torch's operations cannot write to: outside of inference mode, what it has made.
+
+    Errors: RuntimeError that names the shape.
+    """
+    if torch.is_inference_mode_enabled():
+        return
+    for param in params:
+        if param.is_inference():
+            raise RuntimeError(
+                f"a parameter of shape {tuple(param.shape)} was made inside torch.inference_mode(), so "
+                "outside of it only a compiled kernel can step it: step inside, or make the "
+                "parameter outside (a clone() made there will do)"
+            )
+
+
+def as_usable(program: Program, state: dict[str, Tensor], device: torch.device) -> None:
+    """Bring state that was given in another form into the one that is read and written."""
+    for key, tensor in state.items():
+        if isinstance(tensor, Tensor) and tensor.is_inference() and program.owns((key,)):
+            with lasting():
+                state[key] = tensor.clone()
     for key in program.numbers:
         number: Any = state.get(key)
         if is_plain_number(program, key, number):

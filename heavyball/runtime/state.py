@@ -184,19 +184,36 @@ def write(job: Job, values: dict[str, Tensor], step: Tensor) -> None:
         for k, v in values.items()
     }
     values.clear()  # each is freed when it is written
-    for key, target in targets.items():
-        value = safe.pop(key).reshape(target.shape)
-        if _same(target, value):
-            continue  # handed back as it was
-        if key == "param":
-            kept = held_param(job.state, target)
-        elif (holds := job.program.holds_of(key)) is not None:
-            kept = held(job.state, key, holds)
-        else:
-            target.copy_(value)
-            continue
-        origin = None if job.origin is None else job.origin(key)
-        kept.store(value, drawing(target, job.stream, key, step, origin))
+    try:
+        _write_each(job, targets, safe, step)
+    except BaseException:
+        # a parameter of this step beside state of the last would be worse than either
+        _write_each(job, targets, safe, step)
+        raise
+
+
+def _write_each(
+    job: Job, targets: Mapping[str, Tensor], values: dict[str, Tensor], step: Tensor
+) -> None:
+    """Write what is left in `values`, and take out each when it is written."""
+    for key in list(values):
+        _write_one(job, key, targets[key], values[key], step)
+        del values[key]
+
+
+def _write_one(job: Job, key: str, target: Tensor, value: Tensor, step: Tensor) -> None:
+    value = value.reshape(target.shape)
+    if _same(target, value):
+        return  # handed back as it was
+    if key == "param":
+        kept = held_param(job.state, target)
+    elif (holds := job.program.holds_of(key)) is not None:
+        kept = held(job.state, key, holds)
+    else:
+        target.copy_(value)
+        return
+    origin = None if job.origin is None else job.origin(key)
+    kept.store(value, drawing(target, job.stream, key, step, origin))
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 from heavyball.core.program import Node, Program
 from heavyball.core.transform import keyword_names
 from heavyball.numerics import SCALAR, compute_dtype, saturate, working
+from heavyball.runtime.addresses import check_writable
 from heavyball.runtime.execute import SHARE, Run, Shares, execute, run_hooks
 from heavyball.runtime.job import Call, Frame, Job, Scalars
 from heavyball.runtime.serve import serve, stacks
@@ -36,6 +37,7 @@ def run(
 
     finisher: takes the shares of an element that has a `finish`.
     """
+    check_writable(job.param for job in jobs)
     if foreach is False or not total_keys:
         totals: dict[str, Tensor] = {}
         for key in total_keys:

@@ -33,6 +33,7 @@ from heavyball.compiler.run.waves import Entry, Parts, Waves, arrange, build_par
 from heavyball.compiler.triton import device as cuda
 from heavyball.errors import warn
 from heavyball.numerics import lasting
+from heavyball.runtime.addresses import check_writable
 from heavyball.runtime.execute import SHARE
 from heavyball.runtime.job import Job
 from heavyball.runtime.rates import Pending, Together
@@ -262,6 +263,7 @@ class Engine:
             return False
         if not self._plan.still_holds(groups, attributes):
             return False
+        check_writable(self._plan.params[index] for index in self._plan.eager)
         self._plan.run(together, groups)
         self._plan.release(self._plan.eager)
         return True
@@ -286,6 +288,7 @@ class Engine:
         if len(plan.eager) == len(jobs):
             run(jobs, total_keys, self.foreach, finisher)
             return
+        check_writable(plan.params[index] for index in plan.eager)
         plan.run(together, groups)
         plan.remember(groups, attributes)
         plan.release(range(len(jobs)))

@@ -230,7 +230,7 @@ class Kept:
         if self.sealed and unseen:
             return True
         self._shown, self.sealed = attributes.get(SHOWN, 0), False
-        if not self._same(attributes):
+        if not self._same(attributes) or (not unseen and any(map(_is_no_count, self._held))):
             return False
         # looking for references costs more than a comparison, so ever more rarely if there are some
         self._waiting = self._waiting - 1 if unseen else self._wait
@@ -272,6 +272,12 @@ class Kept:
         references = list(map(count, memory))
         holders = [uses(m._cdata) for m in memory]
         return max(references) == references[0] and max(holders) == holders[0]
+
+
+def _is_no_count(state: Mapping[str, Any]) -> bool:
+    """Whether the steps of a parameter were set to what they cannot be; a device is not waited for."""
+    step = state.get("step")
+    return isinstance(step, Tensor) and step.device.type == "cpu" and not step.item() >= 0
 
 
 def _values(held: list[dict[str, Tensor]]) -> Iterator[Tensor]:
