@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from heavyball import chainable, utils
+from heavyball import chainable, checkpoint, utils
 from heavyball.errors import no_attribute
 from heavyball.linalg.schedule import PrecondSchedule
 from heavyball.memory import MemoryPlan, memory_plan
-from heavyball.optim import checkpoint
 from heavyball.optim.fused import FusedBackward, fuse_backward
 from heavyball.presets import NAMES, PRESETS
+from heavyball.presets.create import create
 
 __version__ = "0.2.0"
 
@@ -22,6 +22,7 @@ __all__ = [  # noqa: PLE0604, the keys of NAMES are strings
     "PrecondSchedule",
     "chainable",
     "checkpoint",
+    "create",
     "fuse_backward",
     "memory_plan",
     "utils",

@@ -6,8 +6,10 @@ from heavyball.core.rate import Member, Rate, rate
 from heavyball.core.transform import Transform, transform
 from heavyball.core.whole import Whole, whole_transform
 from heavyball.errors import no_attribute
+from heavyball.optim.classes import optimizer_class
 from heavyball.optim.optimizer import ChainOpt
 from heavyball.state.declare import State, copy_of_param, scalar, squares, zeros
+from heavyball.text import parse_chain as parse
 from heavyball.transforms import TRANSFORMS
 from heavyball.transforms.soap import soap_precond
 
@@ -43,7 +45,9 @@ __all__ = [  # noqa: PLE0604, the keys of TRANSFORMS are strings
     "Whole",
     "copy_of_param",
     "graft",
+    "optimizer_class",
     "parallel",
+    "parse",
     "rate",
     "route",
     "scalar",

@@ -16,7 +16,7 @@ import tokenize
 import unicodedata
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from heavyball.errors import REFUSALS, ChainError, one_line, unknown
@@ -60,30 +60,45 @@ _SPECIFICATION = re.compile(
 
 @dataclass(frozen=True)
 class Names:
-    """What a chain may name: transforms, and combinators, which take chains as arguments."""
+    """What a chain may name: transforms, combinators, which take chains as arguments, and values."""
 
     transforms: Mapping[str, Any]
     combinators: Mapping[str, Callable[..., Any]]
+    values: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
 
 def known_names() -> Names:
-    """The transforms and combinators of `heavyball.chainable`."""
+    """The transforms and combinators of `heavyball.chainable`, and what makes values for them."""
     from heavyball import chainable
+    from heavyball.presets.muon import IsHidden
 
     combinators: dict[str, Any] = chainable.COMBINATORS
-    return Names(chainable.TRANSFORMS, combinators)
+    values = {"shared": chainable.shared, "IsHidden": IsHidden}
+    return Names(chainable.TRANSFORMS, combinators, values)
 
 
 def parse_chain(text: str, names: Names | None = None) -> tuple[Any, ...]:
     """The elements of a chain written as text, each a configured transform.
 
     Grammar: chain = element ("|" element)*; element = name | name(argument, key=argument, ...);
-    an argument is a number, string, True, False, None or a tuple of these, and for a combinator also
-    a chain (one element as itself, several as a tuple).
+    an argument is a number, inf, string, True, False, None or a tuple of these, a value such as
+    shared('betas', (0.9, 0.99), 0), and for a combinator also a chain (one element as itself, several
+    as a tuple).
     Errors: ChainError naming the offending piece and its position, counted in characters from 1.
     """
     reader = _Reader("chain", text)
     return reader.chain(reader.tree(), names or known_names(), 0)
+
+
+def read_elements(given: Any) -> tuple[Any, ...]:
+    """Elements of a chain, with those that are text read.
+
+    given: an element, a text, or a sequence of both.
+    Errors: ChainError as for `parse_chain`.
+    """
+    several = given if isinstance(given, tuple | list) else (given,)
+    parts = (parse_chain(part) if isinstance(part, str) else (part,) for part in several)
+    return tuple(element for part in parts for element in part)
 
 
 def split_chain(text: str) -> list[str]:
@@ -239,7 +254,7 @@ class _Reader:
             if combines:
                 raise self.error(f"{called.id} needs arguments, {called.id}(...)", called)
             return names.transforms[called.id]
-        within = names if combines else None
+        within = names if combines else replace(names, transforms={}, combinators={})
         args = [self._value(arg, within, depth + 1) for arg in node.args]
         options = self.keywords(node, within, depth + 1)
         target = names.combinators[called.id] if combines else names.transforms[called.id]
@@ -268,13 +283,32 @@ class _Reader:
             return -ast.literal_eval(node.operand)
         if isinstance(node, ast.Tuple):
             return tuple(self._value(item, names, depth + 1) for item in node.elts)
-        if names is not None and isinstance(node, (ast.Name, ast.Call, ast.BinOp)):
+        if isinstance(node, ast.Name) and node.id == "inf" and names is not None:
+            return math.inf
+        if names is not None and isinstance(node, ast.Call) and _called(node) in names.values:
+            return self._made(node, names, depth)
+        chains = names is not None and (names.transforms or names.combinators)
+        if names is not None and chains and isinstance(node, (ast.Name, ast.Call, ast.BinOp)):
             chain = self.chain(node, names, depth)
             return chain[0] if len(chain) == 1 else chain
         if isinstance(node, ast.Name):
             raise self.error(f"a value is expected, write {node.id!r} for a string", node)
         what = _NODES.get(type(node), "this expression")
         raise self.error(f"{what} is not a value, expected a number, string or tuple", node)
+
+    def _made(self, node: ast.Call, names: Names, depth: int) -> Any:
+        """A value that a call gives, of values alone."""
+        plain = replace(names, transforms={}, combinators={})
+        args = [self._value(arg, plain, depth + 1) for arg in node.args]
+        options = self.keywords(node, plain, depth + 1)
+        try:
+            return names.values[_called(node)](*args, **options)
+        except REFUSALS as error:
+            raise self.error(one_line(error), node) from None
+
+
+def _called(node: ast.Call) -> str:
+    return node.func.id if isinstance(node.func, ast.Name) else ""
 
 
 def _is_negated_number(node: ast.UnaryOp) -> bool:

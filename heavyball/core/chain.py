@@ -21,7 +21,7 @@ from heavyball.core.program import (
     kind_of,
 )
 from heavyball.core.rate import Rate
-from heavyball.core.route import branches_of, every_node, picks_of, resolved
+from heavyball.core.route import branches_of, every_node, picks_of, reasons_of, resolved
 from heavyball.core.transform import DEFAULTS, Transform
 from heavyball.core.unit import with_units
 from heavyball.core.whole import Whole
@@ -39,7 +39,8 @@ class Chain:
         self.hyper: dict[str, Hyper] = {}
         self._counts: Counter[str] = Counter()
         self._programs: dict[tuple[int, ...], Program] = {}
-        self._nodes = self._bind(self.elements)
+        self._parts = [(element, self._bind((element,))) for element in self.elements]
+        self._nodes = tuple(node for _, nodes in self._parts for node in nodes)
         self._tail = {kind: self._bind_leaf(DEFAULTS[kind]) for kind in ("decay", "writer")}
         for number, picks in enumerate(self._all_picks(self._nodes)):
             if number == MOST_PROGRAMS:
@@ -59,9 +60,20 @@ class Chain:
         self.rate = self._only_rate(owner)
 
     def __repr__(self) -> str:
-        if len(self._programs) == 1:
-            return repr(next(iter(self._programs.values())))
-        return chain_repr(self.elements)
+        return chain_repr(self.completed)
+
+    @property
+    def completed(self) -> tuple[Element, ...]:
+        """The elements in the order in which they run, the default decay and write among them.
+
+        As given where parameters have different programs, which are completed one by one.
+        """
+        if len(self._programs) > 1:
+            return self.elements
+        (program,) = self._programs.values()
+        tail = [(node.transform, (node,)) for node in self._tail.values()]
+        first = {_mark(nodes[0]): element for element, nodes in [*self._parts, *tail] if nodes}
+        return tuple(first[_mark(node)] for node in program.nodes if _mark(node) in first)
 
     def __reduce__(self) -> tuple:
         return Chain, (self.elements, "ChainOpt", self.storage)
@@ -96,6 +108,10 @@ class Chain:
     def program_for(self, name: str | None, param: Tensor) -> Program:
         """The program of one parameter; raises where no rule of a router matches it."""
         return self._program(tuple(picks_of(self._nodes, name, param)))
+
+    def reasons_for(self, name: str | None, param: Tensor) -> list[str]:
+        """Why one parameter has its program: what decided in each router."""
+        return list(reasons_of(self._nodes, name, param))
 
     def _bind(self, elements: tuple[Element, ...]) -> tuple[Any, ...]:
         bound: list[Any] = []
@@ -205,6 +221,11 @@ class Chain:
             first = next(i for i, n in enumerate(body) if kind_of(n) == "writer")
             body.insert(first, decay)
         return (*body, *observers)
+
+
+def _mark(node: Node | Fork | Switch) -> Any:
+    """What a node is known by in a program, where forks are made anew."""
+    return node.merge if isinstance(node, Fork) else node
 
 
 # Every combination of what routers may pick is built and checked when the chain is.

@@ -2,9 +2,9 @@
 
 import fnmatch
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -52,25 +52,48 @@ class Parallel:
         return f"{self.name}({', '.join(map(chain_repr, self.branches))}{more})"
 
 
-# What torch.compile, replicas, shards and checkpoints put before the names of a model's parameters.
+# What torch.compile, shards and checkpoints put before the names of parameters, anywhere.
 PRIVATE_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-WRAPPERS = (*PRIVATE_WRAPPERS, "module")
+# What a replica puts before the names of all.
+REPLICA = "module."
 
 
-def plain_name(name: str) -> str:
-    """A parameter's name in the model itself, whatever wraps the model or parts of it."""
+def private_name(name: str) -> str:
+    """A name without what torch.compile, shards and checkpoints have put into it."""
     parts = name.split(".")
-    return ".".join([p for p in parts[:-1] if p not in WRAPPERS] + parts[-1:])
+    return ".".join([p for p in parts[:-1] if p not in PRIVATE_WRAPPERS] + parts[-1:])
 
 
-def _matches(name: str, pattern: str) -> bool:
+def plain_names(names: Sequence[str]) -> list[str]:
+    """The names of an optimizer's parameters in the model itself, whatever wraps it."""
+    found = [private_name(name) for name in names]
+    while found and all(name.startswith(REPLICA) for name in found):
+        found = [name[len(REPLICA) :] for name in found]
+    return found
+
+
+class GivenName(str):
+    """A parameter's name as it was given, and what it is in the model itself."""
+
+    plain: str
+
+    def __new__(cls, given: str, plain: str) -> Self:
+        made = super().__new__(cls, given)
+        made.plain = plain
+        return made
+
+
+def as_given(name: str) -> GivenName:
+    """A name whose optimizer's other names are not known."""
+    return name if isinstance(name, GivenName) else GivenName(name, private_name(name))
+
+
+def _matches(name: GivenName, pattern: str) -> bool:
     """Whether a pattern is for this parameter, as it is called in the model or in what wraps it."""
-    if not any(c in pattern for c in "*?["):
-        return plain_name(name) == plain_name(pattern)
-    plain = pattern
+    names = {str(name), private_name(name), name.plain}
+    patterns = {pattern}
     for wrapper in PRIVATE_WRAPPERS:
-        plain = plain.replace(f"{wrapper}.", "")
-    names, patterns = (name, plain_name(name)), (pattern, plain)
+        patterns |= {p.replace(f"{wrapper}.", "") for p in patterns}
     return any(fnmatch.fnmatchcase(n, p) for n in names for p in patterns)
 
 
@@ -93,7 +116,7 @@ class When:
                     f"{self!r} asks for names, but a parameter of shape {tuple(param.shape)} has "
                     "none: pass model.named_parameters()"
                 )
-            if not _matches(name, self.name):
+            if not _matches(as_given(name), self.name):
                 return False
         if self.ndim is not None and param.ndim != self.ndim:
             return False
@@ -101,8 +124,20 @@ class When:
             return False
         if self.max_ndim is not None and param.ndim > self.max_ndim:
             return False
-        name = None if name is None else plain_name(name)
+        name = None if name is None else as_given(name).plain
         return self.predicate is None or bool(self.predicate(name, param))
+
+    def reasons(self, name: str | None, param: Tensor) -> Iterator[str]:
+        """Why the rule is for this parameter; where it is not, what its predicate says of that."""
+        plain = None if name is None else as_given(name).plain
+        reason = getattr(self.predicate, "reason", None)
+        if reason is not None:
+            yield reason(plain, param)[1]
+        if self.matches(name, param):
+            for condition in ("name", "ndim", "min_ndim", "max_ndim", "predicate"):
+                value = getattr(self, condition)
+                if value is not None and not (condition == "predicate" and reason is not None):
+                    yield f"{condition}={getattr(value, '__name__', None) or repr(value)}"
 
     def __repr__(self) -> str:
         names = ("name", "ndim", "min_ndim", "max_ndim", "predicate")
@@ -216,8 +251,8 @@ def when(
     """A rule for `route`: this chain for the parameters that meet every condition given.
 
     name: a shell pattern such as "*.bias", for parameters given with their names. What torch's wrappers
-        put before them is no part of them: `_orig_mod.`, `module.`, `_fsdp_wrapped_module.`,
-        `_checkpoint_wrapped_module.`.
+        put into them is no part of them: `_orig_mod.`, `_fsdp_wrapped_module.` and
+        `_checkpoint_wrapped_module.` anywhere, and `module.` where all names begin with it.
     ndim, min_ndim, max_ndim: the number of dimensions.
     predicate: `fn(name, parameter) -> bool`; the name is the plain one, None where there is none.
     """

@@ -3,6 +3,7 @@
 import inspect
 import math
 import numbers
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
@@ -75,18 +76,32 @@ class Shared:
         return self.value if self.index is None else self.value[self.index]  # type: ignore[index]
 
     def __repr__(self) -> str:
-        return self.name if self.index is None else f"{self.name}[{self.index}]"
+        index = "" if self.index is None else f", {self.index}"
+        return f"shared({self.name!r}, {self.value!r}{index})"
 
 
-def shared(name: str, value: float | Iterable[float]) -> Shared:
+def shared(name: str, value: float | Iterable[float], index: int | None = None) -> Shared:
     """Name a hyper-parameter once and give it, or one element of it, to several transforms.
 
     `betas = shared("betas", (0.9, 0.999))`, then `scale_by_exp_avg_sq(beta2=betas[1])` and
     `schedule_free(beta=betas[0])`: the group holds one `betas`, as in torch.
+
+    index: the element; `shared("betas", (0.9, 0.999), 1)` is `betas[1]`, as text has it.
     """
-    return Shared(
+    if not isinstance(name, str) or not name.isidentifier():
+        raise TypeError(f"shared({name!r}, ...): expected a name such as 'betas'")
+    made = Shared(
         name, checked_number(name, value) if is_real(value) else checked_numbers(name, value)
     )
+    return made if index is None else made[index]
+
+
+_SHARED = re.compile(r"shared\('(\w+)', (?:\([^()]*\)|[^(),]*)(?:, (\d+))?\)")
+
+
+def by_name(text: str) -> str:
+    """A chain's text with the names of shared numbers alone, for print-outs that list their values."""
+    return _SHARED.sub(lambda m: m[1] if m[2] is None else f"{m[1]}[{m[2]}]", text)
 
 
 def is_real(value: object) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from heavyball.core.combine import Parallel, When
+from heavyball.core.hyper import by_name
 from heavyball.core.rate import Rate
 from heavyball.core.transform import Transform
 from heavyball.core.whole import Whole
@@ -143,7 +144,7 @@ class Program:
         return _is_library(tuple(node.transform for node in self.flat), set())
 
     def __repr__(self) -> str:
-        return " | ".join(map(_shown, visible(self.nodes)))
+        return by_name(" | ".join(map(_shown, visible(self.nodes))))
 
 
 def _identity(node: Node | Fork) -> Any:

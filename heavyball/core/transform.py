@@ -86,6 +86,24 @@ class Rules:
     opens_once: bool
 
 
+class _Signature:
+    """What `inspect.signature` says of a transform: its hyper-parameters and options."""
+
+    def __get__(self, transform: "Transform | None", owner: type) -> inspect.Signature:
+        if transform is None:  # the class has its constructor's
+            raise AttributeError("__signature__")
+        values = {**transform.defaults, **transform.options, **transform.hyper}
+        return inspect.Signature(
+            [
+                inspect.Parameter(
+                    name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=values[name]
+                )
+                for name in transform.defaults
+            ],
+            return_annotation=Transform,
+        )
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Transform:
     """One element of a chain: a pure function and what it declares.
@@ -107,6 +125,8 @@ class Transform:
     over_all: Callable[..., Any] | None = None
     evaluate: Callable[..., Tensor] | None = None
     given: frozenset[str] = field(default_factory=frozenset)
+
+    __signature__ = _Signature()
 
     # whether the function gets whole tensors, see `heavyball.core.whole`
     whole: ClassVar[bool] = False

@@ -90,7 +90,7 @@ def _text(item: Any) -> str:
     if isinstance(item, tuple | list):
         return f"({', '.join(map(_text, item))})"
     # the address in a function's repr is another one in every process
-    return getattr(item, "__qualname__", None) or repr(item)
+    return getattr(item, "description", None) or getattr(item, "__qualname__", None) or repr(item)
 
 
 def _conditions(rule: When) -> Iterable[str]:

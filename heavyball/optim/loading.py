@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from heavyball.core.chain import BOOKKEEPING
-from heavyball.core.combine import plain_name
+from heavyball.core.combine import plain_names
 from heavyball.core.program import Program
 from heavyball.numerics import lasting
 from heavyball.optim import migrations  # noqa: F401  (it registers them)
@@ -257,8 +258,10 @@ def _names(groups: Sequence[Mapping[str, Any]], ids: bool) -> list[list[str]] | 
         if names is None:
             return None
         named.append(list(names))
-    for plainly in (plain_name, str):  # two that differ in what wraps them keep that
-        found = [[plainly(name) for name in names] for names in named]
+    flat = [name for names in named for name in names]
+    for plainly in (plain_names(flat), flat):  # two that differ in what wraps them keep that
+        rest = iter(plainly)
+        found = [list(itertools.islice(rest, len(names))) for names in named]
         places = {
             (name, number)
             for names, group in zip(found, groups, strict=True)

@@ -15,6 +15,7 @@ from heavyball.core.chain import Chain
 from heavyball.core.rate import Estimate
 from heavyball.diagnostics.advice import Advice
 from heavyball.diagnostics.report import optimizer_repr, routing_table, state_bytes
+from heavyball.optim.arguments import as_params, given_elements
 from heavyball.optim.checkpoint import LoadResult, describe, migrate
 from heavyball.optim.estimate import check_alike
 from heavyball.optim.evaluation import Evaluation, stamp
@@ -34,9 +35,11 @@ from heavyball.state.held import CORRECTION, PARAM
 class ChainOpt(Optimizer):
     """An optimizer made of a chain of transforms.
 
-    params: tensors, parameter groups, or (name, tensor) pairs, as in torch.
+    params: tensors, parameter groups, or (name, tensor) pairs, as in torch; or a module, which gives its
+        parameters and their names.
     lr: the step size; its unit is the parameter's over the update's.
-    transforms: what happens to the gradient, in order. A chain in which nothing has a
+    transforms: what happens to the gradient, in order; elements, or text such as "sign | exp_avg", also
+        as one sequence `transforms=`. A chain in which nothing has a
         `weight_decay` gets `decoupled`, one without a writer `descend`, so the step ends in
         `p <- p (1 - lr weight_decay) - lr u`.
     weight_decay: the decay's coefficient, a live hyper-parameter like every float of the chain.
@@ -91,6 +94,7 @@ class ChainOpt(Optimizer):
         **unknown: Any,
     ):
         owner = type(self).__name__
+        transforms = given_elements(transforms, unknown)
         check_names(owner, unknown, foreach)
         if not isinstance(fuse_backward, bool):
             raise TypeError(f"fuse_backward={fuse_backward!r}: expected True or False")
@@ -99,7 +103,8 @@ class ChainOpt(Optimizer):
         self._chain = Chain(transforms, owner, storage)
         check_capturable(self._chain, unknown.get("capturable"))
         self._set_up()
-        super().__init__(params, group_defaults(self._chain, lr, weight_decay, warmup_steps, seed))
+        defaults = group_defaults(self._chain, lr, weight_decay, warmup_steps, seed)
+        super().__init__(as_params(params), defaults)
         if fuse_backward:
             self._fused.attach()
 
@@ -420,8 +425,9 @@ class ChainOpt(Optimizer):
         return self._registry
 
     def routing(self) -> str:
-        """A table of which parameter got which chain."""
-        return routing_table(self.param_groups, self._registry.programs())
+        """A table of which parameter got which chain, and why."""
+        registry = self._registry
+        return routing_table(self.param_groups, registry.programs(), registry.reasons)
 
     @without_autocast
     def kernel_sources(self) -> list[str]:

@@ -14,13 +14,14 @@ from heavyball.core.chain import Chain
 from heavyball.core.program import Program
 from heavyball.distributed import check_parts, is_sharded
 from heavyball.numerics import lasting, version_of
+from heavyball.optim.arguments import routed_name
 from heavyball.optim.checkpoint import convert
 from heavyball.optim.checks import check_gradient, check_shape, check_state, labelled, overlaps
 from heavyball.optim.estimate import warn_of_half
 from heavyball.optim.options import Options
 from heavyball.optim.reconcile import fitting_state, refuse_replaced
 from heavyball.optim.values import Values
-from heavyball.runtime.addresses import as_numbers, check_memory, check_plain, check_state_memory
+from heavyball.runtime.addresses import as_usable, check_memory, check_plain, check_state_memory
 from heavyball.runtime.job import Counts, Job, Scalars
 from heavyball.runtime.place import Place, describe
 from heavyball.runtime.rates import Together
@@ -155,9 +156,13 @@ class Registry:
         if overlaps(param):
             raise ValueError(f"{label}: its elements overlap in memory; pass a contiguous tensor")
         self.chain.storage.check_param(label, param)
-        program = self.chain.program_for(name, param)
+        program = self.chain.program_for(routed_name(name, self.groups), param)
         check_shape(label, param, program)
         return program
+
+    def reasons(self, name: str | None, param: Tensor) -> list[str]:
+        """Why a parameter has its program, in words."""
+        return self.chain.reasons_for(routed_name(name, self.groups), param)
 
     def programs(self) -> Mapping[Tensor, Program]:
         """Programs by parameter, brought up to what the groups hold now.
@@ -255,7 +260,7 @@ class Registry:
         if "step" not in state or not program.lazy_keys <= state.keys():
             with lasting():
                 add_missing_state(program, param, place.group, state)
-        as_numbers(program, state, param.device)
+        as_usable(program, state, param.device)
         return state
 
     def init_state(self) -> None:

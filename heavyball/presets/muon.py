@@ -2,7 +2,7 @@
 
 import fnmatch
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypedDict, Unpack
 
 from torch import Tensor
@@ -11,6 +11,7 @@ from heavyball import chainable as C
 from heavyball.core.hyper import check_live, nonnegative, shared
 from heavyball.core.transform import Transform
 from heavyball.linalg.orthogonalize import Products
+from heavyball.optim.arguments import kinds_of, model_of
 from heavyball.optim.checks import checked_lr
 from heavyball.presets.base import Preset, PresetOptions, split_options
 from heavyball.transforms.muon import Method, Scale, muon, scale_by_normuon
@@ -19,18 +20,26 @@ from heavyball.transforms.muon import Method, Scale, muon, scale_by_normuon
 ADAMW_NAMES = (
     "*embed*",
     "*embd*",
+    "*_emb",
     "*_emb.*",
     "*.emb.*",
     "emb.*",
+    "*_token",
+    "*_tokens",
     "*wte.*",
     "*wpe.*",
+    "shared.*",
+    "*.shared.*",
     "head.*",
     "*.head.*",
     "*_head.*",
+    "*logits*",
     "*classifier.*",
     "*norm*",
     "*bias",
 )
+# Output layers where nothing before them is counted, as blocks are: `fc`, not `blocks.0.fc`.
+LAST_NAMES = ("fc", "output", "score")
 # Without a name, a matrix with so many rows, and so many times more than columns, is taken for one.
 VOCABULARY, TALL = 4096, 8
 
@@ -41,22 +50,49 @@ Predicate = Callable[[str | None, Tensor], bool]
 class IsHidden:
     """Which parameters Muon is for: matrices and kernels, but no embedding, head, norm or bias.
 
-    They are told by their names. A parameter without a name that has two dimensions is taken for an
+    They are told by the types of their modules where a model was given, then by their names, in which
+    capitals count for nothing. A parameter without a name that has two dimensions is taken for an
     embedding or a head if it has VOCABULARY rows or more and TALL times as many as columns.
+
+    kinds: of a model's parameters, by name, those whose modules are embeddings or norms.
     """
 
     adamw_names: tuple[str, ...] = ADAMW_NAMES
+    kinds: tuple[tuple[str, str], ...] = ()
 
     def __repr__(self) -> str:
-        return "IsHidden()" if self.adamw_names == ADAMW_NAMES else f"IsHidden({self.adamw_names})"
+        given = [] if self.adamw_names == ADAMW_NAMES else [repr(self.adamw_names)]
+        return f"IsHidden({', '.join([*given, *([f'kinds={self.kinds}'] if self.kinds else [])])})"
+
+    @property
+    def description(self) -> str:
+        """What a state dict says of it: whether the same parameters have names or types is not told."""
+        return repr(replace(self, kinds=()))
 
     def __call__(self, name: str | None, param: Tensor) -> bool:
+        return self.reason(name, param)[0]
+
+    def reason(self, name: str | None, param: Tensor) -> tuple[bool, str]:
+        """Whether a parameter is for Muon, and why."""
         if param.ndim < 2:
-            return False
-        if name is not None:
-            return not any(fnmatch.fnmatchcase(name, pattern) for pattern in self.adamw_names)
-        rows = param.shape[0]
-        return param.ndim > 2 or rows < max(VOCABULARY, TALL * param.shape[1])
+            return False, f"it has {param.ndim} dimension{'s' * (param.ndim != 1)}"
+        if name is None:
+            rows, columns = param.shape[:2]
+            if param.ndim == 2 and rows >= max(VOCABULARY, TALL * columns):
+                return False, "without a name, its shape is that of a vocabulary"
+            return True, "without a name, its shape is that of a hidden layer"
+        kind = dict(self.kinds).get(name)
+        if kind is not None:
+            return False, f"its module is {kind}"
+        lower = name.lower()
+        for pattern in self.adamw_names:
+            if fnmatch.fnmatchcase(lower, pattern.lower()):
+                return False, f"its name matches {pattern!r}"
+        *path, _ = lower.split(".")
+        counted = any(part.isdigit() for part in path)
+        if self.adamw_names == ADAMW_NAMES and path[-1:] and path[-1] in LAST_NAMES and not counted:
+            return False, f"{path[-1]!r} is the name of a last layer"
+        return True, "its name is that of no embedding, head or norm"
 
 
 class _Routed(TypedDict, total=False):
@@ -113,7 +149,10 @@ class RoutedPreset(Preset):
         eps = shared("adamw_eps", chosen["adamw_eps"])
         adam = C.scale_by_adam(betas=betas, eps=eps)
         scaled = C.scale_lr(factor=shared("adamw_lr_scale", ratio))
-        hidden = C.when(rule, predicate=_chosen_rule(chosen))
+        predicate = _chosen_rule(chosen)
+        if isinstance(predicate, IsHidden) and (model := model_of(params)) is not None:
+            predicate = replace(predicate, kinds=tuple(kinds_of(model).items()))
+        hidden = C.when(rule, predicate=predicate)
         self.build(
             params,
             lr,
@@ -140,11 +179,12 @@ def _chosen_rule(chosen: dict[str, Any]) -> Predicate:
 class Muon(RoutedPreset):
     """Momentum with all singular values near 1 for matrices; AdamW for everything else.
 
-    Embeddings, heads, norms and biases go to AdamW. They are told by their names where the parameters
-    come as `model.named_parameters()` (`heavyball.presets.muon.ADAMW_NAMES`), else by shape: fewer than
-    two dimensions, or a matrix with over 4095 rows and 8 times as many as columns, such as that of a
-    vocabulary; a small embedding or head is not told without its name. `adamw_names` and `use_muon`
-    decide otherwise, and `print(opt.routing())` shows who got what.
+    Embeddings, heads, norms and biases go to AdamW. They are told by the types of their modules where a
+    model is given, and by their names where the parameters come as `model.named_parameters()`
+    (`heavyball.presets.muon.ADAMW_NAMES`), else by shape: fewer than two dimensions, or a matrix with
+    over 4095 rows and 8 times as many as columns, such as that of a vocabulary; a small embedding or
+    head is not told without its name. `adamw_names` and `use_muon` decide otherwise, and
+    `print(opt.routing())` shows who got what, and why.
 
     method, scale, stacked, products: as in `muon`. With scale="match_rms_adamw" an update has the size
         of AdamW's, so that adamw_lr may be lr.

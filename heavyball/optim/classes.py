@@ -1,0 +1,55 @@
+"""Classes of a chain, for whatever asks for a class: trainers, registries, configurations."""
+
+import copyreg
+import weakref
+from typing import Any
+
+from torch import Tensor
+
+from heavyball.core.chain import Chain
+from heavyball.optim.optimizer import ChainOpt
+from heavyball.text import read_elements
+
+
+class ChainClass(type):
+    """The type of classes that `optimizer_class` makes, which pickle as what they were made from."""
+
+    made_from: tuple[Any, str]
+
+
+def optimizer_class(what: Any, name: str = "ChainOptimizer") -> type[ChainOpt]:
+    """A subclass of `ChainOpt` for one chain, with the constructor `(params, lr, **options)`.
+
+    It and its instances pickle and copy, also into a process that has not made it.
+
+    what: text such as "scale_by_adam | cautious", an element, or a sequence of both.
+    name: what the class is called.
+    options: those of `ChainOpt`.
+
+    Errors: as of `ChainOpt` for a chain that cannot be; TypeError for a name that cannot be a class's.
+    """
+    if not isinstance(name, str) or not name.isidentifier():
+        raise TypeError(f"optimizer_class: name={name!r}, expected a name such as 'CautiousAdam'")
+    known = _made.get((what, name)) if isinstance(what, str) else None
+    if known is not None:
+        return known
+    elements = read_elements(what)
+    chain = Chain(elements, name)
+
+    def __init__(self: ChainOpt, params: Any, lr: float | Tensor, **options: Any) -> None:  # noqa: N807
+        ChainOpt.__init__(self, params, lr, *elements, **options)
+
+    body = {
+        "__init__": __init__,
+        "__doc__": f"The chain {chain!r}; options as of `ChainOpt`.",
+        "made_from": (what, name),
+    }
+    cls = ChainClass(name, (ChainOpt,), body)
+    if isinstance(what, str):
+        _made[what, name] = cls
+    return cls
+
+
+# One class for one text and name, so that what was pickled comes back as it was.
+_made: weakref.WeakValueDictionary[tuple[str, str], Any] = weakref.WeakValueDictionary()
+copyreg.pickle(ChainClass, lambda cls: (optimizer_class, cls.made_from))  # type: ignore[arg-type]
