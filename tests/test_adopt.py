@@ -1,6 +1,7 @@
 """State dicts of other optimizers: each goes on here as the original does, and back in torch."""
 
 import copy
+import pathlib
 import warnings
 
 import prodigyopt
@@ -14,6 +15,7 @@ import heavyball
 from heavyball import chainable as C
 from heavyball.checkpoint import adopt, to_torch
 
+HERE = pathlib.Path(__file__).parent
 SHAPES = ((4, 3), (5,), (2, 3, 2))
 T = torch.optim
 
@@ -130,9 +132,9 @@ ORIGINALS = {
         SHAPES,
     ),
     "prodigy-plus": (
-        quiet(lambda p: ProdigyPlusScheduleFree(p, d0=1e-2, weight_decay=0.1)),
+        quiet(lambda p: ProdigyPlusScheduleFree(p, d0=1e-2)),
         preset("ProdigyPlusScheduleFree"),
-        (*SHAPES, (36, 33)),
+        (*SHAPES, (33, 36)),  # where the largest axis comes first, a row is averaged wrongly there,
     ),
     "prodigy-plus, full": (
         quiet(lambda p: ProdigyPlusScheduleFree(p, d0=1e-2, factored=False, use_speed=True)),
@@ -206,6 +208,42 @@ def test_a_dict_of_evaluation_mode_leaves_the_optimizer_in_it(name):
     start = [p.detach().clone() for p in params]
     right, found = run(theirs, range(5, 12)), run(opt, range(5, 12))
     assert distance(found, right, start) < (1e-5 if "plus" in name else 1e-6)
+
+
+# of heavyball 3.2.1, which has this library's import name: float64 weights, 5 steps, the dict and the
+# weights of then, and the weights 10 steps later; gradients as `fill` makes them
+PYPI = {
+    "AdamW": lambda p: heavyball.AdamW(p, compile=False),
+    "SFAdamW": lambda p: heavyball.SFAdamW(p, compile=False),
+    "SOAP": lambda p: heavyball.SOAP(p, compile=False, precondition_frequency=1000),
+    "PSGDKron": lambda p: C.ChainOpt(
+        p,
+        1.0,
+        C.exp_avg,
+        C.psgd_kron(preconditioner_update_probability=0.0),
+        C.trust_region,
+        compile=False,
+    ),
+    "Muon": lambda p: C.ChainOpt(
+        p,
+        1.0,
+        C.parallel(C.apply, C.muon_momentum(nesterov=False)),
+        C.orthogonalize(method="quintic-5", scale="original"),
+        compile=False,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PYPI)
+def test_what_the_pypi_package_has_saved_goes_on_as_it_did(name):
+    saved = torch.load(HERE / "checkpoints" / "pypi-heavyball-3.2.1.pt", weights_only=True)[name]
+    params = copies(saved["weights"])
+    opt = PYPI[name](params)
+    report = adopt(opt, saved["state_dict"])
+    assert report.matching, report
+    assert not report.invented
+    found = run(opt, range(5, 15))
+    assert distance(found, saved["later"], saved["weights"]) < 1e-6
 
 
 # ---- another chain

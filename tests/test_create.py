@@ -14,6 +14,12 @@ import heavyball
 from heavyball import chainable as C
 
 
+@pytest.fixture(autouse=True)
+def no_kernels(monkeypatch):
+    """What is built here need not be compiled."""
+    monkeypatch.setattr(heavyball.utils, "compile_mode", None)
+
+
 class Block(nn.Module):
     def __init__(self):
         super().__init__()

@@ -1,5 +1,6 @@
 """Goes on with what another optimizer has saved."""
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,19 +71,15 @@ def adopt(opt: ChainOpt, state_dict: Mapping[str, Any]) -> AdoptionReport:
     if source is None:
         known = ", ".join(sorted({each.named for each in SOURCES}))
         raise ValueError(f"adopt: the state dict is of no optimizer that is known: {known}")
-    try:
+    with _named(source):
         found = list(_found(opt, saved, source))
-    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-        raise ValueError(
-            f"adopt: the state dict is not as {source.named} writes it: {error!r}"
-        ) from error
-    matching = all(each.matches(source) for each in found) and bool(found)
-    report = AdoptionReport(source.named, matching)
-    groups = _groups(opt, found, source, report)
+        matching = all(each.matches(source) for each in found) and bool(found)
+        report = AdoptionReport(source.named, matching)
+        groups = _groups(opt, found, source, report)
+        evaluating = "train_mode" in opt.defaults and any(
+            source.evaluates(each.group) for each in found if each.group
+        )
     states: dict[int, dict[str, Any]] = {}
-    evaluating = "train_mode" in opt.defaults and any(
-        source.evaluates(each.group) for each in found if each.group
-    )
     for each in found:
         group = {**opt.defaults, **groups[each.place.index]}
         state = each.state(group, evaluating, report)
@@ -94,6 +91,19 @@ def adopt(opt: ChainOpt, state_dict: Mapping[str, Any]) -> AdoptionReport:
     loading = {"state": states, "param_groups": groups, DESCRIPTION: description(opt.chain)}
     opt.load_state_dict(loading)
     return report
+
+
+@contextlib.contextmanager
+def _named(source: Source) -> Iterator[None]:
+    """Say of what goes wrong that the dict is not as its optimizer writes it."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        if str(error).startswith("adopt: "):
+            raise
+        raise ValueError(
+            f"adopt: the state dict is not as {source.named} writes it: {error!r}"
+        ) from error
 
 
 def _plain(state_dict: Any) -> Any:
@@ -165,9 +175,8 @@ class _Found:
         self, group: Mapping[str, Any], evaluating: bool, report: AdoptionReport
     ) -> dict[str, Any]:
         """The state of the parameter here; the report is told what it is made of."""
-        report.left.extend(
-            f"{self.name}.{key}" for key in self.record.keys if key not in self.used | _COUNTS
-        )
+        unused = [key for key in self.record.keys if key not in self.used | _COUNTS]
+        report.left.extend(f"{self.name}.{key}" for key in (*unused, *self.record.aside))
         if not self.given and self.record.count is None:
             return {}
         param = self.place.param

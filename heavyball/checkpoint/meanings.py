@@ -65,13 +65,15 @@ class Record:
 
     count: its steps, None where it does not say. moments: by their meaning, "mean" and "square" of
     gradients. others: states that some transform keeps in the same form.
-    keys: the names of all that was saved for it.
+    keys: the names of all that was saved for it. aside: those without which a method goes on all the
+    same, such as what says how to fit a preconditioner.
     """
 
     count: int | None = None
     moments: dict[str, Moment] = field(default_factory=dict)
     others: dict[str, Kept] = field(default_factory=dict)
     keys: tuple[str, ...] = ()
+    aside: tuple[str, ...] = ()
     # weights to train with, where the parameters hold an average
     trained: Callable[[Tensor], Tensor] | None = None
 
@@ -87,6 +89,12 @@ class Given:
 Target = Callable[[Node, Record], Given]
 
 
+def keeps(node: Node, state: str) -> bool:
+    """Whether a transform has a state, as it is configured."""
+    declared = node.transform.states.get(state)
+    return declared is not None and bool(node.transform.options.get(declared.needed_by or "", True))
+
+
 def _moments(**wanted: tuple[str, str]) -> Target:
     """States that are moments: by state its meaning and its form."""
 
@@ -94,7 +102,7 @@ def _moments(**wanted: tuple[str, str]) -> Target:
         given = Given({}, set())
         for state, (meaning, form) in wanted.items():
             moment = record.moments.get(meaning)
-            if state in node.transform.states and moment is not None:
+            if keeps(node, state) and moment is not None:
                 given.states[state] = getattr(moment, form)()
                 given.keys.add(moment.key)
         return given
@@ -106,7 +114,7 @@ def _kept(*names: str) -> Target:
     """States that are kept as they are, under these names."""
 
     def give(node: Node, record: Record) -> Given:
-        there = [n for n in names if n in record.others and n in node.transform.states]
+        there = [n for n in names if n in record.others and keeps(node, n)]
         kept = {name: record.others[name] for name in there}
         return Given({n: k.value for n, k in kept.items()}, {k.key for k in kept.values()})
 
@@ -131,7 +139,7 @@ def _buffer(node: Node, record: Record) -> Given:
     key = record.moments["mean"].key if own is None else own.key
     steps = torch.tensor(float(max(1, record.count or 1)), dtype=torch.float64, device="cpu")
     states = {"momentum_buffer": value, "buffer_steps": steps}
-    return Given({n: v for n, v in states.items() if n in node.transform.states}, {key})
+    return Given({n: v for n, v in states.items() if keeps(node, n)}, {key})
 
 
 def _square(node: Node, record: Record) -> Given:
@@ -201,4 +209,5 @@ def entry(group: Mapping[str, Any], name: str, default: Any = None) -> Any:
     value = group.get(name, default)
     if isinstance(value, Tensor) and value.numel() == 1:
         return value.item()
-    return tuple(map(number, value)) if isinstance(value, list | tuple) else value
+    several = isinstance(value, list | tuple) and None not in value
+    return tuple(map(number, value)) if several else value

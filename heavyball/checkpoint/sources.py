@@ -277,10 +277,16 @@ _PYPI_MOMENTS: dict[str, tuple[tuple[str, str, int, str], ...]] = {
 }
 
 
+# How its preconditioners are fitted, which is done otherwise here.
+_PYPI_FITS = ("scale_by_psgd_Q_cache", "scale_by_psgd_running", "scale_by_psgd_step")
+
+
 def _pypi(state: State, group: Group) -> Record:
     count = int(number(group["step_count"])) if "step_count" in group else None
     betas = _pypi_betas(group)
-    record = Record(count, keys=tuple(state))
+    aside = tuple(key for key in state if key.startswith(_PYPI_FITS) and state[key] is not None)
+    kept = (k for k, v in state.items() if v is not None and not k.startswith(_PYPI_FITS))
+    record = Record(count, keys=tuple(kept), aside=aside)
     for function, moments in _PYPI_MOMENTS.items():
         for name, meaning, index, form in moments:
             key = _pypi_key(state, function, name)
