@@ -139,7 +139,7 @@ def test_a_chain_that_cannot_be_right_is_refused_with_the_reason(name):
     [
         ((), ValueError, "empty chain"),
         ((C.exp_avg, 3), TypeError, "element 1 is 3"),
-        (("exp_avg",), TypeError, "element 0 is 'exp_avg'"),
+        (("exp_avgg",), ValueError, "nearest: exp_avg"),
         ((None,), TypeError, "element 0 is None"),
         ((lambda update: update,), TypeError, r"element 0.*@transform.*C\.apply"),
         ((torch.sign,), TypeError, r"element 0.*C\.apply"),

@@ -378,7 +378,7 @@ def test_the_table_of_routes_says_why():
     assert "ndim=1" in table.splitlines()[2]
     table = C.ChainOpt(params, 0.1, C.route(rules[0], otherwise=C.scale_by_adam)).routing()
     assert "no rule matches" in table.splitlines()[2]
-    assert "#" not in C.ChainOpt(params, 0.1, C.sign).routing()
+    assert ":" not in C.ChainOpt(params, 0.1, C.sign).routing()
 
 
 NAMES = ("module.x.weight", "y.weight")

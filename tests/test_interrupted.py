@@ -198,16 +198,118 @@ def between_calls(opt: C.ChainOpt, write: Callable[[Tensor], None]) -> None:
     opt.train()
 
 
+def began_at(opt: C.ChainOpt, before: dict[str, Tensor], place: int) -> None:
+    """The parameter at this place began at 42, in every state that holds weights; the others go on."""
+    now = snapshot(opt)
+    changed = differences(before, now)
+    assert str(place) in changed
+    assert {key.split(".")[0] for key in changed} == {str(place)}
+    assert not any(key.endswith("train_param") for key in now)
+    for key in changed:
+        if not key.endswith(":correction"):
+            assert torch.equal(now[key], torch.full_like(now[key], 42.0)), key
+    assert torch.equal(all_params(opt.eval())[place], now[str(place)])
+    opt.train()
+
+
 @every_average
 @pytest.mark.parametrize("write", [overwrite, replace, write_unseen, load_model])
 @pytest.mark.parametrize("writing", [in_averaged, between_calls])
-def test_weights_written_in_evaluation_mode_are_not_dropped_in_silence(name, write, writing):
+def test_weights_written_in_evaluation_mode_are_trained_from(name, write, writing):
     opt = trained(name)
-    before = snapshot(opt)
-    with pytest.warns(UserWarning, match=r"parameter . of group . .* evaluation mode") as found:
+    before, place = snapshot(opt), len(all_params(opt)) - 1
+    with pytest.warns(UserWarning, match=r"parameter . of group . .* other weights") as found:
         writing(opt, write)
     assert found[0].filename == __file__
-    assert not differences(before, snapshot(opt))
+    began_at(opt, before, place)
+    train(opt, [3])
+
+
+NOTICED: dict[str, Callable[[C.ChainOpt], object]] = {
+    "train": lambda opt: opt.train(),
+    "eval": lambda opt: opt.eval().train(),
+    "state_dict": lambda opt: opt.state_dict(),
+}
+
+
+@every_average
+@pytest.mark.parametrize("write", [overwrite, load_model])
+@pytest.mark.parametrize("look", NOTICED)
+def test_weights_written_in_training_mode_are_trained_from(name, write, look):
+    opt = trained(name)
+    train(opt, [3])
+    before, place = snapshot(opt), len(all_params(opt)) - 1
+    write(all_params(opt)[-1])
+    with pytest.warns(UserWarning, match=r"parameter . of group . .* other weights") as found:
+        NOTICED[look](opt)
+    assert found[0].filename == __file__
+    began_at(opt, before, place)
+
+
+@every_average
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_begins_at_weights_that_were_loaded(name, fused):
+    if fused and name == "ProdigyPlus":
+        return  # its own way, see test_driven.py
+    ends = []
+    for by_hand in (False, True):
+        opt = trained(name)
+        train(opt, [3])
+        if fused:
+            heavyball.fuse_backward(opt)
+        params, before = all_params(opt), copy.deepcopy(opt.state_dict())
+        load_model(params[0])
+        if by_hand:  # with its own state, so nothing is noticed
+            saved = copy.deepcopy(before)
+            for key, value in saved["state"][0].items():
+                if key.endswith((".z", "parameter_ema")):
+                    value.fill_(42.0)
+                elif key == "param:correction":
+                    value.zero_()
+            opt.load_state_dict(saved)
+
+        def step(opt=opt, params=params):
+            if fused:
+                sum((p.float() * (i + 1)).sum() for i, p in enumerate(params)).backward()
+                opt.step()
+            else:
+                train(opt, [4])
+
+        if by_hand:
+            step()
+        else:
+            with pytest.warns(UserWarning, match="other weights"):
+                step()
+        ends.append(snapshot(opt))
+    assert not differences(*ends)
+
+
+@every_average
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("evaluating", [False, True])
+@pytest.mark.parametrize("order", ["model first", "optimizer first"])
+@pytest.mark.parametrize("stepped", [False, True])
+def test_weights_that_come_with_their_state_are_no_replacement(name, evaluating, order, stepped):
+    opt = trained(name)
+    train(opt, [3])
+    opt.train(not evaluating)
+    saved, weights = copy.deepcopy(opt.state_dict()), clones(all_params(opt))
+    other = trained(name)
+    if stepped:
+        train(other, [7])
+
+    def load_weights():
+        with torch.no_grad():
+            for p, w in zip(all_params(other), weights, strict=True):
+                p.copy_(w)
+
+    for part in order.split()[0], ("optimizer", "model")[order.startswith("optimizer")]:
+        load_weights() if part == "model" else other.load_state_dict(saved)
+    opt.train()
+    other.train()
+    train(opt, [5])
+    train(other, [5])
+    assert_same_optimizers(opt, other)
 
 
 @every_average

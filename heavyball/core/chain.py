@@ -1,5 +1,6 @@
 """A chain that has been checked: its elements have keys, its hyper-parameters names in the group."""
 
+import functools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -32,7 +33,11 @@ class Chain:
     """The elements as given, completed with the default decay and write, checked and named."""
 
     def __init__(
-        self, elements: tuple[Any, ...], owner: str = "ChainOpt", storage: Storage | None = None
+        self,
+        elements: tuple[Any, ...],
+        owner: str = "ChainOpt",
+        storage: Storage | None = None,
+        around: tuple[Transform, ...] = (),
     ):
         self.elements = as_chain(elements, owner)
         self.storage = storage or Storage()
@@ -42,6 +47,9 @@ class Chain:
         self._parts = [(element, self._bind((element,))) for element in self.elements]
         self._nodes = tuple(node for _, nodes in self._parts for node in nodes)
         self._tail = {kind: self._bind_leaf(DEFAULTS[kind]) for kind in ("decay", "writer")}
+        # what is put before the first element and behind the write, and changes nothing
+        self.around = around
+        self._watchers = tuple(map(self._bind_leaf, around))
         for number, picks in enumerate(self._all_picks(self._nodes)):
             if number == MOST_PROGRAMS:
                 raise ValueError(
@@ -76,7 +84,7 @@ class Chain:
         return tuple(first[_mark(node)] for node in program.nodes if _mark(node) in first)
 
     def __reduce__(self) -> tuple:
-        return Chain, (self.elements, "ChainOpt", self.storage)
+        return Chain, (self.elements, "ChainOpt", self.storage, self.around)
 
     def __deepcopy__(self, memo: dict) -> "Chain":
         return self
@@ -94,6 +102,11 @@ class Chain:
                     f"{self.hyper[name].owner if name in self.hyper else 'the optimizer'} has it too"
                 )
         return rates[0] if rates else None
+
+    @functools.cached_property
+    def measures(self) -> bool:
+        """Whether some element keeps numbers of the last step, for `ChainOpt.metrics`."""
+        return any(s.passing for program in self.programs for _, _, s in program.states)
 
     @property
     def programs(self) -> tuple[Program, ...]:
@@ -201,7 +214,7 @@ class Chain:
             choices = iter(picks)
             nodes = self._complete(tuple(resolved(self._nodes, choices)))
             check(nodes)
-            self._programs[picks] = Program(with_units(nodes), self.storage)
+            self._programs[picks] = Program(with_units(nodes), self.storage, self._watchers)
         return self._programs[picks]
 
     def _complete(self, nodes: tuple[Node | Fork, ...]) -> tuple[Node | Fork, ...]:
@@ -220,12 +233,16 @@ class Chain:
         ):
             first = next(i for i, n in enumerate(body) if kind_of(n) == "writer")
             body.insert(first, decay)
-        return (*body, *observers)
+        ahead = [n for n in self._watchers if kind_of(n) != "observer"]
+        behind = [n for n in self._watchers if kind_of(n) == "observer"]
+        return (*ahead, *body, *observers, *behind)
 
 
 def _mark(node: Node | Fork | Switch) -> Any:
-    """What a node is known by in a program, where forks are made anew."""
-    return node.merge if isinstance(node, Fork) else node
+    """What a node is known by in a program, where nodes are made anew."""
+    if isinstance(node, Switch):
+        return node
+    return (node.merge if isinstance(node, Fork) else node).key
 
 
 # Every combination of what routers may pick is built and checked when the chain is.

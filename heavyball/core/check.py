@@ -38,7 +38,8 @@ def _check_order(nodes: tuple[Node | Fork, ...]) -> None:
             raise ValueError(f"{leaf.key} stands before the writer, it changes what was written")
         if writer and kind not in ("post", "observer"):
             raise ValueError(f"{leaf.key} stands after the writer {writer}, which must be last")
-        has_state = any(n.transform.states for n in flatten((node,)))
+        kept = (s for n in flatten((node,)) for s in n.transform.states.values())
+        has_state = any(not state.passing for state in kept)
         if decay and kind == "transform" and has_state:
             raise ValueError(
                 f"{leaf.key} stands after the decay {decay} and would average it; put {decay} right "

@@ -72,8 +72,14 @@ class Switch:
 class Program:
     """What runs for one parameter: nodes and forks, no switches left, ending in the write."""
 
-    def __init__(self, nodes: tuple[Node | Fork, ...], storage: Storage | None = None):
+    def __init__(
+        self,
+        nodes: tuple[Node | Fork, ...],
+        storage: Storage | None = None,
+        watchers: tuple[Node, ...] = (),
+    ):
         self.nodes = nodes
+        self._watchers = watchers  # which print-outs leave out
         self.storage = storage or Storage()
         self.flat = tuple(flatten(nodes))
         self.total_keys = tuple(n.key for n in self.flat if n.transform.over_all is not None)
@@ -99,7 +105,7 @@ class Program:
         self.lazy_keys = {
             n.state_key(name) + part
             for n, name, s in self.states
-            if s.needed_by in n.transform.hyper or s.until is not None
+            if s.needed_by in n.transform.hyper or s.until is not None or s.passing
             for part in ("", *COMPANIONS)
         }
         # state of one number, which is float64
@@ -144,7 +150,9 @@ class Program:
         return _is_library(tuple(node.transform for node in self.flat), set())
 
     def __repr__(self) -> str:
-        return by_name(" | ".join(map(_shown, visible(self.nodes))))
+        hidden = {node.key for node in self._watchers}
+        shown = [n for n in visible(self.nodes) if not (isinstance(n, Node) and n.key in hidden)]
+        return by_name(" | ".join(map(_shown, shown)))
 
 
 def _identity(node: Node | Fork) -> Any:

@@ -87,7 +87,7 @@ def routing_table(
         ]
         for name, param in zip(names, group["params"], strict=True):
             reasons = ", ".join(why(name if group.get("param_names") else None, param))
-            chain = f"{programs[param]!r}{f'  # {reasons}' if reasons else ''}"
-            rows.append((name, str(tuple(param.shape)), chain))
+            shape = f"{tuple(param.shape)}{f': {reasons}' if reasons else ''}"
+            rows.append((name, shape, repr(programs[param])))
     widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
     return "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows)

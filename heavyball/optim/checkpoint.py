@@ -52,7 +52,16 @@ def description(chain: Chain) -> dict[str, Any]:
 def describe(saved: dict[str, Any], chain: Chain) -> None:
     """Make what torch saved plain values, and add what it says of itself."""
     saved["param_groups"] = [plain(group) for group in saved["param_groups"]]
-    saved["state"] = {n: plain(state) for n, state in saved["state"].items()}
+    passing = {
+        node.state_key(name)
+        for program in chain.programs
+        for node, name, declared in program.states
+        if declared.passing
+    }
+    saved["state"] = {
+        n: plain({key: value for key, value in state.items() if key not in passing})
+        for n, state in saved["state"].items()
+    }
     saved[DESCRIPTION] = description(chain)
     for group in saved["param_groups"]:
         if WAITING in group:  # the step that has begun goes on
@@ -67,7 +76,14 @@ def structure(chain: Chain) -> str:
 
 
 def _joined(chain: Iterable[Any]) -> str:
-    return " | ".join(map(_text, chain)) or "()"
+    return " | ".join(_text(item) for item in chain if not _only_measures(item)) or "()"
+
+
+def _only_measures(item: Any) -> bool:
+    """Whether an element has no effect on a step."""
+    transform = item.transform if isinstance(item, Node) else item
+    states = transform.states.values() if isinstance(transform, Transform) else ()
+    return bool(states) and all(state.passing for state in states)
 
 
 def _text(item: Any) -> str:

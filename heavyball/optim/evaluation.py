@@ -2,7 +2,7 @@
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -18,7 +18,9 @@ from heavyball.optim.checkpoint import SAVED_WEIGHTS
 from heavyball.optim.registry import Registry
 from heavyball.runtime.job import Scalars
 from heavyball.runtime.place import Place
+from heavyball.runtime.state import working_param
 from heavyball.runtime.step import average
+from heavyball.state.held import CORRECTION, PARAM, held
 
 if TYPE_CHECKING:
     from heavyball.distributed.steps import Sharded
@@ -94,26 +96,93 @@ class Evaluation:
         self._registry = registry
         self._loaded = loaded
         self._switching = False
+        # by parameter how often it was written when the last step had ended; None where weights may
+        # still be loaded to a state
+        self.written: dict[Tensor, int | None] | None = None
+        self._loading = True
 
     def switch(self, training: bool) -> None:
         """Put the weights to train with into the parameters, or the averages.
 
-        Warns if other weights were written into the parameters in evaluation mode.
+        Other weights that were written into the parameters stay there, with a warning: they are the
+        point to train on and the average from then on.
         """
-        looks: list[Look] = []
+        replaced: list[Place] = []
         try:
             if self._switching:  # an exception ended a switch
                 self._restore_weights()
+            elif self._registry.training:
+                self.notice()
             if not training:
                 self._show_averages()
+                self.written = None
             elif not self._registry.training:
-                looks = list(written(self._evaluated(), self._loaded))
-                self._restore_weights()
+                replaced = _where(list(written(self._evaluated(), self._loaded)))
+                self._restore_weights({place.param for place in replaced})
         except BaseException:
             if self._switching:  # what is not in the parameters yet is still in the state
                 self._restore_weights()
             raise
-        warn_of_written(looks)
+        if replaced:
+            self._begin_at(replaced)
+        if training and not self._loading:
+            self.note()
+
+    # ---- weights written in training mode
+
+    def note(self) -> None:
+        """Remember how often each parameter was written; whatever writes next is somebody else."""
+        self._loading = False
+        self.written = {p: _version(p) for group in self._registry.groups for p in group["params"]}
+
+    def note_one(self, param: Tensor) -> None:
+        """Remember it of a parameter that was stepped alone."""
+        if self.written is not None:
+            self.written[param] = _version(param)
+
+    def notice(self, only: Tensor | None = None) -> None:
+        """Look for weights that somebody has written since the last step, and begin at them.
+
+        Until the next step after a state dict was loaded, weights may be loaded to it.
+        """
+        known = self.written
+        if known is None or not self._registry.training:
+            return
+        params = known if only is None else (only,)
+        changed = {p for p in params if p in known and _version(p) != known[p]}
+        if not changed:
+            return
+        programs = self._registry.programs()
+        places = [
+            place
+            for place, _, state in self._registry.views()
+            if place.param in changed and programs[place.param].evaluators and "step" in state
+        ]
+        for param in changed:
+            known[param] = _version(param)
+        if places:
+            self._begin_at(places)
+
+    def _begin_at(self, places: list[Place]) -> None:
+        """Make what parameters hold their average, and all that it is made from."""
+        programs, params = self._registry.programs(), {place.param for place in places}
+        for place, param, state in self._registry.views():
+            if place.param not in params:
+                continue
+            if PARAM + CORRECTION in state:
+                state[PARAM + CORRECTION].zero_()
+            for node in programs[place.param].evaluators:
+                for name, declared in node.transform.states.items():
+                    key = node.state_key(name)
+                    if declared.holds == "weights" and key in state:
+                        held(state, key, "weights").store(working_param(param, state))
+        more = f" and {len(places) - 1} more" if len(places) > 1 else ""
+        warn(
+            f"{places[0].label}{more}: other weights were written into the parameters than the "
+            "optimizer has left there. They are taken for the point to train on and for the average; to "
+            "go on with a run, load the state of its optimizer too, see docs/checkpoints.md",
+            UserWarning,
+        )
 
     def _evaluated(self) -> Iterator[Evaluated]:
         """Every parameter that is averaged and has state."""
@@ -137,12 +206,16 @@ class Evaluation:
         self._loaded = {}
         self._switching = False
 
-    def _restore_weights(self) -> None:
-        """Put the weights to train with back. What an exception has ended can be begun again."""
+    def _restore_weights(self, but: Collection[Tensor] = ()) -> None:
+        """Put the weights to train with back. What an exception has ended can be begun again.
+
+        but: parameters that keep what they hold.
+        """
         self._switching = True
-        for _, param, state in self._registry.views():
+        for place, param, state in self._registry.views():
             if SAVED_WEIGHTS in state:
-                param.copy_(state[SAVED_WEIGHTS])
+                if place.param not in but:
+                    param.copy_(state[SAVED_WEIGHTS])
                 del state[SAVED_WEIGHTS]
         for group in self._registry.groups:
             group["train_mode"] = True
@@ -150,24 +223,21 @@ class Evaluation:
         self._switching = False
 
 
-def warn_of_written(looks: list[Look]) -> None:
-    """Say which weights `train()` has thrown away."""
+def _where(looks: list[Look]) -> list[Place]:
+    """The parameters that hold something else, waiting once for each device."""
     by_device: dict[torch.device, list[Look]] = defaultdict(list)
     for look in looks:
         by_device[look[1].device].append(look)
-    lost = [
-        place.label
+    return [
+        place
         for several in by_device.values()
         for (place, _), differs in zip(
             several, torch.stack([flag for _, flag in several]).tolist(), strict=True
         )
         if differs
     ]
-    if lost:
-        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
-        warn(
-            f"{lost[0]}{more}: other weights were written in evaluation mode, where the parameters hold "
-            "the average, and train() has replaced them by those that were trained; load weights in "
-            "training mode, and the optimizer's state with them, see docs/checkpoints.md",
-            UserWarning,
-        )
+
+
+def _version(param: Tensor) -> int | None:
+    param = local(param)
+    return None if param.is_inference() else param._version

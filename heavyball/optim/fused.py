@@ -93,6 +93,11 @@ class FusedBackward:
         self._stepped.clear()
 
     @property
+    def stepped(self) -> set[Tensor]:
+        """The parameters that have been stepped in this step."""
+        return set(self._stepped)
+
+    @property
     def has_begun(self) -> bool:
         """Whether a parameter has been stepped in this step."""
         return bool(self._stepped)

@@ -15,6 +15,8 @@ from heavyball.core.chain import Chain
 from heavyball.core.rate import Estimate
 from heavyball.diagnostics.advice import Advice
 from heavyball.diagnostics.report import optimizer_repr, routing_table, state_bytes
+from heavyball.metrics.elements import MEASURES
+from heavyball.metrics.totals import totals, with_gradient
 from heavyball.optim.arguments import as_params, given_elements
 from heavyball.optim.checkpoint import LoadResult, describe, migrate
 from heavyball.optim.estimate import check_alike
@@ -66,6 +68,7 @@ class ChainOpt(Optimizer):
         docs/distributed.md, also for DTensors, which need no option.
     stages: processes that hold other parameters of the model (pipelines, `ZeroRedundancyOptimizer`):
         sums over all parameters are completed over them. Likewise.
+    metrics: measure each step for `metrics()`, inside the kernels that run anyway.
     fused, capturable, differentiable: torch's, taken where they ask for nothing that is not so:
         every chain is fused where it can be, elementwise ones can be captured, and none is
         differentiable.
@@ -91,6 +94,7 @@ class ChainOpt(Optimizer):
         param_ecc: str | None = None,
         replicas: Any = None,
         stages: Any = None,
+        metrics: bool = False,
         **unknown: Any,
     ):
         owner = type(self).__name__
@@ -99,8 +103,10 @@ class ChainOpt(Optimizer):
         if not isinstance(fuse_backward, bool):
             raise TypeError(f"fuse_backward={fuse_backward!r}: expected True or False")
         self._options = Options(foreach, compile, stochastic_rounding, replicas, stages)
+        if not isinstance(metrics, bool):
+            raise TypeError(f"metrics={metrics!r}: expected True or False")
         storage = Storage(storage_dtype, ecc, param_ecc)
-        self._chain = Chain(transforms, owner, storage)
+        self._chain = Chain(transforms, owner, storage, MEASURES if metrics else ())
         check_capturable(self._chain, unknown.get("capturable"))
         self._set_up()
         defaults = group_defaults(self._chain, lr, weight_decay, warmup_steps, seed)
@@ -122,7 +128,12 @@ class ChainOpt(Optimizer):
         self._rivals = Rivals()
         self._engine = Engine(self._options.compile, self._options.foreach)
         self._singles = Singles(registry, self._engine, self._advice)
-        self._evaluation = Evaluation(registry)
+        self._watch(Evaluation(registry))
+        self._measured: set[Tensor] | None = None  # what had a part in the last step
+
+    def _watch(self, evaluation: Evaluation) -> None:
+        self._evaluation = evaluation
+        self._singles.evaluation = evaluation
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:  # type: ignore[override]
@@ -193,6 +204,10 @@ class ChainOpt(Optimizer):
     def _step(self) -> None:
         registry, groups, fused = self._registry, self.param_groups, self._fused
         registry.values.check(groups)
+        averages = "train_mode" in self.defaults
+        if averages:
+            self._evaluation.notice()
+        stepped = with_gradient(groups) if self._chain.measures else set()
         self._rivals.refuse(registry, fused)
         if fused.active:
             fused.check_left(registry)
@@ -214,6 +229,10 @@ class ChainOpt(Optimizer):
         pending.close(groups)
         self._singles.end()
         self._singles.give_up_state()
+        if averages:
+            self._evaluation.note()
+        if self._chain.measures:
+            self._measured = stepped | fused.stepped
         if fused.active:
             fused.finish(groups)
 
@@ -233,6 +252,8 @@ class ChainOpt(Optimizer):
             all parameters; else as `step`. Nothing has been changed then.
         """
         self._singles.step_given(param, group, index)
+        if self._chain.measures:
+            self._measured = {param, *(self._measured or ())}
 
     @torch.no_grad()
     @without_autocast
@@ -258,8 +279,9 @@ class ChainOpt(Optimizer):
         again changes nothing, and for other chains it does nothing at all. Ended by an exception, it
         leaves the weights to train with in the parameters.
 
-        Warns if other weights were written into the parameters in evaluation mode: going back to
-        training mode replaces them.
+        Other weights that were written into the parameters, in either mode, are taken for the point to
+        train on and for the average, with a warning; those that come with the state of their
+        optimizer are not.
         """
         if not isinstance(mode, bool):
             raise TypeError(f"train(mode={mode!r}): expected True or False")
@@ -325,7 +347,7 @@ class ChainOpt(Optimizer):
         registry.put_state(loaded)
         if not registry.training:
             stamps = {p: stamp(p) for group in self.param_groups for p in group["params"]}
-            self._evaluation = Evaluation(registry, stamps)
+            self._watch(Evaluation(registry, stamps))
         self._fused.begin()
 
     def state_dict(self) -> dict[str, Any]:
@@ -334,6 +356,9 @@ class ChainOpt(Optimizer):
         Tensors and plain values only, so `torch.load(weights_only=True)` reads it. The tensors are the
         optimizer's own.
         """
+        if "train_mode" in self.defaults:
+            with torch.no_grad():
+                self._evaluation.notice()
         held = {param for group in self.param_groups for param in group["params"]}
         state = self.state
         # First of all hooks, so that the user's see it.
@@ -384,6 +409,30 @@ class ChainOpt(Optimizer):
         return results[0]
 
     # ---- looking at it
+
+    def metrics(self) -> dict[str, Tensor]:
+        """What the last step did, by group: 0-d tensors on the device, see `heavyball.metrics`.
+
+        Nothing waits for the device. Without `metrics=True` the first call asks for them, and the
+        numbers of steps are NaN until the next one.
+        """
+        if not self._chain.around:
+            self._chain = Chain(
+                self._chain.elements, type(self).__name__, self._chain.storage, MEASURES
+            )
+            self._rebuild()
+        with torch.no_grad():
+            return totals(self._registry, self._measured)
+
+    def _rebuild(self) -> None:
+        """Make everything anew that was made for the chain; state and numbers of groups stay."""
+        self._singles.pending.close(self.param_groups)
+        written, measured = self._evaluation.written, self._measured
+        self._begin(Registry(self, self._chain, self._options.stochastic_rounding))
+        for group in self.param_groups:
+            self._registry.rates.settle(group)
+        self._registry.programs()
+        self._evaluation.written, self._measured = written, measured
 
     def state_bytes(self) -> int:
         """Bytes of all state tensors held at this moment."""

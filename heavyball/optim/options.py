@@ -25,6 +25,7 @@ NAMES = (
     "param_ecc",
     "replicas",
     "stages",
+    "metrics",
 )
 
 

@@ -12,6 +12,7 @@ from heavyball.compiler.run.engine import Engine
 from heavyball.compiler.run.row import Row
 from heavyball.core.program import Program
 from heavyball.diagnostics.advice import Advice
+from heavyball.optim.evaluation import Evaluation
 from heavyball.optim.registry import Registry
 from heavyball.runtime.autocast import without_autocast
 from heavyball.runtime.place import Place
@@ -100,6 +101,7 @@ class Singles:
         self._known: dict[Tensor, Single] = {}
         self._backward: Backward | None = None
         self._steps = 0  # of all parameters
+        self.evaluation: Evaluation | None = None
 
     def forget(self) -> None:
         """Look for every parameter anew: groups have changed."""
@@ -135,6 +137,9 @@ class Singles:
         registry, place = self.registry, single.place
         self._refuse_part(single, what)
         training = place.group.get("train_mode", True)
+        evaluation = self.evaluation if "train_mode" in place.group else None
+        if evaluation is not None:
+            evaluation.notice(place.param)
         if not (training and single.row is not None and self._again(single, single.row)):
             if single.refusal is not None:
                 raise type(single.refusal)(f"{what}: {single.refusal}")
@@ -144,6 +149,8 @@ class Singles:
                 self._anew(single)
             else:
                 self._anew_with_others(single)
+        if evaluation is not None:
+            evaluation.note_one(place.param)
         place.param.grad = None
         registry.note_step()
 

@@ -44,7 +44,7 @@ class OptionsButRounding(TypedDict, total=False):
     palm, beta2_scale: PaLM's schedule for beta2, 1 - t^(-beta2_scale).
     foreach: False steps one parameter at a time, for the smallest peak memory.
     compile, stochastic_rounding, seed, fuse_backward, storage_dtype, ecc, param_ecc, replicas, stages,
-    fused, capturable, differentiable: as in `ChainOpt`.
+    metrics, fused, capturable, differentiable: as in `ChainOpt`.
     """
 
     warmup_steps: float
@@ -64,6 +64,7 @@ class OptionsButRounding(TypedDict, total=False):
     param_ecc: str | None
     replicas: Any
     stages: Any
+    metrics: bool
     fused: bool | None
     capturable: bool
     differentiable: bool
@@ -94,6 +95,7 @@ DEFAULTS: dict[str, Any] = {
     "param_ecc": None,
     "replicas": None,
     "stages": None,
+    "metrics": False,
 }
 
 
@@ -110,6 +112,7 @@ PASSED_ON = (
     "fuse_backward",
     "replicas",
     "stages",
+    "metrics",
 )
 
 

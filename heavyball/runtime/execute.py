@@ -101,7 +101,8 @@ def _apply(node: Node, update: Any, frame: Frame) -> Run:
     _check_shapes(node, before, update, old, new)
     for name, was, after in zip(t.states, old, new, strict=True):
         if was is not None:
-            kept = after if gate is None else torch.where(gate, after, was)
+            free = gate is None or t.states[name].passing
+            kept = after if free else torch.where(gate, after, was)
             frame.new[node.state_key(name)] = kept
     if isinstance(node, RateNode) and node.transform.gives:
         for place, share in enumerate(_given(provided[len(t.provides) :], frame)):

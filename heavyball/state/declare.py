@@ -26,6 +26,8 @@ class State:
     low: of a number, the least that it can be; what is loaded is held against it.
     until: (option, counter): it is given up one step before the group's counter reaches the option;
         0 keeps it for good.
+    passing: what was measured in the last step and changes none: it is written whether or not a gate is
+        open, and no checkpoint has it.
     """
 
     init: Callable[[Tensor, Mapping[str, Any]], Any]
@@ -37,6 +39,7 @@ class State:
     slice_by: str | None = None
     until: tuple[str, str] | None = None
     low: float = -math.inf
+    passing: bool = False
 
     def needs(self, name: str) -> "State":
         """The same state, held only while the option or hyper-parameter `name` is not zero."""
@@ -78,3 +81,15 @@ def scalar(value: float, low: float = -math.inf) -> State:
         return torch.full((), value, dtype=torch.float64, device=param.device)
 
     return State(init, f"a number, at first {value:g}", is_number=True, low=low)
+
+
+def measured(
+    init: Callable[[Tensor], Tensor] = lambda param: torch.zeros((), device=param.device),
+) -> State:
+    """A number of the last step, `passing`; `init` gives what it is before the first."""
+    return State(
+        lambda param, options: init(param).to(torch.float64),
+        "a number of the last step",
+        is_number=True,
+        passing=True,
+    )
