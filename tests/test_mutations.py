@@ -43,6 +43,7 @@ from transforms import (
     test_orthograd,
     test_palm,
     test_parameter_ema,
+    test_probe,
     test_prodigy,
     test_prodigy_progress,
     test_psgd,
@@ -292,6 +293,15 @@ def lion_that_takes_the_sign_of_its_state(right: Wrong) -> Wrong:
     def wrong(u: Any, m: Any, **kw: Any) -> tuple:
         _, state = right(u, m, **kw)
         return m.sign(), state
+
+    return wrong
+
+
+@mutant("probe", test_probe.test_zeros_are_counted)
+def a_probe_that_counts_what_is_not_zero(right: Wrong) -> Wrong:
+    def wrong(u: Any, *states: Any, **kw: Any) -> tuple:
+        *rest, zeros = right(u, *states, **kw)
+        return *rest, u.numel() - zeros
 
     return wrong
 

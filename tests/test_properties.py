@@ -15,6 +15,7 @@ from heavyball.core.combine import leaves
 CHAINS: dict[str, Callable[[], tuple]] = {
     "sgd": lambda: (C.descend,),
     "exp_avg": lambda: (C.exp_avg,),
+    "measured": lambda: (C.probe("in"), C.exp_avg, C.probe("out")),
     "signum": lambda: (C.exp_avg, C.sign),
     "grafted sign": lambda: (C.exp_avg, C.sign(graft=True)),
     "heavy ball": lambda: (C.coupled(weight_decay=0.1), C.heavyball_momentum(dampening=0.1)),

@@ -21,8 +21,8 @@ cosine          between the update and the gradient that the chain started from
 zeros           how many entries are 0
 
 They are asked for by `metrics=True` of `ChainOpt` and every preset, or by a first call of
-`opt.metrics()`, after which the numbers of steps are there from the next one on (NaN before). They are sums inside the
-kernels that run anyway, change no step, and are in no checkpoint.
+`opt.metrics()`, after which the numbers of steps are there from the next one on (NaN before). They are
+sums inside the kernels that run anyway, change no step, and are in no checkpoint.
 
 To log them:
 
