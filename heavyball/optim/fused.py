@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from heavyball.distributed import is_sharded
+from heavyball.optim import outer_clip
 from heavyball.optim.registry import Registry
 from heavyball.optim.singles import Singles
 from heavyball.runtime.place import Place
@@ -57,6 +58,7 @@ class FusedBackward:
         self._ends_step = ends_step
         self._handles: dict[Tensor, RemovableHandle] = {}
         self._stepped: set[Tensor] = set()
+        self._told = False  # of a clip that has no effect
 
     def remove(self) -> None:
         """Take the hooks away: from now on `backward()` leaves gradients, and `step()` uses them."""
@@ -79,6 +81,7 @@ class FusedBackward:
                 raise ValueError(f"fuse_backward: {single.refusal}")
         refuse_processes(places)
         self.active = True
+        outer_clip.watch(_on_clip)
         for place in places:
             param = place.param
             if param.requires_grad and param not in self._handles:
@@ -87,6 +90,13 @@ class FusedBackward:
                 hook = functools.partial(_on_gradient, weakref.ref(self), owners)
                 self._handles[param] = param.register_post_accumulate_grad_hook(hook)
                 _changes += 1
+
+    def on_clip(self, what: str) -> None:
+        """Something clips gradients that were used and freed: say so, once."""
+        singles = self._singles()
+        if self.active and not self._told and singles is not None:
+            self._told = True
+            outer_clip.warn_of_clip(singles.registry.type.__name__, what)
 
     def begin(self) -> None:
         """Begin a step: no parameter has been stepped in it."""
@@ -146,6 +156,13 @@ class FusedBackward:
         if any(p.requires_grad and p not in self._handles for p in params):
             self.attach()
         self.begin()
+
+
+def _on_clip(param: Tensor, what: str) -> bool:
+    owners = list(_owners.get(param, ()))
+    for fused in owners if what else ():
+        fused.on_clip(what)
+    return bool(owners)
 
 
 def _on_gradient(

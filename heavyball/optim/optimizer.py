@@ -429,6 +429,7 @@ class ChainOpt(Optimizer):
         self._singles.pending.close(self.param_groups)
         written, measured = self._evaluation.written, self._measured
         self._begin(Registry(self, self._chain, self._options.stochastic_rounding))
+        self._registry.find_parts(self._options)
         for group in self.param_groups:
             self._registry.rates.settle(group)
         self._registry.programs()
