@@ -122,9 +122,10 @@ class Chain:
         """The program of one parameter; raises where no rule of a router matches it."""
         return self._program(tuple(picks_of(self._nodes, name, param)))
 
-    def reasons_for(self, name: str | None, param: Tensor) -> list[str]:
-        """Why one parameter has its program: what decided in each router."""
-        return list(reasons_of(self._nodes, name, param))
+    def reasons_for(self, program: Program, name: str | None, param: Tensor) -> list[str]:
+        """Why a parameter has its program: what has decided in each router."""
+        picks = next(picks for picks, made in self._programs.items() if made is program)
+        return list(reasons_of(self._nodes, iter(picks), name, param))
 
     def _bind(self, elements: tuple[Element, ...]) -> tuple[Any, ...]:
         bound: list[Any] = []

@@ -127,17 +127,21 @@ class When:
         name = None if name is None else as_given(name).plain
         return self.predicate is None or bool(self.predicate(name, param))
 
-    def reasons(self, name: str | None, param: Tensor) -> Iterator[str]:
-        """Why the rule is for this parameter; where it is not, what its predicate says of that."""
-        plain = None if name is None else as_given(name).plain
+    def told(self, name: str | None, param: Tensor) -> str:
+        """What a predicate says of its choice, where it can."""
         reason = getattr(self.predicate, "reason", None)
-        if reason is not None:
-            yield reason(plain, param)[1]
-        if self.matches(name, param):
-            for condition in ("name", "ndim", "min_ndim", "max_ndim", "predicate"):
-                value = getattr(self, condition)
-                if value is not None and not (condition == "predicate" and reason is not None):
-                    yield f"{condition}={getattr(value, '__name__', None) or repr(value)}"
+        plain = None if name is None else as_given(name).plain
+        return reason(plain, param)[1] if reason is not None else ""
+
+    def reasons(self, name: str | None, param: Tensor) -> Iterator[str]:
+        """Why the rule is for this parameter, which it matches."""
+        told = self.told(name, param)
+        for condition in ("name", "ndim", "min_ndim", "max_ndim", "predicate"):
+            value = getattr(self, condition)
+            if condition == "predicate" and told:
+                yield told
+            elif value is not None:
+                yield f"{condition}={getattr(value, '__name__', None) or repr(value)}"
 
     def __repr__(self) -> str:
         names = ("name", "ndim", "min_ndim", "max_ndim", "predicate")

@@ -47,20 +47,22 @@ def picks_of(nodes: tuple[Any, ...], name: str | None, param: Tensor) -> Iterato
             yield from picks_of(branches_of(node)[pick], name, param)
 
 
-def reasons_of(nodes: tuple[Any, ...], name: str | None, param: Tensor) -> Iterator[str]:
-    """Why the switches of a chain choose as they do for one parameter, in the order of the chain."""
+def reasons_of(
+    nodes: tuple[Any, ...], picks: Iterator[int], name: str | None, param: Tensor
+) -> Iterator[str]:
+    """Why the switches of a chain have chosen so for one parameter, in the order of the chain."""
     for node in nodes:
         if isinstance(node, Fork):
             for branch in node.branches:
-                yield from reasons_of(branch, name, param)
+                yield from reasons_of(branch, picks, name, param)
         elif isinstance(node, Switch):
-            (pick, *_) = picks_of((node,), name, param)
-            chosen = node.rules[pick][0] if pick < len(node.rules) else None
-            for rule, _ in node.rules if chosen is None else [node.rules[pick]]:
-                yield from rule.reasons(name, param)
-            if chosen is None and not any(hasattr(r.predicate, "reason") for r, _ in node.rules):
-                yield "no rule matches"
-            yield from reasons_of(branches_of(node)[pick], name, param)
+            pick, rules = next(picks), [rule for rule, _ in node.rules]
+            if pick < len(rules):
+                yield from rules[pick].reasons(name, param)
+            else:
+                told = [rule.told(name, param) for rule in rules]
+                yield from [reason for reason in told if reason] or ["no rule matches"]
+            yield from reasons_of(branches_of(node)[pick], picks, name, param)
 
 
 def resolved(nodes: tuple[Any, ...], picks: Iterator[int]) -> Iterator[Node | Fork]:

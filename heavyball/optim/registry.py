@@ -162,7 +162,8 @@ class Registry:
 
     def reasons(self, name: str | None, param: Tensor) -> list[str]:
         """Why a parameter has its program, in words."""
-        return self.chain.reasons_for(routed_name(name, self.groups), param)
+        program = self._programs[param]
+        return self.chain.reasons_for(program, routed_name(name, self.groups), param)
 
     def programs(self) -> Mapping[Tensor, Program]:
         """Programs by parameter, brought up to what the groups hold now.
