@@ -10,8 +10,10 @@ from heavyball.core.rate import Member, Rate, rate
 from heavyball.core.transform import Transform, transform
 from heavyball.core.whole import Whole, whole_transform
 from heavyball.errors import no_attribute
+from heavyball.optim.classes import optimizer_class
 from heavyball.optim.optimizer import ChainOpt
 from heavyball.state.declare import State, copy_of_param, scalar, squares, zeros
+from heavyball.text import parse_chain as parse
 from heavyball.transforms import TRANSFORMS
 from heavyball.transforms.soap import soap_precond
 
@@ -572,6 +574,16 @@ class _PrimalAverage(Transform):
     ) -> Self: ...
 
 primal_average: _PrimalAverage
+
+class _Probe(Transform):
+    """Measure the update at this place; it passes as it is."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        name: str = 'probe',
+    ) -> Self: ...
+
+probe: _Probe
 
 class _ProdigyD(Transform):
     """Multiply the learning rate by the distance to the solution, estimated as in Prodigy."""
@@ -1216,7 +1228,9 @@ __all__ = [
     "Whole",
     "copy_of_param",
     "graft",
+    "optimizer_class",
     "parallel",
+    "parse",
     "rate",
     "route",
     "scalar",
@@ -1279,6 +1293,7 @@ __all__ = [
     "palm_decay",
     "parameter_ema",
     "primal_average",
+    "probe",
     "prodigy_d",
     "prodigy_plus_d",
     "prodigy_progress_d",

@@ -327,7 +327,7 @@ def _take(
     for key in BOOKKEEPING:
         if key in group:
             new[key] = entry(group, key) if key != "name" else group[key]
-    common = opt.chain.rate.transform.common if opt.chain.rate else {}
+    common = opt.registry.rates.common
     numbers = source.common(group, records)
     new |= {name: value for name, value in numbers.items() if name in common}
     report.taken.extend(f"param_groups.{index}.{name}" for name in sorted(taken & group.keys()))
