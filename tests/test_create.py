@@ -235,6 +235,12 @@ def test_the_text_of_every_presets_chain_trains_as_the_preset(name):
     assert same(run(preset), run(other(twin)), 1e-6)
 
 
+def test_the_text_of_a_chain_has_each_element_once():
+    p = [nn.Parameter(torch.ones(2, 2))]
+    text = "exp_avg | muon | soap_precond(sign) | exp_avg | decoupled | descend"
+    assert repr(C.ChainOpt(p, 0.1, text).chain) == text
+
+
 @pytest.mark.parametrize(
     ("text", "wrong"),
     [

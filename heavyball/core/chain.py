@@ -81,7 +81,8 @@ class Chain:
         (program,) = self._programs.values()
         tail = [(node.transform, (node,)) for node in self._tail.values()]
         first = {_mark(nodes[0]): element for element, nodes in [*self._parts, *tail] if nodes}
-        return tuple(first[_mark(node)] for node in program.nodes if _mark(node) in first)
+        marks = dict.fromkeys(map(_mark, program.nodes))  # one for a whole transform and its lead
+        return tuple(first[mark] for mark in marks if mark in first)
 
     def __reduce__(self) -> tuple:
         return Chain, (self.elements, "ChainOpt", self.storage, self.around)
