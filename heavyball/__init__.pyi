@@ -52,6 +52,14 @@ from heavyball.presets.psgd import PSGDLRA
 from heavyball.presets.psgd import PSGDPRO
 from heavyball.presets.psgd import PurePSGD
 from heavyball.presets.psgd import Shampoo
+from heavyball.presets.rate_free import COCOB
+from heavyball.presets.rate_free import DAdaptAdam
+from heavyball.presets.rate_free import DAdaptLion
+from heavyball.presets.rate_free import DAdaptSGD
+from heavyball.presets.rate_free import DoG
+from heavyball.presets.rate_free import DoWG
+from heavyball.presets.rate_free import LDoG
+from heavyball.presets.rate_free import MoMo
 from heavyball.presets.soap import PaLMSOAP
 from heavyball.presets.soap import PrecondSchedulePaLMSOAP
 from heavyball.presets.soap import PrecondScheduleSFPaLMSOAP
@@ -121,6 +129,14 @@ __all__ = [
     "PSGDLRA",
     "PSGDPRO",
     "Shampoo",
+    "DoG",
+    "LDoG",
+    "DoWG",
+    "DAdaptAdam",
+    "DAdaptSGD",
+    "DAdaptLion",
+    "COCOB",
+    "MoMo",
     "SOAP",
     "PaLMSOAP",
     "PrecondScheduleSOAP",

@@ -209,6 +209,17 @@ class _ClipUpdateRms(Transform):
 
 clip_update_rms: _ClipUpdateRms
 
+class _Cocob(Transform):
+    """Bet a share of what every weight has won so far on the sign of its next gradient."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        alpha: float | Shared = 100.0,
+        eps: float | Shared = 1e-08,
+    ) -> Self: ...
+
+cocob: _Cocob
+
 class _Coupled(Transform):
     """L2 regularization: the decay is part of the gradient, and what follows scales it too."""
 
@@ -218,6 +229,45 @@ class _Coupled(Transform):
     ) -> Self: ...
 
 coupled: _Coupled
+
+class _DAdaptAdam(Transform):
+    """Adam with a lower bound of the distance to the solution as its learning rate."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        betas: tuple[float, ...] | Shared = (0.9, 0.999),
+        eps: float | Shared = 1e-08,
+        d0: float | Shared = 1e-06,
+        growth_rate: float | Shared = ...,
+        split_groups: bool = False,
+    ) -> Self: ...
+
+d_adapt_adam: _DAdaptAdam
+
+class _DAdaptLion(Transform):
+    """Lion with a lower bound of the distance to the solution as its learning rate."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        betas: tuple[float, ...] | Shared = (0.9, 0.99),
+        d0: float | Shared = 1e-06,
+        split_groups: bool = False,
+    ) -> Self: ...
+
+d_adapt_lion: _DAdaptLion
+
+class _DAdaptSgd(Transform):
+    """Dual averaging with a lower bound of the distance to the solution as its learning rate."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        momentum: float | Shared = 0.0,
+        d0: float | Shared = 1e-06,
+        growth_rate: float | Shared = ...,
+        split_groups: bool = False,
+    ) -> Self: ...
+
+d_adapt_sgd: _DAdaptSgd
 
 class _DecayToEma(Transform):
     """Pull the weights to their own running mean instead of to zero."""
@@ -260,6 +310,43 @@ class _Descend(Transform):
     def __call__(self) -> Self: ...  # type: ignore[override]
 
 descend: _Descend
+
+class _DogRate(Transform):
+    """Multiply the learning rate by the largest distance from the start over the root of all squares."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        reps: float | Shared = 1e-06,
+        eps: float | Shared = 1e-08,
+        layerwise: bool = False,
+        init_lr: float | Shared | None = None,
+        split_groups: bool = False,
+    ) -> Self: ...
+
+dog_rate: _DogRate
+
+class _DowgRate(Transform):
+    """`dog_rate` whose gradients weigh with the distance of their time."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        eps: float | Shared = 0.0001,
+        split_groups: bool = False,
+    ) -> Self: ...
+
+dowg_rate: _DowgRate
+
+class _EmaNesterov(Transform):
+    """Step from where the gradient was taken, a part of the mean of all steps ahead."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        beta: float | Shared = 0.3,
+        gamma: float | Shared = 0.99,
+        start: int = 300,
+    ) -> Self: ...
+
+ema_nesterov: _EmaNesterov
 
 class _ExpAvg(Transform):
     """Replace the update by its unbiased running mean."""
@@ -445,6 +532,43 @@ class _Maximize(Transform):
 
 maximize: _Maximize
 
+class _Mechanic(Transform):
+    """Scale the way that the chain has gone from the start, by six bettors of different memory."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        s_init: float | Shared = 1e-06,
+        weight_decay: float | Shared = 0.01,
+    ) -> Self: ...
+
+mechanic: _Mechanic
+
+class _MomentumSam(Transform):
+    """Step the weights z, and hold them a distance ahead in the direction of descent."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        beta: float | Shared = 0.9,
+        rho: float | Shared = 0.1,
+        weight_decay: float | Shared = 0.0,
+        norm: Literal['global', 'tensor'] = 'global',
+    ) -> Self: ...
+
+momentum_sam: _MomentumSam
+
+class _Momo(Transform):
+    """Momentum with a Polyak step size, at most `lr`; `step(loss=...)` or a closure gives the loss."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        beta: float | Shared = 0.9,
+        lower_bound: float | Shared = 0.0,
+        bias_correction: bool = False,
+        weight_decay: float | Shared = 0.0,
+    ) -> Self: ...
+
+momo: _Momo
+
 class _MuLaw(Transform):
     """The logarithmic companding of North American telephony."""
 
@@ -562,6 +686,16 @@ class _ParameterEma(Transform):
     ) -> Self: ...
 
 parameter_ema: _ParameterEma
+
+class _PolynomialAverage(Transform):
+    """Average the parameters behind every step with weights about t^gamma, to evaluate with."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        gamma: float | Shared = 8.0,
+    ) -> Self: ...
+
+polynomial_average: _PolynomialAverage
 
 class _PrimalAverage(Transform):
     """Step from z, average the steps in x with a constant weight, and take gradients between, at y."""
@@ -1260,11 +1394,18 @@ __all__ = [
     "clip_by_rms",
     "clip_spikes",
     "clip_update_rms",
+    "cocob",
     "coupled",
+    "d_adapt_adam",
+    "d_adapt_lion",
+    "d_adapt_sgd",
     "decay_to_ema",
     "decoupled",
     "delayed_rms",
     "descend",
+    "dog_rate",
+    "dowg_rate",
+    "ema_nesterov",
     "exp_avg",
     "factored_rms",
     "focus",
@@ -1282,6 +1423,9 @@ __all__ = [
     "lookahead",
     "mars",
     "maximize",
+    "mechanic",
+    "momentum_sam",
+    "momo",
     "mu_law",
     "muon",
     "muon_momentum",
@@ -1292,6 +1436,7 @@ __all__ = [
     "palm_beta2",
     "palm_decay",
     "parameter_ema",
+    "polynomial_average",
     "primal_average",
     "probe",
     "prodigy_d",

@@ -93,11 +93,17 @@ def parameters(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> 
     return made
 
 
+def one_step(opt: Any) -> Any:
+    """One step, with a loss for a chain that reads one."""
+    reads = isinstance(opt, C.ChainOpt) and opt.chain.reads_loss
+    return opt.step(loss=1.0) if reads else opt.step()
+
+
 def train(opt: torch.optim.Optimizer, steps: Iterable[int], scheduler: Any = None) -> None:
     """One step for each seed in `steps`, every parameter with a gradient."""
     for seed in steps:
         fill_gradients(all_params(opt), seed)
-        opt.step()
+        one_step(opt)
         if scheduler is not None:
             scheduler.step()
 
@@ -627,7 +633,7 @@ def walk(
             p.grad = None if g is None else g.clone()
         if before is not None:
             before(optimizer, t)
-        optimizer.step()
+        one_step(optimizer)
         path.append([p.detach().clone() for p in params])
     return path
 
@@ -657,7 +663,7 @@ def updates(
         param.grad = g.clone()
         if rates is not None:
             set_lr(rates)(optimizer, t)
-        optimizer.step()
+        one_step(optimizer)
         seen.append(optimizer.state[param]["reveal"].clone())
     return seen
 
@@ -670,7 +676,7 @@ def states(
     optimizer = C.ChainOpt([param], 0.1, *elements)
     for g in grads:
         param.grad = g.clone()
-        optimizer.step()
+        one_step(optimizer)
     return dict(optimizer.state[param])
 
 

@@ -170,8 +170,9 @@ def test_the_optimizers_name_is_in_the_message():
 def test_every_transform_makes_a_chain_that_trains(name):
     before = (C.to_eigenbasis,) if name == "from_eigenbasis" else ()
     extra = (C.scale_by_adam,) if C.TRANSFORMS[name].rules.modifier else ()
-    # a d of 1e-6 would be lost in the rounding of these weights
-    large = {"d0": 0.1} if "prodigy" in name else {}
+    # an estimate of 1e-6 would be lost in the rounding of these weights
+    begins = ("d0", "reps", "s_init")
+    large = {n: 0.1 for n in begins if n in C.TRANSFORMS[name].hyper}
     opt = build(*before, anywhere(C.TRANSFORMS[name](**large)), *extra, lr=0.01)
     before = snapshot(opt)
     train(opt, range(3))

@@ -13,7 +13,7 @@ import weakref
 
 import pytest
 import torch
-from helpers import CONDITIONS, anywhere, conditional
+from helpers import CONDITIONS, anywhere, conditional, one_step
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
@@ -70,7 +70,7 @@ def pair(chain, shapes, dtype=torch.float32, steps=3, grads=None, **options):
         for step in range(steps):
             for i, p in enumerate(params):
                 p.grad = values(tuple(p.shape), 100 * step + i, grads or dtype)
-            opt.step()
+            one_step(opt)
         found.append((params, opt))
     return found
 

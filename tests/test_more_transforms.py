@@ -24,6 +24,7 @@ import heavyball
 from heavyball import chainable as C
 
 Numbers = tuple[float, ...]
+LOSSES = (2.0, 1.5, 1.2, 1.0, 0.9, 0.8)
 
 
 # ---- the inputs of the golden values
@@ -94,6 +95,7 @@ class Golden:
     about: tuple[str, ...] = ()  # the transforms that this shows right
     before: Callable[[Any, int], None] | None = None
     evaluated: bool = False
+    losses: bool = False
     rtol: float = 2e-11
 
 
@@ -354,6 +356,99 @@ GOLDEN: dict[str, Golden] = {
         },
         ("P44",),
     ),
+    "dog": Golden(
+        chain(C.dog_rate(reps=1e-2), lr=1.0),
+        {6: ((0.547114339874, -0.902871671095, 0.14237752463, -0.00719629439179, 5.48232971588),)},
+        ("P", "PV"),
+        ("dog_rate",),
+    ),
+    "ldog": Golden(
+        chain(C.dog_rate(reps=1e-2, layerwise=True), lr=1.0),
+        {
+            6: (
+                (0.547034536548, -0.902969508223, 0.142309808694, -0.00730465632551, 5.48319911255),
+                (-0.4063786474, 0.965500967731, -0.802788581592, 2.6004286511),
+            )
+        },
+        ("P", "PV"),
+    ),
+    "dowg": Golden(
+        chain(C.dowg_rate, lr=1.0),
+        {6: ((0.542064553979, -0.908993899458, 0.138196186997, -0.0139332525959, 5.53698709148),)},
+        ("P", "PV"),
+        ("dowg_rate",),
+    ),
+    "d_adapt_adam": Golden(
+        chain(C.d_adapt_adam(d0=1e-3), lr=1.0),
+        {20: ((0.105834812071, -0.190244667741, -1.12346668508, -2.11527250653, 4.09292629096),)},
+        ("qP", "qPV"),
+        ("d_adapt_adam",),
+        rtol=1e-10,
+    ),
+    "d_adapt_sgd": Golden(
+        chain(C.d_adapt_sgd(momentum=0.9, d0=1e-3), lr=1.0),
+        {20: ((-0.0870152649278, 0.146736818001, -0.0220214223382, 0.00262253113215),)},
+        ("qP", "qPV"),
+        ("d_adapt_sgd",),
+        rtol=1e-10,
+    ),
+    "d_adapt_lion": Golden(
+        chain(C.d_adapt_lion(d0=1e-3), lr=1.0),
+        {20: ((0.152989650909, -0.107998510087, 0.124437388987, 0.373669237521, 0.190130145665),)},
+        ("qP", "qPV"),
+        ("d_adapt_lion",),
+        rtol=1e-10,
+    ),
+    "mechanic": Golden(
+        chain(C.scale_by_adam, C.mechanic(s_init=1e-3)),
+        {
+            12: (
+                (0.529461769491, -0.900288355443, 0.125906848268, -0.0370980240415, 5.40446931281),
+                (-0.405307309345, 0.949328278559, -0.805107240097, 2.51186214609),
+            )
+        },
+        ("qP", "qPV"),
+        ("mechanic",),
+        rtol=1e-10,
+    ),
+    "cocob": Golden(
+        chain(C.cocob),
+        {6: ((0.547404247943, -0.904739301739, 0.142414801274, 0.00597846485278, 5.49177431598),)},
+        ("P", "PV"),
+        ("cocob",),
+    ),
+    "momo": Golden(
+        chain(C.momo, lr=1.0),
+        {6: ((0.750115074205, -0.634201457936, 0.344478949049, 0.303016671331, 3.64307830738),)},
+        ("P", "PV"),
+        ("momo",),
+        losses=True,
+    ),
+    "momo, decay": Golden(
+        chain(C.momo(weight_decay=0.1, bias_correction=True), lr=1.0),
+        {6: ((0.832563612839, 0.149138012647, 0.549956366821, 0.736257071249, 1.80272517078),)},
+        ("P", "PV"),
+        losses=True,
+    ),
+    "momentum_sam": Golden(
+        chain(C.momentum_sam(norm="tensor", weight_decay=0.01)),
+        {
+            1: ((0.571046013603, -0.869694975693, 0.16744439889, 0.0310006710255, 5.19301144011),),
+            4: ((0.580428399855, -0.861436263926, 0.167441341959, 0.0350829572316, 5.1226244765),),
+        },
+        about=("momentum_sam",),
+    ),
+    "momentum_sam, z": Golden(
+        chain(C.momentum_sam(norm="tensor", weight_decay=0.01)),
+        {4: ((0.548973488211, -0.896933887827, 0.145372776238, -0.00227589445281, 5.42366928921),)},
+        evaluated=True,
+    ),
+    "ema_nesterov": Golden(
+        chain(C.scale_by_adam, C.ema_nesterov(gamma=0.9, start=1)),
+        {5: ((0.656769347923, -0.799482085061, 0.243474538087, 0.408651274307, 4.559366298),)},
+        about=("ema_nesterov",),
+        evaluated=True,
+    ),
 }
 
 
@@ -379,7 +474,7 @@ def run(golden: Golden) -> Iterator[tuple[int, Any, list[Tensor]]]:
             p.grad = grad(t, p.detach())
         if golden.before is not None:
             golden.before(optimizer, t)
-        optimizer.step()
+        optimizer.step(**({"loss": LOSSES[t - 1]} if golden.losses else {}))
         yield t, optimizer, params
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from helpers import EPS, anywhere, chain_of, close, drawn, eager  # noqa: F401
+from helpers import EPS, anywhere, chain_of, close, drawn, eager, one_step  # noqa: F401
 from torch import Tensor
 
 from heavyball import chainable as C
@@ -122,6 +122,15 @@ CHAINS: dict[str, Callable[[], tuple]] = {
     "came": lambda: (C.scale_by_came(correct_bias=True),),
     "adam-mini": lambda: (anywhere(C.scale_by_adam(square="row")),),
     "adam, one square": lambda: (C.scale_by_adam(square="tensor"),),
+    "dog": lambda: (C.dog_rate, C.polynomial_average),
+    "layerwise dog": lambda: (C.dog_rate(layerwise=True),),
+    "dowg": lambda: (C.dowg_rate,),
+    "d-adapt": lambda: (C.d_adapt_adam(d0=0.01),),
+    "d-adapt, sgd": lambda: (C.d_adapt_sgd(d0=0.01),),
+    "d-adapt, lion": lambda: (C.d_adapt_lion(d0=0.01),),
+    "mechanic": lambda: (C.scale_by_adam, C.mechanic),
+    "cocob": lambda: (C.cocob,),
+    "momo": lambda: (C.momo,),
     "route": lambda: (C.route(C.when(C.scale_by_adam, min_ndim=2), otherwise=C.sign), C.cautious),
 }
 
@@ -143,7 +152,8 @@ def elementwise(name: str) -> bool:
         "to_eigenbasis", "adaptive_orthogonalize", "prodigy_d", "prodigy_plus_d",
         "prodigy_progress_d", "scale_by_parameter_rms", "scale_lr_by_parameter_rms",
         "scale_by_novograd", "stable_spam", "zclip", "adagc", "kourkoutas_beta2",
-        "trust_ratio", "lars_ratio", "scale_by_came",
+        "trust_ratio", "lars_ratio", "scale_by_came", "dog_rate", "dowg_rate", "d_adapt_adam",
+        "d_adapt_sgd", "d_adapt_lion", "mechanic", "momo",
     }  # fmt: skip
     transforms = list(leaves(CHAINS[name]()))
     options = {t.options.get(name) for t in transforms for name in ("graft", "caution", "square")}
@@ -249,7 +259,7 @@ def check_a_step(name: str, case: tuple, grad_layout: str, dtype: torch.dtype, *
         other.grad = torch.full((2, 2), 0.5)
         grad, before = param.grad, param.grad.clone()
         data = param.data_ptr()
-        optimizer.step()
+        one_step(optimizer)
         assert param.grad is grad
         assert torch.equal(grad, before)
         assert (param.shape, param.dtype, param.stride()) == (shape, dtype, strides)
@@ -283,7 +293,7 @@ def check_the_layout(name: str, shape: tuple[int, ...], layout: str, grad_layout
         optimizer = C.ChainOpt([param], 0.1, *CHAINS[name]())
         for g in grads:
             param.grad = filled(other, g, torch.float64)
-            optimizer.step()
+            one_step(optimizer)
         ends.append(param.detach())
     if name == "atan2":
         # torch's arc tangent of a vector and of a single number differ by a rounding or two of values
@@ -313,7 +323,7 @@ def test_a_zero_gradient_without_decay_leaves_the_weights_where_they_are(
     for _ in range(3):
         for p in params:
             p.grad = torch.zeros_like(p)
-        optimizer.step()
+        one_step(optimizer)
     for p, old in zip(params, before, strict=True):
         assert torch.equal(p, old)
 
@@ -337,7 +347,7 @@ def check_foreach(name: str, dtype: torch.dtype, missing: int, *kinds: str) -> N
             for i, p in enumerate(params):
                 x = as_gradient(values(tuple(p.shape), kind, made), dtype).to(dtype)
                 p.grad = None if i == missing else x
-            optimizer.step()
+            one_step(optimizer)
         ends.append([p.detach() for p in params])
     for one, two in zip(*ends, strict=True):
         assert torch.equal(one, two), (dtype, missing, kinds)
@@ -351,13 +361,13 @@ def test_one_huge_gradient_does_not_end_the_training(name: str) -> None:
     optimizer = C.ChainOpt([param], 1e-20, *CHAINS[name]())
     param.grad = torch.full((6, 5), 1e30)
     for _ in range(2):
-        optimizer.step()
+        one_step(optimizer)
     for group in optimizer.param_groups:
         group["lr"] = 0.1
     before = param.detach().clone()
     for _ in range(4):
         param.grad = torch.randn(6, 5, generator=made)
-        optimizer.step()
+        one_step(optimizer)
     assert torch.isfinite(param).all()
     assert not torch.equal(param, before)
 
@@ -372,6 +382,6 @@ def test_the_same_run_twice_gives_the_same_bits(name: str) -> None:
         for _ in range(2):
             for p in params:
                 p.grad = values(tuple(p.shape), "normal", made).float()
-            optimizer.step()
+            one_step(optimizer)
         ends.append([p.detach() for p in params])
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))

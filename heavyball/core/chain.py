@@ -23,7 +23,7 @@ from heavyball.core.program import (
 )
 from heavyball.core.rate import Rate
 from heavyball.core.route import branches_of, every_node, picks_of, reasons_of, resolved
-from heavyball.core.transform import DEFAULTS, Transform
+from heavyball.core.transform import DEFAULTS, LOSS, Transform
 from heavyball.core.unit import with_units
 from heavyball.core.whole import Whole
 from heavyball.state.formats import Storage
@@ -108,6 +108,17 @@ class Chain:
     def measures(self) -> bool:
         """Whether some element keeps numbers of the last step, for `ChainOpt.metrics`."""
         return any(s.passing for program in self.programs for _, _, s in program.states)
+
+    @property
+    def reads_loss(self) -> bool:
+        """Whether an element asks for the loss of a step."""
+        return any(n.transform.reads_loss for program in self.programs for n in program.flat)
+
+    @property
+    def signals(self) -> frozenset[str]:
+        """The names under which `feed` must give something before a step."""
+        found = (n.transform.signal for program in self.programs for n in program.flat)
+        return frozenset(name for name in found if name is not None)
 
     @property
     def programs(self) -> tuple[Program, ...]:
@@ -250,7 +261,16 @@ def _mark(node: Node | Fork | Switch) -> Any:
 # Every combination of what routers may pick is built and checked when the chain is.
 MOST_PROGRAMS = 1024
 # Names of the group that are the optimizer's own.
-RESERVED = ("params", "param_names", "lr", "warmup_steps", "seed", "train_mode", "differentiable")
+RESERVED = (
+    "params",
+    "param_names",
+    "lr",
+    "warmup_steps",
+    "seed",
+    "train_mode",
+    "differentiable",
+    LOSS,
+)
 # Group entries that schedulers and trainers add; keys that begin with "_" are left alone too.
 BOOKKEEPING = (
     "name",

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -17,7 +17,8 @@ class Member:
 
     sums: what its parameters gave, added up; None if none of them had a gradient in this step, or a
         gate has left it out.
-    values: the element's common numbers (after this step, for its count) and hyper-parameters.
+    values: the element's common numbers (after this step, for its count), hyper-parameters, and the
+        `loss` where the chain reads it.
     """
 
     sums: tuple[Tensor, ...] | None
@@ -66,6 +67,7 @@ class Rate(Transform):
     moment_unit: str = ""
     moment_change: str = ""
     hyper_change: dict[str, str] = field(default_factory=dict)
+    shared: bool = False
     estimate: Estimate | None = None
 
     @property
@@ -82,7 +84,7 @@ class Rate(Transform):
     def is_shared(self) -> bool:
         """Whether all groups have one estimate."""
         split = self.estimate.split if self.estimate else ""
-        return not self.options.get(split, True)
+        return self.shared or not self.options.get(split, True)
 
     @property
     def is_mean(self) -> bool:
@@ -102,7 +104,9 @@ def rate(
     moment_unit: str = "",
     moment_change: str = "",
     hyper_change: Mapping[str, str] | None = None,
+    shared: bool = False,
     estimate: Estimate | None = None,
+    kind: Literal["rate", "writer"] = "rate",
     provides: tuple[str, ...] = ("lr",),
     domains: Mapping[str, Domain] | None = None,
     excludes: Mapping[str, str] | None = None,
@@ -128,7 +132,9 @@ def rate(
         squares by its square: the unit of the parameter's last step over that of this one.
     hyper_change: hyper-parameters of elements behind it, by name, that have this unit too, each with the
         result of `provides` that it is multiplied by.
+    shared: whether all groups have the same numbers, counters excepted, where no `estimate` says it.
     estimate: what the optimizer shows of it, see `Estimate`.
+    kind: "writer" stands where a writer does, and returns the new parameter.
     provides, domains, excludes: as in `transform`.
 
     Errors: TypeError if the signature and the declared state differ, or the sums come from nowhere.
@@ -146,7 +152,7 @@ def rate(
         made = Rate(
             *signed(fn, states),
             provides,
-            "rate",
+            kind,
             rules,
             from_sums,
             numbers=dict(numbers),
@@ -157,6 +163,7 @@ def rate(
             moment_unit=moment_unit,
             moment_change=moment_change,
             hyper_change=dict(hyper_change or {}),
+            shared=shared,
             estimate=estimate,
         )
         return checked(made)

@@ -32,6 +32,9 @@ from heavyball.errors import nearest
 from heavyball.state.declare import State
 
 Kind = Literal["transform", "decay", "writer", "post", "observer", "rate"]
+# The entry of a group that holds the loss of the step.
+LOSS = "loss"
+FED = "fed"
 # What the runner offers to any transform that names it as a keyword-only argument.
 CONTEXT = {
     "step": "how many gradients this parameter has had, from 1",
@@ -40,6 +43,8 @@ CONTEXT = {
     "raw_grad": "the gradient as it came, before saturation",
     "lr": "the learning rate of this step, warm-up included",
     "base_lr": "the learning rate of the group, without warm-up",
+    LOSS: "the loss that `step` was given, or its closure has returned",
+    FED: "what `feed` was given under the name that the option `signal` has",
 }
 # What elements behind the writer may name besides.
 WRITTEN_CONTEXT = {
@@ -155,6 +160,16 @@ class Transform:
     def results(self) -> tuple[str, ...]:
         """What the function returns behind the update and the states."""
         return self.provides
+
+    @property
+    def signal(self) -> str | None:
+        """The name under which `feed` gives what it asks for."""
+        return self.options["signal"] if FED in self.context else None
+
+    @property
+    def reads_loss(self) -> bool:
+        """Whether it asks for the loss of the step."""
+        return LOSS in (*self.context, *keyword_names(self.over_all))
 
     @property
     def doc(self) -> str:
@@ -373,6 +388,8 @@ T = TypeVar("T", bound=Transform)
 
 def checked(declared: T) -> T:
     """A declaration whose defaults are such as it takes, with the docstring of its function."""
+    if FED in declared.context and not isinstance(declared.options.get("signal"), str):
+        raise TypeError(f"{declared.name}: `fed` needs an option `signal`, the name that is fed")
     for name, value in declared.defaults.items():
         declared._checked(name, value)
     object.__setattr__(declared, "__doc__", declared.update.__doc__)

@@ -22,6 +22,7 @@ from heavyball.optim.checkpoint import LoadResult, describe, migrate
 from heavyball.optim.estimate import check_alike
 from heavyball.optim.evaluation import Evaluation, stamp
 from heavyball.optim.fused import FusedBackward, Rivals, refuse_scaler
+from heavyball.optim.inputs import Inputs
 from heavyball.optim.loading import all_or_nothing, fit
 from heavyball.optim.options import Options, check_capturable, check_names, group_defaults
 from heavyball.optim.registry import Registry
@@ -126,6 +127,7 @@ class ChainOpt(Optimizer):
         """Know nothing of the steps so far."""
         self._registry = registry
         self._rivals = Rivals()
+        self._inputs = Inputs(self._chain, type(self).__name__)
         self._engine = Engine(self._options.compile, self._options.foreach)
         self._singles = Singles(registry, self._engine, self._advice)
         self._watch(Evaluation(registry))
@@ -183,8 +185,13 @@ class ChainOpt(Optimizer):
     # ---- the step
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], Any] | None = None, *, loss: float | Tensor | None = None
+    ) -> Any:
         """Update every parameter that has a gradient; return the loss of the closure, if one is given.
+
+        loss: of the gradients, for chains that read it (`momo`, `polyak_rate`), a number or a tensor of
+            one element; without it they take what the closure returns.
 
         Errors: RuntimeError in evaluation mode; ValueError naming a sparse or complex gradient, one
             of the wrong shape, device or dtype, or a hyper-parameter out of its interval. Nothing
@@ -193,12 +200,26 @@ class ChainOpt(Optimizer):
         if self._fused.active:
             refuse_scaler(vars(self))
         self._registry.check_training("step()")
-        loss = None
+        returned = None
         if closure is not None:
             with torch.enable_grad():
-                loss = closure()
-        self._step()
-        return loss
+                returned = closure()
+        if self._inputs.needed or loss is not None:
+            with self._inputs.given(self.param_groups, loss, returned):
+                self._step()
+        else:
+            self._step()
+        return returned
+
+    def feed(self, name: str, value: float | Tensor) -> None:
+        """Give the next step what an element of the chain reads of the model, such as "max_logits".
+
+        It is used once: every step needs its own.
+
+        Errors: ValueError for a name that nothing in the chain asks for; TypeError for what holds no
+            real numbers.
+        """
+        self._inputs.feed(name, value)
 
     @without_autocast
     def _step(self) -> None:

@@ -21,7 +21,8 @@ def _collect() -> dict[str, type[Preset]]:
 
 # with second names, such as DelayedPSGDKron
 NAMES = _collect()
-PRESETS = {name: cls for name, cls in NAMES.items() if name == cls.__name__}
+# those whose `step()` needs nothing but gradients
+PRESETS = {n: cls for n, cls in NAMES.items() if n == cls.__name__ and not cls.needs_loss}
 
 globals().update(NAMES)
 

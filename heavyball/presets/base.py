@@ -122,6 +122,8 @@ class Preset(ChainOpt):
     listed = False
 
     palm_default = False
+    # whether its steps must be told the loss
+    needs_loss = False
     # options of this family of presets that are not those of all presets
     more_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
@@ -154,7 +156,11 @@ class Preset(ChainOpt):
         if caution and writer is None:
             elements.append(C.cautious)
         if writer is not None:
-            elements.append(writer(caution="cautious") if caution else writer)
+            if caution and "caution" in writer.options:
+                writer = writer(caution="cautious")
+            elif caution:
+                elements.append(C.cautious)
+            elements.append(writer)
         ChainOpt.__init__(
             self,
             params,

@@ -15,7 +15,14 @@ from heavyball import chainable
 from heavyball.compiler.frontend.graph import NotPrintableError
 from heavyball.core.program import UnitNode
 from heavyball.errors import ChainError, RaceError, unknown
-from heavyball.race.contenders import Contender, from_chain, from_optimizer, presets, state_bytes
+from heavyball.race.contenders import (
+    Contender,
+    from_chain,
+    from_optimizer,
+    presets,
+    reads_loss,
+    state_bytes,
+)
 from heavyball.race.tasks import TASKS
 from heavyball.text import parse_optimizer
 
@@ -63,8 +70,9 @@ def explanation(text: str) -> Group:
     with torch.random.fork_rng(devices=[]):
         layer = nn.Linear(*EXAMPLE)
         optimizer: Any = contender.build(layer, contender.lrs[0])
-        layer(torch.randn(1, EXAMPLE[0])).sum().backward()
-        optimizer.step()
+        loss = layer(torch.randn(1, EXAMPLE[0])).sum()
+        loss.backward()
+        optimizer.step(**({"loss": loss} if reads_loss(optimizer) else {}))
     parts = [Text(contender.label, style="bold")]
     if contender.kind == "optimizer":
         parts.append(Text(first_sentence(type(optimizer))))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from heavyball.errors import REFUSALS, ChainError, RaceError, one_line, unknown
+from heavyball.optim.optimizer import ChainOpt
 from heavyball.text import parse_chain, parse_optimizer, split_chain
 
 # The learning rate of a chain when no grid is given: that of torch's AdamW.
@@ -41,6 +42,11 @@ class Contender:
             raise type(error)(f"{self.label}: {error}") from None
         except REFUSALS as error:
             raise RaceError(f"{self.label} cannot be built: {one_line(error)}") from None
+
+
+def reads_loss(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its steps must be told the loss."""
+    return isinstance(optimizer, ChainOpt) and optimizer.chain.reads_loss
 
 
 def from_optimizer(text: str, grid: Sequence[float] = ()) -> Contender:

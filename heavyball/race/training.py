@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from heavyball.errors import REFUSALS, RaceError, one_line
-from heavyball.race.contenders import Contender, state_bytes
+from heavyball.race.contenders import Contender, reads_loss, state_bytes
 from heavyball.race.tasks import Task
 
 # Steps of one seed draw from generators of their own; a run has fewer steps than this.
@@ -104,6 +104,7 @@ class _Run:
         self.task, self.contender, self.lr, self.seed = task, contender, lr, seed
         self.model = task.model(seed).to(task.device)
         self.optimizer = contender.build(self.model, lr, settings.weight_decay)
+        self.reads_loss = reads_loss(self.optimizer)
         self.curve = Curve()
         self.seconds = 0.0
         self.step_ms: list[float] = []
@@ -121,7 +122,10 @@ class _Run:
         self.optimizer.zero_grad()
         loss.backward()
         before = self._now()
-        self.optimizer.step()
+        if self.reads_loss:
+            self.optimizer.step(loss=value)  # type: ignore[call-arg]
+        else:
+            self.optimizer.step()
         after = self._now()
         self.seconds += after - start
         self.step_ms.append((after - before) * 1000)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from heavyball.core.program import Fork, Node, RateNode, WholeNode
-from heavyball.core.transform import CONTEXT, WHOLE_CONTEXT, keyword_names
+from heavyball.core.transform import CONTEXT, FED, WHOLE_CONTEXT, keyword_names
 from heavyball.numerics import SCALAR, compute_dtype, shape_of
 from heavyball.runtime.job import Answer, Call, Frame
 from heavyball.runtime.serve import due
@@ -70,7 +70,7 @@ def _arguments(node: Node, frame: Frame) -> dict[str, Any]:
         arguments[name] = frame.hyper(node, name)
     for name in t.context:
         if name != "total":
-            arguments[name] = frame.context(name)
+            arguments[name] = frame.fed(node) if name == FED else frame.context(name)
     for name in t.optional:
         arguments[name] = frame.env.get(name)
     return arguments
@@ -187,7 +187,8 @@ def _results(node: Node, result: Any) -> tuple[Any, tuple, tuple]:
 def call(node: WholeNode, update: Tensor, frame: "Frame") -> Generator[Any, Any, Tensor]:
     """A whole transform's turn: what it may ask for, and what it has changed."""
     t, env = node.transform, frame.env
-    known = {n: frame.context(n) for n in t.context if n not in WHOLE_CONTEXT}
+    served = (*WHOLE_CONTEXT, FED)
+    known = {n: frame.context(n) for n in t.context if n not in served}
     known |= {n: env.get(n) for n in t.optional}
     known["step"] = env["step"]
     asked = Call(node, frame.job, update, env["count"], known, gate=env["gate"], new=frame.new)

@@ -10,6 +10,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from heavyball.core.hyper import frozen
 from heavyball.core.program import Node, Program, WholeNode
+from heavyball.core.transform import LOSS
 from heavyball.numerics import SCALAR, Origin, compute_dtype, version_of
 
 # One state of a transform: a tensor, several, or none for this shape.
@@ -67,6 +68,11 @@ class Answer:
     provided: dict[str, Any] = field(default_factory=dict)
     vectors: list[Tensor] = field(default_factory=list)
     squares: list[Tensor] = field(default_factory=list)
+
+
+def fed_key(name: str | None) -> str:
+    """The entry of a group that holds what was fed under a name, for the time of a step."""
+    return f"_fed:{name}"
 
 
 # Dtypes of state that do not have the range of float64.
@@ -172,9 +178,16 @@ class Frame:
         change = self.env.get(self.job.program.hyper_change.get(name, ""))
         return value if value is None or change is None else value * change
 
+    def fed(self, node: Node) -> Any:
+        """What `feed` was given for a node, one number."""
+        key = fed_key(node.transform.signal)
+        return self.job.scalars.get(self.job.group, key, self.job.param.device)
+
     def context(self, name: str) -> Any:
         if name in self.job.program.common and name not in self.env:
             return self.job.scalars.get(self.job.group, name, self.job.param.device)
+        if name == LOSS:
+            return self.job.scalars.get(self.job.group, LOSS, self.job.param.device)
         if name == "lr" and "lr" not in self.env:
             return self.env["base_lr"] * self._warmup()
         return self.env[name]

@@ -19,6 +19,7 @@ from heavyball.core.chain import Chain
 from heavyball.core.hyper import finite, is_sequence
 from heavyball.core.program import Program
 from heavyball.core.rate import Member
+from heavyball.core.transform import LOSS
 from heavyball.numerics import SCALAR, Number, lasting, version_of
 from heavyball.runtime.job import Job, Scalars
 from heavyball.runtime.place import Place
@@ -328,6 +329,9 @@ class Together:
         for name, (key, index) in self.node.hyper.items():
             value = _numbers(group[key]) if on_host else scalars.get(group, key, home)
             values[name] = value if index is None else value[index]
+        if LOSS in group:
+            loss = group[LOSS]
+            values[LOSS] = Number(float(loss)) if on_host else scalars.get(group, LOSS, home)
         return Member(None if shares is None else shares[:-1], values)
 
     def _read(self, group: dict[str, Any], name: str) -> Number:

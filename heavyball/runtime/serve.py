@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from heavyball.core.transform import keyword_names
+from heavyball.core.transform import FED, keyword_names
 from heavyball.numerics import generator, host_uniform, normals
-from heavyball.runtime.job import Answer, Batch, Call, Pieces
+from heavyball.runtime.job import Answer, Batch, Call, Pieces, fed_key
 from heavyball.runtime.state import old_states
 from heavyball.runtime.threads import each
 
@@ -183,6 +183,8 @@ def _context(group: list[Call], name: str) -> Any:
     call = group[0]
     if name == "count":
         return call.count
+    if name == FED:
+        return call.job.group[fed_key(call.node.transform.signal)].to(call.job.param.device)
     if name == "places":
         return tuple(c.job.place for c in group)
     if name == "noise":

@@ -1,0 +1,87 @@
+"""What a step is given besides gradients: its loss, and signals of the model."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heavyball.core.chain import Chain
+from heavyball.core.hyper import is_real
+from heavyball.core.transform import LOSS
+from heavyball.errors import nearest
+from heavyball.numerics import SCALAR
+from heavyball.runtime.job import fed_key
+
+
+class Inputs:
+    """Puts the loss and what was fed into the groups, where kernels read them."""
+
+    def __init__(self, chain: Chain, owner: str):
+        self._owner = owner
+        self._reads_loss, self._signals = chain.reads_loss, chain.signals
+        self._fed: dict[str, Tensor] = {}
+        # whether a step needs any
+        self.needed = self._reads_loss or bool(self._signals)
+
+    def feed(self, name: str, value: Any) -> None:
+        """Keep a signal for the next step.
+
+        Errors: TypeError or ValueError naming the signal and what was expected.
+        """
+        said = f"{self._owner}.feed({name!r})"
+        if name not in self._signals:
+            raise ValueError(
+                f"{said}: nothing in the chain asks for it; {nearest(name, self._signals)}"
+            )
+        if not isinstance(value, Tensor) and not is_real(value):
+            raise TypeError(f"{said}: {value!r}, expected a number or a tensor")
+        tensor = torch.as_tensor(value).detach()
+        if tensor.is_complex() or tensor.dtype == torch.bool:
+            raise TypeError(f"{said}: a tensor of {tensor.dtype}, expected real numbers")
+        self._fed[name] = tensor.to(SCALAR, copy=True)
+
+    @contextlib.contextmanager
+    def given(self, groups: list[dict[str, Any]], loss: Any, returned: Any) -> Iterator[None]:
+        """Hand the loss and the signals to a step.
+
+        returned: what its closure has returned, which is the loss where none is given.
+
+        Errors: TypeError or ValueError naming what is missing or cannot be.
+        """
+        if self._reads_loss or loss is not None:
+            number = self._checked(returned if loss is None else loss)
+            for group in groups:
+                group[LOSS] = number
+        missing = sorted(self._signals - self._fed.keys())
+        if missing:
+            raise ValueError(
+                f"{self._owner}.step(): the chain reads {missing[0]!r}, call feed({missing[0]!r}, ...) "
+                "before every step"
+            )
+        for group in groups:
+            group.update((fed_key(name), value) for name, value in self._fed.items())
+        yield
+        for group in groups:
+            for name in self._fed:
+                del group[fed_key(name)]
+        self._fed = {}
+
+    def _checked(self, loss: Any) -> float | Tensor:
+        if not self._reads_loss:
+            raise ValueError(
+                f"{self._owner}.step(loss={loss!r}): nothing in the chain reads a loss"
+            )
+        if loss is None:
+            raise ValueError(
+                f"{self._owner}.step(): the chain reads the loss, pass step(loss=loss), or a closure "
+                "that returns it"
+            )
+        if isinstance(loss, Tensor) and loss.numel() == 1 and not loss.is_complex():
+            return loss.detach().to(SCALAR).reshape(())
+        if not is_real(loss):
+            raise TypeError(
+                f"{self._owner}.step(loss={loss!r}): expected a number, or a tensor of one element"
+            )
+        return float(loss)
