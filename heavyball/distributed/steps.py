@@ -44,7 +44,7 @@ from heavyball.distributed.waves import CutWave, EntireWave, Run, Shares, Wave, 
 from heavyball.numerics import SCALAR, lasting, version_of
 from heavyball.optim.checks import check_gradient
 from heavyball.optim.options import Options
-from heavyball.runtime.addresses import as_numbers, check_memory
+from heavyball.runtime.addresses import as_usable, check_memory
 from heavyball.runtime.job import Counts, Job, Scalars
 from heavyball.runtime.place import Place
 from heavyball.runtime.state import lazy_wanted
@@ -289,7 +289,7 @@ class Sharded:
         place, program = part.place, part.program
         while len(self._scalars) <= place.index:
             self._scalars.append(Scalars())
-        as_numbers(program, state, part.here.device)
+        as_usable(program, state, part.here.device)
         job = Job(
             program, part.here, self._gradient(part), place.group, state, self._scalars[place.index]
         )
