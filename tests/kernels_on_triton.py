@@ -19,9 +19,9 @@ from triton.language import core
 from triton.runtime import interpreter
 
 import heavyball
-from heavyball.compiler.triton import arrays as triton_arrays
 from heavyball.compiler.triton import device as cuda
 from heavyball.compiler.triton import printer as triton_printer
+from heavyball.compiler.triton import rows as triton_rows
 from heavyball.compiler.triton.printer import BLOCK, CHUNK
 from heavyball.runtime.step import working_param
 from heavyball.state.held import held
@@ -257,7 +257,7 @@ def test_parameters_without_a_kernel_take_part_in_sums() -> None:
     ids=str,
 )
 def test_rows_and_columns(chain: tuple, dtype: torch.dtype, monkeypatch) -> None:
-    monkeypatch.setattr(triton_arrays, "HEIGHT", 4)
+    monkeypatch.setattr(triton_rows, "HEIGHT", 4)
     shapes = ((5, 6), (6, 5), (7, BLOCK + 9), (1, 9), (9, 1), (4,))
     assert_near(pair(chain, shapes, dtype, steps=2))
 
@@ -277,7 +277,7 @@ FACTORED = (
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_two_axes_of_several(dtype: torch.dtype, monkeypatch) -> None:
-    monkeypatch.setattr(triton_arrays, "HEIGHT", 4)
+    monkeypatch.setattr(triton_rows, "HEIGHT", 4)
     chain = (C.skip_not_finite, C.factored_rms(min_dim=4), C.clip_update_rms)
     assert_near(pair(chain, FACTORED, dtype, steps=2))
 
@@ -293,7 +293,7 @@ def less_each_mean(update):
 
 
 def test_means_along_every_axis(monkeypatch) -> None:
-    monkeypatch.setattr(triton_arrays, "HEIGHT", 4)
+    monkeypatch.setattr(triton_rows, "HEIGHT", 4)
     assert_near(pair((less_each_mean,), ((5, 6), (6, 1, 5)), steps=2))
     with pytest.warns(RuntimeWarning, match="sums over different axes .* on CUDA"):
         assert_near(pair((less_each_mean,), ((3, 5, 6),), steps=2, mode="auto"))
@@ -500,7 +500,7 @@ def test_results_do_not_depend_on_other_parameters() -> None:
     ids=str,
 )
 def test_slices(chain: tuple, dtype: torch.dtype, monkeypatch) -> None:
-    monkeypatch.setattr(triton_arrays, "HEIGHT", 4)
+    monkeypatch.setattr(triton_rows, "HEIGHT", 4)
     shapes = ((7, BLOCK + 9), (5, 6), (6, 5, 3, 3), (1,), LONG, (12,))
     assert_near(pair(chain, shapes, dtype, steps=2, lr=1.0, stochastic_rounding=False))
 
@@ -560,7 +560,7 @@ def test_parameters_with_a_correction(dtype: torch.dtype, bits: int) -> None:
 
 
 def test_rows_in_fewer_bits(monkeypatch) -> None:
-    monkeypatch.setattr(triton_arrays, "HEIGHT", 4)
+    monkeypatch.setattr(triton_rows, "HEIGHT", 4)
     for form in (
         {"storage_dtype": {"row": "bfloat16"}},
         {"ecc": {"row": "bf16+8", "col": "fp16+8"}},

@@ -9,7 +9,7 @@ from test_compiler import assert_near, pair, values
 
 import heavyball
 from heavyball.compiler.cpp.printer import SMALL
-from heavyball.compiler.passes.axes import Frame, along, first_axes, run_sizes
+from heavyball.compiler.passes.axes import Frame, FrameText, along, first_axes, run_sizes
 from heavyball.compiler.run import engine
 from heavyball.compiler.run import table as launch
 from heavyball.state.held import held
@@ -42,7 +42,7 @@ SHAPES = (
 @pytest.mark.parametrize("wanted", [(0, 1, 2), (0, 2), (0, 1), (1,), (2,), ()])
 def test_places_are_those_of_contiguous_tensors(present: tuple, wanted: tuple) -> None:
     sizes = 3, 4, 5
-    frame = Frame((0, 1, 2), [], lambda k: str(sizes[k]), "//")
+    text_of = FrameText(Frame((0, 1, 2), []), lambda k: str(sizes[k]), "//")
 
     def numbered(runs: tuple) -> torch.Tensor:
         """The place of every value in an array along these runs, as a tensor of three axes."""
@@ -52,7 +52,7 @@ def test_places_are_those_of_contiguous_tensors(present: tuple, wanted: tuple) -
     source, target = numbered(present), numbered(wanted)
     # of what the source does not have, the first
     at_zero = target[tuple(slice(None) if k in present else slice(1) for k in range(3))]
-    text = frame.place("at", present, wanted)
+    text = text_of.place("at", present, wanted)
     for at, place in zip(source.flatten(), at_zero.expand(source.shape).flatten(), strict=True):
         assert eval(text, {"at": int(at)}) == place
 

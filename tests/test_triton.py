@@ -10,11 +10,9 @@ import torch
 
 import heavyball
 from heavyball.compiler.frontend.graph import record
+from heavyball.compiler.pipeline import Printed, print_kernel
 from heavyball.compiler.triton import device as cuda
-from heavyball.compiler.triton.matrix import TritonMatrixPrinter
-from heavyball.compiler.triton.printer import TritonPrinter
 from heavyball.runtime.step import compute_dtype
-from heavyball.state.held import is_root
 
 triton = pytest.importorskip("triton", reason="Triton's wheels are for Linux only")
 C = heavyball.chainable
@@ -34,8 +32,8 @@ def test_in_the_interpreter() -> None:
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 
-def printers(chain: tuple, dtype: torch.dtype, shape=(8, 3), **options) -> list[TritonPrinter]:
-    """The printers of the step and of every sum over all parameters."""
+def printed(chain: tuple, dtype: torch.dtype, shape=(8, 3), **options) -> list[Printed]:
+    """The kernels of the step and of every sum over all parameters, for a GPU."""
     param = torch.nn.Parameter(torch.zeros(shape, dtype=dtype))
     opt = C.ChainOpt([param], 0.1, *chain, compile=False, **options)
     param.grad = torch.zeros_like(param)
@@ -45,20 +43,19 @@ def printers(chain: tuple, dtype: torch.dtype, shape=(8, 3), **options) -> list[
     found = []
     for share in (None, *job.program.total_keys):
         graph, _ = record(job.program, param.shape, dtype, job.state, job.group, share)
-        random = job.stream is not None
-        printer = TritonPrinter if graph.starts is None else TritonMatrixPrinter
-        roots = frozenset(k for k in graph.tensors if is_root(dtypes[k], job.program.holds_of(k)))
-        found.append(printer(graph, dtypes, compute_dtype(dtype), random, roots))
+        random, holds = job.stream is not None, job.program.holds_of
+        compute = compute_dtype(dtype)
+        found.append(print_kernel(graph, dtypes, compute, holds, random, torch.device("cuda")))
     return found
 
 
-def ptx_of(printer: TritonPrinter) -> list[str]:
+def ptx_of(made: Printed) -> list[str]:
     """What each pass becomes for compute capability 9.0, assembled too."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    module, texts = cuda.load(printer.source()), []
-    for name in printer.functions:
+    module, texts = cuda.load(made.source), []
+    for name in made.functions:
         names = dict(zip(ARGUMENTS, KINDS, strict=True)) | {"ALIGNED": "constexpr"}
         aligned = {(n,): [["tt.divisibility", 16]] for n in range(len(ARGUMENTS))}
         constants = {(len(ARGUMENTS),): True}
@@ -83,16 +80,16 @@ CHAINS = (
 @pytest.mark.parametrize("chain", CHAINS)
 def test_compiles_for_a_gpu(chain: tuple, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    for printer in printers(chain[1:], chain[0]):
-        for text in ptx_of(printer):
+    for made in printed(chain[1:], chain[0]):
+        for text in ptx_of(made):
             assert ".target sm_90" in text
 
 
 @pytest.mark.parametrize("shape", [(4, 3, 2), (2, 4, 5, 4, 3)])
 def test_two_axes_of_several_compile_too(shape: tuple, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    for printer in printers((C.factored_rms(min_dim=2), C.cautious), torch.bfloat16, shape):
-        for text in ptx_of(printer):
+    for made in printed((C.factored_rms(min_dim=2), C.cautious), torch.bfloat16, shape):
+        for text in ptx_of(made):
             assert ".target sm_90" in text
 
 
@@ -111,15 +108,15 @@ def test_formats_of_fewer_bits_compile_too(
     dtype: torch.dtype, chain, form: dict, tmp_path, monkeypatch
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    for printer in printers((chain,), dtype, **form):
-        for text in ptx_of(printer):
+    for made in printed((chain,), dtype, **form):
+        for text in ptx_of(made):
             assert ".target sm_90" in text
 
 
 def test_aligned_tensors_move_sixteen_bytes_at_a_time(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    (printer,) = printers((C.scale_by_adam,), torch.float32)
-    (text,) = ptx_of(printer)
+    (made,) = printed((C.scale_by_adam,), torch.float32)
+    (text,) = ptx_of(made)
     # param, grad and two moments in, param and two moments out; two times for 1024 over 128 threads
     assert text.count("ld.global.v4.b32") == 8
     assert text.count("st.global.v4.b32") == 6

@@ -35,6 +35,9 @@ class Cpp(Dialect):
             return f"{int(value) & 0xFFFFFFFF:#x}u"
         return f"{TYPES[dtype]}({_float(float(value))})"
 
+    def cast(self, text: str, source: torch.dtype, target: torch.dtype) -> str:
+        return f"({TYPES[target]}){text}"
+
 
 def _float(value: float) -> str:
     if value != value:

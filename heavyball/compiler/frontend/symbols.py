@@ -5,7 +5,7 @@ spells. Types are torch's dtypes; int32 stands for a word of 32 bits, whose sums
 and whose shifts fill with zeros.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -149,3 +149,24 @@ def as_type(value: Expr, dtype: torch.dtype) -> Expr:
     if isinstance(value, Const):
         return Const(bool(value.value) if dtype == torch.bool else float(value.value), dtype)
     return value.to(dtype)
+
+
+@dataclass(frozen=True)
+class Input(Expr):
+    """A number per tensor that a kernel is given: "number", "hyper", "total", or a count of values."""
+
+    name: str
+    args: tuple[Any, ...]
+    type: torch.dtype
+
+
+def parts(e: Expr) -> Iterator[Expr]:
+    """An expression and all that it is made of."""
+    yield e
+    for a in e.args if isinstance(e, Op) else ():
+        yield from parts(a)
+
+
+def variables(e: Expr) -> Iterator[Var]:
+    """The variables of an expression."""
+    return (part for part in parts(e) if isinstance(part, Var))

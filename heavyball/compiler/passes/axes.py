@@ -67,17 +67,17 @@ def run_sizes(starts: Runs | None, shape: Sequence[int]) -> list[int]:
 
 
 class Frame:
-    """A tensor as rows: its runs and levels, and index arithmetic as text.
+    """A tensor as rows: its runs and levels.
 
     outer: the runs that number the rows. lane: the run along which a row is walked. period: the run
     behind it, or None; its elements lie next to each other in a row, so that a row has lane x period
     elements. There is one where some values are the same along the lane and differ along the period:
-    rows of a 3 x 3 kernel's nine elements would be too short. rows: all runs but the lane.
+    rows of a 3 x 3 kernel's nine elements would be too short. rows: all runs but the lane. starts: the
+    axis with which each run begins, and later those behind the first.
     """
 
-    def __init__(self, starts: Runs, levels: Iterable[str], size: Callable[[int], str], over: str):
-        """size: how the text calls the size of a run. over: the sign of an integer division."""
-        self._size, self._over = size, over
+    def __init__(self, starts: Runs, levels: Iterable[str]):
+        self.starts, self.later = starts, starts[1:]
         self.all = tuple(range(len(starts)))
         self._runs = {
             level: tuple(k for k in self.all if starts[k] in _numbers(level))
@@ -102,26 +102,43 @@ class Frame:
         """The runs of a level but for the lane."""
         return tuple(k for k in self.runs(level) if k != self.lane)
 
+    def missing(self, level: str, inside: Runs) -> Runs:
+        """The runs of `inside` along which values of a level are the same."""
+        return tuple(k for k in inside if k not in self.runs(level))
+
+    def has_lane(self, level: str) -> bool:
+        """Whether values of a level differ along a row."""
+        return self.lane in self.runs(level)
+
+
+class FrameText:
+    """The index arithmetic of a frame as a language spells it.
+
+    size: how the text calls the size of a run. over: the sign of an integer division.
+    """
+
+    def __init__(self, frame: Frame, size: Callable[[int], str], over: str):
+        self.frame, self._size, self._over = frame, size, over
+
     def size(self, runs: Iterable[int]) -> str:
         """How many values there are along these runs."""
         text = " * ".join(self._size(k) for k in runs)
         return f"({text})" if text else "1"
 
-    def sizes(self, levels: Iterable[str]) -> str:
+    def level(self, level: str) -> str:
+        """How many values there are of a level."""
+        return self.size(self.frame.runs(level))
+
+    def levels(self, levels: Iterable[str]) -> str:
         """How many values there are of these levels together."""
         found = list(levels)
-        counts = {level: found.count(level) for level in self.levels if level in found}
-        terms = [f"{n} * {self.size(self.runs(level))}" for level, n in counts.items()]
-        return " + ".join(terms) or "0"
+        counts = {level: found.count(level) for level in self.frame.levels if level in found}
+        return " + ".join(f"{n} * {self.level(level)}" for level, n in counts.items()) or "0"
 
     def members(self, before: str, level: str) -> str:
         """How many values of one level ("element" for all) a sum to another adds up."""
-        inside = self.all if before == "element" else self.runs(before)
-        return self.size(self.missing(level, inside))
-
-    def missing(self, level: str, inside: Runs) -> Runs:
-        """The runs of `inside` along which values of a level are the same."""
-        return tuple(k for k in inside if k not in self.runs(level))
+        inside = self.frame.all if before == "element" else self.frame.runs(before)
+        return self.size(self.frame.missing(level, inside))
 
     def place(self, at: str, source: Runs, target: Runs) -> str:
         """The part that a place in an array along `source` has in one along `target`.

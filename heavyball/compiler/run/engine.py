@@ -11,10 +11,10 @@ from torch import Tensor
 
 from heavyball import utils
 from heavyball.compiler.cpp import toolchain
-from heavyball.compiler.cpp.printer import Printer
 from heavyball.compiler.cpp.toolchain import ToolchainError
 from heavyball.compiler.frontend.graph import NotPrintableError
 from heavyball.compiler.passes.axes import axes_of, run_sizes
+from heavyball.compiler.pipeline import Printed
 from heavyball.compiler.recent import Recent
 from heavyball.compiler.run import table as launch
 from heavyball.compiler.run import watch
@@ -26,7 +26,7 @@ from heavyball.compiler.run.table import (
     Table,
     build,
     check_layout,
-    printers_for,
+    printed_for,
 )
 from heavyball.compiler.run.watch import Snapshot
 from heavyball.compiler.run.waves import Entry, Parts, Waves, arrange, build_parts, printers
@@ -382,11 +382,11 @@ class Engine:
                     check_layout(job)
                     printed = self._print(job, key)[0]
                     made = printed[1] if key == "whole" else [printed]
-                    found.update((p.source(), None) for p in made if p is not None)
+                    found.update((p.source, None) for p in made if p is not None)
         toolchain.prepare(found, FUNCTION)
 
     def _print(self, job: Job, share: str | None) -> tuple[Any, bool]:
-        """What `printers_for` says, or `printers` for "whole", asked once while tables are made."""
+        """What `printed_for` says, or `printers` for "whole", asked once while tables are made."""
         known = signature(job)
         for key in ((*known, share), (*known, share, job.param.shape)):
             if key in self._printed:
@@ -396,7 +396,7 @@ class Engine:
             whole = printers(job)
             found, sized = {share: whole}, whole[0].sized
         else:
-            found, sized = printers_for(job)
+            found, sized = printed_for(job)
         end = (job.param.shape,) if sized else ()
         self._printed |= {(*known, key, *end): (made, sized) for key, made in found.items()}
         return found[share], sized
@@ -461,16 +461,16 @@ def sources(jobs: list[Job], total_keys: list[str]) -> list[str]:
             if key is None or key in job.program.total_keys:
                 whole = key is None and job.program.has_whole
                 made = printers(job)[1] if whole else [_printer_in_order(job, key)]
-                found.update((printer.source(), None) for printer in made if printer is not None)
+                found.update((printer.source, None) for printer in made if printer is not None)
     return list(found)
 
 
-def _printer_in_order(job: Job, share: str | None) -> Printer:
+def _printer_in_order(job: Job, share: str | None) -> Printed:
     for strides in orders(job) if job.param.device.type == "cpu" else [job.param.stride()]:
         with contextlib.suppress(OrderError):
             work = stage(job, strides)
             check_layout(work)
-            return printers_for(work)[0][share]
+            return printed_for(work)[0][share]
     raise NotPrintableError(NOT_CONTIGUOUS)
 
 

@@ -10,21 +10,18 @@ import torch
 from torch import Tensor
 
 from heavyball.compiler.cpp import toolchain
-from heavyball.compiler.cpp.matrix import MatrixPrinter
-from heavyball.compiler.cpp.printer import BATCH, CHUNK, SMALL, Printer
+from heavyball.compiler.cpp.printer import BATCH, CHUNK, SMALL
 from heavyball.compiler.frontend.graph import Graph, NotPrintableError, record
+from heavyball.compiler.passes import loops
 from heavyball.compiler.passes.algebra import simplified
 from heavyball.compiler.passes.axes import Runs
 from heavyball.compiler.passes.early_stores import with_final_states
+from heavyball.compiler.pipeline import Printed, print_kernel
 from heavyball.compiler.recent import Recent
-from heavyball.compiler.triton.matrix import TritonMatrixPrinter
-from heavyball.compiler.triton.printer import DEVICES as TRITON_DEVICES
-from heavyball.compiler.triton.printer import TritonPrinter
 from heavyball.core.hyper import is_sequence
 from heavyball.runtime.execute import SHARE
 from heavyball.runtime.job import Job
 from heavyball.runtime.step import SCALAR, compute_dtype
-from heavyball.state.held import is_root
 
 _forked = False
 
@@ -60,7 +57,11 @@ class Kernel:
     parts: int
     leading: int
     starts: Runs | None
+    form: loops.Kernel
     run: Any
+    # on the CPU: one walk alone, and how many values a tensor keeps between two, see `Stages`
+    walk: Any = None
+    kept: Any = None
 
 
 FUNCTION = "run"  # what a kernel's function is called
@@ -74,28 +75,38 @@ def forget() -> None:
     _kernels.clear()
 
 
-def build(printer: Printer) -> Kernel:
-    """Compile what a printer prints, or take it from the process's or the disk's cache."""
-    source = printer.source()
-    key = (source, printer.names)
+def build(printed: Printed) -> Kernel:
+    """Compile a printed kernel, or take it from the process's or the disk's cache."""
+    key = (printed.source, printed.names)
     kernel = _kernels.get(key)
     if kernel is None:
-        run = toolchain.load(source, FUNCTION).run
+        library = toolchain.load(printed.source, FUNCTION)
         pointer, size = ctypes.c_void_p, ctypes.c_int64
+        run, walk, kept = library.run, library.walk, library.kept
         run.argtypes = [pointer, size, *[pointer] * 3, size, *[pointer] * 3, ctypes.c_int]
-        run.restype = None
-        kernel = _kernels[key] = Kernel(
-            tensors=printer.tensors,
-            numbers=printer.numbers,
-            hypers=printer.hypers,
-            totals=printer.totals,
-            values=len(printer.graph.values),
-            leading=len(printer.leading),
-            starts=printer.graph.starts,
-            parts=max([len(p.reductions) for p in printer.plan.passes] + [1]),
-            run=run,
-        )
+        walk.argtypes = [*run.argtypes, size, pointer]
+        kept.argtypes = [pointer]
+        run.restype = walk.restype = None
+        kept.restype = size
+        kernel = Kernel(**described(printed), run=run, walk=walk, kept=kept)
+        _kernels[key] = kernel
     return kernel
+
+
+def described(printed: Printed) -> dict[str, Any]:
+    """What a printed kernel's table and numbers consist of."""
+    form = printed.kernel
+    return {
+        "tensors": [c.name for c in form.tensors],
+        "numbers": form.numbers,
+        "hypers": form.hypers,
+        "totals": form.totals,
+        "values": form.slots,
+        "leading": len(form.leading),
+        "starts": form.starts,
+        "parts": form.parts,
+        "form": form,
+    }
 
 
 def dense(tensor: Tensor) -> bool:
@@ -131,8 +142,8 @@ class OrderError(Exception):
     """A kernel for contiguous tensors, and a parameter that is not."""
 
 
-def printers_for(job: Job) -> tuple[dict[str | None, Printer], bool]:
-    """The printers of a job's kernels, and whether they are for tensors of this very shape.
+def printed_for(job: Job) -> tuple[dict[str | None, Printed], bool]:
+    """A job's kernels, printed, and whether they are for tensors of this very shape.
 
     They are named by the element whose sum over all parameters they are for, and None for the step,
     which a program with whole transforms has not here.
@@ -150,25 +161,20 @@ def printers_for(job: Job) -> tuple[dict[str | None, Printer], bool]:
     if len(graphs) > 1 and None in graphs:
         compute = compute_dtype(param.dtype)
         graphs = with_final_states(graphs, program, {n for n, d in dtypes.items() if d == compute})
-    return {key: _printer(job, graph, dtypes) for key, graph in graphs.items()}, sized
+    return {k: _printed(job, simplified(g, program), dtypes) for k, g in graphs.items()}, sized
 
 
-def _printer(job: Job, graph: Graph, dtypes: dict[str, torch.dtype]) -> Printer:
-    param = job.param
-    graph = simplified(graph, job.program)
-    if (graph.starts is not None or graph.every is not None) and not param.is_contiguous():
+def _printed(job: Job, graph: Graph, dtypes: dict[str, torch.dtype]) -> Printed:
+    if (graph.starts is not None or graph.every is not None) and not job.param.is_contiguous():
         raise OrderError
-    printer = printer_type(graph, param.device)
-    holds = job.program.holds_of
-    roots = frozenset(key for key in graph.tensors if is_root(dtypes[key], holds(key)))
-    return printer(graph, dtypes, compute_dtype(param.dtype), job.stream is not None, roots)
+    return print_for(job, graph, dtypes)
 
 
-def printer_type(graph: Graph, device: torch.device) -> type[Printer]:
-    """Who prints a graph for tensors on this device."""
-    if device.type in TRITON_DEVICES:
-        return TritonPrinter if graph.starts is None else TritonMatrixPrinter
-    return Printer if graph.starts is None else MatrixPrinter
+def print_for(job: Job, graph: Graph, dtypes: dict[str, torch.dtype]) -> Printed:
+    """Print a graph of a job's program for tensors like the job's."""
+    param, random = job.param, job.stream is not None
+    compute = compute_dtype(param.dtype)
+    return print_kernel(graph, dtypes, compute, job.program.holds_of, random, param.device)
 
 
 @dataclass(eq=False)

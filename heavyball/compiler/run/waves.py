@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heavyball.compiler.cpp.printer import Printer
 from heavyball.compiler.frontend.graph import NotPrintableError, Opaque
 from heavyball.compiler.passes.axes import run_sizes
 from heavyball.compiler.passes.segments import Segments, Told, cut
-from heavyball.compiler.run.table import Kernel, Table, build, place_of, printer_type
+from heavyball.compiler.pipeline import Printed
+from heavyball.compiler.run.table import Kernel, Table, build, place_of, print_for
 from heavyball.compiler.triton import device as cuda
-from heavyball.compiler.triton.printer import TritonPrinter
 from heavyball.core.program import WholeNode
 from heavyball.linalg.scratch import reused
 from heavyball.runtime.execute import SHARE, rotating
@@ -28,7 +27,6 @@ from heavyball.runtime.job import Answer, Call, Job
 from heavyball.runtime.serve import due, serve
 from heavyball.runtime.state import loaded, new_states, working_param, write
 from heavyball.runtime.step import compute_dtype, working
-from heavyball.state.held import is_root
 
 WAVE = 2**22
 # As many parameters as there are threads may be in a wave of so many elements, where there is something
@@ -46,8 +44,8 @@ class Parts:
     kernels: list[Kernel | None]
 
 
-def printers(job: Job) -> tuple[Segments, list[Printer | None]]:
-    """A job's program in segments, and the printer of each segment that computes something.
+def printers(job: Job) -> tuple[Segments, list[Printed | None]]:
+    """A job's program in segments, and the kernel of each segment that computes something.
 
     Errors: NotPrintableError with the reason.
     """
@@ -56,23 +54,20 @@ def printers(job: Job) -> tuple[Segments, list[Printer | None]]:
     compute = compute_dtype(param.dtype)
     dtypes = {"param": param.dtype, "grad": job.grad.dtype}
     dtypes |= {k: t.dtype for k, t in state.items()} | dict.fromkeys(segments.levels, compute)
-    holds = job.program.holds_of
-    found: list[Printer | None] = []
+    found: list[Printed | None] = []
     for part in segments.parts:
         if part.graph is None:
             found.append(None)
             continue
         if part.graph.starts is not None and not param.is_contiguous():
             raise NotPrintableError("rows or columns of a parameter that is not contiguous")
-        printer = printer_type(part.graph, param.device)
-        roots = frozenset(n for n in part.graph.tensors if is_root(dtypes[n], holds(n)))
-        found.append(printer(part.graph, dtypes, compute, job.stream is not None, roots))
+        found.append(print_for(job, part.graph, dtypes))
     return segments, found
 
 
-def build_parts(segments: Segments, found: list[Printer | None]) -> Parts:
+def build_parts(segments: Segments, found: list[Printed | None]) -> Parts:
     """Compile every segment."""
-    make = [cuda.build if isinstance(p, TritonPrinter) else build for p in found]
+    make = [cuda.build if p is not None and p.functions else build for p in found]
     return Parts(segments, [None if p is None else m(p) for m, p in zip(make, found, strict=True)])
 
 

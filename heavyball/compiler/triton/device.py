@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from heavyball.compiler.cpp.printer import Printer
 from heavyball.compiler.cpp.toolchain import ToolchainError
+from heavyball.compiler.pipeline import Printed
 from heavyball.compiler.recent import Recent
-from heavyball.compiler.run.table import Kernel, Table, entry
-from heavyball.compiler.triton.arrays import Memory, TritonArrayPrinter
-from heavyball.compiler.triton.printer import CHUNK, DEVICES, WARPS, TritonPrinter
+from heavyball.compiler.run.table import Kernel, Table, described, entry
+from heavyball.compiler.triton.printer import CHUNK, DEVICES, WARPS
+from heavyball.compiler.triton.rows import Memory
 from heavyball.numerics import lasting
 from heavyball.runtime.rates import Pending, Together
 from heavyball.runtime.step import SCALAR, drive, share_of, take_given
@@ -74,37 +74,25 @@ def load(source: str) -> dict[str, Any]:
     return module
 
 
-def build(printer: Printer) -> Kernel:
-    """Load what a printer prints, and compile it for the present device.
+def build(printed: Printed) -> Kernel:
+    """Load a printed kernel, and compile it for the present device.
 
     Errors: ToolchainError if Triton is not there, or with its complaint.
     """
-    assert isinstance(printer, TritonPrinter)
-    source = printer.source()
-    key = (source, printer.names)
+    key = (printed.source, printed.names)
     kernel = _kernels.get(key)
     if kernel is None:
         try:
-            module = load(source)
-            passes = [module[name] for name in printer.functions]
+            module = load(printed.source)
+            passes = [module[name] for name in printed.functions]
             for run in passes:
                 kinds = [torch.int64, torch.int64, *[SCALAR] * 3, torch.int32]
                 run.warmup(*kinds, ALIGNED=True, grid=(1,), **OPTIONS)
         except Exception as error:  # whatever Triton's stages raise
             lines = str(error).strip().splitlines() or [""]
             raise ToolchainError(f"Triton: {type(error).__name__}: {lines[-1]}") from error
-        kernel = _kernels[key] = DeviceKernel(
-            tensors=printer.tensors,
-            numbers=printer.numbers,
-            hypers=printer.hypers,
-            totals=printer.totals,
-            values=len(printer.graph.values),
-            leading=len(printer.leading),
-            starts=printer.graph.starts,
-            parts=printer.parts,
-            run=passes,
-            memory=printer.memory if isinstance(printer, TritonArrayPrinter) else None,
-        )
+        kernel = DeviceKernel(**described(printed), run=passes, memory=printed.memory)
+        _kernels[key] = kernel
     return kernel
 
 

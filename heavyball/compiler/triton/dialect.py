@@ -39,6 +39,9 @@ class Triton(Dialect):
         text = repr(value) if value - value == 0 else f'float("{value}")'
         return f"tl.full([], {text}, {TYPES[dtype]})"
 
+    def cast(self, text: str, source: torch.dtype, target: torch.dtype) -> str:
+        return f"{text}.to({TYPES[target]})"
+
     def operation(self, e: Op, arguments: list[str]) -> str:
         if e.name in MIXED and e.type == torch.bool and len(set(map(_is_number, e.args))) > 1:
             ones = [

@@ -1,16 +1,26 @@
-"""Prints a graph as Triton: one kernel per pass over a table of tensors, one program per chunk."""
+"""Spells a kernel of the loop form as Triton: one launch per walk, one program per chunk."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 
-from heavyball.compiler.cpp.printer import PICKS, Printer, refuse_codes
-from heavyball.compiler.frontend.graph import Graph, Ref
 from heavyball.compiler.frontend.ops import NotPrintableError
-from heavyball.compiler.passes.stages import Pass
+from heavyball.compiler.frontend.symbols import Expr, Input, Var, variables
+from heavyball.compiler.passes.loops import (
+    Column,
+    Kernel,
+    Let,
+    Load,
+    Loop,
+    Read,
+    Reduce,
+    Statement,
+    Store,
+    Walk,
+)
 from heavyball.compiler.triton.dialect import TYPES, Triton
 from heavyball.compiler.triton.storage import CORRECTED, ROOTS
-from heavyball.state.held import CORRECTION, word_of
+from heavyball.compiler.triton.templates import KERNEL, PRELUDE
 
 # The types of device whose tensors go to Triton; its interpreter works on tensors of the CPU.
 DEVICES = {"cuda"}
@@ -18,540 +28,356 @@ DEVICES = {"cuda"}
 CHUNK, BLOCK, WARPS = 8192, 1024, 4
 # It walks through every k-th element in blocks of its own.
 SLICE = 128
-# A tile of a matrix is a block wide and has so many rows.
-HEIGHT = 64
 
-PRELUDE = '''\
-@triton.jit
-def divide(x, y):
-    """The quotient, correctly rounded: `/` of float32 is not."""
-    if x.dtype == tl.float64:
-        return x / y
-    else:
-        return tl.div_rn(x, y)
+PREFIXES = {"scalar": "c", "element": "v", "slice": "q"}
 
 
-@triton.jit
-def root(x):
-    if x.dtype == tl.float64:
-        return tl.sqrt(x)
-    else:
-        return tl.sqrt_rn(x)
+class TritonPrinter(Triton):
+    """Spells one kernel, as walks over flat memory.
 
-
-@triton.jit
-def remainder_of(x, y):
-    """With the sign of y, and exact, as torch's."""
-    rest = libdevice.fmod(x, y)
-    return tl.where((rest != 0) & ((rest < 0) != (y < 0)), rest + y, rest)
-
-
-@triton.jit
-def pointer(cell, KIND: tl.constexpr, ALIGNED: tl.constexpr):
-    """The tensor whose address is in a cell of the table."""
-    found = tl.load(cell).to(tl.pointer_type(KIND))
-    if ALIGNED:
-        found = tl.multiple_of(found, 16)
-    return found
-
-
-@triton.jit
-def mix(x):
-    """The same bits as heavyball/numerics/random.py."""
-    x = (x ^ (x >> 16)) * tl.full([], 0x85EBCA6B, tl.uint32)
-    x = (x ^ (x >> 13)) * tl.full([], 0xC2B2AE35, tl.uint32)
-    return x ^ (x >> 16)
-
-
-@triton.jit
-def step_key(stream, step):
-    word = step.to(tl.int64).to(tl.uint32) * tl.full([], 0x9E3779B1, tl.uint32)
-    return mix(stream.to(tl.uint32) + word)
-
-
-@triton.jit
-def round_at_random(x, key, index):
-    word = x.to(tl.uint32, bitcast=True)
-    bits = mix((index.to(tl.uint32) * tl.full([], 0x9E3779B1, tl.uint32)) ^ key) & 0xFFFF
-    finite = (word & 0x7F800000) != 0x7F800000
-    kept = tl.where(x != x, tl.full([], 0x7FC00000, tl.uint32), word)
-    top = tl.where(finite, word + bits, kept) >> 16
-    return top.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-
-
-@triton.jit
-def finite_half(x):
-    """float16, to nearest; a finite value stays finite."""
-    size = tl.abs(x)
-    over = (size > 65504.0) & (size <= 3.4028234663852886e38)
-    most = tl.full([], 65504.0, tl.float32)
-    return tl.where(over, tl.where(x < 0, 0.0 - most, most), x).to(tl.float16)
-
-
-@triton.jit
-def larger(x, y):
-    return tl.where(x < y, y, x)
-
-
-@triton.jit
-def add_up(parts, count, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """Sum what the chunks left behind, in an order that depends on their number alone."""
-    lane = tl.arange(0, BLOCK)
-    total = tl.full([BLOCK], 0.0, tl.float64)
-    for start in range(0, count, BLOCK):
-        here = lane < count - start
-        total += tl.load(parts + (start + lane) * STRIDE, here, other=0.0, cache_modifier=".cg")
-    return tl.sum(total, 0)
-
-
-@triton.jit
-def find_largest(parts, count, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
-    lane = tl.arange(0, BLOCK)
-    found = tl.full([BLOCK], float("-inf"), tl.float64)
-    for start in range(0, count, BLOCK):
-        here = lane < count - start
-        low = float("-inf")
-        part = tl.load(parts + (start + lane) * STRIDE, here, other=low, cache_modifier=".cg")
-        found = larger(found, part)
-    return tl.max(found, 0)
-'''
-
-# What programs share: a chunk is (row of the table, number within the tensor). A pass ends with the
-# last program of each tensor: it alone knows all partial sums, and that every other program has read
-# the numbers which it may now overwrite.
-KERNEL = """\
-@triton.jit
-def pass_{k}(table, chunks, hyper, scratch, parts, arrived, ALIGNED: tl.constexpr):
-    piece = tl.program_id(0).to(tl.int64)
-    index = tl.load(chunks + 2 * piece)
-    part = tl.load(chunks + 2 * piece + 1)
-    row = table + index * {columns}
-    size = tl.load(row)
-    kept = scratch + index * {slots}
-    group = hyper + tl.load(row + 1) * {width}
-{numbers}
-{pointers}
-{totals}
-    low = part * {chunk}
-    high = tl.minimum(low + {chunk}, size)
-    even = low + (high - low) // {block} * {block}
-    lane = tl.arange(0, {block})
-{slices}
-    for start in range(low, even, {block}):
-        {call}
-    if even < high:
-        {masked_call}
-{leave}
-    tl.debug_barrier()
-    pieces = (size + {chunk} - 1) // {chunk}
-    if tl.atomic_add(arrived + index, 1) == pieces - 1:
-        tl.store(arrived + index, 0)
-        first = parts + (piece - part) * {parts}
-{finish}
-"""
-
-
-class TritonPrinter(Printer):
-    """Prints one graph for tensors of given dtypes, as walks over flat memory.
-
-    Errors: NotPrintableError for a tensor of another dtype.
+    Errors: NotPrintableError for a tensor of another dtype, and for 8-bit codes.
     """
 
-    dialect = Triton()
     lanes = "lane"  # the elements of a block, counted from where it begins
 
-    def __init__(
-        self,
-        graph: Graph,
-        dtypes: dict[str, torch.dtype],
-        compute: torch.dtype,
-        random: bool = False,
-        roots: frozenset[str] = frozenset(),
-    ):
-        super().__init__(graph, dtypes, compute, random, roots)
-        self.type = TYPES[compute]
-        refuse_codes(self, "on CUDA")
-        for name in self.tensors:
-            if dtypes[name] not in TYPES:
-                raise NotPrintableError(f"a tensor of {dtypes[name]}")
-        self.parts = max([len(p.reductions) for p in self.plan.passes] + [1])
+    def __init__(self, kernel: Kernel):
+        self.kernel = kernel
+        self.type = TYPES[kernel.compute]
+        for c in kernel.tensors:
+            if c.scale is not None:
+                raise NotPrintableError(f"8-bit state ({c.name}) on CUDA")
+            if c.dtype not in TYPES:
+                raise NotPrintableError(f"a tensor of {c.dtype}")
         self.bound = self._bound()
 
     def source(self) -> str:
         """The whole module; its names `triton`, `tl` and `libdevice` come from whoever loads it."""
-        passes = [
-            self._slice_block(k, p) + self._block(k, p) + self._kernel(k, p)
-            for k, p in enumerate(self.plan.passes)
+        walks = [
+            self._slice_block(k, w) + self._block(k, w) + self._kernel(k, w)
+            for k, w in enumerate(self.kernel.walks)
         ]
-        return "\n\n".join([PRELUDE, *self._formats(), *passes])
+        return "\n\n".join([PRELUDE, *self._formats(), *walks])
 
     def _formats(self) -> list[str]:
-        corrected = any(name.endswith(CORRECTION) for name in self.tensors)
-        found = {CORRECTED: corrected, ROOTS: bool(self.roots)}
-        return [text for text, needed in found.items() if needed]
+        columns = self.kernel.tensors
+        corrected, roots = any(c.correction for c in columns), any(c.is_root for c in columns)
+        return [text for text, wanted in ((CORRECTED, corrected), (ROOTS, roots)) if wanted]
 
     @property
     def functions(self) -> list[str]:
         """The kernels in the order in which they run."""
-        return [f"pass_{k}" for k in range(len(self.plan.passes))]
+        return [f"pass_{k}" for k in range(len(self.kernel.walks))]
 
-    def _sums(self, planned: Pass) -> list[int]:
-        """The sums over elements that a pass leaves behind."""
-        return [i for i in planned.reductions if self._level_of_terms(i) == "element"]
-
-    def _slice_sums(self, planned: Pass) -> list[int]:
-        """The sums over every k-th element."""
-        return [i for i in planned.reductions if self._level_of_terms(i) == "slice"]
-
-    def _level_of_terms(self, reduction: int) -> str:
-        values = self.graph.values
-        return values[values[reduction].args[0].index].level
-
-    def _left(self, planned: Pass) -> list[int]:
-        """All sums of which every program of a pass leaves its part behind, in that order."""
-        return self._sums(planned) + self._slice_sums(planned)
+    def _column(self, name: str) -> int:
+        return self.kernel.columns.index(name)
 
     # ---- numbers per tensor
 
-    def _bound(self) -> list[set[int]]:
-        """For each pass, the numbers per tensor that its programs know without reading scratch."""
-        passes = self.plan.passes
-        ends = [*(p.scalars for p in passes[1:]), self.plan.final]
-        known = [
-            {*planned.reductions, *end, *(planned.scalars if k == 0 else ())}
-            for k, (planned, end) in enumerate(zip(passes, ends, strict=True))
-        ]
+    def _bound(self) -> list[set[Var]]:
+        """For each walk, the numbers per tensor that its programs know without reading scratch."""
+        known = []
+        for k, walk in enumerate(self.kernel.walks):
+            lets = [*self._end(k), *(walk.numbers if k == 0 else ())]
+            known.append({s.var for s in (*walk.sums, *lets)})
         return known
 
-    def _end(self, k: int) -> list[int]:
-        """The numbers that can be computed once pass k is over."""
-        later = self.plan.passes[k + 1 :]
-        return later[0].scalars if later else self.plan.final
+    def _end(self, k: int) -> list[Let]:
+        """The numbers that can be computed once walk k is over."""
+        later = self.kernel.walks[k + 1 :]
+        return later[0].numbers if later else self.kernel.final
 
-    def _needs(self, nodes: Iterable[int]) -> set[int]:
-        """The numbers that these nodes are computed from."""
-        values = self.graph.values
-        read = {a.index for i in nodes for a in values[i].args if isinstance(a, Ref)}
-        return {i for i in read if values[i].level == "scalar"}
+    @staticmethod
+    def _needs(lets: Iterable[Let]) -> set[Var]:
+        """The numbers that others are computed from."""
+        return {v for let in lets for v in variables(let.expr)}
 
-    def _walk_needs(self, planned: Pass) -> set[int]:
-        """The numbers that the elements of a pass need."""
-        read = self._body(planned)[1] | self._slice_body(planned)[1]
-        if self._rounded({**planned.stores, **planned.slice_stores}):
-            read.add(self.graph.counted)
-        return self._scalars_of(read)
+    def _loop_needs(self, loops: Iterable[Loop]) -> set[Var]:
+        """The numbers that loops need, in float64."""
+        loops = list(loops)
+        found = {self._wide(v) for loop in loops for v in loop.numbers}
+        if any(loop.random for loop in loops):
+            found.add(self.kernel.counted)  # type: ignore[arg-type]
+        return found
 
-    def _scalars_of(self, nodes: set[int]) -> set[int]:
-        return {i for i in nodes if self.graph.values[i].level == "scalar"}
+    @staticmethod
+    def _wide(v: Var) -> Var:
+        return v if v.type == torch.bool else Var(v.index, torch.float64, v.level)
 
-    def _rounded(self, stores: Iterable[str]) -> list[str]:
-        """The tensors among those to write that are rounded stochastically."""
-        return [name for name in stores if self._is_random(name)]
-
-    def _keys_of(self, stores: Iterable[str]) -> list[str]:
-        return [f"key{self.tensors.index(name)}" for name in self._rounded(stores)]
-
-    def _key_lines(self, names: Iterable[str]) -> list[str]:
-        """The words from which tensors that are rounded take their bits."""
-        place = self.columns.index("stream")
-        lines = []
-        for name in filter(self._is_random, names):
-            stream = f"tl.load(row + {place}) ^ {word_of(name)}"
-            lines.append(
-                f"key{self.tensors.index(name)} = step_key({stream}, x{self.graph.counted})"
-            )
-        return lines
-
-    def _end_needs(self, k: int) -> set[int]:
-        last = k == len(self.plan.passes) - 1
-        written = set(self.plan.numbers.values()) if last else set[int]()
+    def _end_needs(self, k: int) -> set[Var]:
+        last = k == len(self.kernel.walks) - 1
+        written = set(self.kernel.written.values()) if last else set[Var]()
         return self._needs(self._end(k)) | written
 
-    def _wanted_after(self, k: int) -> set[int]:
-        """The numbers that programs of later passes have to read."""
-        wanted: set[int] = set()
-        for later in range(k + 1, len(self.plan.passes)):
-            needs = self._walk_needs(self.plan.passes[later]) | self._end_needs(later)
+    def _wanted_after(self, k: int) -> set[Var]:
+        """The numbers that programs of later walks have to read."""
+        wanted: set[Var] = set()
+        for later, walk in enumerate(self.kernel.walks[k + 1 :], start=k + 1):
+            needs = self._loop_needs(walk.loops) | self._end_needs(later)
             wanted |= needs - self.bound[later]
         return wanted
 
-    def _number_text(self, i: int) -> str:
-        """One number per tensor as an expression, in float64."""
-        v = self.graph.values[i]
-        if v.op == "number":
-            column = self.columns.index(v.args[0])
-            text = f"tl.load(pointer(row + {column}, tl.float64, False))"
-            return f"{text} != 0" if v.kind == "bool" else text
-        if v.op == "hyper":
-            return f"tl.load(group + {self.hypers.index(v.args)})"
-        if v.op == "total":
-            return f"tl.load(group + {len(self.hypers) + self.totals.index(v.args[0])})"
-        if v.op == "numel":
-            return "size.to(tl.float64)"
-        if v.op == "slices":
-            return f"{self._end_of_slice('size')}.to(tl.float64)"
-        if v.op == "const":
-            text = self.dialect.literal(v.args[0], torch.float64)
-            return f"{text} != 0" if v.kind == "bool" else text
-        names = {j: f"x{j}" for j in range(len(self.graph.values))}
-        return self._expression(v, names, torch.float64)
+    @staticmethod
+    def number(v: Var) -> str:
+        """A number per tensor among its like, in float64."""
+        return f"x{v.index}"
 
-    def _fetch(self, indices: Iterable[int]) -> list[str]:
-        """Read numbers that the last program of an earlier pass kept."""
+    def lets(self, numbers: Iterable[Let]) -> list[str]:
+        """The statements that compute numbers."""
+        return [f"x{let.var.index} = {self._number(let)}" for let in numbers]
+
+    def _number(self, let: Let) -> str:
+        if not isinstance(let.expr, Input):
+            return self.text(let.expr, self.number)
+        text = self._input(let.expr)
+        is_bool = let.var.type == torch.bool
+        return f"{text} != 0" if is_bool and let.expr.name == "number" else text
+
+    def _input(self, e: Input) -> str:
+        if e.name == "number":
+            return f"tl.load(pointer(row + {self._column(e.args[0])}, tl.float64, False))"
+        if e.name == "hyper":
+            return f"tl.load(group + {self.kernel.hypers.index(e.args)})"
+        if e.name == "total":
+            place = len(self.kernel.hypers) + self.kernel.totals.index(e.args[0])
+            return f"tl.load(group + {place})"
+        return f"{self._end_of_slice('size') if e.name == 'slices' else 'size'}.to(tl.float64)"
+
+    @staticmethod
+    def fetch(numbers: Iterable[Var]) -> list[str]:
+        """Read numbers that an earlier kernel kept."""
         lines = []
-        for i in sorted(indices):
-            test = " != 0" if self.graph.values[i].kind == "bool" else ""
-            lines.append(f"x{i} = tl.load(kept + {i}){test}")
+        for v in sorted(numbers, key=lambda v: v.index):
+            test = " != 0" if v.type == torch.bool else ""
+            lines.append(f"x{v.index} = tl.load(kept + {v.index}){test}")
         return lines
 
-    # ---- elements
+    def keep(self, v: Var) -> str:
+        """Write a number where later kernels read it."""
+        return f"tl.store(kept + {v.index}, {self.text(v.to(torch.float64), self.number)})"
 
-    def _body(self, planned: Pass) -> tuple[list[str], set[int]]:
-        """The statements for one block, and the values that they read."""
-        names, used = self._names(), set[int]()
-        lines = [self._read_block(i, name) for i, name in planned.reloads.items()]
-        for i in planned.elements:
-            v = self.graph.values[i]
-            if v.op == "load":
-                lines.append(self._read_block(i, v.args[0]))
-            else:
-                used |= {a.index for a in v.args if isinstance(a, Ref)}
-                lines.append(f"v{i} = {self._expression(v, names, self.compute)}")
-        for i in self._sums(planned):
-            used.add(self.graph.values[i].args[0].index)
-            lines += self._accumulation(i, names)
-        for name, i in planned.stores.items():
-            used.add(i)
-            lines.append(self._write_block(name, i, names))
-        return lines, used
+    def constants(self, numbers: Iterable[Var]) -> list[str]:
+        """Numbers as the elements see them."""
+        lines = []
+        for v in sorted(numbers, key=lambda v: v.index):
+            change = "" if v.type == torch.bool else f".to({self.type})"
+            lines.append(f"c{v.index} = x{v.index}{change}")
+        return lines
 
-    def _read_block(self, i: int, name: str) -> str:
-        return f"v{i} = {self._read(name, self._local, 'lane')}"
+    def keys(self, loops: Iterable[Loop]) -> list[str]:
+        """The words from which tensors that are rounded take their bits."""
+        place, lines = self._column("stream"), []
+        for c in (c for loop in loops for c in loop.random):
+            stream = f"tl.load(row + {place}) ^ {c.word}"
+            step = self.kernel.counted.index  # type: ignore[union-attr]
+            lines.append(f"key{c.number} = step_key({stream}, x{step})")
+        return lines
 
-    def _read(self, name: str, pointer: Callable[[str], str], lane: str) -> str:
+    def write_numbers(self) -> list[str]:
+        """The states that are numbers."""
+        return [
+            f"tl.store(pointer(row + {self._column(name)}, tl.float64, False), x{v.index})  # {name}"
+            for name, v in self.kernel.written.items()
+        ]
+
+    # ---- statements
+
+    @staticmethod
+    def name(v: Var) -> str:
+        """How a loop calls a value."""
+        return f"{PREFIXES.get(v.level, 'w')}{v.index}"
+
+    def expr(self, e: Expr) -> str:
+        """An expression within a loop."""
+        return self.text(e, self.name)
+
+    def statements(self, s: Statement, at: str, number: str) -> list[str]:
+        """A statement of a loop for a block of elements, which lie at `at` and have this number."""
+        if isinstance(s, Load):
+            place = at if s.step == 1 else f"{at} * {s.step}"
+            return [f"{self.name(s.var)} = {self._value(s.column, place)}"]
+        if isinstance(s, Reduce):
+            return self._reduced(s)
+        if isinstance(s, Store):
+            return self._stored(s.column, self.expr(s.expr), at, number)
+        assert not isinstance(s, Read)
+        return [f"{self.name(s.var)} = {self.expr(s.expr)}"]  # type: ignore[union-attr]
+
+    def _value(self, c: Column, at: str) -> str:
         """Values as the mathematics sees them, however they are kept."""
-        text = f"tl.load({pointer(name)} + {lane}, mask)"
-        if name + CORRECTION in self.dtypes:
-            rest = f"tl.load({pointer(name + CORRECTION)} + {lane}, mask)"
-            text = f"corrected({text}, {rest})"
-        if name in self.roots:
+        text = f"tl.load(t{c.number} + {at}, mask)"
+        if c.correction is not None:
+            text = f"corrected({text}, tl.load(t{c.correction.number} + {at}, mask))"
+        if c.is_root:
             text = f"squared({text}.to(tl.float32))"
         return f"{text}.to({self.type})"
 
-    def _write_block(self, name: str, i: int, names: dict[int, str]) -> str:
-        value = names[i]
-        if self.graph.values[i].kind == "bool":
-            value = f"({_as_number(value, self.type)})"
-        return "\n    ".join(self._write(name, value, self._local, "lane", "begin + lane"))
-
-    def _write(
-        self, name: str, value: str, pointer: Callable[[str], str], lane: str, index: str
-    ) -> list[str]:
-        """Store values; `index` is the number of the element, from which its random bits come."""
-        kind, target = TYPES[self.dtypes[name]], f"{pointer(name)} + {lane}"
-        narrow, is_root = kind in ("tl.bfloat16", "tl.float16"), name in self.roots
-        if self.type == "tl.float64" and narrow:
+    def _stored(self, c: Column, value: str, at: str, number: str) -> list[str]:
+        """Store values; `number` is that of the element, from which its random bits come."""
+        kind, target = TYPES[c.dtype], f"t{c.number} + {at}"
+        if self.type == "tl.float64" and kind in ("tl.bfloat16", "tl.float16"):
             value += ".to(tl.float32)"
-        if name + CORRECTION in self.dtypes:
-            rest = TYPES[self.dtypes[name + CORRECTION]]
-            value = f"root32({value})" if is_root else value
-            n, companion = self.tensors.index(name), f"{pointer(name + CORRECTION)} + {lane}"
+        if c.correction is not None:
+            value = f"root32({value})" if c.is_root else value
+            n, rest = c.number, TYPES[c.correction.dtype]
             return [
                 f"kept{n} = nearest_finite({value}, {kind})",
                 f"tl.store({target}, kept{n}, mask)",
-                f"tl.store({companion}, rest_of({value}, kept{n}, {rest}), mask)",
+                f"tl.store(t{c.correction.number} + {at}, rest_of({value}, kept{n}, {rest}), mask)",
             ]
-        if self._is_random(name):
-            key = f"key{self.tensors.index(name)}"
-            return [f"tl.store({target}, round_at_random({value}, {key}, {index}), mask)"]
-        if kind == "tl.float16":
-            value = f"raised_root({value})" if is_root else value
-            return [f"tl.store({target}, finite_half({value}), mask)"]
-        return [f"tl.store({target}, {value}.to({kind}), mask)"]
+        if c.word is not None:
+            value = f"round_at_random({value}, key{c.number}, {number})"
+        elif kind == "tl.float16":
+            value = f"finite_half({f'raised_root({value})' if c.is_root else value})"
+        else:
+            value = f"{value}.to({kind})"
+        return [f"tl.store({target}, {value}, mask)"]
 
-    def _accumulation(self, i: int, names: dict[int, str]) -> list[str]:
-        source = self.graph.values[i].args[0].index
-        is_max, value = self.graph.values[i].op == "amax", self.graph.values[source]
-        term = f"{names[source]}.to(tl.float64)"
-        lines = []
-        if value.op == "square" and not is_max:
-            # squared in float64, or the sum could overflow where the elements do not
-            base = names[value.args[0].index]
-            lines.append(f"a{i} = {base}.to(tl.float64)")
-            term = f"a{i} * a{i}"
-        lines.append(f"a{i} = {term}")
-        rest = 'float("-inf")' if is_max else "0.0"
-        lines += ["if mask is not None:", f"    a{i} = tl.where(mask, a{i}, {rest})"]
-        return [*lines, f"r{i} = larger(r{i}, a{i})" if is_max else f"r{i} += a{i}"]
+    def _reduced(self, s: Reduce) -> list[str]:
+        i = s.var.index
+        rest = 'float("-inf")' if s.how == "max" else "0.0"
+        lines = [f"a{i} = {self.expr(s.expr.to(torch.float64))}", "if mask is not None:"]
+        lines.append(f"    a{i} = tl.where(mask, a{i}, {rest})")
+        return [*lines, f"r{i} = larger(r{i}, a{i})" if s.how == "max" else f"r{i} += a{i}"]
 
-    def _touched(self, planned: Pass) -> list[int]:
-        return self._places({*planned.loads, *planned.reloads.values(), *planned.stores})
+    # ---- blocks
 
-    def _places(self, names: set[str]) -> list[int]:
-        return sorted(self.tensors.index(name) for name in self._with_companions(names))
+    def _given(self, loop: Loop) -> list[str]:
+        """What a block of a loop is given besides its lanes: keys, tensors, numbers, sums so far."""
+        return [
+            *(f"key{c.number}" for c in loop.random),
+            *(f"t{c.number}" for c in loop.columns),
+            *(f"c{v.index}" for v in loop.numbers),
+            *(self.name(v) for v in loop.arrays),
+            *(f"r{s.var.index}" for s in loop.sums),
+        ]
 
-    def _signature(self, planned: Pass) -> list[str]:
-        """What a block is given besides its lanes: numbers, sums so far."""
-        numbers = [f"c{i}" for i in sorted(self._scalars_of(self._body(planned)[1]))]
-        return [*numbers, *(f"r{i}" for i in self._sums(planned))]
+    def _function(self, name: str, head: list[str], loop: Loop, number: str) -> str:
+        body = [s for s in loop.body if not isinstance(s, Read)]
+        lines = [line for s in body for line in self.statements(s, "lane", number)]
+        if loop.sums:
+            lines.append("return " + ", ".join(f"r{s.var.index}" for s in loop.sums))
+        arguments = ", ".join([*head, *self._given(loop)])
+        return f"@triton.jit\ndef {name}({arguments}):\n{indented(lines or ['pass'], 1)}\n\n\n"
 
-    def _block(self, k: int, planned: Pass) -> str:
-        tensors = [f"t{n}" for n in self._touched(planned)]
-        keys = self._keys_of(planned.stores)
-        rounding = ["begin", *keys] if keys else []
-        arguments = ", ".join(["lane", "mask", *rounding, *tensors, *self._signature(planned)])
-        lines = self._body(planned)[0]
-        if self._sums(planned):
-            lines.append("return " + ", ".join(f"r{i}" for i in self._sums(planned)))
-        body = _indented(lines or ["pass"], 1)
-        return f"@triton.jit\ndef block_{k}({arguments}):\n{body}\n\n\n"
+    def _block(self, k: int, walk: Walk) -> str:
+        loop = walk.elements
+        begin = ["begin"] if loop.random else []
+        return self._function(f"block_{k}", ["lane", "mask", *begin], loop, "begin + lane")
 
-    def _call(self, k: int, planned: Pass, start: str, mask: str) -> str:
-        tensors = [f"t{n} + {start}" for n in self._touched(planned)]
-        keys = self._keys_of(planned.stores)
-        rounding = [start, *keys] if keys else []
-        arguments = [self.lanes, mask, *rounding, *tensors, *self._signature(planned)]
-        call = f"block_{k}({', '.join(arguments)})"
-        results = ", ".join(f"r{i}" for i in self._sums(planned))
+    def call(self, k: int, walk: Walk, start: str, mask: str) -> str:
+        """The block of elements that begins at `start`."""
+        loop = walk.elements
+        begin = [start] if loop.random else []
+        given = [f"{a} + {start}" if a[0] == "t" else a for a in self._given(loop)]
+        call = f"block_{k}({', '.join([self.lanes, mask, *begin, *given])})"
+        return self._assigned(loop, call)
+
+    @staticmethod
+    def _assigned(loop: Loop, call: str) -> str:
+        results = ", ".join(f"r{s.var.index}" for s in loop.sums)
         return f"{results} = {call}" if results else call
 
     # ---- every k-th element
 
     def _end_of_slice(self, end: str) -> str:
         """How many of the slice's elements lie before an element."""
-        every = self.graph.every
+        every = self.kernel.every
         return f"(({end} + {every - 1}) // {every})"  # type: ignore[operator]
 
-    def _slice_body(self, planned: Pass) -> tuple[list[str], set[int]]:
-        """The statements for a block of a slice, whose `lane` counts within the slice."""
-        names, used, lines = self._names(), set[int](), list[str]()
-        for i in planned.slices:
-            v = self.graph.values[i]
-            if v.op in PICKS:
-                place = "lane" if v.op == "load" else f"lane * {self.graph.every}"
-                lines.append(f"{names[i]} = {self._read(v.args[0], self._local, place)}")
-            else:
-                used |= {a.index for a in v.args if isinstance(a, Ref)}
-                lines.append(f"{names[i]} = {self._expression(v, names, self.compute)}")
-        for i in self._slice_sums(planned):
-            used.add(self.graph.values[i].args[0].index)
-            lines += self._accumulation(i, names)
-        for name, i in planned.slice_stores.items():
-            used.add(i)
-            lines += self._write(name, names[i], self._local, "lane", "lane")
-        return lines, used
-
-    def _slice_touched(self, planned: Pass) -> list[int]:
-        values = (self.graph.values[i] for i in planned.slices)
-        return self._places({*planned.slice_stores, *(v.args[0] for v in values if v.op in PICKS)})
-
-    def _slice_arguments(self, planned: Pass) -> list[str]:
-        numbers = sorted(self._scalars_of(self._slice_body(planned)[1]))
-        return [
-            *self._keys_of(planned.slice_stores),
-            *(f"t{n}" for n in self._slice_touched(planned)),
-            *(f"c{i}" for i in numbers),
-            *(f"r{i}" for i in self._slice_sums(planned)),
-        ]
-
-    def _slice_block(self, k: int, planned: Pass) -> str:
-        if not planned.slices:
+    def _slice_block(self, k: int, walk: Walk) -> str:
+        if walk.slices is None:
             return ""
-        arguments = ", ".join(["lane", "mask", *self._slice_arguments(planned)])
-        lines = self._slice_body(planned)[0]
-        if self._slice_sums(planned):
-            lines.append("return " + ", ".join(f"r{i}" for i in self._slice_sums(planned)))
-        return f"@triton.jit\ndef slice_{k}({arguments}):\n{_indented(lines, 1)}\n\n\n"
+        return self._function(f"slice_{k}", ["lane", "mask"], walk.slices, "lane")
 
-    def _walk_slice(self, k: int, planned: Pass, first: str, end: str) -> list[str]:
+    def walk_slice(self, k: int, loop: Loop, first: str, end: str) -> list[str]:
         """The walk over a slice, before that over all elements, which may write what it looks at."""
-        arguments = ["spot", "spot < end", *self._slice_arguments(planned)]
-        call = f"slice_{k}({', '.join(arguments)})"
-        results = ", ".join(f"r{i}" for i in self._slice_sums(planned))
+        call = f"slice_{k}({', '.join(['spot', 'spot < end', *self._given(loop)])})"
         return [
             f"end = {end}",
             f"for place in range({first}, end, {SLICE}):",
             f"    spot = place + tl.arange(0, {SLICE})",
-            f"    {results} = {call}" if results else f"    {call}",
+            f"    {self._assigned(loop, call)}",
             "tl.debug_barrier()",
         ]
 
     # ---- kernels
 
-    def _kernel(self, k: int, planned: Pass) -> str:
-        touched = sorted({*self._touched(planned), *self._slice_touched(planned)})
+    def _kernel(self, k: int, walk: Walk) -> str:
         slices = list[str]()
-        if planned.slices:
+        if walk.slices is not None:
             low, high = map(self._end_of_slice, ("low", "high"))
-            slices = self._walk_slice(k, planned, low, high)
+            slices = self.walk_slice(k, walk.slices, low, high)
+        parts = self.kernel.parts
         return KERNEL.format(
             k=k,
-            columns=len(self.columns),
-            slots=len(self.graph.values),
-            width=len(self.hypers) + len(self.totals),
-            parts=self.parts,
+            columns=len(self.kernel.columns),
+            slots=self.kernel.slots,
+            width=len(self.kernel.hypers) + len(self.kernel.totals),
+            parts=parts,
             chunk=CHUNK,
             block=BLOCK,
-            numbers=_indented(self._begin(k, planned), 1),
-            pointers=_indented([self._pointer(n) for n in touched], 1),
-            totals=_indented([self._zero(i) for i in self._left(planned)], 1),
-            slices=_indented(slices, 1),
-            call=self._call(k, planned, "start", "None"),
-            masked_call=self._call(k, planned, "even", "lane < high - even"),
-            leave=_indented([self._leave(n, i) for n, i in enumerate(self._left(planned))], 1),
-            finish=_indented(self._finish(k, planned), 2),
+            numbers=indented(self._begin(k, walk), 1),
+            pointers=indented(self.pointers(walk.loops), 1),
+            totals=indented([self.zero(walk, s) for s in walk.sums], 1),
+            slices=indented(slices, 1),
+            call=self.call(k, walk, "start", "None"),
+            masked_call=self.call(k, walk, "even", "lane < high - even"),
+            leave=indented(
+                [
+                    f"tl.store(parts + piece * {parts} + {n}, {self.total(s)})"
+                    for n, s in enumerate(walk.sums)
+                ],
+                1,
+            ),
+            finish=indented(self._finish(k, walk), 2),
         )
 
-    def _begin(self, k: int, planned: Pass) -> list[str]:
-        """Numbers per tensor that every program of a pass needs, computed or read."""
-        needs = self._walk_needs(planned)
-        if k == 0:
-            lines = [f"x{i} = {self._number_text(i)}" for i in planned.scalars]
-        else:
-            lines = self._fetch(needs)
-        for i in sorted(needs):
-            is_bool = self.graph.values[i].kind == "bool"
-            lines.append(f"c{i} = x{i}" + ("" if is_bool else f".to({self.type})"))
-        return lines + self._key_lines({**planned.stores, **planned.slice_stores})
+    def _begin(self, k: int, walk: Walk) -> list[str]:
+        """Numbers per tensor that every program of a walk needs, computed or read."""
+        needs = self._loop_needs(walk.loops)
+        lines = self.lets(walk.numbers) if k == 0 else self.fetch(needs)
+        return [*lines, *self.constants(needs), *self.keys(walk.loops)]
 
-    def _pointer(self, n: int) -> str:
-        name = self.tensors[n]
-        cell = f"row + {self.columns.index(name)}"
-        return f"t{n} = pointer({cell}, {TYPES[self.dtypes[name]]}, ALIGNED)  # {name}"
+    def pointers(self, loops: Iterable[Loop], aligned: str = "ALIGNED") -> list[str]:
+        """The tensors that loops touch."""
+        columns = {c for loop in loops for c in loop.columns}
+        return [
+            f"t{c.number} = pointer(row + {self._column(c.name)}, {TYPES[c.dtype]}, {aligned})"
+            f"  # {c.name}"
+            for c in sorted(columns, key=lambda c: c.number)
+        ]
 
-    def _zero(self, i: int) -> str:
-        start = 'float("-inf")' if self.graph.values[i].op == "amax" else "0.0"
-        width = SLICE if self._level_of_terms(i) == "slice" else BLOCK
-        return f"r{i} = tl.full([{width}], {start}, tl.float64)"
+    def zero(self, walk: Walk, s: Reduce) -> str:
+        """Where a sum begins."""
+        start = 'float("-inf")' if s.how == "max" else "0.0"
+        width = SLICE if walk.slices and s in walk.slices.body else BLOCK
+        return f"r{s.var.index} = tl.full([{width}], {start}, tl.float64)"
 
-    def _leave(self, n: int, i: int) -> str:
-        over = "max" if self.graph.values[i].op == "amax" else "sum"
-        return f"tl.store(parts + piece * {self.parts} + {n}, tl.{over}(r{i}, 0))"
+    @staticmethod
+    def total(s: Reduce) -> str:
+        """What a program leaves behind of a sum."""
+        return f"tl.{'max' if s.how == 'max' else 'sum'}(r{s.var.index}, 0)"
 
-    def _finish(self, k: int, planned: Pass) -> list[str]:
+    @staticmethod
+    def joined(s: Reduce, first: str, count: str, stride: int) -> str:
+        """Add up what the programs of a tensor left behind."""
+        over = "find_largest" if s.how == "max" else "add_up"
+        return f"x{s.var.index} = {over}({first}, {count}, {stride}, 128)"
+
+    def _finish(self, k: int, walk: Walk) -> list[str]:
         """What the last program of a tensor does: sums, what follows from them, what is kept."""
-        lines = []
-        for n, i in enumerate(self._left(planned)):
-            over = "find_largest" if self.graph.values[i].op == "amax" else "add_up"
-            lines.append(f"x{i} = {over}(first + {n}, pieces, {self.parts}, 128)")
-        here = self.bound[k] | (self._walk_needs(planned) if k else set())
-        lines += self._fetch(self._end_needs(k) - here)
-        lines += [f"x{i} = {self._number_text(i)}" for i in self._end(k)]
-        for i in sorted(self._wanted_after(k) & self.bound[k]):
-            value = f"x{i}"
-            if self.graph.values[i].kind == "bool":
-                value = _as_number(value, "tl.float64")
-            lines.append(f"tl.store(kept + {i}, {value})")
-        if k == len(self.plan.passes) - 1:
-            for name, i in self.plan.numbers.items():
-                cell = f"pointer(row + {self.columns.index(name)}, tl.float64, False)"
-                lines.append(f"tl.store({cell}, x{i})  # {name}")
-        return lines
+        lines = [
+            self.joined(s, f"first + {n}", "pieces", self.kernel.parts)
+            for n, s in enumerate(walk.sums)
+        ]
+        here = self.bound[k] | (self._loop_needs(walk.loops) if k else set())
+        lines += self.fetch(self._end_needs(k) - here)
+        lines += self.lets(self._end(k))
+        kept = self._wanted_after(k) & self.bound[k]
+        lines += [self.keep(v) for v in sorted(kept, key=lambda v: v.index)]
+        last = k == len(self.kernel.walks) - 1
+        return [*lines, *(self.write_numbers() if last else ())]
 
 
-def _indented(lines: list[str], depth: int) -> str:
+def indented(lines: Iterable[str], depth: int) -> str:
     return "\n".join("    " * depth + line for line in lines)
-
-
-def _as_number(name: str, type_: str) -> str:
-    return f"tl.where({name}, tl.full([], 1.0, {type_}), tl.full([], 0.0, {type_}))"

@@ -1,0 +1,71 @@
+"""From a recorded graph to the source of its kernel: simplify, schedule, lower, check, print."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from heavyball.compiler.cpp.printer import CppPrinter
+from heavyball.compiler.cpp.rows import RowPrinter
+from heavyball.compiler.frontend.graph import Graph
+from heavyball.compiler.passes.loops import Kernel, verify
+from heavyball.compiler.passes.lower import lower
+from heavyball.compiler.passes.stages import schedule
+from heavyball.compiler.triton.printer import DEVICES, TritonPrinter
+from heavyball.compiler.triton.rows import Memory, TritonRowPrinter
+from heavyball.state.declare import Holds
+from heavyball.state.held import is_root
+
+
+class Printer(Protocol):
+    """Spells one kernel in a language."""
+
+    def source(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Printed:
+    """A kernel of the loop form, and its source.
+
+    functions: the names of the device's kernels in the order in which they run, none on the CPU. memory:
+    what a tensor needs there besides its own, where values belong to some of the axes.
+    """
+
+    kernel: Kernel
+    source: str
+    functions: tuple[str, ...] = ()
+    memory: Memory | None = None
+
+    @property
+    def names(self) -> tuple:
+        """What the columns and the numbers of a table are, which the source does not say."""
+        k = self.kernel
+        return (*map(tuple, (k.columns, k.numbers, k.hypers, k.totals)), k.starts)
+
+
+def print_kernel(
+    graph: Graph,
+    dtypes: Mapping[str, torch.dtype],
+    compute: torch.dtype,
+    holds: Callable[[str], Holds | None],
+    random: bool,
+    device: torch.device,
+) -> Printed:
+    """Print a simplified graph for tensors of these dtypes on a device.
+
+    holds: what a state holds. random: whether bfloat16 and codes are rounded stochastically.
+
+    Errors: NotPrintableError with the reason.
+    """
+    on_device, flat = device.type in DEVICES, graph.starts is None
+    roots = frozenset(name for name in graph.tensors if is_root(dtypes[name], holds(name)))
+    # programs that walk over rows divide a slice among them: it is read before others write
+    plan = schedule(graph, dtypes, compute, slices_wait=flat or not on_device)
+    kernel = lower(graph, plan, dtypes, compute, random, roots, late=not on_device)
+    verify(kernel)
+    if not on_device:
+        return Printed(kernel, (CppPrinter if flat else RowPrinter)(kernel).source())
+    printer = (TritonPrinter if flat else TritonRowPrinter)(kernel)
+    memory = printer.memory if isinstance(printer, TritonRowPrinter) else None
+    return Printed(kernel, printer.source(), tuple(printer.functions), memory)

@@ -1,0 +1,92 @@
+"""Runs a table's kernel one walk at a time, for sums that others must complete between two walks."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from heavyball.compiler.passes.loops import Reduce
+from heavyball.compiler.run.table import Table, threads
+
+
+@dataclass(frozen=True)
+class Left:
+    """A sum that a walk has left behind, for each tensor of the table.
+
+    how: "add" and "count" are added up over the parts of a tensor, of "max" the largest is taken.
+    values: one number for each tensor, in the order of the rows; where the sum is one for each place
+    along some axes, a list of arrays. What is written into them is what the next walk reads.
+    """
+
+    how: Literal["add", "count", "max"]
+    values: Tensor | list[Tensor]
+
+
+class Stages:
+    """The walks of a table's kernel on the CPU, whose numbers are in `numbers`, a row for each tensor.
+
+    `run(0, hyper)` to `run(len(stages), hyper)`, in this order, make one step of the table; the last
+    computes what comes behind the walks and writes the states that are numbers. Between two calls `left`
+    has what the walk has summed up.
+    """
+
+    def __init__(self, table: Table):
+        self.table, kernel = table, table.kernel
+        self.form, rows = kernel.form, table.rows
+        self.numbers = torch.zeros(len(rows), kernel.values, dtype=torch.float64, device="cpu")
+        fixed: Tensor = table.fixed  # type: ignore[assignment]
+        sizes = [kernel.kept(fixed[i].data_ptr()) for i in range(len(rows))]
+        self.arrays = [torch.zeros(n, dtype=self.form.compute, device="cpu") for n in sizes]
+        places = [array.data_ptr() for array in self.arrays]
+        self._memory = torch.tensor(places, dtype=torch.int64, device="cpu")
+
+    def __len__(self) -> int:
+        return len(self.form.walks)
+
+    def run(self, k: int, hyper: Tensor) -> None:
+        """Run walk k; `hyper` is what `hyper_values` gives."""
+        address, small, large, chunks, batches, count, values, _, parts = self.table.arguments(
+            hyper
+        )
+        used = threads(self.table.elements)
+        given = (
+            address,
+            small,
+            large,
+            chunks,
+            batches,
+            count,
+            values,
+            self.numbers.data_ptr(),
+            parts,
+        )
+        self.table.kernel.walk(*given, used, k, self._memory.data_ptr())
+
+    def left(self, k: int) -> list[Left]:
+        """The sums of walk k over the elements and over slices of them."""
+        return [Left(s.how, self._values(s)) for s in self.form.walks[k].sums]
+
+    def _values(self, s: Reduce) -> Tensor | list[Tensor]:
+        if s.var.level == "scalar":
+            return self.numbers[:, s.var.index]  # type: ignore[call-overload]
+        found = []
+        for row, array in zip(self.table.rows, self.arrays, strict=True):
+            low, size = self._place(row, s)
+            found.append(array[low : low + size])
+        return found
+
+    def _place(self, row: list[int], s: Reduce) -> tuple[int, int]:
+        """Where a tensor's array of sums begins, and how many it has."""
+        frame, leading = self.form.frame, len(self.form.leading)
+        assert frame is not None
+        later = row[leading - len(frame.later) : leading]
+        runs = (row[0] // math.prod(later), *later)
+        low = 0
+        for v in self.form.kept:
+            size = math.prod(runs[k] for k in frame.runs(v.level))
+            if v.index == s.var.index:
+                return low, size
+            low += size
+        raise KeyError(s.var)
