@@ -5,7 +5,7 @@ and in compiled kernels, and need no state besides the step.
 """
 
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -49,6 +49,11 @@ class Origin:
         return found
 
 
+def element_bits(index: Any, key: Any) -> Any:
+    """Sixteen random bits for elements with these numbers; of words as `mix` takes them."""
+    return mix(((index * ODD) & WORD) ^ key) & 0xFFFF
+
+
 def random_bits(like: Tensor, stream: int, step: Tensor, origin: Origin | None = None) -> Tensor:
     """Sixteen random bits for every element of `like`, as int32, counted in the order of memory.
 
@@ -62,7 +67,7 @@ def random_bits(like: Tensor, stream: int, step: Tensor, origin: Origin | None =
     for low in range(0, size, part):
         index = torch.arange(low, min(low + part, size), dtype=torch.int64, device=device)
         index = index if origin is None else origin.places(index)
-        bits[low : low + part] = mix(((index * ODD) & WORD) ^ key) & 0xFFFF
+        bits[low : low + part] = element_bits(index, key)
     if origin is not None:
         return bits.reshape(like.shape)
     order = sorted(range(like.ndim), key=lambda axis: -like.stride()[axis])
@@ -115,5 +120,7 @@ def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
 
     Source: section 3 of Zamirai et al. 2020, https://arxiv.org/abs/2010.06192.
     """
-    word = (x.contiguous().view(torch.int32) + bits).bitwise_and_(-0x10000)
-    return torch.where(torch.isfinite(x), word.view(torch.float32), x).to(torch.bfloat16)
+    word = x.contiguous().view(torch.int32)
+    kept = torch.where(torch.isnan(x), 0x7FC00000, word)
+    top = torch.where(torch.isfinite(x), word + bits, kept) >> 16
+    return top.to(torch.uint16).view(torch.bfloat16)

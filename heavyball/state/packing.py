@@ -1,5 +1,8 @@
 """Ways to keep float32 values in fewer bits, as pure functions of tensors; `state/held.py` uses them.
 
+Kernels do the same: they print what `split`, `join`, `root`, `nearest_root`, `scale_of`, `code_of` and
+`value_of` make of expressions (`compiler/formats.py`), so these use only what a printer can spell.
+
 Nothing here makes a finite value infinite, and infinity and NaN come back as they were, except that
 one of them turns its whole block of 8-bit codes into NaN.
 """
@@ -15,12 +18,15 @@ HALF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 LEAST = {torch.bfloat16: 0x00800000, torch.float16: 0x38800000}
 # The last binade takes the steps of the one before it, so that a kernel can multiply by the inverse.
 EXPONENT, LARGEST_UNIT = 0x7F800000, 0x7E800000
+ONE = 0x3F800000  # the word of 1, and twice that less the word of a power of two is its inverse's
 BLOCK = 32
 SIGNED, UNSIGNED = 127, 255
 
 
 def nearest_finite(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Round to nearest; a finite value beyond the largest one becomes the largest one."""
+    if not isinstance(x, Tensor):  # an expression: every language has its own conversion
+        return x.nearest_finite(dtype)
     rounded = x.to(dtype)
     largest = torch.finfo(dtype).max
     clamped = x.clamp(-largest, largest).to(dtype)
@@ -28,9 +34,8 @@ def nearest_finite(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _unit(kept: Tensor, dtype: torch.dtype) -> Tensor:
-    """The power of two at or below each value, as float32."""
-    word = kept.view(torch.int32) & EXPONENT
-    return word.clamp(LEAST[dtype], LARGEST_UNIT).view(torch.float32)
+    """The power of two at or below each value, as the word of a float32."""
+    return (kept.view(torch.int32) & EXPONENT).clamp(LEAST[dtype], LARGEST_UNIT)
 
 
 def split(x: Tensor, dtype: torch.dtype, correction: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -48,11 +53,13 @@ def split(x: Tensor, dtype: torch.dtype, correction: torch.dtype) -> tuple[Tenso
     back, levels = kept.to(torch.float32), LEVELS[correction]
     # sixteen bits of correction have ties that float32 cannot tell from their neighbours
     wide = torch.float64 if correction == torch.int16 else torch.float32
-    ratio = (x.to(wide) - back.to(wide)) / _unit(back, dtype).to(wide) / HALF[dtype]
-    count = (ratio.clamp(-1, 1).abs() * levels - 0.5).ceil()
-    odd = (kept.view(torch.int16) & 1).bool()
-    count = torch.where(odd, count.clamp(max=levels - 1), count).nan_to_num(0.0)
-    return kept, torch.where(ratio < 0, -count, count).to(correction)
+    inverse = (2 * ONE - _unit(back, dtype)).view(torch.float32)
+    ratio = (x.to(wide) - back.to(wide)) * inverse.to(wide) * (1 / HALF[dtype])
+    count = (ratio.abs().clamp(max=1) * levels - 0.5).ceil()
+    most = levels - (kept.view(torch.uint16).to(torch.int32) & 1).to(wide)
+    count = torch.where(count > most, most, count)
+    count = torch.where(ratio < 0, -count, count)
+    return kept, torch.where(torch.isnan(ratio), 0, count).to(correction)
 
 
 def join(kept: Tensor, correction: Tensor) -> Tensor:
@@ -64,21 +71,25 @@ def join(kept: Tensor, correction: Tensor) -> Tensor:
     wide = torch.float64 if correction.dtype == torch.int16 else torch.float32
     inverse = torch.tensor(1 / LEVELS[correction.dtype], dtype=wide, device="cpu")
     part = correction.to(wide) * inverse * HALF[kept.dtype]
-    moved = (back.to(wide) + part * _unit(back, kept.dtype).to(wide)).to(torch.float32)
-    return torch.where(correction == 0, back, moved)  # adding zero would lose the sign of -0
+    unit = _unit(back, kept.dtype).view(torch.float32)
+    moved = (back.to(wide) + part * unit.to(wide)).to(torch.float32)
+    return torch.where(
+        torch.eq(correction, 0), back, moved
+    )  # adding zero would lose the sign of -0
 
 
 def root(x: Tensor) -> Tensor:
     """The root of a mean of squares, as which float16 and 8-bit codes hold it; NaN passes."""
-    return x.clamp(min=0).sqrt()
+    return torch.sqrt(torch.where(x < 0, 0, x))
 
 
 def nearest_root(x: Tensor) -> Tensor:
     """The root in float16; a positive one never becomes zero, since it is divided by."""
     value = root(x)
     smallest = 2.0**-24
-    raised = torch.where((value > 0) & (value < smallest), smallest, value)
-    return nearest_finite(raised, torch.float16)
+    return nearest_finite(
+        torch.where((value > 0) & (value < smallest), smallest, value), torch.float16
+    )
 
 
 def in_memory_order(x: Tensor, like: Tensor) -> Tensor:
@@ -105,14 +116,23 @@ def block_count(numel: int) -> int:
 
 def scales(x: Tensor) -> Tensor:
     """The largest magnitude of each block, rounded up to bfloat16; NaN where a value is not finite."""
-    largest = x.abs().amax(1)
+    return scale_of(x.abs().amax(1))
+
+
+def scale_of(largest: Tensor) -> Tensor:
+    """The scale of blocks with these largest magnitudes."""
     word = (largest.view(torch.int32) + 0xFFFF) & -0x10000
     above = word.view(torch.float32).clamp(max=torch.finfo(torch.bfloat16).max)
-    return torch.where(largest.isfinite(), above, torch.nan).to(torch.bfloat16)
+    return torch.where(torch.isfinite(largest), above, torch.nan).to(torch.bfloat16)
 
 
 def encode(x: Tensor, scale: Tensor, dtype: torch.dtype, bits: Tensor | None) -> Tensor:
-    """Codes of blocks with known scales: int8 for signed values, uint8 for those never negative.
+    """Codes of blocks with known scales, see `code_of`."""
+    return code_of(x, scale.to(torch.float32)[:, None], dtype, bits)
+
+
+def code_of(x: Tensor, scale: Tensor, dtype: torch.dtype, bits: Tensor | None) -> Tensor:
+    """Codes of values: int8 for signed ones, uint8 for those never negative.
 
     int8    127 * 2 z / (1 + |z|) with z = x / scale, which has small steps around zero
     uint8   255 * x / scale; a positive value never gets the code 0, since it is divided by
@@ -120,23 +140,31 @@ def encode(x: Tensor, scale: Tensor, dtype: torch.dtype, bits: Tensor | None) ->
     bits: sixteen random ones for each element, with which codes round so that their mean is exact;
         without them they round to nearest.
     """
-    size, wide = x.abs(), scale.to(torch.float32)[:, None]
-    if dtype == torch.int8:
-        position, top = 2 * SIGNED * size / (wide + size), SIGNED
+    size, signed = x.abs(), dtype == torch.int8
+    position = 2 * SIGNED * size / (scale + size) if signed else size / (scale / UNSIGNED)
+    if bits is None:
+        code = torch.round(position)
     else:
-        position, top = size / (wide / UNSIGNED), UNSIGNED
-    code = position.round() if bits is None else (position + bits / 2**16).floor()
-    if dtype == torch.uint8:
-        code = torch.where(x > 0, code.clamp(min=1), code)
+        code = torch.floor(position + bits.to(torch.float32) / 2**16)
+    if not signed:
+        code = torch.where((x > 0) & (code < 1), 1, code)
+    code = torch.where(
+        code > (SIGNED if signed else UNSIGNED), SIGNED if signed else UNSIGNED, code
+    )
     # a scale of zero or NaN: 0/0
-    code = code.clamp(max=top).nan_to_num(0.0)
-    return torch.where(x < 0, -code, code).to(dtype)
+    code = torch.where(torch.isnan(code), 0, code)
+    return (torch.where(x < 0, -code, code) if signed else code).to(dtype)
 
 
 def decode(codes: Tensor, scale: Tensor) -> Tensor:
     """The values of blocks of codes, which `encode` made."""
-    code, wide = codes.to(torch.float32), scale.to(torch.float32)[:, None]
-    if codes.dtype == torch.int8:
-        part = code * torch.tensor(1 / SIGNED, dtype=torch.float32, device="cpu")
-        return part / (2 - part.abs()) * wide
-    return code * (wide / UNSIGNED)
+    return value_of(codes, scale.to(torch.float32)[:, None])
+
+
+def value_of(code: Tensor, scale: Tensor) -> Tensor:
+    """The values of codes, which `code_of` made."""
+    wide = code.to(torch.float32)
+    if code.dtype == torch.int8:
+        part = wide * torch.tensor(1 / SIGNED, dtype=torch.float32, device="cpu")
+        return part / (2 - part.abs()) * scale
+    return wide * (scale / UNSIGNED)

@@ -3,6 +3,7 @@
 import torch
 
 from heavyball.compiler.dialect import Dialect
+from heavyball.compiler.formats import Function
 from heavyball.compiler.frontend.ops import Operation
 from heavyball.compiler.frontend.symbols import Number
 
@@ -15,8 +16,10 @@ TYPES = {
     torch.int8: "int8_t",
     torch.uint8: "uint8_t",
     torch.int16: "int16_t",
+    torch.uint16: "uint16_t",
     torch.int32: "uint32_t",
 }
+HALVES = (torch.bfloat16, torch.float16)
 
 
 class Cpp(Dialect):
@@ -33,10 +36,46 @@ class Cpp(Dialect):
             return "true" if value else "false"
         if dtype == torch.int32:
             return f"{int(value) & 0xFFFFFFFF:#x}u"
-        return f"{TYPES[dtype]}({_float(float(value))})"
+        text = _float(float(value)) if dtype.is_floating_point else str(int(value))
+        return f"{TYPES[dtype]}({text})"
 
     def cast(self, text: str, source: torch.dtype, target: torch.dtype) -> str:
-        return f"({TYPES[target]}){text}"
+        if source in HALVES:
+            return f"wide({text})"
+        if target in HALVES:
+            return f"to_{TYPES[target]}({text})"
+        # signed words convert to and from numbers faster, and no word that does is above 2^31
+        signed = source == torch.int32 and target.is_floating_point
+        signed |= source.is_floating_point and not target.is_floating_point
+        return f"({TYPES[target]}){'(int32_t)' if signed else ''}{text}"
+
+    def view(self, text: str, source: torch.dtype, target: torch.dtype) -> str:
+        if source in HALVES:
+            return f"{text}.bits"
+        if target in HALVES:
+            return f"{TYPES[target]}{{{text}}}"
+        return f"{'float_of' if target == torch.float32 else 'word_of'}({text})"
+
+    def nearest(self, text: str, target: torch.dtype) -> str:
+        return f"nearest_{TYPES[target]}({text})"
+
+    def declared(self, name: str, text: str, dtype: torch.dtype) -> str:
+        return f"const {TYPES[dtype]} {name} = {text};"
+
+    def function(self, f: Function) -> str:
+        """A function; one of several results writes them to where its last arguments point."""
+        several = len(f.results) > 1
+        lines, found = self.computed(f.results, lambda v: str(v.index))
+        given = [f"{TYPES[v.type]} {v.index}" for v in f.arguments]
+        given += [f"{TYPES[e.dtype]}* to{n}" for n, e in enumerate(f.results) if several]
+        # of 16 bits the word: gcc vectorizes no copy of a struct
+        halves = [".bits" if e.dtype in HALVES else "" for e in f.results]
+        places = [f"to{n}->bits" if bits else f"*to{n}" for n, bits in enumerate(halves)]
+        ends = [f"{p} = {x}{bits};" for p, x, bits in zip(places, found, halves, strict=True)]
+        kind = "void" if several else TYPES[f.results[0].dtype]
+        head = f"static inline {kind} {f.name}({', '.join(given)}) {{"
+        lines += ends if several else [f"return {found[0]};"]
+        return "\n".join([head, *(f"    {line}" for line in lines), "}"])
 
 
 def _float(value: float) -> str:

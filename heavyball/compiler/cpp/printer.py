@@ -5,13 +5,14 @@ from collections.abc import Iterable
 import torch
 
 from heavyball.compiler.cpp.dialect import TYPES, Cpp
-from heavyball.compiler.cpp.storage import CODES, CORRECTED, ROOTS, WIDE
-from heavyball.compiler.cpp.templates import CHUNKED, DRIVER, PRELUDE, WALK
+from heavyball.compiler.cpp.storage import CODES, WIDE
+from heavyball.compiler.cpp.templates import CHUNKED, DRIVER, KEYS, PRELUDE, WALK
+from heavyball.compiler.dialect import KernelPrinter
+from heavyball.compiler.formats import needed, short
 from heavyball.compiler.frontend.ops import NotPrintableError
-from heavyball.compiler.frontend.symbols import Expr, Input, Var
+from heavyball.compiler.frontend.symbols import Input, Var
 from heavyball.compiler.passes.loops import (
     Column,
-    Kernel,
     Let,
     Load,
     Loop,
@@ -30,17 +31,11 @@ STEPS = 32
 # Large tensors take their passes together in batches of about this many elements.
 BATCH = 2**20
 
-PREFIXES = {"scalar": "c", "element": "v", "slice": "q"}
 
-
-class CppPrinter(Cpp):
+class CppPrinter(Cpp, KernelPrinter):
     """Spells one kernel, as walks over flat memory."""
 
     first = "first"  # the first element of a bit
-
-    def __init__(self, kernel: Kernel):
-        self.kernel = kernel
-        self.type = TYPES[kernel.compute]
 
     def source(self) -> str:
         """The whole file.
@@ -63,12 +58,8 @@ class CppPrinter(Cpp):
     def _formats(self) -> list[str]:
         """The functions for formats of fewer bits that this kernel needs."""
         columns = self.kernel.tensors
-        needed = {
-            CORRECTED: any(c.correction for c in columns),
-            CODES: any(c.scale for c in columns),
-            ROOTS: any(c.is_root for c in columns),
-        }
-        return [text for text, wanted in needed.items() if wanted]
+        coded = any(c.scale is not None for c in columns)
+        return [*map(self.function, needed(columns)), KEYS, *([CODES] if coded else [])]
 
     # ---- layout
 
@@ -103,17 +94,12 @@ class CppPrinter(Cpp):
         return "\n".join([*lines, "}\n"])
 
     def _input(self, e: Input) -> str:
-        kernel = self.kernel
-        width = len(kernel.hypers) + len(kernel.totals)
         if e.name == "number":
             return f"*{self._state(e.args[0])}"
-        if e.name == "hyper":
-            return f"hyper[row[1] * {width} + {kernel.hypers.index(e.args)}]"
-        if e.name == "total":
-            place = len(kernel.hypers) + kernel.totals.index(e.args[0])
-            return f"hyper[row[1] * {width} + {place}]"
+        if e.name in ("hyper", "total"):
+            return f"hyper[row[1] * {self.width} + {self.place_in_group(e)}]"
         if e.name == "slices":
-            return f"(double)((row[0] + {kernel.every} - 1) / {kernel.every})"
+            return f"(double)((row[0] + {self.kernel.every} - 1) / {self.kernel.every})"
         return "(double)row[0]"
 
     def _written(self) -> str:
@@ -122,15 +108,6 @@ class CppPrinter(Cpp):
         return "\n".join([*lines, "}\n"])
 
     # ---- statements
-
-    @staticmethod
-    def name(var: Var) -> str:
-        """How a loop calls a value."""
-        return f"{PREFIXES.get(var.level, 'w')}{var.index}"
-
-    def expr(self, e: Expr) -> str:
-        """An expression within a loop."""
-        return self.text(e, self.name)
 
     def statement(self, s: Statement, at: str = "i") -> str:
         """A statement of a loop at the place `at`; arrays are of the element itself."""
@@ -165,25 +142,26 @@ class CppPrinter(Cpp):
         """One value as the mathematics sees it, however it is kept."""
         if c.scale is not None:
             text = f"q{c.number}[{at} - base]"
-        elif c.correction is not None:
-            text = f"load_corrected(t{c.number} + {at}, t{c.correction.number} + {at})"
+        elif (rest := c.correction) is not None:
+            name = f"joined_{short(c.dtype)}_{short(rest.dtype)}"
+            text = f"{name}(t{c.number}[{at}], t{rest.number}[{at}])"
         else:
             text = f"load(t{c.number} + {at})"
         return f"squared({text})" if c.is_root else text
 
     def _store(self, c: Column, value: str, at: str) -> str:
-        target = f"t{c.number} + {at}"
+        target, wide = f"t{c.number}[{at}]", f"(float){value}"
         if c.scale is not None:
-            value = f"root((float){value})" if c.is_root else f"(float){value}"
-            return f"q{c.number}[{at} - base] = {value};"
-        if c.correction is not None:
-            value = f"root((float){value})" if c.is_root else f"(float){value}"
-            return f"store_corrected({target}, t{c.correction.number} + {at}, {value});"
+            return f"q{c.number}[{at} - base] = {f'root_of({wide})' if c.is_root else wide};"
+        if (rest := c.correction) is not None:
+            value = f"root_of({wide})" if c.is_root else wide
+            name = f"split_{short(c.dtype)}_{short(rest.dtype)}"
+            return f"{name}({value}, &{target}, &t{rest.number}[{at}]);"
         if c.is_root:
-            return f"store({target}, raised_root((float){value}));"
+            return f"{target} = half_root_of({wide});"
         if c.word is not None:
-            return f"store_random({target}, {value}, key{c.number}, {at});"
-        return f"store({target}, {value});"
+            return f"{target} = rounded_at_random({wide}, key{c.number}, (uint32_t)({at}));"
+        return f"store(t{c.number} + {at}, {value});"
 
     # ---- what a loop needs before it begins
 

@@ -42,24 +42,18 @@ class RowPrinter(CppPrinter):
         super().__init__(kernel)
         assert kernel.frame is not None
         self.frame: Frame = kernel.frame
-        self.sizes = FrameText(self.frame, lambda k: f"N{k}", "/")
+        self.sizes = FrameText(self.frame, lambda k: f"N{k}", "/", kernel.kept)
         for c in kernel.tensors:
             if c.scale is not None:
-                raise NotPrintableError(
-                    f"8-bit state ({c.name}) walked by rows, where a block of it may begin in one and "
-                    "end in the next"
-                )
-
-    def source(self) -> str:
-        """The whole file."""
-        return super().source().replace("#include <limits>", "#include <limits>\n#include <vector>")
+                where = "walked by rows, where a block of it may begin in one and end in the next"
+                raise NotPrintableError(f"8-bit state ({c.name}) {where}")
 
     def _row(self) -> str:
-        frame, sizes, lines = self.frame, self.sizes, [super()._row()]
+        frame, sizes, lines = self.frame, self.sizes, ["#include <vector>", super()._row()]
         first = len(self.kernel.leading) - len(frame.later)
         lines += [f"#define N{k} (row[{first + k - 1}])" for k in frame.all[1:]]
         lines.append(f"#define N0 (row[0] / {sizes.size(frame.all[1:])})")
-        lines.append(f"#define KEPT ({self._before(None)} + 1)")
+        lines.append(f"#define KEPT ({self.sizes.before(None)} + 1)")
         walked = [k for k in frame.all if k not in frame.outer]
         lines += [f"#define COLS {sizes.size(walked)}", "#define ROWS (row[0] / COLS)"]
         levels = [level for level in frame.levels for _ in range(self._most_parts(level))]
@@ -70,22 +64,15 @@ class RowPrinter(CppPrinter):
         return "\n".join(lines)
 
     def _input(self, e: Input) -> str:
-        return (
-            f"(double){self.sizes.members(*e.args)}" if e.name == "members" else super()._input(e)
-        )
+        members = e.name == "members"
+        return f"(double){self.sizes.members(*e.args)}" if members else super()._input(e)
 
     # ---- arrays
-
-    def _before(self, var: Var | None) -> str:
-        """The size of the arrays that are kept before this one."""
-        kept = [v.index for v in self.kernel.kept]
-        end = len(kept) if var is None else kept.index(var.index)
-        return self.sizes.levels(v.level for v in self.kernel.kept[:end])
 
     def _memory(self) -> list[str]:
         """Names for the arrays that are kept."""
         return [
-            f"    T* __restrict m{v.index} = memory + {self._before(v)}; (void)m{v.index};"
+            f"    T* __restrict m{v.index} = memory + {self.sizes.before(v)}; (void)m{v.index};"
             for v in self.kernel.kept
         ]
 
@@ -312,7 +299,7 @@ class RowPrinter(CppPrinter):
                 f"for (int64_t c = 0; c < {size}; ++c) {{",
                 "    double total = 0;",
                 f"    for (int64_t b = 0; b < blocks; ++b) total += ({place})[b * (SUMS) + c];",
-                f"    (memory + {self._before(v)})[c] = (T)total;",
+                f"    (memory + {self.sizes.before(v)})[c] = (T)total;",
                 "}",
             ]
             place += f" + {size}"

@@ -11,70 +11,61 @@ PRELUDE = """\
 struct f16 { uint16_t bits; };
 struct bf16 { uint16_t bits; };
 
-static inline float load(const float* p) { return *p; }
-static inline double load(const double* p) { return *p; }
 static inline uint32_t word_of(float v) { uint32_t w; std::memcpy(&w, &v, 4); return w; }
 static inline float float_of(uint32_t w) { float v; std::memcpy(&v, &w, 4); return v; }
 // With integers, since the compiler's own conversions are not vectorized.
-static inline float load(const f16* p) {
-    const uint32_t sign = (uint32_t)(p->bits & 0x8000u) << 16, size = p->bits & 0x7fffu;
+static inline float wide(f16 x) {
+    const uint32_t sign = (uint32_t)(x.bits & 0x8000u) << 16, size = x.bits & 0x7fffu;
     const uint32_t normal = (size << 13) + (size < 0x7c00u ? 0x38000000u : 0x70000000u);
     const uint32_t small = word_of((float)(int32_t)size * 5.9604644775390625e-8f);
     return float_of(sign | (size < 0x400u ? small : normal));
 }
-static inline float load(const bf16* p) {
-    uint32_t word = (uint32_t)p->bits << 16;
-    float value;
-    std::memcpy(&value, &word, 4);
-    return value;
-}
-static inline void store(float* p, double v) { *p = (float)v; }
-static inline void store(float* p, float v) { *p = v; }
-static inline void store(double* p, double v) { *p = v; }
-static inline void store(f16* p, float v) {
+static inline float wide(bf16 x) { return float_of((uint32_t)x.bits << 16); }
+// A finite value stays finite.
+static inline f16 nearest_f16(float v) {
     const uint32_t sign = word_of(v) & 0x80000000u, word = word_of(v) & 0x7fffffffu;
     const uint32_t normal = (word + 0xfffu + ((word >> 13) & 1u) - 0x38000000u) >> 13;
     const uint32_t small = word_of(float_of(word) + 0.5f) - 0x3f000000u;
     uint32_t bits = word < 0x38800000u ? small : normal;
-    bits = word > 0x477fe000u ? 0x7bffu : bits;  // a finite value stays finite
+    bits = word > 0x477fe000u ? 0x7bffu : bits;
     bits = word >= 0x7f800000u ? (word > 0x7f800000u ? 0x7e00u : 0x7c00u) : bits;
-    p->bits = (uint16_t)(bits | (sign >> 16));
+    return f16{(uint16_t)(bits | (sign >> 16))};
 }
-static inline void store(f16* p, double v) { store(p, (float)v); }
-static inline void store_finite(f16* p, float v) { store(p, v); }
-static inline void store(bf16* p, float v) {
-    uint32_t word;
-    std::memcpy(&word, &v, 4);
-    uint32_t rounded = (word + 0x7fffu + ((word >> 16) & 1u)) >> 16;
-    p->bits = (uint16_t)(v != v ? 0x7fc0u : rounded);
+static inline bf16 nearest_bf16(float v) {
+    const uint32_t word = word_of(v);
+    const uint32_t rounded = (word + 0x7fffu + ((word >> 16) & 1u)) >> 16;
+    const bool finite = (word & 0x7f800000u) != 0x7f800000u;
+    const bool over = (rounded & 0x7fffu) >= 0x7f80u;
+    return bf16{(uint16_t)(v != v ? 0x7fc0u : finite && over ? rounded - 1u : rounded)};
 }
-static inline void store(bf16* p, double v) { store(p, (float)v); }
+static inline bf16 to_bf16(float v) {
+    const uint32_t word = word_of(v), rounded = (word + 0x7fffu + ((word >> 16) & 1u)) >> 16;
+    return bf16{(uint16_t)(v != v ? 0x7fc0u : rounded)};
+}
+static inline float load(const float* p) { return *p; }
+static inline double load(const double* p) { return *p; }
+static inline float load(const f16* p) { return wide(*p); }
+static inline float load(const bf16* p) { return wide(*p); }
+static inline void store(float* p, double v) { *p = (float)v; }
+static inline void store(float* p, float v) { *p = v; }
+static inline void store(double* p, double v) { *p = v; }
+static inline void store(f16* p, double v) { *p = nearest_f16((float)v); }
+static inline void store(bf16* p, double v) { *p = to_bf16((float)v); }
+static inline void store(f16* p, float v) { *p = nearest_f16(v); }
+static inline void store(bf16* p, float v) { *p = to_bf16(v); }
 
 // With the sign of y, and exact, as torch's.
 template <typename F> static inline F remainder_of(F x, F y) {
     const F rest = std::fmod(x, y);
     return rest != 0 && (rest < 0) != (y < 0) ? rest + y : rest;
 }
-
-// The same bits as heavyball/numerics/random.py.
-static inline uint32_t mix(uint32_t x) {
-    x = (x ^ (x >> 16)) * 0x85ebca6bu;
-    x = (x ^ (x >> 13)) * 0xc2b2ae35u;
-    return x ^ (x >> 16);
-}
+"""
+# The word from which a tensor that is rounded stochastically takes its bits in a step.
+KEYS = """\
 static inline uint32_t step_key(int64_t stream, double step) {
     return mix((uint32_t)stream + (uint32_t)(int64_t)step * 0x9e3779b1u);
 }
-static inline void store_random(bf16* p, float v, uint32_t key, int64_t index) {
-    uint32_t word;
-    std::memcpy(&word, &v, 4);
-    uint32_t bits = mix(((uint32_t)index * 0x9e3779b1u) ^ key) & 0xffffu;
-    bool finite = (word & 0x7f800000u) != 0x7f800000u;
-    uint32_t kept = v != v ? 0x7fc00000u : word;
-    p->bits = (uint16_t)((finite ? word + bits : kept) >> 16);
-}
 """
-
 DRIVER = """\
 static void whole(const int64_t* row, const double* hyper) {{
     double s[VALUES], part[PARTS];

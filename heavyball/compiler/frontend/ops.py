@@ -86,11 +86,16 @@ def _function(name: str, **rest: Any) -> Operation:
 
 def _larger(x: Any, y: Any) -> Any:
     # a comparison is false for a NaN on the left, which so passes, as one on the right does
-    return torch.where(x < y, y, torch.where(torch.ne(y, y), y, x))
+    return torch.where(x < y, y, x if _is_known(y) else torch.where(torch.ne(y, y), y, x))
 
 
 def _smaller(x: Any, y: Any) -> Any:
-    return torch.where(y < x, y, torch.where(torch.ne(y, y), y, x))
+    return torch.where(y < x, y, x if _is_known(y) else torch.where(torch.ne(y, y), y, x))
+
+
+def _is_known(x: Any) -> bool:
+    """Whether this is a constant, and not NaN."""
+    return isinstance(x, Const) and x.value == x.value
 
 
 def _lerp(x: Any, y: Any, weight: Any) -> Any:

@@ -43,6 +43,10 @@ class Expr:
         """The same bits as a value of another type."""
         return Op("view", (self,), dtype)
 
+    def nearest_finite(self, dtype: torch.dtype) -> "Expr":
+        """As `to`, but a finite value stays finite."""
+        return Op("nearest", (self,), dtype)
+
     def contiguous(self) -> "Expr":
         return self
 
@@ -126,7 +130,7 @@ class Const(Expr):
 
 @dataclass(frozen=True)
 class Op(Expr):
-    """An operation of the table `ops.py`, or "cast", "view", "shift"."""
+    """An operation of the table `ops.py`, or "cast", "view", "nearest", "shift"."""
 
     name: str
     args: tuple[Expr, ...]

@@ -9,6 +9,8 @@ runs, numbered from 0. An array of values along some runs lies in memory as a co
 import math
 from collections.abc import Callable, Iterable, Sequence
 
+from heavyball.compiler.frontend.symbols import Var
+
 Runs = tuple[int, ...]
 _PREFIX = "along "
 
@@ -114,11 +116,14 @@ class Frame:
 class FrameText:
     """The index arithmetic of a frame as a language spells it.
 
-    size: how the text calls the size of a run. over: the sign of an integer division.
+    size: how the text calls the size of a run. over: the sign of an integer division. kept: the values
+    whose arrays lie one after the other.
     """
 
-    def __init__(self, frame: Frame, size: Callable[[int], str], over: str):
-        self.frame, self._size, self._over = frame, size, over
+    def __init__(
+        self, frame: Frame, size: Callable[[int], str], over: str, kept: Sequence[Var] = ()
+    ):
+        self.frame, self._size, self._over, self._kept = frame, size, over, kept
 
     def size(self, runs: Iterable[int]) -> str:
         """How many values there are along these runs."""
@@ -134,6 +139,12 @@ class FrameText:
         found = list(levels)
         counts = {level: found.count(level) for level in self.frame.levels if level in found}
         return " + ".join(f"{n} * {self.level(level)}" for level, n in counts.items()) or "0"
+
+    def before(self, var: Var | None) -> str:
+        """The size of the kept arrays that lie before that of a value, or of all."""
+        indices = [v.index for v in self._kept]
+        end = len(indices) if var is None else indices.index(var.index)
+        return self.levels(v.level for v in self._kept[:end])
 
     def members(self, before: str, level: str) -> str:
         """How many values of one level ("element" for all) a sum to another adds up."""

@@ -3,6 +3,7 @@
 import torch
 
 from heavyball.compiler.dialect import Dialect
+from heavyball.compiler.formats import Function
 from heavyball.compiler.frontend.ops import Operation
 from heavyball.compiler.frontend.symbols import Expr, Number, Op, Var
 
@@ -14,6 +15,7 @@ TYPES = {
     torch.float16: "tl.float16",
     torch.int8: "tl.int8",
     torch.int16: "tl.int16",
+    torch.uint16: "tl.uint16",
     torch.int32: "tl.uint32",
 }
 # Of conditions as numbers, where one is per tensor, which the interpreter cannot spread.
@@ -35,12 +37,32 @@ class Triton(Dialect):
             return "True" if value else "False"
         if dtype == torch.int32:
             return f"tl.full([], {int(value) & 0xFFFFFFFF:#x}, tl.uint32)"
+        if not dtype.is_floating_point:
+            return f"tl.full([], {int(value)}, {TYPES[dtype]})"
         value = float(value)
         text = repr(value) if value - value == 0 else f'float("{value}")'
         return f"tl.full([], {text}, {TYPES[dtype]})"
 
     def cast(self, text: str, source: torch.dtype, target: torch.dtype) -> str:
         return f"{text}.to({TYPES[target]})"
+
+    def view(self, text: str, source: torch.dtype, target: torch.dtype) -> str:
+        return f"{text}.to({TYPES[target]}, bitcast=True)"
+
+    def nearest(self, text: str, target: torch.dtype) -> str:
+        name = "finite_half" if target == torch.float16 else "nearest_bf16"
+        return f"{name}({text})"
+
+    def declared(self, name: str, text: str, dtype: torch.dtype) -> str:
+        return f"{name} = {text}"
+
+    def function(self, f: Function) -> str:
+        """A function; one of several results returns all of them."""
+        lines, found = self.computed(f.results, lambda v: str(v.index))
+        head = f"@triton.jit\ndef {f.name}({', '.join(str(v.index) for v in f.arguments)}):"
+        return "\n".join(f"    {line}" for line in (*lines, f"return {', '.join(found)}")).join(
+            (f"{head}\n", "\n")
+        )
 
     def operation(self, e: Op, arguments: list[str]) -> str:
         if e.name in MIXED and e.type == torch.bool and len(set(map(_is_number, e.args))) > 1:

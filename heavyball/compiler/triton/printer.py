@@ -4,8 +4,10 @@ from collections.abc import Iterable
 
 import torch
 
+from heavyball.compiler.dialect import KernelPrinter
+from heavyball.compiler.formats import needed, short
 from heavyball.compiler.frontend.ops import NotPrintableError
-from heavyball.compiler.frontend.symbols import Expr, Input, Var, variables
+from heavyball.compiler.frontend.symbols import Input, Var, variables
 from heavyball.compiler.passes.loops import (
     Column,
     Kernel,
@@ -19,8 +21,7 @@ from heavyball.compiler.passes.loops import (
     Walk,
 )
 from heavyball.compiler.triton.dialect import TYPES, Triton
-from heavyball.compiler.triton.storage import CORRECTED, ROOTS
-from heavyball.compiler.triton.templates import KERNEL, PRELUDE
+from heavyball.compiler.triton.templates import KERNEL, KEYS, PRELUDE
 
 # The types of device whose tensors go to Triton; its interpreter works on tensors of the CPU.
 DEVICES = {"cuda"}
@@ -29,10 +30,8 @@ CHUNK, BLOCK, WARPS = 8192, 1024, 4
 # It walks through every k-th element in blocks of its own.
 SLICE = 128
 
-PREFIXES = {"scalar": "c", "element": "v", "slice": "q"}
 
-
-class TritonPrinter(Triton):
+class TritonPrinter(Triton, KernelPrinter):
     """Spells one kernel, as walks over flat memory.
 
     Errors: NotPrintableError for a tensor of another dtype, and for 8-bit codes.
@@ -41,8 +40,7 @@ class TritonPrinter(Triton):
     lanes = "lane"  # the elements of a block, counted from where it begins
 
     def __init__(self, kernel: Kernel):
-        self.kernel = kernel
-        self.type = TYPES[kernel.compute]
+        super().__init__(kernel)
         for c in kernel.tensors:
             if c.scale is not None:
                 raise NotPrintableError(f"8-bit state ({c.name}) on CUDA")
@@ -59,9 +57,8 @@ class TritonPrinter(Triton):
         return "\n\n".join([PRELUDE, *self._formats(), *walks])
 
     def _formats(self) -> list[str]:
-        columns = self.kernel.tensors
-        corrected, roots = any(c.correction for c in columns), any(c.is_root for c in columns)
-        return [text for text, wanted in ((CORRECTED, corrected), (ROOTS, roots)) if wanted]
+        """The functions for formats of fewer bits that this kernel needs."""
+        return [*map(self.function, needed(self.kernel.tensors)), KEYS]
 
     @property
     def functions(self) -> list[str]:
@@ -135,11 +132,8 @@ class TritonPrinter(Triton):
     def _input(self, e: Input) -> str:
         if e.name == "number":
             return f"tl.load(pointer(row + {self._column(e.args[0])}, tl.float64, False))"
-        if e.name == "hyper":
-            return f"tl.load(group + {self.kernel.hypers.index(e.args)})"
-        if e.name == "total":
-            place = len(self.kernel.hypers) + self.kernel.totals.index(e.args[0])
-            return f"tl.load(group + {place})"
+        if e.name in ("hyper", "total"):
+            return f"tl.load(group + {self.place_in_group(e)})"
         return f"{self._end_of_slice('size') if e.name == 'slices' else 'size'}.to(tl.float64)"
 
     @staticmethod
@@ -181,15 +175,6 @@ class TritonPrinter(Triton):
 
     # ---- statements
 
-    @staticmethod
-    def name(v: Var) -> str:
-        """How a loop calls a value."""
-        return f"{PREFIXES.get(v.level, 'w')}{v.index}"
-
-    def expr(self, e: Expr) -> str:
-        """An expression within a loop."""
-        return self.text(e, self.name)
-
     def statements(self, s: Statement, at: str, number: str) -> list[str]:
         """A statement of a loop for a block of elements, which lie at `at` and have this number."""
         if isinstance(s, Load):
@@ -205,29 +190,29 @@ class TritonPrinter(Triton):
     def _value(self, c: Column, at: str) -> str:
         """Values as the mathematics sees them, however they are kept."""
         text = f"tl.load(t{c.number} + {at}, mask)"
-        if c.correction is not None:
-            text = f"corrected({text}, tl.load(t{c.correction.number} + {at}, mask))"
+        if (rest := c.correction) is not None:
+            name = f"joined_{short(c.dtype)}_{short(rest.dtype)}"
+            text = f"{name}({text}, tl.load(t{rest.number} + {at}, mask))"
         if c.is_root:
             text = f"squared({text}.to(tl.float32))"
         return f"{text}.to({self.type})"
 
     def _stored(self, c: Column, value: str, at: str, number: str) -> list[str]:
         """Store values; `number` is that of the element, from which its random bits come."""
-        kind, target = TYPES[c.dtype], f"t{c.number} + {at}"
+        kind, target, n = TYPES[c.dtype], f"t{c.number} + {at}", c.number
         if self.type == "tl.float64" and kind in ("tl.bfloat16", "tl.float16"):
             value += ".to(tl.float32)"
-        if c.correction is not None:
-            value = f"root32({value})" if c.is_root else value
-            n, rest = c.number, TYPES[c.correction.dtype]
+        if (rest := c.correction) is not None:
+            value = f"root_of({value})" if c.is_root else value
             return [
-                f"kept{n} = nearest_finite({value}, {kind})",
+                f"kept{n}, rest{n} = split_{short(c.dtype)}_{short(rest.dtype)}({value})",
                 f"tl.store({target}, kept{n}, mask)",
-                f"tl.store(t{c.correction.number} + {at}, rest_of({value}, kept{n}, {rest}), mask)",
+                f"tl.store(t{rest.number} + {at}, rest{n}, mask)",
             ]
         if c.word is not None:
-            value = f"round_at_random({value}, key{c.number}, {number})"
+            value = f"rounded_at_random({value}, key{n}, ({number}).to(tl.uint32))"
         elif kind == "tl.float16":
-            value = f"finite_half({f'raised_root({value})' if c.is_root else value})"
+            value = f"half_root_of({value})" if c.is_root else f"finite_half({value})"
         else:
             value = f"{value}.to({kind})"
         return [f"tl.store({target}, {value}, mask)"]
@@ -312,7 +297,7 @@ class TritonPrinter(Triton):
             k=k,
             columns=len(self.kernel.columns),
             slots=self.kernel.slots,
-            width=len(self.kernel.hypers) + len(self.kernel.totals),
+            width=self.width,
             parts=parts,
             chunk=CHUNK,
             block=BLOCK,

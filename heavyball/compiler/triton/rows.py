@@ -69,7 +69,7 @@ class TritonRowPrinter(TritonPrinter):
         super().__init__(kernel)
         assert kernel.frame is not None
         self.frame: Frame = kernel.frame
-        self.sizes = FrameText(self.frame, lambda k: f"n{k}", "//")
+        self.sizes = FrameText(self.frame, lambda k: f"n{k}", "//", kernel.kept)
         self.stride = "" if self.frame.period is None else f" * n{self.frame.period}"
         self.lanes = f"lane{self.stride}"
         self.group = self._group()
@@ -125,7 +125,7 @@ class TritonRowPrinter(TritonPrinter):
         first = len(kernel.leading) - len(frame.later)
         sizes = [f"n{k} = tl.load(row + {first + k - 1})" for k in frame.all[1:]]
         sizes.append(f"n0 = size // {self.sizes.size(frame.all[1:])}")
-        arrays = [f"m{v.index} = memory + {self._before(v)}" for v in kernel.kept]
+        arrays = [f"m{v.index} = memory + {self.sizes.before(v)}" for v in kernel.kept]
         return HEAD.format(
             columns=len(kernel.columns) + 1,
             memory=len(kernel.columns),
@@ -133,20 +133,14 @@ class TritonRowPrinter(TritonPrinter):
             lane=f"n{frame.lane}",
             groups=self.sizes.size(self.group),
             slots=kernel.slots,
-            hypers=len(kernel.hypers) + len(kernel.totals),
+            hypers=self.width,
             block=BLOCK,
             height=HEIGHT,
             arrays=indented(arrays, 1),
-            kept=self._before(None),
+            kept=self.sizes.before(None),
             row_sums=self.memory.row_sums,
             lane_sums=self.memory.lane_sums,
         )
-
-    def _before(self, var: Var | None) -> str:
-        """The size of the arrays that are kept before this one."""
-        kept = [v.index for v in self.kernel.kept]
-        end = len(kept) if var is None else kept.index(var.index)
-        return self.sizes.levels(v.level for v in self.kernel.kept[:end])
 
     def _input(self, e: Input) -> str:
         if e.name == "members":

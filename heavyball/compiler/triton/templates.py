@@ -35,27 +35,15 @@ def pointer(cell, KIND: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def mix(x):
-    """The same bits as heavyball/numerics/random.py."""
-    x = (x ^ (x >> 16)) * tl.full([], 0x85EBCA6B, tl.uint32)
-    x = (x ^ (x >> 13)) * tl.full([], 0xC2B2AE35, tl.uint32)
-    return x ^ (x >> 16)
-
-
-@triton.jit
-def step_key(stream, step):
-    word = step.to(tl.int64).to(tl.uint32) * tl.full([], 0x9E3779B1, tl.uint32)
-    return mix(stream.to(tl.uint32) + word)
-
-
-@triton.jit
-def round_at_random(x, key, index):
+def nearest_bf16(x):
+    """bfloat16, to nearest; a finite value stays finite."""
     word = x.to(tl.uint32, bitcast=True)
-    bits = mix((index.to(tl.uint32) * tl.full([], 0x9E3779B1, tl.uint32)) ^ key) & 0xFFFF
+    rounded = (word + 0x7FFF + ((word >> 16) & 1)) >> 16
     finite = (word & 0x7F800000) != 0x7F800000
-    kept = tl.where(x != x, tl.full([], 0x7FC00000, tl.uint32), word)
-    top = tl.where(finite, word + bits, kept) >> 16
-    return top.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    over = (rounded & 0x7FFF) >= 0x7F80
+    rounded = tl.where(finite & over, rounded - 1, rounded)
+    rounded = tl.where(x != x, tl.full([], 0x7FC0, tl.uint32), rounded)
+    return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
@@ -94,6 +82,14 @@ def find_largest(parts, count, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
         found = larger(found, part)
     return tl.max(found, 0)
 '''
+
+# The word from which a tensor that is rounded stochastically takes its bits in a step.
+KEYS = """\
+@triton.jit
+def step_key(stream, step):
+    word = step.to(tl.int64).to(tl.uint32) * tl.full([], 0x9E3779B1, tl.uint32)
+    return mix(stream.to(tl.uint32) + word)
+"""
 
 # What programs share: a chunk is (row of the table, number within the tensor). A pass ends with the
 # last program of each tensor: it alone knows all partial sums, and that every other program has read
