@@ -1,6 +1,7 @@
 # make demo    install into .venv and race four optimizers on handwritten digits
 # make test    install into .venv and run the tests
 # make test-cuda   on a machine with a GPU: the shared suites and every kernel there
+# make test-frameworks   the callbacks for transformers and Lightning, in .venv-frameworks
 # make test-asan   the kernel suites with sanitizers in the kernels: memory and undefined behaviour
 # make bench   measure optimizer steps, write docs/measurements.md (on a quiet machine)
 # make bench-peers   the same for other libraries, installed into .venv-peers
@@ -14,7 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-cuda test-asan fuzz bench psgd-efficiency bench-peers bench-duels lint docs clean \
+.PHONY: demo test test-cuda test-frameworks test-asan fuzz bench psgd-efficiency bench-peers bench-duels lint docs clean \
 	comparison comparison-chars comparison-mnist
 
 $(BIN)/python:
@@ -37,6 +38,15 @@ test: $(VENV)/installed-test
 test-cuda: $(VENV)/installed-test
 	HEAVYBALL_TEST_DEVICE=cuda $(BIN)/python -m pytest --numprocesses 4 tests/test_cuda.py \
 		tests/kernels_on_triton.py tests/test_presets.py tests/test_checkpoint.py tests/test_together.py
+
+FRAMEWORKS := .venv-frameworks
+$(FRAMEWORKS)/installed: pyproject.toml
+	$(PYTHON) -m venv $(FRAMEWORKS)
+	$(FRAMEWORKS)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[frameworks]'
+	@touch $@
+
+test-frameworks: $(FRAMEWORKS)/installed
+	$(FRAMEWORKS)/bin/python -m pytest tests/frameworks
 
 SEED := 0
 SECONDS := 300
@@ -100,4 +110,4 @@ docs: $(VENV)/installed-race
 	$(BIN)/python docs/build.py
 
 clean:
-	rm -rf $(VENV) $(PEERS) demo comparison build *.egg-info
+	rm -rf $(VENV) $(PEERS) $(FRAMEWORKS) demo comparison build *.egg-info
