@@ -81,7 +81,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for world, first in ((2, 0), (3, STEPS)):
-            mp.spawn(work, (world, first, first + STEPS, folder), nprocs=world)
+            args = world, first, first + STEPS, folder
+            mp.start_processes(work, args, nprocs=world, start_method="fork")
         found = torch.load(folder / "weights.pt")
         alone = train(0, 1, 0, 2 * STEPS, folder)
     worst = max(float((a - b).abs().max()) for a, b in zip(found, alone, strict=True))
