@@ -1,4 +1,4 @@
-"""What matrix methods cost on many GPUs, from shapes alone: writes a table into docs/distributed.md.
+"""What matrix methods cost on many GPUs, from shapes alone.
 
 Owners, layouts and bytes of state are the library's own; only the speeds of a GPU and of its links are
 assumed.
