@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import heavyball
+from heavyball.presets import NAMES
 
 C = heavyball.chainable
 TRANSFORMS = """
@@ -28,7 +29,8 @@ scale_by_lion scale_by_nadam scale_by_normuon scale_by_rms scale_by_tensor_rms s
 separate_decay shampoo sign skip_not_finite softsign stable_adamw to_eigenbasis trust_region
 """
 PRESETS = """
-ADOPT AdEMAMix AdamW CachedDelayedPSGDKron CachedPSGDKron DelayedPSGD FactoredAdamW Focus LaProp Lion
+ADOPT AdEMAMix AdamW CachedDelayedPSGDKron CachedPSGDKron DelayedPSGD DelayedPSGDKron FactoredAdamW
+Focus LaProp Lion
 Muon NAdam NorMuon PSGDKron PSGDLRA PSGDPRO PaLMSFAdamW PaLMSOAP PrecondSchedulePaLMSOAP
 PrecondScheduleProdigySOAP PrecondScheduleSFPaLMSOAP PrecondScheduleSOAP Prodigy
 ProdigyPlusScheduleFree PurePSGD RMSprop SFAdamW SFPaLMSOAP SGD SOAP SOAPAdEMAMix SOAPNAdam SOLP
@@ -37,15 +39,15 @@ Shampoo
 # What each module has beside transforms and presets.
 OTHERS = {
     "heavyball": """
-        DelayedPSGDKron FusedBackward MemoryPlan PRESETS PrecondSchedule chainable checkpoint
-        fuse_backward memory_plan utils
+        FusedBackward MemoryPlan PRESETS PrecondSchedule chainable checkpoint create fuse_backward
+        memory_plan utils
     """,
     "heavyball.chainable": """
         COMBINATORS ChainOpt Interval Live Member Rate State TRANSFORMS Transform Whole copy_of_param
-        graft parallel rate route scalar shared soap_precond squares transform when whole_transform
-        within zeros
+        graft optimizer_class parallel parse rate route scalar shared soap_precond squares transform
+        when whole_transform within zeros
     """,
-    "heavyball.presets": "CLIPPINGS DEFAULTS DelayedPSGDKron PRESETS Preset PresetOptions",
+    "heavyball.presets": "CLIPPINGS DEFAULTS PRESETS Preset PresetOptions",
     "heavyball.utils": "compile_mode set_torch zeroth_power_mode",
 }
 
@@ -55,16 +57,16 @@ def test_the_names_of_a_module_are_those_listed(name: str) -> None:
     module = importlib.import_module(name)
     public = set(module.__all__)
     assert len(module.__all__) == len(public)
-    assert public - C.TRANSFORMS.keys() - heavyball.PRESETS.keys() == set(OTHERS[name].split())
+    assert public - C.TRANSFORMS.keys() - NAMES.keys() == set(OTHERS[name].split())
     assert all(hasattr(module, each) for each in public)
     assert public <= set(dir(module))
 
 
 def test_every_transform_and_preset_of_the_release_is_public() -> None:
     assert set(TRANSFORMS.split()) <= C.TRANSFORMS.keys()
-    assert set(PRESETS.split()) <= heavyball.PRESETS.keys()
+    assert set(PRESETS.split()) <= NAMES.keys()
     assert C.TRANSFORMS.keys() <= set(C.__all__)
-    assert heavyball.PRESETS.keys() <= set(heavyball.__all__)
+    assert NAMES.keys() <= set(heavyball.__all__)
 
 
 @pytest.mark.parametrize("name", OTHERS)
