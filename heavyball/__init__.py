@@ -9,6 +9,7 @@ from heavyball.memory import MemoryPlan, memory_plan
 from heavyball.optim.fused import FusedBackward, fuse_backward
 from heavyball.presets import NAMES, PRESETS
 from heavyball.presets.create import create
+from heavyball.transforms.scion import scion_init_
 
 __version__ = "0.2.0"
 
@@ -25,6 +26,7 @@ __all__ = [  # noqa: PLE0604, the keys of NAMES are strings
     "create",
     "fuse_backward",
     "memory_plan",
+    "scion_init_",
     "utils",
     *NAMES,
 ]

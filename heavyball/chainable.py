@@ -11,6 +11,7 @@ from heavyball.optim.optimizer import ChainOpt
 from heavyball.state.declare import State, copy_of_param, scalar, squares, zeros
 from heavyball.text import parse_chain as parse
 from heavyball.transforms import TRANSFORMS
+from heavyball.transforms.galore import fira, galore
 from heavyball.transforms.soap import soap_precond
 
 # every transform by its name; `chainable.pyi` lists them for editors and type checkers
@@ -30,6 +31,8 @@ COMBINATORS = {
     "route": route,
     "when": when,
     "soap_precond": soap_precond,
+    "galore": galore,
+    "fira": fira,
 }
 
 __all__ = [  # noqa: PLE0604, the keys of TRANSFORMS are strings
@@ -44,6 +47,8 @@ __all__ = [  # noqa: PLE0604, the keys of TRANSFORMS are strings
     "Transform",
     "Whole",
     "copy_of_param",
+    "fira",
+    "galore",
     "graft",
     "optimizer_class",
     "parallel",

@@ -214,6 +214,11 @@ PRESET_ARGUMENTS: dict[str, dict[str, Any]] = {
     "PSGDKron": {"weight_decay": 0.1},
     "PSGDLRA": {"rank": 2, "precond_init_scale": 2.0},
     "Shampoo": {"weight_decay": 0.1, "eps": 0.01},
+    "KLSOAP": {"precondition_frequency": 1},
+    "APOLLO": {"rank": 2},
+    "KLShampoo": {"precondition_frequency": 1},
+    "SPlus": {"inverse_every": 1},
+    "AdaGO": {"gamma": 0.1},
     "Prodigy": {"weight_decay": 0.1, "d0": 1e-2},
     "PrecondScheduleProdigySOAP": {"weight_decay": 0.1, "d0": 0.3},
     "ProdigyPlusScheduleFree": {"weight_decay": 0.1, "d0": 0.1},
@@ -587,6 +592,7 @@ def chain_of(t: Transform) -> tuple[object, ...]:
         for other in C.TRANSFORMS.values()
         if t.rules.modifier and set(t.provides) & set(other.context + other.optional)
     ]
+    t = t(rank=1) if "rank" in t.options and t.rules.requires else t
     element = anywhere(t) if t.rules.requires else t
     return (*before[:1], element, *asking[:1], *([] if t.states or asking else [C.exp_avg]))
 

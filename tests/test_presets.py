@@ -230,7 +230,8 @@ def test_training_lowers_the_loss_and_every_state_tensor_keeps_changing(case):
         if step < 9:
             shots.append(snapshot(opt))
     assert len(shots[0]) >= 2 * len(all_params(opt))  # each has at least a count
-    still = (*case.still, "last_beta")  # which follows beta, and that stays
+    # what follows beta, which stays, and the norm of the first weights
+    still = (*case.still, "last_beta", "target_norm")  # which follows beta, and that stays
     assert not [key for key in frozen_entries(shots) if not key.endswith(still)]
     # a learning rate of 0.05 is a step of 2 to 7 per cent for most of these, so that twelve of them do
     # more than this; plain SGD's are the smallest

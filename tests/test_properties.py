@@ -12,6 +12,16 @@ from torch import Tensor
 from heavyball import chainable as C
 from heavyball.core.combine import leaves
 
+
+def wide_enough(element: object) -> object:
+    """A low-rank method for the matrices that have two directions."""
+
+    def fits(name: str | None, param: Tensor) -> bool:
+        return param.ndim > 1 and param.numel() > 0 and min(len(param), param[0].numel()) > 1
+
+    return C.route(C.when(element, predicate=fits), otherwise=())
+
+
 CHAINS: dict[str, Callable[[], tuple]] = {
     "sgd": lambda: (C.descend,),
     "exp_avg": lambda: (C.exp_avg,),
@@ -131,6 +141,39 @@ CHAINS: dict[str, Callable[[], tuple]] = {
     "mechanic": lambda: (C.scale_by_adam, C.mechanic),
     "cocob": lambda: (C.cocob,),
     "momo": lambda: (C.momo,),
+    "adamuon": lambda: (anywhere(C.scale_by_adamuon), C.cautious_decay),
+    "namo": lambda: (anywhere(C.scale_by_adamuon(second_moment="norm")),),
+    "muon of blocks": lambda: (anywhere(C.muon(blocks=(1, 2))), C.cautious),
+    "muon squared": lambda: (C.muon_momentum, C.scale_by_gradient_rms, anywhere(C.orthogonalize)),
+    "adago": lambda: (C.muon_momentum, anywhere(C.orthogonalize), C.adagrad_norm_rate),
+    "spectral norm": lambda: (C.scale_by_adam, anywhere(C.spectral_normalize)),
+    "scion": lambda: (C.exp_avg, C.column_normalize, C.scale_update(factor=2.0)),
+    "scion, rows": lambda: (C.row_normalize, C.decoupled(weight_decay=0.1)),
+    "scion, transposed": lambda: (C.exp_avg, C.column_normalize(axis=1, normalized=True)),
+    "scion, signs": lambda: (C.exp_avg, C.sign_normalize, C.rms_normalize(eps=1e-8)),
+    "brake and floor": lambda: (C.exp_avg, C.radial_brake, C.update_floor(floor=0.5)),
+    "floor by rows": lambda: (C.exp_avg, C.update_floor(rows=True)),
+    # by itself it leaves weights of zero where they are
+    "relative update": lambda: (C.parallel(C.relative_update, C.exp_avg),),
+    "hyperball": lambda: (C.scale_by_adam, anywhere(C.hyperball(radius=2.0))),
+    "spectral sphere": lambda: (C.exp_avg, anywhere(C.spectral_sphere(solve=False))),
+    "muown": lambda: (anywhere(C.muown),),
+    "kl": lambda: (C.soap_precond(gram="kl", precondition_frequency=1), C.cautious),
+    "kl shampoo": lambda: (C.kl_shampoo(precondition_frequency=1),),
+    "splus": lambda: (C.splus(inverse_every=1), C.parameter_ema),
+    "one-sided": lambda: (
+        C.muon_momentum,
+        C.soap_precond(C.scale_by_rms, refresh="before", sides="smaller"),
+    ),
+    "soap, muon": lambda: (
+        C.exp_avg,
+        C.soap_precond(C.scale_by_exp_avg_sq, first="pass", gram_of="grad"),
+        anywhere(C.orthogonalize),
+    ),
+    "sinkhorn": lambda: (C.exp_avg, C.sinkhorn_normalize),
+    "apollo": lambda: (anywhere(C.apollo(rank=1)), C.cautious),
+    "galore": lambda: (wide_enough(C.galore(rank=2, gap=2)),),
+    "fira": lambda: (wide_enough(C.fira(C.scale_by_lion, rank=2, gap=2)),),
     "route": lambda: (C.route(C.when(C.scale_by_adam, min_ndim=2), otherwise=C.sign), C.cautious),
 }
 
@@ -154,6 +197,10 @@ def elementwise(name: str) -> bool:
         "scale_by_novograd", "stable_spam", "zclip", "adagc", "kourkoutas_beta2",
         "trust_ratio", "lars_ratio", "scale_by_came", "dog_rate", "dowg_rate", "d_adapt_adam",
         "d_adapt_sgd", "d_adapt_lion", "mechanic", "momo",
+        "scale_by_adamuon", "sinkhorn_normalize",
+        "apollo", "galore", "fira", "hyperball", "kl_shampoo", "splus", "muown", "spectral_sphere",
+        "adagrad_norm_rate", "spectral_normalize", "row_normalize", "column_normalize",
+        "radial_brake", "update_floor", "relative_update",
     }  # fmt: skip
     transforms = list(leaves(CHAINS[name]()))
     options = {t.options.get(name) for t in transforms for name in ("graft", "caution", "square")}

@@ -2,14 +2,14 @@
 
 import functools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from heavyball.core.check import check, excluded
-from heavyball.core.combine import Element, Parallel, Route, Within, as_chain, chain_repr
+from heavyball.core.combine import Element, Parallel, Route, When, Within, as_chain, chain_repr
 from heavyball.core.hyper import Hyper, Shared
 from heavyball.core.program import (
     Fork,
@@ -22,8 +22,9 @@ from heavyball.core.program import (
     kind_of,
 )
 from heavyball.core.rate import Rate
+from heavyball.core.reshape import is_reshaping, reshaped
 from heavyball.core.route import branches_of, every_node, picks_of, reasons_of, resolved
-from heavyball.core.transform import DEFAULTS, LOSS, Transform
+from heavyball.core.transform import DEFAULTS, LOSS, Rules, Transform, transform
 from heavyball.core.unit import with_units
 from heavyball.core.whole import Whole
 from heavyball.state.formats import Storage
@@ -142,19 +143,38 @@ class Chain:
     def _bind(self, elements: tuple[Element, ...]) -> tuple[Any, ...]:
         bound: list[Any] = []
         for element in elements:
-            if isinstance(element, Within):
+            if isinstance(element, Within) and is_reshaping(element):
+                bound += self._bind_transform(reshaped(element))
+            elif isinstance(element, Within):
                 (*first, enter), inner = self._bind((element.enter,)), self._bind(element.chain)
-                bound += [*first, replace(enter, inner=tuple(every_node(inner))), *inner]
+                bound += [*first, _changed(enter, inner=tuple(every_node(inner))), *inner]
                 bound += self._bind((element.leave,))
-            elif isinstance(element, Whole) and element.lead is not None:
-                bound += self._bind_led(element, element.lead)
+            elif isinstance(element, Transform):
+                bound += self._bind_transform(element)
             else:
                 bound.append(self._bind_one(element))
         return tuple(bound)
 
-    def _bind_one(self, element: Transform | Parallel | Route) -> Node | Fork | Switch:
-        if isinstance(element, Transform):
-            return self._bind_leaf(element)
+    def _bind_transform(self, element: Transform) -> tuple[Any, ...]:
+        """A node, with those that run before and behind it as a part of it."""
+        other = element.instead and element.instead(element.options)
+        if other:
+            names = ("name", "hyper", "options", "given")
+            element = replace(other, **{n: getattr(element, n) for n in names})
+        if not isinstance(element, Whole):
+            return (_by_name(self._bind_leaf(element)),)
+        lead: tuple[Node, ...] = ()
+        if element.lead is not None:
+            *lead, node = self._bind_led(element, element.lead)
+        else:
+            node = self._bind_leaf(element)
+        if element.kind != "writer":
+            return (*lead, _by_name(node))
+        # what is written is made by plain torch, and the write itself by the kernel behind it
+        made = _by_name(replace(node, transform=replace(element, kind="transform")))
+        return (*lead, made, Node(_written(element.rules), node.key, {}))
+
+    def _bind_one(self, element: Parallel | Route) -> Fork | Switch:
         if isinstance(element, Parallel):
             branches = tuple(self._bind(branch) for branch in element.branches)
             return Fork(branches, self._bind_leaf(element.merge))
@@ -256,6 +276,45 @@ def _mark(node: Node | Fork | Switch) -> Any:
     if isinstance(node, Switch):
         return node
     return (node.merge if isinstance(node, Fork) else node).key
+
+
+@transform(kind="writer")
+def written(update: Tensor) -> Tensor:
+    """The parameter that a transform of whole tensors has made."""
+    return update
+
+
+def _written(rules: Rules) -> Transform:
+    """The write of a transform of whole tensors, which stands where that may stand."""
+    return replace(written, rules=replace(written.rules, excludes=rules.excludes))
+
+
+def _by_name(node: Node) -> Node | Switch:
+    """A node of which an option depends on the parameter's name becomes one node for each value."""
+    options = node.transform.options
+    name = next((n for n, value in options.items() if isinstance(value, Mapping)), None)
+    if name is None:
+        return node
+
+    def chosen(value: Any) -> Node:
+        return replace(node, transform=replace(node.transform, options={**options, name: value}))
+
+    rules = tuple(
+        (When((node.transform,), name=pattern), (_by_name(chosen(value)),))
+        for pattern, value in options[name].items()
+    )
+    default = node.transform.defaults[name]
+    return Switch(rules, (_by_name(chosen(default)),))
+
+
+def _changed(node: Any, **changes: Any) -> Any:
+    """A node, or every node of a switch, with other fields."""
+    if isinstance(node, Node):
+        return replace(node, **changes)
+    rules = tuple(
+        (rule, tuple(_changed(n, **changes) for n in nodes)) for rule, nodes in node.rules
+    )
+    return Switch(rules, tuple(_changed(n, **changes) for n in node.otherwise))
 
 
 # Every combination of what routers may pick is built and checked when the chain is.

@@ -40,7 +40,9 @@ def _check_order(nodes: tuple[Node | Fork, ...]) -> None:
             raise ValueError(f"{leaf.key} stands after the writer {writer}, which must be last")
         kept = (s for n in flatten((node,)) for s in n.transform.states.values())
         has_state = any(not state.passing for state in kept)
-        if decay and kind == "transform" and has_state:
+        # what excludes every decay is refused for that
+        refuses = "decay" in leaf.transform.rules.excludes
+        if decay and kind == "transform" and has_state and not refuses:
             raise ValueError(
                 f"{leaf.key} stands after the decay {decay} and would average it; put {decay} right "
                 "before the write, or decay the gradient itself"

@@ -181,7 +181,7 @@ def check_option(name: str, value: Any, default: Any, annotation: Any) -> Any:
         if isinstance(value, str) and value in words:
             return value
         if isinstance(value, str) and words:
-            others = [p.__name__ for p in parts if p in (int, float, tuple)]
+            others = [p.__name__ for p in parts if p in (int, float)]
             known = ", ".join([*map(repr, words), *others])
             raise ValueError(f"{name}={value!r}: expected one of {known}")
         accepted = tuple(typing.get_origin(p) or p for p in parts)

@@ -206,13 +206,14 @@ def _shown(node: Node | Fork) -> str:
 
 
 def visible(nodes: tuple[Node | Fork, ...]) -> list[Node | Fork]:
-    """Leaves out `lead` nodes, which print as part of the transform behind them, and hidden ones."""
+    """Leaves out what runs before or behind a transform of whole tensors and prints as part of it, and
+    hidden nodes."""
     nodes = tuple(n for n in nodes if not isinstance(n, UnitNode))
-    keys = [n.key if isinstance(n, Node) else "" for n in nodes[1:]]
+    whole = {n.key for n in nodes if isinstance(n, WholeNode)}
     return [
         n
-        for n, after in zip(nodes, [*keys, ""], strict=True)
-        if not (isinstance(n, Node) and n.key == after)
+        for n in nodes
+        if not isinstance(n, Node) or isinstance(n, WholeNode) or n.key not in whole
     ]
 
 

@@ -130,6 +130,7 @@ class Transform:
     over_all: Callable[..., Any] | None = None
     evaluate: Callable[..., Tensor] | None = None
     given: frozenset[str] = field(default_factory=frozenset)
+    instead: "Callable[[Mapping[str, Any]], Transform | None] | None" = None
 
     __signature__ = _Signature()
 
@@ -277,6 +278,7 @@ def transform(
     evaluate: Callable[..., Tensor] | None = None,
     requires: Callable[[torch.Size, Mapping[str, Any]], str | None] | None = None,
     opens_once: bool = False,
+    instead: Callable[[Mapping[str, Any]], Transform | None] | None = None,
     **states: State,
 ) -> Any:
     """Declare a transform: `@transform(mean=zeros)` above a function of one tensor.
@@ -304,6 +306,8 @@ def transform(
     requires: `fn(shape, options)`, why a parameter of this shape cannot have the transform, or None;
         asked when the parameter is added.
     opens_once: the `gate` that it provides is closed in a parameter's first steps alone.
+    instead: `fn(options)`, another transform of the same hyper-parameters that takes this one's place in
+        a chain where it has these options, or None.
     `@transform` without parentheses declares one with no state.
 
     Transforms of whole tensors are declared with `@whole_transform`, those that decide on the learning
@@ -324,7 +328,9 @@ def transform(
 
     def declare(fn: Callable[..., Any]) -> Transform:
         parts = signed(fn, states)
-        return checked(Transform(*parts, provides, kind, rules, over_all, evaluate))
+        return checked(
+            Transform(*parts, provides, kind, rules, over_all, evaluate, instead=instead)
+        )
 
     return declare if fn is None else declare(fn)
 
@@ -363,7 +369,8 @@ def signed(
         if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
             raise TypeError(f"{fn.__name__}: {p} cannot be declared, name every argument")
         (keywords if p.kind is p.KEYWORD_ONLY else positional).append(p)
-    if [p.name for p in positional[1:]] != list(states) or not positional:
+    # an underscore sets a state apart from an option of its name
+    if [p.name.rstrip("_") for p in positional[1:]] != list(states) or not positional:
         found = ", ".join(p.name for p in positional)
         raise TypeError(
             f"{fn.__name__}({found}): expected the update and then the declared state, "

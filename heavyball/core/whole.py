@@ -20,6 +20,8 @@ class Whole(Transform):
     after: Callable[..., Any] | None = None
     due: Callable[..., bool] | None = None
     lead: Transform | None = None
+    noise_every: str | None = None
+    inner_shape: Callable[..., tuple[int, ...]] | None = None
 
     whole: ClassVar[bool] = True
 
@@ -42,7 +44,7 @@ def whole_transform(
     fn: Callable[..., Any] | None = None,
     /,
     *,
-    kind: Literal["transform", "post"] = "transform",
+    kind: Literal["transform", "writer", "post"] = "transform",
     provides: tuple[str, ...] = (),
     opaque: tuple[str, ...] = (),
     host: tuple[str, ...] = (),
@@ -54,6 +56,9 @@ def whole_transform(
     before_state: str = "",
     requires: Callable[[torch.Size, Mapping[str, Any]], str | None] | None = None,
     opens_once: bool = False,
+    instead: Callable[[Mapping[str, Any]], Transform | None] | None = None,
+    noise_every: str | None = None,
+    inner_shape: Callable[..., tuple[int, ...]] | None = None,
     **states: State,
 ) -> Any:
     """Declare a transform of whole tensors: `@whole_transform(gram=State(...))` above a function.
@@ -63,7 +68,8 @@ def whole_transform(
     `gate` before it is false. Its arguments are those of a `transform`, and `count`, `places`, `noise`
     and `chance` besides.
 
-    kind: "post" runs behind the writer: the update is the parameter then, and so is the result.
+    kind: "writer" returns the new parameter in place of an update; "post" runs behind the writer: the
+        update is the parameter then, and so is the result.
     provides: names of numbers for the elements behind it: one Python number or B values; a `gate` that
         is the Python value False ends the step of these parameters.
     opaque: names of results after those of `provides`, handed to whole transforms behind it as they
@@ -76,7 +82,9 @@ def whole_transform(
     due: `fn(count, **options)`, whether `after` has anything to do at this count.
     lead: an ordinary transform that runs right before this one and is configured as part of it, so that
         its elementwise part is compiled with the elements around.
-    domains, excludes, before_state, requires, opens_once: as in `transform`.
+    noise_every: the option that says for how many steps `noise` stays the same.
+    inner_shape: `fn(shape, options)`, the shape in which the chain `within` works and keeps its states.
+    domains, excludes, before_state, requires, opens_once, instead: as in `transform`.
 
     Errors: TypeError if the signature and the declared state differ.
     """
@@ -94,6 +102,9 @@ def whole_transform(
             after=after,
             due=due,
             lead=lead,
+            instead=instead,
+            noise_every=noise_every,
+            inner_shape=inner_shape,
         )
         return checked(made)
 

@@ -17,6 +17,7 @@ from heavyball.linalg.view import Merging, WorkingShape, working_shape
 
 Pieces = tuple[Tensor | None, ...]
 MergeDims = Literal[False, True, "left"]
+Sides = Literal["all", "smaller", "larger"]
 
 # A parameter whose factors need a larger share of the device's memory than this is warned about.
 SHARE = 0.05
@@ -28,21 +29,36 @@ def working_of(shape: tuple[int, ...], options: Mapping[str, Any]) -> WorkingSha
     """The blocks in which a parameter of this shape is rotated."""
     merging: dict[Any, Merging] = {False: "none", True: "right", "left": "left"}
     limit = options["max_precond_dim"]
-    return working_shape(tuple(shape), merging[options["merge_dims"]], limit, options["split"])
+    blocks, axis = options.get("blocks"), options.get("axis", 0)
+    merge = merging[options["merge_dims"]]
+    return working_shape(tuple(shape), merge, limit, options["split"], blocks, axis)
 
 
 def rotated_sizes(shape: tuple[int, ...], options: Mapping[str, Any]) -> tuple[int | None, ...]:
     """Per piece the size of its axis, None where it is not rotated.
 
-    Not rotated are axes longer than `max_precond_dim`, those of one element, and vectors without
-    `precondition_1d`.
+    Not rotated are axes longer than `max_precond_dim`, those of one element, vectors without
+    `precondition_1d`, and all axes but the one that `sides` asks for.
     """
     vector = len(shape) < 2 and not options["precondition_1d"]
     return tuple(
         None if vector or size == 1 or size > options["max_precond_dim"] else size
         for block in working_of(shape, options).blocks
-        for size in block
+        for size in one_sided(block, options.get("sides", "all"))
     )
+
+
+def one_sided(block: Sequence[int], sides: Sides) -> tuple[int, ...]:
+    """The sizes of a block, 1 in place of those that are not of the side asked for.
+
+    "smaller" is the shortest axis that is longer than 1, the first of several; "larger" the longest, the
+    last of several.
+    """
+    if sides == "all" or len(block) < 2:
+        return tuple(block)
+    sizes = [(size == 1, size, axis) for axis, size in enumerate(block)]
+    chosen = min(sizes)[2] if sides == "smaller" else max((n, axis) for _, n, axis in sizes)[1]
+    return tuple(size if axis == chosen else 1 for axis, size in enumerate(block))
 
 
 def zero_pieces(param: Tensor, options: Mapping[str, Any]) -> Pieces:
@@ -59,6 +75,15 @@ def identity_pieces(param: Tensor, options: Mapping[str, Any]) -> Pieces:
     """The identity for every axis that is rotated."""
     return tuple(
         None if n is None else torch.eye(n, dtype=param.dtype, device=param.device)
+        for n in rotated_sizes(tuple(param.shape), options)
+    )
+
+
+def value_pieces(param: Tensor, options: Mapping[str, Any]) -> Pieces:
+    """An eigenvalue for every direction of every axis that is rotated."""
+    first = options["eigenvalue_init"]
+    return tuple(
+        None if n is None else param.new_full((n,), first)
         for n in rotated_sizes(tuple(param.shape), options)
     )
 
@@ -94,7 +119,11 @@ def phase(place: int, piece: int) -> float:
 
 
 def refresh_pieces(
-    gram: Pieces, basis: Pieces, way: Refresh, rows_of: Callable[[int], Sequence[int]]
+    gram: Pieces,
+    basis: Pieces,
+    way: Refresh,
+    rows_of: Callable[[int], Sequence[int]],
+    sort: bool = True,
 ) -> tuple[Pieces, Pieces]:
     """New bases, and the order that each puts the old columns in, None where nothing was refreshed.
 
@@ -106,10 +135,10 @@ def refresh_pieces(
         if factor is None or old is None or not rows:
             continue
         if len(rows) == len(old):
-            bases[piece], orders[piece] = refreshed(factor, old, way)
+            bases[piece], orders[piece] = refreshed(factor, old, way, sort)
             continue
         index = torch.tensor(rows, device=old.device)
-        new, order = refreshed(factor[index], old[index], way)
+        new, order = refreshed(factor[index], old[index], way, sort)
         bases[piece] = old.index_copy(0, index, new)
         stay = torch.arange(old.shape[-1], device=old.device).expand(old.shape[:2])
         orders[piece] = stay.index_copy(0, index, order)

@@ -51,7 +51,9 @@ def eigenbasis(matrix: Tensor, fallback: Tensor | None = None) -> Tensor:
     )
 
 
-def refreshed(matrix: Tensor, basis: Tensor, way: Refresh) -> tuple[Tensor, Tensor]:
+def refreshed(
+    matrix: Tensor, basis: Tensor, way: Refresh, sort: bool = True
+) -> tuple[Tensor, Tensor]:
     """A basis nearer to the eigenvectors of `matrix`, and the order of the old columns that it is in.
 
     With e_i = q_i^T A q_i, the columns are first sorted by descending e (`order`); then
@@ -64,6 +66,8 @@ def refreshed(matrix: Tensor, basis: Tensor, way: Refresh) -> tuple[Tensor, Tens
     svd           the left singular vectors of A Q: all the way to the eigenvectors.
     eigh          the eigenvectors of A.
 
+    sort: False leaves the columns in the order that they are in.
+
     The polar factor of A Q itself would be Q, whatever the positive definite A: it refreshes nothing.
 
     Shapes: matrix, basis (B, n, n); order (B, n).
@@ -75,6 +79,8 @@ def refreshed(matrix: Tensor, basis: Tensor, way: Refresh) -> tuple[Tensor, Tens
     # a matrix that cannot be used must not reorder its basis; stable, so that ties stay in place
     known = _usable(matrix)
     sizes = torch.where(known[:, 0, 0, None], sizes, 0)
+    if not sort:
+        sizes = torch.zeros_like(sizes)
     order = sizes.argsort(dim=-1, descending=True, stable=True)
     if way == "eigh":
         return _decomposed(_by_eigh, matrix, lambda: _columns(basis, order)), order

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from heavyball.linalg.scratch import scratch
 
-Coefficients = Literal["quintic", "quintic-5", "polar_express"]
 Products = Literal["auto", "full", "bfloat16"]
+Normalize = Literal["frobenius", "aol"]
 Row = tuple[float, float, float]
+# The name of a table, or its rows.
+Coefficients = str | tuple[Row, ...]
 
 # One (a, b, c) per step; after the end the last is repeated. X <- a X + (b A + c A^2) X, A = X X^T.
 TABLES: dict[str, tuple[Row, ...]] = {
@@ -38,6 +40,26 @@ TABLES: dict[str, tuple[Row, ...]] = {
         (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
         (1.875, -1.25, 0.375),
     ),
+    # Grishina, Smirnov and Rakhuba 2025, https://arxiv.org/abs/2506.10935.
+    "cans": (
+        (8.4703, -25.1081, 18.6293),
+        (4.1828, -3.1087, 0.5806),
+        (3.9619, -2.9541, 0.5630),
+        (3.2866, -2.4647, 0.5074),
+        (2.2737, -1.6447, 0.4162),
+    ),
+    # DeepSeek-V4's report: eight steep steps, and two that converge; made for 10 steps.
+    "deepseekv4": (*8 * ((3.4445, -4.7750, 2.0315),), *2 * ((2.0, -1.5, 0.5),)),
+    # https://arxiv.org/abs/2606.00371: without a fifth power, which saves the square of the Gram matrix.
+    "cubic": (
+        (3.3656576, -3.3420992, 0.0),
+        (2.5744352, -1.4957376, 0.0),
+        (2.5368962, -1.4312570, 0.0),
+        (2.4418906, -1.2764040, 0.0),
+        (2.2230472, -0.9630650, 0.0),
+    ),
+    # The records of modded-nanogpt's third track: slow at 0, exact at the end; made for 12 steps.
+    "newton-schulz": ((2.0, -1.5, 0.5),),
 }
 # Polar Express as published shrinks every polynomial but the last by this, against rounding.
 SAFETY = 1.01
@@ -48,9 +70,9 @@ ELONGATED = 2.5
 
 
 @functools.lru_cache
-def table(coefficients: str, steps: int) -> tuple[Row, ...]:
+def table(coefficients: Coefficients, steps: int) -> tuple[Row, ...]:
     """The (a, b, c) of each step."""
-    rows = TABLES[coefficients]
+    rows = TABLES[coefficients] if isinstance(coefficients, str) else coefficients
     found = [rows[min(k, len(rows) - 1)] for k in range(steps)]
     if coefficients == "polar_express":
         last = len(rows) - 1
@@ -68,17 +90,19 @@ def restarts(steps: int) -> tuple[int, ...]:
 
 def newton_schulz(
     x: Tensor,
-    coefficients: str = "quintic",
+    coefficients: Coefficients = "quintic",
     steps: int = 5,
     eps: float | Tensor = 1e-7,
     scale: float = 1.0,
     products: Products = "full",
     restart: tuple[int, ...] | None = None,
+    normalize: Normalize = "frobenius",
 ) -> Tensor:
     """Matrices whose singular values are pushed towards 1, with the singular vectors of `x`.
 
     X_0 = x / (||x||_F + eps);  X_k+1 = a_k X_k + (b_k A + c_k A^2) X_k with A = X_k X_k^T;
     result = scale * X_steps.  A tall matrix is multiplied from the right, with A = X_k^T X_k.
+    normalize="aol": X_0 = diag(s) x, s_i = max(sum_j |x x^T|_ij, eps)^(-1/2), of the shorter side.
 
     Where the longer side is ELONGATED times the shorter or more, the same polynomials act on the Gram
     matrix A of the shorter side alone: with P_k = a I + b A + c A^2, A <- P A P and Q <- P Q, and the
@@ -97,12 +121,16 @@ def newton_schulz(
     """
     if x.ndim > 3:
         flat = x.flatten(0, -3)
-        return newton_schulz(flat, coefficients, steps, eps, scale, products, restart).reshape(
-            x.shape
-        )
+        options = coefficients, steps, eps, scale, products, restart, normalize
+        return newton_schulz(flat, *options).reshape(x.shape)
     if x.ndim == 3 and len(x) == 1:  # products of matrices are faster than batched ones
-        return newton_schulz(x[0], coefficients, steps, eps, scale, products, restart)[None]
-    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + eps
+        return newton_schulz(x[0], coefficients, steps, eps, scale, products, restart, normalize)[
+            None
+        ]
+    if normalize == "aol":
+        norm = _almost_orthogonal(x, eps)
+    else:
+        norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + eps
     rows = table(coefficients, steps)
     if not rows:
         return x * (scale / norm)
@@ -117,6 +145,13 @@ def newton_schulz(
     if long >= ELONGATED * short:
         return _gram_form(unit, rows, restarts(len(rows)) if restart is None else restart)
     return plain_form(unit, rows, torch.empty_like(unit))
+
+
+def _almost_orthogonal(x: Tensor, eps: float | Tensor) -> Tensor:
+    """What the rows of the shorter side are divided by, so that no singular value is above 1."""
+    sums = _gram(x).abs().sum(-1, keepdim=True)
+    size = sums.clamp(min=eps).sqrt()
+    return size.mT if _is_tall(x) else size
 
 
 def _is_faster_narrow(x: Tensor) -> bool:
@@ -153,7 +188,7 @@ def plain_form(x: Tensor, rows: tuple[Row, ...], out: Tensor | None = None) -> T
     gram, step, other = scratch("newton_schulz", x, square, square, x.shape)
     for k, (a, b, c) in enumerate(rows):
         _gram(x, gram)
-        _add(gram, gram, gram, b, c, step)
+        _polynomial(gram, b, c, step)
         target = out if out is not None and k == len(rows) - 1 else other
         one, two = (x, step) if _is_tall(x) else (step, x)
         x, other = _add(x, one, two, a, 1.0, target), x
@@ -166,7 +201,7 @@ def _gram_form(x: Tensor, rows: tuple[Row, ...], restart: tuple[int, ...]) -> Te
         if k in restart and product is not None:
             x, product = _times(product, x), None
             gram = _gram(x)
-        step = _add(gram, gram, gram, b, c)
+        step = _polynomial(gram, b, c)
         step.diagonal(dim1=-2, dim2=-1).add_(a)
         product = step if product is None else step @ product
         if k + 1 < len(rows) and k + 1 not in restart:
@@ -178,6 +213,13 @@ def _gram_form(x: Tensor, rows: tuple[Row, ...], restart: tuple[int, ...]) -> Te
 def _times(product: Tensor, x: Tensor) -> Tensor:
     """Polynomials of one matrix commute, so a tall matrix is multiplied from the right."""
     return x @ product if _is_tall(x) else product @ x
+
+
+def _polynomial(gram: Tensor, b: float, c: float, out: Tensor | None = None) -> Tensor:
+    """b A + c A^2; without a square where there is none."""
+    if c == 0:
+        return torch.mul(gram, b, out=out)
+    return _add(gram, gram, gram, b, c, out)
 
 
 def _add(

@@ -10,10 +10,12 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from heavyball.linalg.matrices import Cut, cut_of
 
 # How axes are merged: "right" HeavyBall's, "left" that of SOAP's authors, "two" PSGD Kron's.
 Merging = Literal["none", "right", "left", "two"]
@@ -80,11 +82,15 @@ def cuts(size: int, limit: int | None) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class WorkingShape:
-    """A tensor's own shape, the shape after merging, and the pieces that each axis is cut into."""
+    """A tensor's own shape, the shape after merging, and the pieces that each axis is cut into.
+
+    mixed: the axis whose blocks lie in groups of their parts, and how.
+    """
 
     shape: tuple[int, ...]
     merged: tuple[int, ...]
     pieces: tuple[tuple[int, ...], ...]
+    mixed: tuple[int, Cut] | None = None
 
     @functools.cached_property
     def blocks(self) -> tuple[tuple[int, ...], ...]:
@@ -103,7 +109,11 @@ class WorkingShape:
         """
         batch = x.ndim - len(self.shape)
         self._check(x.shape[batch:], self.shape)
-        parts = [x.reshape((*x.shape[:batch], *self.merged))]
+        x = x.reshape((*x.shape[:batch], *self.merged))
+        if self.mixed is not None:
+            axis, cut = self.mixed
+            x = torch.cat(cut.parts(x, axis - len(self.merged)), axis - len(self.merged))
+        parts = [x]
         for axis, sizes in enumerate(self.pieces):
             if len(sizes) > 1:
                 parts = [block for part in parts for block in part.split(sizes, batch + axis)]
@@ -123,6 +133,10 @@ class WorkingShape:
                 starts = range(0, len(parts), count)
                 parts = [torch.cat(parts[i : i + count], batch + axis) for i in starts]
         (whole,) = parts
+        if self.mixed is not None:
+            axis, cut = self.mixed
+            dim = axis - len(self.merged)
+            whole = cut.whole(whole.split(cut.lengths, dim), dim)
         return whole.reshape((*whole.shape[:batch], *self.shape))
 
     def _check(self, found: Sequence[int], expected: Sequence[int]) -> None:
@@ -137,12 +151,27 @@ class WorkingShape:
 
 @functools.lru_cache(maxsize=4096)
 def working_shape(
-    shape: tuple[int, ...], merging: Merging = "none", limit: int = 2048, split: bool = False
+    shape: tuple[int, ...],
+    merging: Merging = "none",
+    limit: int = 2048,
+    split: bool = False,
+    blocks: Any = None,
+    axis: int = 0,
 ) -> WorkingShape:
     """How a matrix method sees a tensor of this shape.
 
     limit: the largest product of merged axes and, with `split`, the largest piece of an axis.
+    blocks, axis: the axis that is cut into blocks, see `matrices.Blocks`.
+    Errors: ValueError for blocks that do not add up, or of an axis that is merged with others.
     """
     merged = merge(shape, merging, limit)
     most = limit if split else None
-    return WorkingShape(tuple(shape), merged, tuple(cuts(size, most) for size in merged))
+    pieces = [cuts(size, most) for size in merged]
+    mixed = None
+    if blocks is not None:
+        if merged[: axis + 1] != shape[: axis + 1]:
+            raise ValueError(f"has blocks={blocks!r} of axis {axis}, which is merged with others")
+        cut = cut_of(blocks, shape[axis], axis)
+        pieces[axis] = tuple(n for length in cut.lengths for n in cuts(length, most))
+        mixed = (axis, cut) if cut.groups > 1 else None
+    return WorkingShape(tuple(shape), merged, tuple(pieces), mixed)

@@ -136,12 +136,14 @@ class Preset(ChainOpt):
         *,
         beta1: float | Shared = 0.95,
         writer: Transform | None = None,
+        last: tuple[Any, ...] = (),
         weight_decay: float = 0.0,
         maximize: bool = False,
     ) -> None:
         """Put the common options around the preset's own chain, and build the optimizer.
 
         chain: the elements, or a function that puts PaLM's schedule where it belongs among them.
+        last: what stands behind everything, such as writers of some of the parameters.
         beta1: what MARS takes for the first moment's beta; the authors' 0.95 where there is none.
         """
         chosen = _checked_options(type(self), options)
@@ -166,6 +168,7 @@ class Preset(ChainOpt):
             params,
             lr,
             *elements,
+            *last,
             weight_decay=weight_decay,
             **{name: chosen[name] for name in (*PASSED_ON, *TORCH_SWITCHES) if name in chosen},
         )

@@ -3,13 +3,14 @@
 import fnmatch
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack
 
 from torch import Tensor
 
 from heavyball import chainable as C
 from heavyball.core.hyper import check_live, nonnegative, shared
 from heavyball.core.transform import Transform
+from heavyball.linalg.matrices import Blocks
 from heavyball.linalg.orthogonalize import Products
 from heavyball.optim.arguments import kinds_of, model_of
 from heavyball.optim.checks import checked_lr
@@ -134,12 +135,19 @@ class RoutedPreset(Preset):
         self,
         params: Any,
         lr: float | Tensor,
-        rule: Transform,
+        rule: Transform | tuple[Transform, ...],
         options: RoutedOptions,
         *,
-        weight_decay: float,
+        writer: Transform | None = None,
+        narrowed: Callable[[Predicate], Predicate] | None = None,
+        weight_decay: float = 0.0,
     ) -> None:
-        """Put the rule beside AdamW, and the common options around both."""
+        """Put the rule beside AdamW, and the common options around both.
+
+        writer: in place of the plain write, for the rule's parameters.
+        narrowed: leaves only some of the parameters to the rule.
+        """
+        elements = (rule,) if isinstance(rule, Transform) else rule
         mine, common = split_options(options, ROUTED_DEFAULTS)
         chosen = {**ROUTED_DEFAULTS, **mine}
         adamw_lr = check_live("adamw_lr", chosen["adamw_lr"], 0.0, nonnegative)
@@ -149,16 +157,21 @@ class RoutedPreset(Preset):
         eps = shared("adamw_eps", chosen["adamw_eps"])
         adam = C.scale_by_adam(betas=betas, eps=eps)
         scaled = C.scale_lr(factor=shared("adamw_lr_scale", ratio))
-        predicate = _chosen_rule(chosen)
-        if isinstance(predicate, IsHidden) and (model := model_of(params)) is not None:
-            predicate = replace(predicate, kinds=tuple(kinds_of(model).items()))
-        hidden = C.when(rule, predicate=predicate)
+        matrices = _chosen_rule(chosen)
+        if isinstance(matrices, IsHidden) and (model := model_of(params)) is not None:
+            matrices = replace(matrices, kinds=tuple(kinds_of(model).items()))
+        matrices = matrices if narrowed is None else narrowed(matrices)
+        hidden = C.when(*elements, predicate=matrices)
+        last = (
+            () if writer is None else (C.route(C.when(writer, predicate=matrices), otherwise=()),)
+        )
         self.build(
             params,
             lr,
             lambda palm: (C.route(hidden, otherwise=(*palm, adam, scaled)),),
             common,
-            beta1=rule.hyper["momentum"],
+            last=last,
+            beta1=next((t.hyper["momentum"] for t in elements if "momentum" in t.hyper), 0.95),
             weight_decay=weight_decay,
         )
 
@@ -186,7 +199,8 @@ class Muon(RoutedPreset):
     head is not told without its name. `adamw_names` and `use_muon` decide otherwise, and
     `print(opt.routing())` shows who got what, and why.
 
-    method, scale, stacked, products: as in `muon`. With scale="match_rms_adamw" an update has the size
+    method, scale, stacked, products, blocks, axis: as in `muon`; `blocks` may be given by names,
+        {"*.in_proj_weight": 3}. With scale="match_rms_adamw" an update has the size
         of AdamW's, so that adamw_lr may be lr.
 
     Units: with "original", `lr` is about the spectral norm of a step.
@@ -206,6 +220,8 @@ class Muon(RoutedPreset):
         eps: float = 1e-7,
         stacked: bool = False,
         products: Products = "auto",
+        blocks: Blocks = None,
+        axis: Literal[0, 1] = 0,
         weight_decay: float = 0.0,
         **options: Unpack[RoutedOptions],
     ):
@@ -218,6 +234,8 @@ class Muon(RoutedPreset):
             eps=eps,
             stacked=stacked,
             products=products,
+            blocks=blocks,
+            axis=axis,
         )
         self.build_routed(params, lr, rule, options, weight_decay=weight_decay)
 
@@ -245,6 +263,8 @@ class NorMuon(RoutedPreset):
         eps: float = 1e-7,
         stacked: bool = False,
         products: Products = "auto",
+        blocks: Blocks = None,
+        axis: Literal[0, 1] = 0,
         weight_decay: float = 0.0,
         **options: Unpack[RoutedOptions],
     ):
@@ -258,5 +278,7 @@ class NorMuon(RoutedPreset):
             eps=eps,
             stacked=stacked,
             products=products,
+            blocks=blocks,
+            axis=axis,
         )
         self.build_routed(params, lr, rule, options, weight_decay=weight_decay)

@@ -1,5 +1,7 @@
 """SOAP and its relatives: a rule in the eigenbasis of Shampoo's preconditioner."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, Unpack
 
 from torch import Tensor
@@ -81,10 +83,13 @@ class BasisPreset(Preset):
         weight_decay: float,
         writer: Transform | None = None,
         behind: tuple[Transform, ...] = (),
+        basis: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         """Put the rule into a basis, and the common options around it.
 
         PaLM's schedule goes inside, where steps are counted from the rule's own first one.
+
+        basis: options of `to_eigenbasis` that are the preset's own.
         """
         mine, common = split_options(options, BASIS_DEFAULTS)
         way = checked_refresh(
@@ -101,7 +106,7 @@ class BasisPreset(Preset):
         self.build(
             params,
             lr,
-            lambda palm: (C.soap_precond(*palm, rule, **chosen), *behind),
+            lambda palm: (C.soap_precond(*palm, rule, **chosen, **basis), *behind),
             common,
             beta1=beta1,
             weight_decay=weight_decay,

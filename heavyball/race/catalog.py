@@ -78,9 +78,10 @@ def explanation(text: str) -> Group:
         parts.append(Text(first_sentence(type(optimizer))))
     chain = optimizer.chain
     parts.append(Text(f"completed: {chain!r}"))
-    nodes = {
-        node.key: node for p in chain.programs for node in p.flat if not isinstance(node, UnitNode)
-    }
+    nodes: dict[str, Any] = {}
+    for node in (n for program in chain.programs for n in program.flat):
+        if not isinstance(node, UnitNode) and (node.transform.whole or node.key not in nodes):
+            nodes[node.key] = node
     for place, node in enumerate(nodes.values(), start=1):
         parts.append(_element(place, node, optimizer.state[layer.weight]))
     if len(chain.programs) > 1:

@@ -277,7 +277,8 @@ class Noise:
         """A tensor of `shape`, whose first dimension counts the parameters."""
         size, dtype = self._size(shape), self._group[0].dtype
         rows = [
-            normals(size, c.job.noise, c.count or 0, salt, self._device, dtype) for c in self._group
+            normals(size, c.job.noise, self._count(c), salt, self._device, dtype)
+            for c in self._group
         ]
         return _join(rows).reshape(shape)
 
@@ -290,11 +291,17 @@ class Noise:
                 (size,),
                 dtype=torch.int32,
                 device=self._device,
-                generator=generator(c.job.noise, c.count or 0, salt, self._device),
+                generator=generator(c.job.noise, self._count(c), salt, self._device),
             )
             for c in self._group
         ]
         return _join(rows).reshape(shape)
+
+    def _count(self, call: Call) -> int:
+        """The step that the noise is of: the first of those for which it stays the same."""
+        t, count = call.node.transform, call.count or 0
+        every = t.options[t.noise_every] if t.noise_every else 1
+        return count - (count - 1) % every
 
     def _size(self, shape: tuple[int, ...]) -> int:
         if shape[0] != len(self._group):

@@ -43,15 +43,18 @@ def l2_normalize(update: Tensor) -> Tensor:
 
 
 @transform()
-def rms_normalize(update: Tensor) -> Tensor:
+def rms_normalize(update: Tensor, *, eps: Live | None = None) -> Tensor:
     """Give a tensor the root mean square 1.
 
-    u' = u / max(RMS(u), 1e-6)
+    u' = u / max(RMS(u), 1e-6), or with a number u / (RMS(u) + eps)
 
     Shapes: all (*).
-    Source: what HeavyBall 1.0 calls rmsnorm_clip_.
+    Source: what HeavyBall 1.0 calls rmsnorm_clip_; with eps Scion's BiasRMS,
+        https://arxiv.org/abs/2502.07529.
     """
-    return update / rms(update).clamp(min=1e-6)
+    if eps is None:
+        return update / rms(update).clamp(min=1e-6)
+    return update / (rms(update) + eps)
 
 
 def _squared_norm(update: Tensor) -> Tensor:

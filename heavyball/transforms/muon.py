@@ -1,20 +1,37 @@
 """Muon: momentum whose singular values are all made nearly 1."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from heavyball.core.hyper import Live, fraction
+from heavyball.core.hyper import Live, fraction, is_real
 from heavyball.core.transform import transform
 from heavyball.core.whole import whole_transform
-from heavyball.linalg.orthogonalize import Products, newton_schulz, polar_factor
+from heavyball.linalg.matrices import Blocks, matrices, matrices_of, per_row
+from heavyball.linalg.orthogonalize import Normalize, Products, newton_schulz, polar_factor
 from heavyball.numerics import lerp
-from heavyball.state.declare import State, zeros
+from heavyball.state.declare import zeros
 
-Method = Literal["quintic", "quintic-5", "polar_express", "svd"]
-Scale = Literal["original", "match_rms_adamw", "none", "graft", "spectral"]
+Method = (
+    Literal[
+        "quintic",
+        "quintic-5",
+        "polar_express",
+        "svd",
+        "cans",
+        "deepseekv4",
+        "cubic",
+        "newton-schulz",
+    ]
+    | tuple
+)
+Scale = Literal["original", "match_rms_adamw", "none", "graft", "spectral", "spectral_conv"]
+
+# Options that say nothing to the exact factor, with the values that ask for nothing.
+OF_PRODUCTS = {"restart": None, "normalize": "frobenius"}
 
 
 def needs_matrix(shape: torch.Size, options: Mapping[str, Any]) -> str | None:
@@ -22,46 +39,65 @@ def needs_matrix(shape: torch.Size, options: Mapping[str, Any]) -> str | None:
 
     Errors: ValueError for options that exclude each other.
     """
-    if options.get("method") == "svd" and options.get("products") == "bfloat16":
-        raise ValueError("method='svd' has no products to make in bfloat16: leave out products")
-    _check_restart(options)
+    _check_method(options)
     if len(shape) >= 2:
-        return None
+        return wrong_blocks(shape, options)
     return (
         "needs a matrix, two dimensions or more; route the parameter to another chain: "
         "route(when(muon, min_ndim=2), otherwise=scale_by_adam)"
     )
 
 
-def _check_restart(options: Mapping[str, Any]) -> None:
-    restart = options.get("restart")
-    if restart is None:
-        return
-    if not all(type(k) is int and k > 0 for k in restart):
+def wrong_blocks(shape: torch.Size, options: Mapping[str, Any]) -> str | None:
+    """Why a tensor cannot be cut into the blocks that are asked for."""
+    try:
+        matrices_of(shape, options)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _check_method(options: Mapping[str, Any]) -> None:
+    method, restart = options.get("method"), options.get("restart")
+    if isinstance(method, tuple) and not (method and all(map(_is_row, method))):
+        raise ValueError(f"method={method!r}: expected a name or a tuple of (a, b, c)")
+    if restart is not None and not all(type(k) is int and k > 0 for k in restart):
         raise ValueError(
             f"restart={restart!r}: expected None or a tuple of steps, 1 for the second"
         )
-    for name, value in (("method", "svd"), ("products", "bfloat16")):
-        if options[name] == value:
-            raise ValueError(
-                f"restart={restart!r} has no effect with {name}={value!r}: leave it out"
-            )
+    if method == "svd" and options.get("products") == "bfloat16":
+        raise ValueError("method='svd' has no products to make in bfloat16: leave out products")
+    for name, plain in OF_PRODUCTS.items():
+        value = options.get(name, plain)
+        if method == "svd" and value != plain:
+            raise ValueError(f"{name}={value!r} has no effect with method='svd': leave it out")
+    if restart is not None and options.get("products") == "bfloat16":
+        raise ValueError(
+            f"restart={restart!r} has no effect with products='bfloat16': leave it out"
+        )
 
 
-def as_matrices(update: Tensor, stacked: bool) -> Tensor:
-    """A batch of matrices: kernels as (size0, rest), or the last two axes where they are stacked."""
-    if stacked:
-        return update.reshape(-1, *update.shape[-2:])
-    return update.reshape(len(update), update.shape[1], -1)
+def _is_row(row: Any) -> bool:
+    return isinstance(row, tuple) and len(row) == 3 and all(map(is_real, row))
 
 
-def static_scale(scale: Scale, rows: int, columns: int) -> float:
-    """The factor that depends on the shape alone; 1 where another is wanted."""
+def static_scale(scale: Scale, rows: int, columns: int, kernel: int = 1) -> float:
+    """The factor that depends on the shape alone; 1 where another is wanted.
+
+    kernel: the number of elements of a convolution's kernel, by which the columns are more.
+    """
     if scale == "original":
         return max(1.0, rows / columns) ** 0.5
     if scale == "match_rms_adamw":
         return 0.2 * max(rows, columns) ** 0.5
+    if scale == "spectral_conv":
+        return (rows * kernel / columns) ** 0.5 / kernel
     return (rows / columns) ** 0.5 if scale == "spectral" else 1.0
+
+
+def kernel_of(shape: Sequence[int], stacked: bool) -> int:
+    """How many elements the kernel of a convolution has, 1 for a matrix; `shape` without a batch."""
+    return 1 if stacked else math.prod(shape[2:])
 
 
 def orthogonal(
@@ -72,18 +108,24 @@ def orthogonal(
     scale: Scale = "none",
     products: Products = "auto",
     restart: tuple[int, ...] | None = None,
+    normalize: Normalize = "frobenius",
+    kernel: int = 1,
 ) -> Tensor:
     """The orthogonal factor of a batch of matrices, scaled."""
-    factor = static_scale(scale, *x.shape[-2:])
+    rows, columns = x.shape[-2:]
+    factor = static_scale(scale, rows, columns, kernel)
     if method == "svd":
         result = polar_factor(x) * factor
     else:
-        result = newton_schulz(x, method, steps, eps, factor, products, restart)
+        result = newton_schulz(x, method, steps, eps, factor, products, restart, normalize)
     if scale != "graft":
         return result
-    size = torch.linalg.vector_norm(result, dim=(-2, -1), keepdim=True)
-    wanted = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
-    return result * (wanted / size.clamp(min=torch.finfo(x.dtype).tiny))
+    return result * (size_of(x) / size_of(result).clamp(min=torch.finfo(x.dtype).tiny))
+
+
+def size_of(x: Tensor) -> Tensor:
+    """The Frobenius norm of every matrix of a batch."""
+    return torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
 
 
 @whole_transform(requires=needs_matrix)
@@ -97,17 +139,29 @@ def orthogonalize(
     stacked: bool = False,
     products: Products = "auto",
     restart: tuple[int, ...] | None = None,
+    normalize: Normalize = "frobenius",
+    blocks: Blocks = None,
+    axis: Literal[0, 1] = 0,
 ) -> Tensor:
     """Push all singular values of a matrix to 1 and keep its singular vectors.
 
     u = U S V^T  ->  scale * U f(S) V^T;  "svd": f = 1;  else Newton-Schulz on u / (||u||_F + eps):
         X <- a X + (b A + c A^2) X, A = X X^T, `steps` times
-    method: "quintic" ends with singular values in about [0.68, 1.13], "quintic-5" and
-        "polar_express" closer to 1 (polar_express with 8 steps at 1).
+    method: "quintic" ends with singular values in about [0.68, 1.13], "quintic-5", "cans" and
+        "polar_express" closer to 1 (polar_express with 8 steps at 1), "cubic" in [0.77, 1.3] for less
+        work; "deepseekv4" is made for 10 steps and "newton-schulz" for 12, both ending at 1. Or the
+        (a, b, c) of each step; behind the last it is repeated.
+    normalize: what the iteration begins with; "aol" scales the rows of the shorter side by their sums
+        in A, which begins nearer to the end but turns the singular vectors.
     scale, for A rows and B columns: "original" sqrt(max(1, A/B)); "match_rms_adamw"
-        0.2 sqrt(max(A, B)), the size of Adam's updates; "spectral" sqrt(A/B); "graft" ||u|| / ||O||.
+        0.2 sqrt(max(A, B)), the size of Adam's updates; "spectral" sqrt(A/B); "spectral_conv" for a
+        kernel of k elements sqrt(A/(B/k))/k; "graft" ||u|| / ||O||.
     stacked: the parameter is a batch of matrices in its last two axes. Otherwise an n-d kernel is one
         matrix (size of axis 0, rest).
+    blocks: cut axis 0, the rows, into matrices of their own, or the columns with axis=1. h: into h equal
+        ones, such as heads; (n_1, .., n_k): of these sizes, such as a fused q, k and v;
+        ("interleaved", groups, (n_1, .., n_k)): matrix i has the i-th part of each of the groups, as
+        fused q, k and v with grouped heads lie; {"*.qkv.weight": any of these} by the parameter's name.
     products: "full" in the dtype of the mathematics; "bfloat16" as the authors, which puts an entry off
         by up to 0.035; "auto" is bfloat16 for float32 on devices with units for it, and on processors
         with AMX for large matrices, else "full".
@@ -123,8 +177,10 @@ def orthogonalize(
         Departure: 4-d kernels are scaled by the flattened shape, where the authors' code takes the
         last two axes.
     """
-    x = as_matrices(update, stacked)
-    return orthogonal(x, method, steps, eps, scale, products, restart).reshape(update.shape)
+    shape = update.shape[1:]
+    options = method, steps, eps, scale, products, restart, normalize, kernel_of(shape, stacked)
+    view = matrices(shape, stacked, blocks, axis)
+    return view.map(lambda x: orthogonal(x, *options), update)
 
 
 @transform(momentum_buffer=zeros, domains={"momentum": fraction})
@@ -154,6 +210,9 @@ def muon(
     stacked: bool = False,
     products: Products = "auto",
     restart: tuple[int, ...] | None = None,
+    normalize: Normalize = "frobenius",
+    blocks: Blocks = None,
+    axis: Literal[0, 1] = 0,
 ) -> Tensor:
     """Momentum, then all its singular values nearly 1.
 
@@ -165,19 +224,16 @@ def muon(
     Errors: ValueError for a parameter of fewer than two dimensions.
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; torch.optim.Muon.
     """
-    x = as_matrices(update, stacked)
-    return orthogonal(x, method, steps, eps, scale, products, restart).reshape(update.shape)
-
-
-def _row_means(param: Tensor, options: Mapping[str, Any]) -> Tensor:
-    shape = (*param.shape[:-1], 1) if options["stacked"] else (param.shape[0], 1)
-    return torch.zeros(shape, dtype=param.dtype, device=param.device)
+    shape = update.shape[1:]
+    options = method, steps, eps, scale, products, restart, normalize, kernel_of(shape, stacked)
+    view = matrices(shape, stacked, blocks, axis)
+    return view.map(lambda x: orthogonal(x, *options), update)
 
 
 @whole_transform(
     requires=needs_matrix,
     lead=muon_momentum,
-    row_square=State(_row_means, "a number per row", holds="square"),
+    row_square=per_row("square"),
 )
 def scale_by_normuon(
     update: Tensor,
@@ -192,6 +248,9 @@ def scale_by_normuon(
     stacked: bool = False,
     products: Products = "auto",
     restart: tuple[int, ...] | None = None,
+    normalize: Normalize = "frobenius",
+    blocks: Blocks = None,
+    axis: Literal[0, 1] = 0,
 ) -> tuple[Tensor, Tensor]:
     """Muon whose rows are brought to one size by their running mean squares.
 
@@ -204,15 +263,20 @@ def scale_by_normuon(
     Errors: ValueError for a parameter of fewer than two dimensions.
     Source: Li et al. 2025, https://arxiv.org/abs/2510.05491.
     """
-    x = as_matrices(update, stacked)
-    o = orthogonal(x, method, steps, eps, "none", products, restart)
-    before = row_square.reshape(*o.shape[:-1], 1)
-    square = lerp(before, o.square().mean(-1, keepdim=True), 1 - beta2)
-    evened = o / (square.sqrt() + row_eps)
-    size = torch.linalg.vector_norm(o, dim=(-2, -1), keepdim=True)
-    now = torch.linalg.vector_norm(evened, dim=(-2, -1), keepdim=True)
-    result = evened * (static_scale(scale, *o.shape[-2:]) * size / (now + row_eps))
-    if scale == "graft":
-        wanted = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
-        result = result * (wanted / size.clamp(min=torch.finfo(x.dtype).tiny))
-    return result.reshape(update.shape), square.reshape(row_square.shape)
+    shape = update.shape[1:]
+    none: Scale = "none"
+    options = method, steps, eps, none, products, restart, normalize
+    kernel = kernel_of(shape, stacked)
+
+    def evened(x: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+        o = orthogonal(x, *options)
+        square = lerp(before, o.square().mean(-1, keepdim=True), 1 - beta2)
+        even = o / (square.sqrt() + row_eps)
+        size, now = size_of(o), size_of(even)
+        factor = static_scale(scale, o.shape[-2], o.shape[-1], kernel)
+        result = even * (factor * size / (now + row_eps))
+        if scale == "graft":
+            result = result * (size_of(x) / size.clamp(min=torch.finfo(x.dtype).tiny))
+        return result, square
+
+    return matrices(shape, stacked, blocks, axis).map(evened, update, row_square)

@@ -6,9 +6,10 @@ from torch import Tensor
 from heavyball.core.hyper import Live
 from heavyball.core.transform import transform
 from heavyball.core.whole import whole_transform
+from heavyball.linalg.matrices import matrices
 from heavyball.numerics import lerp, rms, second_weight
 from heavyball.state.declare import scalar
-from heavyball.transforms.muon import as_matrices, needs_matrix, orthogonal
+from heavyball.transforms.muon import needs_matrix, orthogonal
 
 # The largest multiple of a first gradient that the transforms behind can square in float32.
 LARGEST = 2.0**56
@@ -26,10 +27,12 @@ def adaptive_orthogonalize(update: Tensor, *, steps: int = 6, eps: Live = 1e-7) 
     Source: `use_muon_pp` of prodigy-plus-schedule-free 1.9.0; the factor is from
         https://github.com/leloykun/adaptive-muon. Products as by "auto" of `orthogonalize`.
     """
-    x = as_matrices(update, False)
-    result = orthogonal(x, "quintic", steps, eps)
-    along = (x * result).sum((-2, -1), keepdim=True).clamp(-1, 1)
-    return (result * along).reshape(update.shape)
+
+    def shrunk(x: Tensor) -> Tensor:
+        result = orthogonal(x, "quintic", steps, eps)
+        return result * (x * result).sum((-2, -1), keepdim=True).clamp(-1, 1)
+
+    return matrices(update.shape[1:]).map(shrunk, update)
 
 
 @transform(square=scalar(0.0, low=0.0))

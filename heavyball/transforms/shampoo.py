@@ -2,15 +2,17 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from heavyball.core.hyper import Live, closed_fraction, nonnegative
 from heavyball.core.whole import whole_transform
+from heavyball.linalg.basis import Sides, one_sided
 from heavyball.linalg.device_memory import warn_if_large
 from heavyball.linalg.kron import gram
+from heavyball.linalg.matrices import Blocks
 from heavyball.linalg.roots import inverse_root
 from heavyball.linalg.view import WorkingShape, working_shape
 from heavyball.numerics import debiased_weight
@@ -20,26 +22,28 @@ ADVICE = "a smaller max_precond_dim (longer axes are left alone), or split=True,
 
 
 @functools.lru_cache(maxsize=4096)
-def _view(shape: tuple[int, ...], limit: int, merge_dims: bool, split: bool) -> WorkingShape:
-    return working_shape(shape, "right" if merge_dims else "none", limit, split)
+def _view(
+    shape: tuple[int, ...], limit: int, merge_dims: bool, split: bool, blocks: Any, axis: int
+) -> WorkingShape:
+    return working_shape(shape, "right" if merge_dims else "none", limit, split, blocks, axis)
 
 
 def view_of(shape: Sequence[int], options: Mapping[str, Any]) -> WorkingShape:
     """How Shampoo sees a tensor of this shape."""
-    names = "max_precond_dim", "merge_dims", "split"
+    names = "max_precond_dim", "merge_dims", "split", "blocks", "axis"
     return _view(tuple(shape), *(options[name] for name in names))
 
 
-def axes_of(block: Sequence[int], limit: int) -> list[int]:
+def axes_of(block: Sequence[int], limit: int, sides: Sides = "all") -> list[int]:
     """The axes of a block that are preconditioned."""
-    return [axis for axis, size in enumerate(block) if 1 < size <= limit]
+    return [axis for axis, size in enumerate(one_sided(block, sides)) if 1 < size <= limit]
 
 
 def _matrices(make: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
     def init(param: Tensor, options: Mapping[str, Any]) -> tuple[Tensor, ...]:
-        limit = options["max_precond_dim"]
+        limit, sides = options["max_precond_dim"], options["sides"]
         blocks = view_of(param.shape, options).blocks
-        sizes = [block[axis] for block in blocks for axis in axes_of(block, limit)]
+        sizes = [block[axis] for block in blocks for axis in axes_of(block, limit, sides)]
         bytes_of_both = 2 * sum(n * n for n in sizes) * param.element_size()
         warn_if_large("shampoo", param, bytes_of_both, ADVICE)
         return tuple(make(n, dtype=param.dtype, device=param.device) for n in sizes)
@@ -55,6 +59,12 @@ def _problem(shape: torch.Size, options: Mapping[str, Any]) -> str | None:
     for name in ("precondition_frequency", "max_precond_dim"):
         if options[name] < 1:
             raise ValueError(f"{name}={options[name]!r}: expected at least 1")
+    if options["order"] is not None and options["order"] < 1:
+        raise ValueError(f"order={options['order']!r}: expected at least 1, or None")
+    try:
+        view_of(shape, options)
+    except ValueError as error:
+        return str(error)
     return None
 
 
@@ -78,6 +88,10 @@ def shampoo(
     max_precond_dim: int = 1024,
     merge_dims: bool = False,
     split: bool = False,
+    sides: Sides = "all",
+    order: int | None = None,
+    blocks: Blocks = None,
+    axis: Literal[0, 1] = 0,
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Multiply every axis by the inverse root of the sum of its gradients' Gram matrices.
 
@@ -89,15 +103,18 @@ def shampoo(
     divides. Axes of one element or of more than `max_precond_dim` are left alone; with none left the
     update passes as it is. merge_dims: multiply axes together from the right, as far as the product
     is at most `max_precond_dim`. split: cut longer axes into blocks with matrices of their own.
+    sides: "smaller" or "larger" preconditions only the shortest or the longest axis. order: the root is
+    of this order in place of 2n; `sides="smaller", order=2` behind a momentum is ASGO. blocks, axis:
+    pieces of an axis with matrices of their own, as in `orthogonalize`.
 
     Shapes: all (*).
     Units: with beta2 < 1 the result has none; its size falls with the rank of the gradients, so the
         size is usually taken from elsewhere: `graft(shampoo, scale_by_adam)`.
-    Source: Gupta, Koren and Singer 2018, Algorithm 2, https://arxiv.org/abs/1802.09568. Departures:
-        eps is added where a root is made (for a sum that is the same), and the mean is unbiased.
+    Source: Gupta, Koren and Singer 2018, Algorithm 2, https://arxiv.org/abs/1802.09568; ASGO: An et
+        al. 2025, https://arxiv.org/abs/2503.20762. Departures: eps is added where a root is made (for a
+        sum that is the same), and the mean is unbiased.
     """
-    options = {"max_precond_dim": max_precond_dim, "merge_dims": merge_dims, "split": split}
-    view = view_of(update.shape[1:], options)
+    view = _view(tuple(update.shape[1:]), max_precond_dim, merge_dims, split, blocks, axis)
     weight = 1.0 if beta2 == 1 else debiased_weight(beta2, count)  # type: ignore[arg-type]
     kept = 1.0 if beta2 == 1 else 1 - weight
     refreshes = count == 1 or count % precondition_frequency == 0
@@ -106,19 +123,19 @@ def shampoo(
     for x, seen, block in zip(
         view.blocks_of(update), view.blocks_of(grad), view.blocks, strict=True
     ):
-        axes = axes_of(block, max_precond_dim)
-        for axis in axes:
-            matrix = kept * next(old) + weight * gram(seen, axis, False)
+        axes = axes_of(block, max_precond_dim, sides)
+        for side in axes:
+            matrix = kept * next(old) + weight * gram(seen, side, False)
             root = next(old_roots)
             if refreshes:
-                root = inverse_root(matrix, 2 * len(axes), eps, root)
+                root = inverse_root(matrix, order or 2 * len(axes), eps, root)
             new.append(matrix)
             new_roots.append(root)
-            rows = x.movedim(axis + 1, -1)
+            rows = x.movedim(side + 1, -1)
             x = (
-                (rows.reshape(len(x), -1, x.shape[axis + 1]) @ root)
+                (rows.reshape(len(x), -1, x.shape[side + 1]) @ root)
                 .reshape(rows.shape)
-                .movedim(-1, axis + 1)
+                .movedim(-1, side + 1)
             )
         outputs.append(x)
     return view.whole_of(outputs), tuple(new), tuple(new_roots)

@@ -1,30 +1,38 @@
 """SOAP: an inner rule, Adam by default, in the eigenbasis of Shampoo's preconditioner."""
 
 import functools
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from heavyball import utils
-from heavyball.core.combine import Within, as_chain
-from heavyball.core.hyper import Live, fraction, positive
+from heavyball.core.combine import Within, as_chain, leaves
+from heavyball.core.hyper import Fixed, Live, fraction, positive
+from heavyball.core.transform import Transform
 from heavyball.core.whole import whole_transform
 from heavyball.linalg import basis as pieces_of
 from heavyball.linalg.basis import (
     MergeDims,
     Pieces,
+    Sides,
+    by_block,
     carried,
     each_block,
     refresh_pieces,
     working_of,
 )
-from heavyball.linalg.eigenbasis import Refresh, checked_refresh, eigenbasis
+from heavyball.linalg.eigenbasis import Refresh, checked_refresh, eigenbasis, refreshed
+from heavyball.linalg.kl import whitened_grams
+from heavyball.linalg.matrices import Blocks
 from heavyball.linalg.modes import rotate, update_gram
 from heavyball.linalg.schedule import Schedule, as_schedule
 from heavyball.linalg.view import WorkingShape
 from heavyball.state.declare import State
 from heavyball.transforms.adam import scale_by_adam
+
+First = Literal["skip", "pass", "sign"]
 
 
 def _schedule(frequency: int, scheduler: Any) -> Schedule:
@@ -37,15 +45,25 @@ _of_numbers = functools.lru_cache(maxsize=64)(as_schedule)
 
 
 def _due(
-    count: int, *, precondition_frequency: int, precond_scheduler: Any, spread_refreshes: bool
+    count: int,
+    *,
+    precondition_frequency: int,
+    precond_scheduler: Any,
+    spread_refreshes: bool,
+    first: First = "skip",
+    refresh: Literal["after", "before"] = "after",
 ) -> bool:
     """Whether some basis may have to be refreshed. The first gradient is no step of the inner rule."""
+    if count == 1 and first != "skip":
+        return True
+    if refresh == "before":
+        return False
     if spread_refreshes:
         return count > 1
     return _schedule(precondition_frequency, precond_scheduler).fires(count - 1)
 
 
-def _turned(pieces: Pieces) -> Pieces:
+def turned_pieces(pieces: Pieces) -> Pieces:
     """Bases from what is kept of them, and back: eigenvectors as rows, which LAPACK writes."""
     return tuple(None if piece is None else piece.mT for piece in pieces)
 
@@ -66,19 +84,29 @@ def _refresh(
     zeroth_power_mode: Refresh,
     rotate_second_moment: bool,
     spread_refreshes: bool,
+    blocks: Blocks,
+    axis: int,
+    first: First,
+    sort: bool = True,
 ) -> tuple[Pieces, Pieces, tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Refresh the bases whose turn it is, and carry the inner rule's moments over."""
+    """Refresh the bases whose turn it is, and carry the inner rule's moments over.
+
+    sort: False where eigenvalues are kept, which stay with their columns.
+    """
+    if count == 1 and first != "skip":  # what passed by the inner rule has left nothing there
+        return gram, basis, *(tuple(map(torch.zeros_like, x)) for x in (vectors, squares))
     schedule = _schedule(precondition_frequency, precond_scheduler)
 
     def rows(piece: int) -> list[int]:
         phases = (pieces_of.phase(p, piece) if spread_refreshes else 0.0 for p in places)
         return [row for row, early in enumerate(phases) if schedule.fires(count - 1, early)]
 
-    old = _turned(basis)
-    new, orders = refresh_pieces(gram, old, zeroth_power_mode, rows)
+    old = turned_pieces(basis)
+    new, orders = refresh_pieces(gram, old, zeroth_power_mode, rows, sort)
     if all(order is None for order in orders):
         return gram, basis, vectors, squares
     options = {"max_precond_dim": max_precond_dim, "merge_dims": merge_dims, "split": split}
+    options |= {"blocks": blocks, "axis": axis}
     moments = []
     square = "rotate" if rotate_second_moment else "sort"
     for states, way in ((vectors, ""), (squares, square)):
@@ -89,32 +117,57 @@ def _refresh(
                 for shape, x in zip(working, states, strict=True)
             )
         )
-    return gram, _turned(new), moments[0], moments[1]
+    return gram, turned_pieces(new), moments[0], moments[1]
 
 
-@whole_transform(
-    gram=State(pieces_of.zero_pieces, "a zero matrix per rotated axis of each block", several=True),
-    basis=State(
-        pieces_of.identity_pieces,
-        "Q_i^T: the identity per rotated axis of each block",
-        several=True,
-    ),
-    provides=("gate", "step"),
-    opens_once=True,
-    opaque=("bases", "working"),
-    host=("shampoo_beta",),
-    domains={
+def _problem(shape: torch.Size, options: Mapping[str, Any]) -> str | None:
+    checked_refresh(options["zeroth_power_mode"])
+    for name, plain in (("gram_of", "update"), ("refresh", "after"), ("first", "skip")):
+        if options["gram"] == "kl" and options[name] != plain:
+            raise ValueError(f"{name}={options[name]!r} cannot be with gram='kl'")
+    for name, plain in (("first", "skip"), ("spread_refreshes", False)):
+        if options["refresh"] == "before" and options[name] != plain:
+            raise ValueError(f"{name}={options[name]!r} has no effect with refresh='before'")
+    try:
+        working_of(tuple(shape), options)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+DECLARED = {
+    "provides": ("gate", "step"),
+    "opens_once": True,
+    "opaque": ("bases", "working", "passed"),
+    "host": ("shampoo_beta",),
+    "domains": {
         "shampoo_beta": fraction,
         "precondition_frequency": positive,
         "max_precond_dim": positive,
+        "eigenvalue_init": positive,
     },
-    requires=lambda shape, options: checked_refresh(options["zeroth_power_mode"]) and None,
-    after=_refresh,
-    due=_due,
+    "requires": _problem,
+    "due": _due,
+}
+GRAM = State(pieces_of.zero_pieces, "a zero matrix per rotated axis of each block", several=True)
+BASIS = State(
+    pieces_of.identity_pieces, "Q_i^T: the identity per rotated axis of each block", several=True
 )
+VALUES = State(
+    pieces_of.value_pieces, "an eigenvalue per column of each rotated axis", several=True
+)
+
+
+def _instead(options: Mapping[str, Any]) -> Transform | None:
+    if options["gram"] == "kl":
+        return VARIANTS["kl"]
+    return VARIANTS["grad"] if options["gram_of"] == "grad" else None
+
+
+@whole_transform(gram=GRAM, basis=BASIS, after=_refresh, instead=_instead, **DECLARED)
 def to_eigenbasis(
     update: Tensor,
-    gram: Pieces,
+    gram_: Pieces,
     basis: Pieces,
     *,
     count: int,
@@ -128,12 +181,23 @@ def to_eigenbasis(
     zeroth_power_mode: Refresh = "qr",
     rotate_second_moment: bool = False,
     spread_refreshes: bool = False,
-) -> tuple[Tensor, Pieces, Pieces, bool, int, Any, Any]:
+    sides: Sides = "all",
+    blocks: Blocks = None,
+    axis: Literal[0, 1] = 0,
+    first: First = "skip",
+    refresh: Literal["after", "before"] = "after",
+    gram: Literal["plain", "kl"] = "plain",
+    gram_of: Literal["update", "grad"] = "update",
+    eigenvalue_init: Fixed = 0.1,
+) -> tuple[Tensor, Pieces, Pieces, bool, int, Any, Any, Any]:
     """Rotate the update into the eigenvectors of its running second moments along each axis.
 
     GG_i <- b GG_i + (1 - b) G_(i) G_(i)^T, b = shampoo_beta, G_(i) the unfolding along axis i
     t = 1: Q_i = eigenvectors of GG_i, by descending eigenvalue; nothing behind this element happens
     t > 1: u = G x_i Q_i^T; after the write, if it is time: Q_i <- orthogonal factor of GG_i Q_i
+    gram="kl": with D_i the products of the other axes' eigenvalues l and Y = G x_i Q_i^T
+        GG_i <- b GG_i + (1 - b) Q_i Y_(i) D_i^-1 Y_(i)^T Q_i^T / n_i, n_i columns
+        l_i <- b l_i + (1 - b) mean of Y^2 D_i^-1 over the other axes
 
     Belongs between `soap_precond`'s parentheses: the chain behind it runs in the basis, its step counts
     from the second gradient, and its moments follow a refresh. First moments are carried into the new
@@ -149,20 +213,228 @@ def to_eigenbasis(
     rotate_second_moment: rotate second moments with squared overlaps instead of sorting them.
     spread_refreshes: refresh the bases of different tensors at different steps of an interval, by
         their places in the optimizer, so that no step has all of the work.
+    sides: "smaller" or "larger" rotates only the shortest or the longest axis.
+    blocks, axis: pieces of an axis with bases of their own, as in `orthogonalize`.
+    first: what the first gradient does behind this element: nothing, or with "pass" and "sign" the
+        update itself or its sign, by which the chain in the basis is not reached.
+    refresh: "before" renews a basis before it is used, so that the first gradient steps too. Second
+        moments stay with their columns; first ones do not belong in such a basis.
+    gram: "kl" whitens the gradients of each GG_i by the other axes' eigenvalues l, which begin at
+        `eigenvalue_init` and are no smaller than 1 / max(10, min(n, 4000))^2 for an axis of n.
+    gram_of: "grad" makes GG_i of the gradient that the chain started from.
 
     Shapes: all (*); tensors with no axis to rotate pass through.
-    Source: Vyas et al. 2024, Algorithm 3, https://arxiv.org/abs/2409.11321, and the authors' code.
+    Errors: ValueError for blocks that do not add up, and options that exclude each other.
+    Source: Vyas et al. 2024, Algorithm 3, https://arxiv.org/abs/2409.11321, and the authors' code; KL:
+        https://arxiv.org/abs/2509.03378, whose authors keep l as means of their own.
         Departure: a gradient with an entry that is not finite leaves GG's eigenvectors alone.
     """
-    options = {"max_precond_dim": max_precond_dim, "merge_dims": merge_dims, "split": split}
-    working = working_of(tuple(update.shape[1:]), options)
-    gram = _averaged(working, update, gram, shampoo_beta)
+    working = _view(update, max_precond_dim, merge_dims, split, blocks, axis)
+    # a basis is renewed in this step already
+    turns = _schedule(precondition_frequency, precond_scheduler).fires(count - 1)
+    way = zeroth_power_mode if refresh == "before" and (turns or count == 1) else None
+    early = refresh == "before"
+    return _enter(update, update, gram_, basis, working, count, shampoo_beta, first, early, way)
+
+
+def _of_grad(
+    update: Tensor,
+    gram_: Pieces,
+    basis: Pieces,
+    *,
+    grad: Tensor,
+    count: int,
+    shampoo_beta: Live = 0.95,
+    precondition_frequency: int = 10,
+    precond_scheduler: tuple | Schedule | None = None,
+    max_precond_dim: int = 10000,
+    merge_dims: MergeDims = False,
+    split: bool = False,
+    zeroth_power_mode: Refresh = "qr",
+    blocks: Blocks = None,
+    axis: Literal[0, 1] = 0,
+    first: First = "skip",
+    refresh: Literal["after", "before"] = "after",
+) -> tuple[Tensor, Pieces, Pieces, bool, int, Any, Any, Any]:
+    """`to_eigenbasis` with gram_of="grad"."""
+    working = _view(update, max_precond_dim, merge_dims, split, blocks, axis)
+    turns = _schedule(precondition_frequency, precond_scheduler).fires(count - 1)
+    way = zeroth_power_mode if refresh == "before" and (turns or count == 1) else None
+    early = refresh == "before"
+    return _enter(update, grad, gram_, basis, working, count, shampoo_beta, first, early, way)
+
+
+def _of_kl(
+    update: Tensor,
+    gram_: Pieces,
+    basis: Pieces,
+    eigenvalues: Pieces,
+    *,
+    count: int,
+    shampoo_beta: Live = 0.95,
+    max_precond_dim: int = 10000,
+    merge_dims: MergeDims = False,
+    split: bool = False,
+    blocks: Blocks = None,
+    axis: Literal[0, 1] = 0,
+) -> tuple[Tensor, Pieces, Pieces, Pieces, bool, int, Any, Any, Any]:
+    """`to_eigenbasis` with gram="kl"."""
+    working = _view(update, max_precond_dim, merge_dims, split, blocks, axis)
     if count == 1:
-        basis = tuple(None if factor is None else eigenbasis(factor) for factor in gram)
-        return update, gram, _turned(basis), False, 0, None, None
-    bases = _turned(basis)
+        gram, basis = first_bases(working, update, gram_, shampoo_beta)
+        return update, gram, basis, eigenvalues, False, 0, None, None, None
+    bases = turned_pieces(basis)
     turned = each_block(working, update, rotate, bases)
-    return turned, gram, basis, True, count - 1, bases, working
+    gram, values = kl_step(working, turned, gram_, bases, eigenvalues, shampoo_beta)
+    return turned, gram, basis, values, True, count - 1, bases, working, None
+
+
+def first_bases(
+    working: WorkingShape, update: Tensor, gram: Pieces, beta: float
+) -> tuple[Pieces, Pieces]:
+    """The factors of a first gradient, over their columns, and their eigenvectors."""
+    pieces = []
+    for block, factors in zip(
+        working.blocks_of(_finite(update)), by_block(working, gram), strict=True
+    ):
+        for k, factor in enumerate(factors):
+            columns = max(1, block[0].numel() // max(1, block.shape[k + 1]))
+            made = None if factor is None else update_gram(block / columns**0.5, k, factor, beta)
+            pieces.append(made)
+    return tuple(pieces), turned_pieces(tuple(None if f is None else eigenbasis(f) for f in pieces))
+
+
+def kl_step(
+    working: WorkingShape,
+    turned: Tensor,
+    gram: Pieces,
+    bases: Pieces,
+    values: Pieces,
+    beta: float,
+) -> tuple[Pieces, Pieces]:
+    """One step of the factors and eigenvalues of every block."""
+    grams: list[Any] = []
+    new: list[Any] = []
+    blocks = working.blocks_of(_finite(turned))
+    groups = zip(*(by_block(working, x) for x in (gram, bases, values)), strict=True)
+    for block, pieces in zip(blocks, groups, strict=True):
+        made, kept = whitened_grams(block, *pieces, beta)
+        grams += made
+        new += kept
+    return tuple(grams), tuple(new)
+
+
+def _refresh_kl(
+    gram_: Pieces,
+    basis: Pieces,
+    eigenvalues: Pieces,
+    *,
+    vectors: tuple[Tensor, ...],
+    squares: tuple[Tensor, ...],
+    count: int,
+    places: tuple[int, ...],
+    precondition_frequency: int,
+    precond_scheduler: Any,
+    max_precond_dim: int,
+    merge_dims: MergeDims,
+    split: bool,
+    zeroth_power_mode: Refresh,
+    rotate_second_moment: bool,
+    spread_refreshes: bool,
+    blocks: Blocks,
+    axis: int,
+) -> tuple[Pieces, Pieces, Pieces, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    gram, basis, vectors, squares = _refresh(
+        gram_,
+        basis,
+        vectors=vectors,
+        squares=squares,
+        count=count,
+        places=places,
+        precondition_frequency=precondition_frequency,
+        precond_scheduler=precond_scheduler,
+        max_precond_dim=max_precond_dim,
+        merge_dims=merge_dims,
+        split=split,
+        zeroth_power_mode=zeroth_power_mode,
+        rotate_second_moment=rotate_second_moment,
+        spread_refreshes=spread_refreshes,
+        blocks=blocks,
+        axis=axis,
+        first="skip",
+        sort=False,
+    )
+    return gram, basis, eigenvalues, vectors, squares
+
+
+# in a mapping, because a transform at the top of a module is found by its name
+VARIANTS = {
+    "grad": whole_transform(gram=GRAM, basis=BASIS, after=_refresh, **DECLARED)(_of_grad),
+    "kl": whole_transform(
+        gram=GRAM, basis=BASIS, eigenvalues=VALUES, after=_refresh_kl, **DECLARED
+    )(_of_kl),
+}
+
+
+def _view(
+    update: Tensor,
+    limit: int,
+    merge_dims: MergeDims,
+    split: bool,
+    blocks: Blocks,
+    axis: int,
+) -> WorkingShape:
+    options = {"max_precond_dim": limit, "merge_dims": merge_dims, "split": split}
+    return working_of(tuple(update.shape[1:]), options | {"blocks": blocks, "axis": axis})
+
+
+def _enter(
+    update: Tensor,
+    seen: Tensor,
+    gram: Pieces,
+    basis: Pieces,
+    working: WorkingShape,
+    count: int,
+    beta: float,
+    first: First,
+    early: bool,
+    way: Refresh | None,
+) -> tuple[Tensor, Pieces, Pieces, bool, int, Any, Any, Any]:
+    """A step of `to_eigenbasis`. way: how the bases are renewed before they are used, if they are."""
+    # the order in which the columns would stand, had they been sorted by the last step
+    orders = [_order(g, q) for g, q in zip(gram, basis, strict=True)] if way else []
+    gram = _averaged(working, seen, gram, beta)
+    if count == 1:
+        basis = turned_pieces(tuple(None if f is None else eigenbasis(f) for f in gram))
+        if not early:
+            passed = {"skip": None, "pass": update, "sign": update.sign()}[first]
+            opens = passed is not None
+            return update, gram, basis, opens, int(opens), None, working if opens else None, passed
+    elif way:
+        basis = tuple(
+            None if f is None or q is None else _renewed(f, q, order, way)
+            for f, q, order in zip(gram, basis, orders, strict=True)
+        )
+    bases = turned_pieces(basis)
+    turned = each_block(working, update, rotate, bases)
+    return turned, gram, basis, True, count if early else count - 1, bases, working, None
+
+
+def _order(gram: Tensor | None, basis: Tensor | None) -> Tensor | None:
+    if gram is None or basis is None:
+        return None
+    return ((basis @ gram) * basis).sum(-1).argsort(dim=-1, descending=True, stable=True)
+
+
+def _renewed(gram: Tensor, basis: Tensor, order: Tensor | None, way: Refresh) -> Tensor:
+    """A basis (as rows) renewed in an order of its columns, and put back where they were.
+
+    The means in the basis stay with their columns, as if both had been sorted.
+    """
+    assert order is not None
+    index = order[..., None].expand_as(basis)
+    new, _ = refreshed(gram, basis.gather(1, index).mT, way, False)
+    return torch.empty_like(basis).scatter_(1, index, new.mT)
 
 
 def _averaged(working: WorkingShape, update: Tensor, gram: Pieces, beta: float) -> Pieces:
@@ -187,7 +459,7 @@ def _finite(update: Tensor) -> Tensor:
 
 @whole_transform
 def from_eigenbasis(
-    update: Tensor, *, bases: Any, working: Any, normalize_grads: bool = False
+    update: Tensor, *, bases: Any, working: Any, passed: Any, normalize_grads: bool = False
 ) -> Tensor:
     """Rotate the update back from the basis of `to_eigenbasis`.
 
@@ -196,6 +468,8 @@ def from_eigenbasis(
     Shapes: all (*).
     Source: Vyas et al. 2024, Algorithm 3, https://arxiv.org/abs/2409.11321.
     """
+    if passed is not None:
+        return passed
     back = functools.partial(rotate, back=True)
     update = each_block(working, update, back, bases)
     if normalize_grads:
@@ -237,4 +511,12 @@ def soap_precond(*inner: Any, normalize_grads: bool = False, **options: Any) -> 
     if len(inner) == 1 and isinstance(inner[0], tuple | list):
         inner = tuple(inner[0])
     chain = as_chain(inner, "soap_precond") if inner else ADAM
+    if enter.options["refresh"] == "before":
+        for t in leaves(chain):
+            held = (s for s in t.all_states.values() if t.options.get(s.needed_by or "", True))
+            if any(state.holds == "moment" for state in held):
+                raise ValueError(
+                    f"soap_precond: {t.name} keeps a first moment, which refresh='before' would leave "
+                    "in the basis of the step before; put the momentum in front of soap_precond"
+                )
     return Soap("soap_precond", enter, chain, leave)

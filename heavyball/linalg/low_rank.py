@@ -1,0 +1,54 @@
+"""What methods with a low-rank image of the gradient share: its shape, its channels, their limiter."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# By so much a step may be longer than the one before.
+GROWTH = 1.01
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """A tensor as a matrix: the size of axis 0, and the rest."""
+    return shape[0], math.prod(shape[1:])
+
+
+def image_shape(shape: Sequence[int], rank: int) -> tuple[int, int]:
+    """The shape of the image: the shorter side becomes `rank`; of a square matrix the columns do."""
+    rows, columns = matrix_shape(shape)
+    return (rank, columns) if rows < columns else (rows, rank)
+
+
+def wrong_rank(shape: torch.Size, options: Mapping[str, Any]) -> str | None:
+    """Why a parameter of this shape has no image of the rank that is asked for."""
+    rank = options["rank"]
+    if len(shape) < 2:
+        return (
+            "is for two dimensions or more; route the parameter to another chain: "
+            "route(when(apollo, min_ndim=2), otherwise=scale_by_adam)"
+        )
+    least = min(matrix_shape(shape))
+    if rank > least:
+        return f"has rank={rank}, which is larger than the shorter side of the matrix, {least}"
+    return None
+
+
+def channels(x: Tensor, wide: bool, scale_type: str) -> Tensor:
+    """The norm of every column of a wide image, of every row of a tall one, or of each tensor."""
+    dim: Any = (-2, -1) if scale_type == "tensor" else -2 if wide else -1
+    return torch.linalg.vector_norm(x, dim=dim, keepdim=True)
+
+
+def limited(x: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    """Matrices that are at most GROWTH times as long as those of the step before, and how long they are.
+
+    last: the lengths of before, one for each matrix; 0 at first.
+    """
+    size = torch.linalg.vector_norm(x, dim=(-2, -1), dtype=torch.float64)
+    before = last.reshape(-1)
+    excess = (size / (before + 1e-8)).clamp(min=GROWTH) / GROWTH
+    excess = torch.where(before > 0, excess, 1.0)
+    return x / excess.to(x.dtype)[:, None, None], size / excess

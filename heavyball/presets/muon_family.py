@@ -1,0 +1,112 @@
+"""What came after Muon, with AdamW for the parameters that are not matrices in its sense."""
+
+from typing import Any, Unpack
+
+from torch import Tensor
+
+from heavyball import chainable as C
+from heavyball.linalg.orthogonalize import Products
+from heavyball.presets.muon import RoutedOptions, RoutedPreset
+from heavyball.transforms.muon import Method, Scale
+
+
+class AdaMuon(RoutedPreset):
+    """Muon of the momentum's sign, over its running second moment; AdamW for the rest.
+
+    Which parameters are for AdamW, and the options for it, are those of `Muon`.
+
+    Units: an update has the root mean square 0.2, as AdamW's, so that lr and weight decay are AdamW's.
+        0.001 to 0.02 is used.
+    Source: Si, Zhang and Shen 2025, https://arxiv.org/abs/2507.11005.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 0.02,
+        *,
+        momentum: float = 0.95,
+        beta2: float = 0.95,
+        nesterov: bool = True,
+        sign: bool = True,
+        ns_steps: int = 5,
+        method: Method = "quintic",
+        eps: float = 1e-8,
+        products: Products = "auto",
+        weight_decay: float = 0.01,
+        **options: Unpack[RoutedOptions],
+    ):
+        rule = C.scale_by_adamuon(
+            momentum=momentum,
+            beta2=beta2,
+            nesterov=nesterov,
+            sign=sign,
+            steps=ns_steps,
+            method=method,
+            eps=eps,
+            products=products,
+        )
+        self.build_routed(params, lr, rule, options, weight_decay=weight_decay)
+
+
+class Muon2(RoutedPreset):
+    """Muon of the momentum over the root mean square of the gradient; AdamW for the rest.
+
+    Which parameters are for AdamW, and the options for it, are those of `Muon`.
+
+    Units: with scale="original", `lr` is about the spectral norm of a step; 0.02 to 0.1 is used.
+    Source: https://arxiv.org/abs/2604.09967.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 0.02,
+        *,
+        momentum: float = 0.95,
+        beta2: float = 0.95,
+        ns_steps: int = 5,
+        method: Method = "quintic",
+        eps: float = 1e-10,
+        scale: Scale = "original",
+        products: Products = "auto",
+        weight_decay: float = 0.0,
+        **options: Unpack[RoutedOptions],
+    ):
+        rule = (
+            C.muon_momentum(momentum=momentum),
+            C.scale_by_gradient_rms(beta2=beta2, eps=eps),
+            C.orthogonalize(method=method, steps=ns_steps, scale=scale, products=products),
+        )
+        self.build_routed(params, lr, rule, options, weight_decay=weight_decay)
+
+
+class AdaGO(RoutedPreset):
+    """Muon with a step size from the accumulated norms of the gradient; AdamW for the rest.
+
+    Which parameters are for AdamW, and the options for it, are those of `Muon`.
+
+    Units: `lr` is the spectral norm of the first step, `eps` that of the smallest; 0.01 to 0.1 is used.
+    Source: Zhang et al. 2025, Algorithm 1, https://arxiv.org/abs/2509.02981.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 0.05,
+        *,
+        momentum: float = 0.95,
+        gamma: float = 10.0,
+        eps: float = 5e-4,
+        ns_steps: int = 5,
+        method: Method = "quintic",
+        products: Products = "auto",
+        weight_decay: float = 0.0,
+        **options: Unpack[RoutedOptions],
+    ):
+        rule = (
+            C.muon_momentum(momentum=momentum, nesterov=False),
+            C.orthogonalize(method=method, steps=ns_steps, products=products),
+            C.adagrad_norm_rate(gamma=gamma, eps=eps),
+        )
+        self.build_routed(params, lr, rule, options, weight_decay=weight_decay)

@@ -1,0 +1,114 @@
+"""Hyperball: every matrix stays on the sphere of its first norm, and lr is the relative step."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from heavyball.core.transform import Transform, transform
+from heavyball.core.whole import whole_transform
+from heavyball.numerics import norm
+from heavyball.state.declare import State
+from heavyball.transforms.muon import size_of
+
+NO_DECAY = "on a sphere a decay only turns the step: leave it out"
+EXCLUDED = {
+    "decay": NO_DECAY,
+    **dict.fromkeys(
+        ("schedule_free", "muown", "pin_radius", "primal_average", "lookahead", "outer_nesterov"),
+        "both decide how large the weights are",
+    ),
+}
+
+
+def _first_norm(param: Tensor, options: Mapping[str, Any]) -> Tensor:
+    radius = options["radius"]
+    if not isinstance(radius, str):
+        found = torch.full((), radius, dtype=torch.float64, device=param.device)
+    elif radius == "spectral" and param.numel() and not param.is_meta:
+        found = torch.linalg.matrix_norm(param.flatten(1).double(), 2)
+    else:
+        found = norm(param)
+    if param.numel() and not param.is_meta and not found > 0:
+        raise ValueError(
+            f"hyperball: a parameter of shape {tuple(param.shape)} is all zero, so it has no sphere: "
+            "give it other first weights, or a number as radius"
+        )
+    return found
+
+
+def _problem(shape: torch.Size, options: Mapping[str, Any]) -> str | None:
+    radius = options["radius"]
+    if not isinstance(radius, str) and not 0 < radius < float("inf"):
+        raise ValueError(f"radius={radius!r}: expected 'initial', 'spectral', or a number above 0")
+    if len(shape) < 2:
+        return "is for two dimensions or more; route the parameter to another chain"
+    return None
+
+
+TARGET = State(_first_norm, "the norm of the first weights, or `radius`", is_number=True, low=0.0)
+
+
+def _on_spectral_sphere(
+    update: Tensor, target_norm: Tensor, *, param: Tensor, lr: Tensor, radius: str = "spectral"
+) -> tuple[Tensor, Tensor]:
+    """`hyperball` with the spectral norm."""
+    x, u = param.flatten(2), update.flatten(2)
+    target, rate = target_norm.reshape(-1, 1, 1), lr.reshape(-1, 1, 1)
+    size = size_of(u)
+    moved = x - rate * target * u / size.clamp(min=1e-12)
+    moved = moved * (target / torch.linalg.matrix_norm(moved, 2)[..., None, None].clamp(min=1e-12))
+    return torch.where(size > 0, moved, x).to(param.dtype).reshape(param.shape), target_norm
+
+
+# a tuple, because a transform at the top of a module is found by its name
+SPECTRAL = (
+    whole_transform(
+        kind="writer",
+        target_norm=TARGET,
+        excludes=EXCLUDED,
+        requires=_problem,
+    )(_on_spectral_sphere),
+)
+
+
+def _instead(options: Mapping[str, Any]) -> Transform | None:
+    return SPECTRAL[0] if options["radius"] == "spectral" else None
+
+
+@transform(
+    kind="writer",
+    target_norm=TARGET,
+    excludes=EXCLUDED,
+    requires=_problem,
+    instead=_instead,
+)
+def hyperball(
+    update: Tensor,
+    target_norm: Tensor,
+    *,
+    param: Tensor,
+    lr: Tensor,
+    radius: Literal["initial", "spectral"] | float = "initial",
+) -> tuple[Tensor, Tensor]:
+    """Step by a share of the norm that the weights began with, and return to that norm.
+
+    R = ||p_1||;  p' = p - lr R u / ||u||;  p <- p' R / ||p'||; where u = 0 the weights stay
+
+    radius: "initial" is R as above, a number is R itself, "spectral" takes the largest singular value
+        in place of the norm of p.
+
+    The size of u is no matter, and a decay would only turn it: the chain has none.
+
+    Shapes: two or more dimensions; norms over the whole tensor.
+    Units: lr is the angle of a step, 0.005 to 0.02, and falls to 0 over the run.
+    Errors: ValueError for fewer than two dimensions, and for weights that are all zero at first.
+    Source: https://arxiv.org/abs/2606.16899, section 2. Departures: R is kept, where records of
+        modded-nanogpt take the norm before each step; Emerging-Optimizers sets what is nearly zero to
+        zero.
+    """
+    size = norm(update)
+    moved = param - lr * target_norm * update / size.clamp(min=1e-12)
+    moved = moved * (target_norm / norm(moved).clamp(min=1e-12))
+    return torch.where(size > 0, moved, param), target_norm

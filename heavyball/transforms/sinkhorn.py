@@ -1,0 +1,34 @@
+"""SinkGD's normalization: rows and columns by turns, until both have one size."""
+
+import math
+
+from torch import Tensor
+
+from heavyball.core.hyper import positive
+from heavyball.core.transform import transform
+from heavyball.numerics import norm
+
+
+@transform(domains={"iterations": positive})
+def sinkhorn_normalize(update: Tensor, *, iterations: int = 5) -> Tensor:
+    """Bring all rows and all columns of a matrix to the root mean square 1, by turns.
+
+    `iterations` times: rows, then columns where R <= C, else columns, then rows;
+    each line of k entries: x <- x sqrt(k) / max(||x||, 1 / sqrt(k))
+
+    The axis done last ends at 1 exactly. A vector is brought to the root mean square 1. Behind
+    `exp_avg(beta=0.9, correct_bias=False)` it is SinkSGD.
+
+    Shapes: all (*), R x C as (size of axis 0, rest).
+    Units: the result has none, and an entry is about 1; lr as for signs.
+    Source: Scetbon et al. 2025, Algorithm 3, https://arxiv.org/abs/2502.06742, where rows always come
+        first; the order and the floor are those of adv_optm 2.5.16.
+    """
+    columns = tuple(range(1, update.ndim))
+    rest = math.prod(update.shape[1:])
+    order = (columns, (0,)) if len(update) <= rest else ((0,), columns)
+    for axes in (axes for _ in range(iterations) for axes in order if axes):
+        length = math.prod(update.shape[axis] for axis in axes) or 1
+        size = norm(update, axes).clamp(min=length**-0.5)
+        update = update * (length**0.5 / size)
+    return update
