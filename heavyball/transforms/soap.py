@@ -69,7 +69,7 @@ def turned_pieces(pieces: Pieces) -> Pieces:
 
 
 def _refresh(
-    gram: Pieces,
+    gram_: Pieces,
     basis: Pieces,
     *,
     vectors: tuple[Tensor, ...],
@@ -87,14 +87,12 @@ def _refresh(
     blocks: Blocks,
     axis: int,
     first: First,
-    sort: bool = True,
+    gram: Literal["plain", "kl"],
 ) -> tuple[Pieces, Pieces, tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Refresh the bases whose turn it is, and carry the inner rule's moments over.
-
-    sort: False where eigenvalues are kept, which stay with their columns.
-    """
+    """Refresh the bases whose turn it is, and carry the inner rule's moments over."""
     if count == 1 and first != "skip":  # what passed by the inner rule has left nothing there
-        return gram, basis, *(tuple(map(torch.zeros_like, x)) for x in (vectors, squares))
+        return gram_, basis, *(tuple(map(torch.zeros_like, x)) for x in (vectors, squares))
+    # eigenvalues that are kept stay with their columns, which are then not sorted
     schedule = _schedule(precondition_frequency, precond_scheduler)
 
     def rows(piece: int) -> list[int]:
@@ -102,9 +100,9 @@ def _refresh(
         return [row for row, early in enumerate(phases) if schedule.fires(count - 1, early)]
 
     old = turned_pieces(basis)
-    new, orders = refresh_pieces(gram, old, zeroth_power_mode, rows, sort)
+    new, orders = refresh_pieces(gram_, old, zeroth_power_mode, rows, gram == "plain")
     if all(order is None for order in orders):
-        return gram, basis, vectors, squares
+        return gram_, basis, vectors, squares
     options = {"max_precond_dim": max_precond_dim, "merge_dims": merge_dims, "split": split}
     options |= {"blocks": blocks, "axis": axis}
     moments = []
@@ -117,7 +115,7 @@ def _refresh(
                 for shape, x in zip(working, states, strict=True)
             )
         )
-    return gram, turned_pieces(new), moments[0], moments[1]
+    return gram_, turned_pieces(new), moments[0], moments[1]
 
 
 def _problem(shape: torch.Size, options: Mapping[str, Any]) -> str | None:
@@ -362,7 +360,7 @@ def _refresh_kl(
         blocks=blocks,
         axis=axis,
         first="skip",
-        sort=False,
+        gram="kl",
     )
     return gram, basis, eigenvalues, vectors, squares
 

@@ -330,6 +330,31 @@ GOLDEN = {
         lr=0.1,
         behind=0.1 * 2 / 8 * 0.01,
     ),
+    "dion": Golden(
+        lambda: (C.dion(rank=2), C.decoupled(weight_decay=0.01)),
+        """0.554103209181, -0.896208252223, -0.957262220448, -0.149811878058, 8.35961566456
+        | 0.571879353498, -0.876367315344, -0.958821542281, -0.150310897456, 8.16579075116
+        | 0.5852886313, -0.854299634218, -0.960166726432, -0.151929572545, 7.95363300232
+        | 0.602926352974, -0.834527028644, -0.958544211261, -0.153236422593, 7.75164758033""",
+        (4, 4),
+        state={"dion.directions": lambda q: directions(*q.shape)},
+    ),
+    "dion, wide": Golden(
+        lambda: (C.dion(rank=2), C.decoupled(weight_decay=0.01)),
+        """0.568233465138, -0.89382826001, 0.15252665011, 0.0533560117789, 5.3879326844 | .. | ..
+        | 0.642967837516, -0.840485128, 0.196052666011, 0.13509883157, 4.91636397778""",
+        state={"dion.directions": lambda q: directions(*q.shape)},
+    ),
+    "partial_orthogonalize": Golden(
+        lambda: (
+            C.partial_orthogonalize(fraction=0.5, method="quintic"),
+            C.decoupled(weight_decay=0.01),
+        ),
+        """0.563160224093, -0.894241446944, 0.136668849599, 0.000742085181289, 5.38254318979
+        | 0.562878643981, -0.888810714467, 0.145916404626, 0.0318436582575, 5.27606635372
+        | 0.562597204659, -0.881023101544, 0.161444403194, 0.0686809073606, 5.17986028786
+        | 0.582114156494, -0.857391275544, 0.161363680992, 0.083231843605, 4.97872858141""",
+    ),
     "sinkhorn_normalize": Golden(
         lambda: (C.muon_momentum(momentum=0.9, nesterov=False), C.sinkhorn_normalize),
         """0.605659022637, -0.875871702927, 0.194944506565, 0.120993737938, 5.11214175427 | .. | ..
@@ -356,6 +381,12 @@ GOLDEN = {
 def scion(oracle: object, alpha: float = 0.1, radius: float = 3.0) -> tuple:
     momentum = C.muon_momentum(momentum=1 - alpha, nesterov=False)
     return momentum, oracle, C.scale_update(factor=radius)
+
+
+def directions(n: int, rank: int) -> Tensor:
+    """Q_0 of Dion's golden values: cos(1 + i (j + 1) + j)."""
+    i, j = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(rank, dtype=torch.float64)
+    return torch.cos(1 + i * (j + 1) + j)
 
 
 def kl(frequency: int = 1, correct_bias: bool = False) -> object:
@@ -719,6 +750,54 @@ def test_blocks_on_the_spectral_sphere_are_spheres_of_their_own(blocks: Any) -> 
 # ---- low rank
 
 
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5), (4, 2, 3)])
+def test_dion_of_full_rank_comes_to_the_polar_factor(shape: tuple[int, ...]) -> None:
+    (g,) = starts([shape])
+    found = updates([C.dion(momentum=0.9)], [g] * 200)[-1].flatten(1)
+    u, _, vh = torch.linalg.svd(g.flatten(1), full_matrices=False)
+    close(found, (found.shape[0] / found.shape[1]) ** 0.5 * u @ vh, atol=1e-6)
+
+
+def test_the_rank_of_dion_is_a_share_of_the_shorter_side() -> None:
+    (p,) = starts([(10, 30)])
+    for options, rank in (
+        ({}, 10),
+        ({"rank_fraction": 0.25}, 3),
+        ({"rank_fraction": 0.25, "rank_multiple": 4}, 4),
+        ({"rank_multiple": 4}, 10),
+        ({"rank": 7}, 7),
+    ):
+        held = states([C.dion(**options)], [p])
+        assert held["dion.directions"].shape == (10, rank)
+    with pytest.raises(ValueError, match="dion has rank=11, which is larger than the shorter side"):
+        C.ChainOpt([p], 0.1, C.dion(rank=11))
+    with pytest.raises(ValueError, match="exclude each other: dion has its own momentum"):
+        C.ChainOpt([p], 0.1, C.muon_momentum, C.dion)
+
+
+@pytest.mark.parametrize("select", ["top", "random"])
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4)])
+def test_what_is_not_selected_does_not_move_and_grows(shape: tuple[int, int], select: str) -> None:
+    grads = [g for (g,) in gradients(3, [shape])]
+    t = C.partial_orthogonalize(momentum=0.5, select=select, method="newton-schulz", steps=30)
+    m = torch.zeros(4, 6, dtype=torch.float64)
+    for k, u in enumerate(updates([t], grads)):
+        g, moved = (x if shape[0] < shape[1] else x.mT for x in (grads[k], u))
+        m = m + g
+        rows = moved.abs().sum(1) > 0
+        assert rows.sum() == 1
+        if select == "top":
+            assert rows[m.abs().sum(1).argmax()]
+        scale = (shape[0] / shape[1]) ** 0.5
+        close(moved[rows], scale * m[rows] / m[rows].norm(), atol=1e-9)
+        m[rows] *= 0.5
+    close(
+        states([t], grads)["partial_orthogonalize.momentum_buffer"],
+        m if shape[0] < shape[1] else m.mT,
+        atol=1e-12,
+    )
+
+
 def image(shape: tuple[int, ...], salt: int = 0) -> Tensor:
     """S of the golden values, times sqrt(2), in place of noise."""
     i, j = torch.arange(2.0, dtype=torch.float64)[:, None], torch.arange(3.0, dtype=torch.float64)
@@ -972,6 +1051,8 @@ PRESETS = {
     "MuonH": lambda: (C.muon, C.hyperball),
     "MuonSphere": lambda: (C.muon_momentum(momentum=0.9), C.spectral_sphere(solve=False)),
     "Muown": lambda: (C.muown(weight_decay=0.1),),
+    "Dion": lambda: (C.dion, C.decoupled(weight_decay=0.01)),
+    "Dion2": lambda: (C.partial_orthogonalize, C.decoupled(weight_decay=0.01)),
 }
 ALONE = {
     "KLSOAP": lambda: (
@@ -1011,7 +1092,7 @@ def test_a_preset_is_its_chain_beside_adamw(name: str) -> None:
     begin, grads = starts(shapes), gradients(3, shapes)
     ours = walk(lambda ps: cls(ps, 0.05, adamw_lr=0.01, **more), begin, grads)
     hidden = walked(PRESETS[name](), begin[0], [g for g, _ in grads])
-    decay = {"AdaMuon": 0.01}.get(name, 0.0)
+    decay = dict.fromkeys(("AdaMuon", "Dion", "Dion2"), 0.01).get(name, 0.0)
     rest = walk(
         lambda ps: torch.optim.AdamW(ps, 0.01, (0.9, 0.95), weight_decay=decay),
         begin[1:],
@@ -1240,6 +1321,16 @@ def eigenvalues_that_stay(right: Wrong) -> Wrong:
 @mutant("splus", *golden_of("splus"))
 def a_rate_that_does_not_know_the_shape(right: Wrong) -> Wrong:
     return lambda *args, lr, **kw: (*right(*args, lr=lr, **kw)[:-1], lr * 0.25 * 1.1)
+
+
+@mutant("dion", *golden_of("dion", "dion, wide"))
+def a_momentum_without_feedback(right: Wrong) -> Wrong:
+    return lambda u, m, q, *, momentum, **kw: right(u, m, q, momentum=torch.ones(()), **kw)
+
+
+@mutant("partial_orthogonalize", *golden_of("partial_orthogonalize"))
+def slices_that_do_not_decay(right: Wrong) -> Wrong:
+    return lambda u, m, *, momentum, **kw: right(u, m, momentum=torch.ones(()), **kw)
 
 
 @mutant("sinkhorn_normalize", *golden_of("sinkhorn_normalize"))

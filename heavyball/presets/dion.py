@@ -1,0 +1,82 @@
+"""Dion and Dion2, with AdamW for the parameters that are not matrices in Muon's sense."""
+
+from typing import Any, Literal, Unpack
+
+from torch import Tensor
+
+from heavyball import chainable as C
+from heavyball.linalg.orthogonalize import Products
+from heavyball.presets.muon import RoutedOptions, RoutedPreset
+from heavyball.transforms.muon import Method
+
+
+class Dion(RoutedPreset):
+    """Orthonormal low-rank updates with error feedback; AdamW for the rest.
+
+    Which parameters are for AdamW, and the options for it, are those of `Muon`.
+
+    rank, rank_fraction, rank_multiple: as in `dion`.
+
+    Units: `lr` times sqrt(rows / columns) is the spectral norm of a step; about 0.01.
+    Source: Ahn et al. 2025, https://arxiv.org/abs/2504.05295.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 0.01,
+        *,
+        rank: int | None = None,
+        rank_fraction: float = 1.0,
+        rank_multiple: int = 1,
+        momentum: float = 0.95,
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        **options: Unpack[RoutedOptions],
+    ):
+        rule = C.dion(
+            rank=rank,
+            rank_fraction=rank_fraction,
+            rank_multiple=rank_multiple,
+            momentum=momentum,
+            eps=eps,
+        )
+        self.build_routed(params, lr, rule, options, weight_decay=weight_decay)
+
+
+class Dion2(RoutedPreset):
+    """Orthogonalized slices of a momentum that grows elsewhere; AdamW for the rest.
+
+    Which parameters are for AdamW, and the options for it, are those of `Muon`.
+
+    fraction, select: as in `partial_orthogonalize`.
+
+    Units: `lr` times sqrt(rows / columns) is the spectral norm of a step; about 0.01.
+    Source: https://arxiv.org/abs/2512.16928.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 0.01,
+        *,
+        momentum: float = 0.95,
+        fraction: float = 0.25,
+        select: Literal["top", "random"] = "top",
+        ns_steps: int = 5,
+        method: Method = "polar_express",
+        eps: float = 1e-7,
+        products: Products = "auto",
+        weight_decay: float = 0.01,
+        **options: Unpack[RoutedOptions],
+    ):
+        rule = C.partial_orthogonalize(
+            momentum=momentum,
+            fraction=fraction,
+            select=select,
+            steps=ns_steps,
+            method=method,
+            eps=eps,
+            products=products,
+        )
+        self.build_routed(params, lr, rule, options, weight_decay=weight_decay)
