@@ -15,6 +15,8 @@ from heavyball.presets.adaptive import StableSPAM
 from heavyball.presets.adaptive import Tiger
 from heavyball.presets.adaptive import Yogi
 from heavyball.presets.create import create
+from heavyball.presets.dion import Dion
+from heavyball.presets.dion import Dion2
 from heavyball.presets.first_order import ADOPT
 from heavyball.presets.first_order import AdEMAMix
 from heavyball.presets.first_order import AdamW
@@ -27,11 +29,20 @@ from heavyball.presets.first_order import PaLMSFAdamW
 from heavyball.presets.first_order import RMSprop
 from heavyball.presets.first_order import SFAdamW
 from heavyball.presets.first_order import SGD
+from heavyball.presets.fixed_norm import AdamH
+from heavyball.presets.fixed_norm import MuonH
+from heavyball.presets.fixed_norm import MuonSphere
+from heavyball.presets.fixed_norm import Muown
 from heavyball.presets.large_batch import LAMB
 from heavyball.presets.large_batch import LARS
+from heavyball.presets.low_rank import APOLLO
+from heavyball.presets.low_rank import APOLLOMini
 from heavyball.presets.memory_savers import CAME
 from heavyball.presets.muon import Muon
 from heavyball.presets.muon import NorMuon
+from heavyball.presets.muon_family import AdaGO
+from heavyball.presets.muon_family import AdaMuon
+from heavyball.presets.muon_family import Muon2
 from heavyball.presets.of_torch import ASGD
 from heavyball.presets.of_torch import Adadelta
 from heavyball.presets.of_torch import Adafactor
@@ -69,6 +80,12 @@ from heavyball.presets.soap import SOAP
 from heavyball.presets.soap import SOAPAdEMAMix
 from heavyball.presets.soap import SOAPNAdam
 from heavyball.presets.soap import SOLP
+from heavyball.presets.soap_family import ASGO
+from heavyball.presets.soap_family import KLSOAP
+from heavyball.presets.soap_family import KLShampoo
+from heavyball.presets.soap_family import MOSO
+from heavyball.presets.soap_family import SPlus
+from heavyball.transforms.scion import scion_init_
 from typing import Any
 
 __version__: str
@@ -83,6 +100,7 @@ __all__ = [
     "create",
     "fuse_backward",
     "memory_plan",
+    "scion_init_",
     "utils",
     "AdaBelief",
     "Adan",
@@ -92,6 +110,8 @@ __all__ = [
     "Tiger",
     "AdamS",
     "StableSPAM",
+    "Dion",
+    "Dion2",
     "SGD",
     "AdamW",
     "NAdam",
@@ -104,11 +124,20 @@ __all__ = [
     "SFAdamW",
     "PaLMSFAdamW",
     "FactoredAdamW",
+    "AdamH",
+    "MuonH",
+    "MuonSphere",
+    "Muown",
     "LAMB",
     "LARS",
+    "APOLLO",
+    "APOLLOMini",
     "CAME",
     "Muon",
     "NorMuon",
+    "AdaMuon",
+    "Muon2",
+    "AdaGO",
     "Adam",
     "RAdam",
     "Adagrad",
@@ -146,4 +175,9 @@ __all__ = [
     "SOAPNAdam",
     "SOAPAdEMAMix",
     "SOLP",
+    "KLSOAP",
+    "KLShampoo",
+    "MOSO",
+    "ASGO",
+    "SPlus",
 ]
