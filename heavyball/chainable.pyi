@@ -15,6 +15,7 @@ from heavyball.optim.optimizer import ChainOpt
 from heavyball.state.declare import State, copy_of_param, scalar, squares, zeros
 from heavyball.text import parse_chain as parse
 from heavyball.transforms import TRANSFORMS
+from heavyball.transforms.galore import fira, galore
 from heavyball.transforms.soap import soap_precond
 
 COMBINATORS: dict[str, Callable[..., Any]]
@@ -51,6 +52,17 @@ class _Adagc(Transform):
     ) -> Self: ...
 
 adagc: _Adagc
+
+class _AdagradNormRate(Transform):
+    """Shrink the step of a tensor with the sum of its clamped gradient norms, as Adagrad does."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        gamma: float | Shared = 10.0,
+        eps: float | Shared = 0.0005,
+    ) -> Self: ...
+
+adagrad_norm_rate: _AdagradNormRate
 
 class _Adamc(Transform):
     """Decay for weights that a normalization layer follows, corrected for the schedule."""
@@ -106,6 +118,21 @@ class _AnchorDecay(Transform):
     ) -> Self: ...
 
 anchor_decay: _AnchorDecay
+
+class _Apollo(Transform):
+    """Scale each channel of the gradient as Adam would in a random image of it."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        rank: int = 256,
+        gap: int = 200,
+        scale: float | Shared = 1.0,
+        scale_type: Literal['channel', 'tensor'] = 'channel',
+        betas: tuple[float, ...] | Shared = (0.9, 0.999),
+        eps: float | Shared = 1e-06,
+    ) -> Self: ...
+
+apollo: _Apollo
 
 class _Apply(Transform):
     """Put a function of the update into a chain."""
@@ -220,6 +247,18 @@ class _Cocob(Transform):
 
 cocob: _Cocob
 
+class _ColumnNormalize(Transform):
+    """Bring every column of an R x C matrix to the root mean square 1."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        normalized: bool = False,
+        eps: float | Shared = 1e-08,
+        axis: Literal[0, 1] = 0,
+    ) -> Self: ...
+
+column_normalize: _ColumnNormalize
+
 class _Coupled(Transform):
     """L2 regularization: the decay is part of the gradient, and what follows scales it too."""
 
@@ -310,6 +349,20 @@ class _Descend(Transform):
     def __call__(self) -> Self: ...  # type: ignore[override]
 
 descend: _Descend
+
+class _Dion(Transform):
+    """Orthonormalize a low-rank approximation of the momentum by one power iteration per step."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        rank: int | None = None,
+        rank_fraction: float = 1.0,
+        rank_multiple: int = 1,
+        momentum: float | Shared = 0.95,
+        eps: float | Shared = 1e-08,
+    ) -> Self: ...
+
+dion: _Dion
 
 class _DogRate(Transform):
     """Multiply the learning rate by the largest distance from the start over the root of all squares."""
@@ -430,6 +483,16 @@ class _HeavyballMomentum(Transform):
 
 heavyball_momentum: _HeavyballMomentum
 
+class _Hyperball(Transform):
+    """Step by a share of the norm that the weights began with, and return to that norm."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        radius: Literal['initial', 'spectral'] | float = 'initial',
+    ) -> Self: ...
+
+hyperball: _Hyperball
+
 class _InNewUnit(Transform):
     """Multiply by what d has grown by in this step, for `prodigy_d` with a direction that has no mean."""
 
@@ -457,6 +520,23 @@ class _InverseTime(Transform):
     ) -> Self: ...
 
 inverse_time: _InverseTime
+
+class _KlShampoo(Transform):
+    """Divide the momentum by the root of a Kronecker product that fits the gradients' covariance."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        betas: tuple[float, ...] | Shared = (0.9, 0.98),
+        shampoo_beta: float | Shared | None = None,
+        eps: float | Shared = 1e-08,
+        precondition_frequency: int = 10,
+        eigenvalue_init: float = 0.1,
+        max_precond_dim: int = 10000,
+        blocks: int | Any | Any | None = None,
+        axis: Literal[0, 1] = 0,
+    ) -> Self: ...
+
+kl_shampoo: _KlShampoo
 
 class _KourkoutasBeta2(Transform):
     """Choose the beta2 of every second moment behind by the size of a tensor's gradient."""
@@ -586,13 +666,16 @@ class _Muon(Transform):
         self,
         momentum: float | Shared = 0.95,
         nesterov: bool = True,
-        method: Literal['quintic', 'quintic-5', 'polar_express', 'svd'] = 'quintic',
+        method: Literal['quintic', 'quintic-5', 'polar_express', 'svd', 'cans', 'deepseekv4', 'cubic', 'newton-schulz'] | Any = 'quintic',
         steps: int = 5,
         eps: float | Shared = 1e-07,
-        scale: Literal['original', 'match_rms_adamw', 'none', 'graft', 'spectral'] = 'original',
+        scale: Literal['original', 'match_rms_adamw', 'none', 'graft', 'spectral', 'spectral_conv'] = 'original',
         stacked: bool = False,
         products: Literal['auto', 'full', 'bfloat16'] = 'auto',
         restart: Any | None = None,
+        normalize: Literal['frobenius', 'aol'] = 'frobenius',
+        blocks: int | Any | Any | None = None,
+        axis: Literal[0, 1] = 0,
     ) -> Self: ...
 
 muon: _Muon
@@ -607,6 +690,25 @@ class _MuonMomentum(Transform):
     ) -> Self: ...
 
 muon_momentum: _MuonMomentum
+
+class _Muown(Transform):
+    """Step the directions of the rows with Muon and their norms with Adam."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        momentum: float | Shared = 0.95,
+        betas: tuple[float, ...] | Shared = (0.9, 0.95),
+        eps: float | Shared = 1e-08,
+        weight_decay: float | Shared = 0.0,
+        method: Literal['quintic', 'quintic-5', 'polar_express', 'svd', 'cans', 'deepseekv4', 'cubic', 'newton-schulz'] | Any = 'quintic-5',
+        steps: int = 5,
+        products: Literal['auto', 'full', 'bfloat16'] = 'auto',
+        stacked: bool = False,
+        blocks: int | Any | Any | None = None,
+        axis: Literal[0, 1] = 0,
+    ) -> Self: ...
+
+muown: _Muown
 
 class _NesterovMomentum(Transform):
     """Momentum with the gradient taken one step ahead, in torch's form."""
@@ -623,13 +725,16 @@ class _Orthogonalize(Transform):
 
     def __call__(  # type: ignore[override]
         self,
-        method: Literal['quintic', 'quintic-5', 'polar_express', 'svd'] = 'quintic',
+        method: Literal['quintic', 'quintic-5', 'polar_express', 'svd', 'cans', 'deepseekv4', 'cubic', 'newton-schulz'] | Any = 'quintic',
         steps: int = 5,
         eps: float | Shared = 1e-07,
-        scale: Literal['original', 'match_rms_adamw', 'none', 'graft', 'spectral'] = 'none',
+        scale: Literal['original', 'match_rms_adamw', 'none', 'graft', 'spectral', 'spectral_conv'] = 'none',
         stacked: bool = False,
         products: Literal['auto', 'full', 'bfloat16'] = 'auto',
         restart: Any | None = None,
+        normalize: Literal['frobenius', 'aol'] = 'frobenius',
+        blocks: int | Any | Any | None = None,
+        axis: Literal[0, 1] = 0,
     ) -> Self: ...
 
 orthogonalize: _Orthogonalize
@@ -686,6 +791,22 @@ class _ParameterEma(Transform):
     ) -> Self: ...
 
 parameter_ema: _ParameterEma
+
+class _PartialOrthogonalize(Transform):
+    """Orthogonalize only some slices of a growing momentum, and let only those decay."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        momentum: float | Shared = 0.95,
+        fraction: float = 0.25,
+        select: Literal['top', 'random'] = 'top',
+        method: Literal['quintic', 'quintic-5', 'polar_express', 'svd', 'cans', 'deepseekv4', 'cubic', 'newton-schulz'] | Any = 'polar_express',
+        steps: int = 5,
+        eps: float | Shared = 1e-07,
+        products: Literal['auto', 'full', 'bfloat16'] = 'auto',
+    ) -> Self: ...
+
+partial_orthogonalize: _PartialOrthogonalize
 
 class _PolynomialAverage(Transform):
     """Average the parameters behind every step with weights about t^gamma, to evaluate with."""
@@ -850,6 +971,17 @@ class _PsgdPro(Transform):
 
 psgd_pro: _PsgdPro
 
+class _RadialBrake(Transform):
+    """Scale the part of the update along the weights, and more where the step would lengthen them."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        outward: float | Shared = 0.5,
+        inward: float | Shared = 1.0,
+    ) -> Self: ...
+
+radial_brake: _RadialBrake
+
 class _Regularized(Transform):
     """`coupled` for everything behind: what compares with the gradient sees the decay in it too."""
 
@@ -870,6 +1002,13 @@ class _RelativeStep(Transform):
 
 relative_step: _RelativeStep
 
+class _RelativeUpdate(Transform):
+    """Give the update the norm of the weights."""
+
+    def __call__(self) -> Self: ...  # type: ignore[override]
+
+relative_update: _RelativeUpdate
+
 class _ResetMoments(Transform):
     """Count the steps of everything behind from 1 again, so that its unbiased means forget."""
 
@@ -883,9 +1022,23 @@ reset_moments: _ResetMoments
 class _RmsNormalize(Transform):
     """Give a tensor the root mean square 1."""
 
-    def __call__(self) -> Self: ...  # type: ignore[override]
+    def __call__(  # type: ignore[override]
+        self,
+        eps: float | Shared | None = None,
+    ) -> Self: ...
 
 rms_normalize: _RmsNormalize
+
+class _RowNormalize(Transform):
+    """Bring every row of an R x C matrix to one norm."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        normalized: bool = True,
+        eps: float | Shared = 1e-08,
+    ) -> Self: ...
+
+row_normalize: _RowNormalize
 
 class _RunningAverage(Transform):
     """Average the parameters behind every step with equal weights, to evaluate with."""
@@ -979,6 +1132,27 @@ class _ScaleByAdams(Transform):
 
 scale_by_adams: _ScaleByAdams
 
+class _ScaleByAdamuon(Transform):
+    """Orthogonalize the sign of the momentum, then divide by the root of a running second moment."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        momentum: float | Shared = 0.95,
+        nesterov: bool = True,
+        beta2: float | Shared = 0.95,
+        eps: float | Shared = 1e-08,
+        sign: bool = True,
+        second_moment: Literal['elements', 'norm'] = 'elements',
+        method: Literal['quintic', 'quintic-5', 'polar_express', 'svd', 'cans', 'deepseekv4', 'cubic', 'newton-schulz'] | Any = 'quintic',
+        steps: int = 5,
+        stacked: bool = False,
+        products: Literal['auto', 'full', 'bfloat16'] = 'auto',
+        blocks: int | Any | Any | None = None,
+        axis: Literal[0, 1] = 0,
+    ) -> Self: ...
+
+scale_by_adamuon: _ScaleByAdamuon
+
 class _ScaleByAdan(Transform):
     """A mean of gradients, a mean of their differences, and the root mean square of both."""
 
@@ -1043,6 +1217,18 @@ class _ScaleByExpAvgSq(Transform):
 
 scale_by_exp_avg_sq: _ScaleByExpAvgSq
 
+class _ScaleByGradientRms(Transform):
+    """Divide the update by the root of the running mean square of the gradient."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        beta2: float | Shared = 0.95,
+        eps: float | Shared = 1e-10,
+        correct_bias: bool = False,
+    ) -> Self: ...
+
+scale_by_gradient_rms: _ScaleByGradientRms
+
 class _ScaleByLaprop(Transform):
     """Momentum of gradients that were scaled by their size at their own time."""
 
@@ -1088,14 +1274,17 @@ class _ScaleByNormuon(Transform):
         momentum: float | Shared = 0.95,
         nesterov: bool = True,
         beta2: float | Shared = 0.95,
-        method: Literal['quintic', 'quintic-5', 'polar_express', 'svd'] = 'quintic',
+        method: Literal['quintic', 'quintic-5', 'polar_express', 'svd', 'cans', 'deepseekv4', 'cubic', 'newton-schulz'] | Any = 'quintic',
         steps: int = 5,
         eps: float | Shared = 1e-07,
         row_eps: float | Shared = 1e-10,
-        scale: Literal['original', 'match_rms_adamw', 'none', 'graft', 'spectral'] = 'original',
+        scale: Literal['original', 'match_rms_adamw', 'none', 'graft', 'spectral', 'spectral_conv'] = 'original',
         stacked: bool = False,
         products: Literal['auto', 'full', 'bfloat16'] = 'auto',
         restart: Any | None = None,
+        normalize: Literal['frobenius', 'aol'] = 'frobenius',
+        blocks: int | Any | Any | None = None,
+        axis: Literal[0, 1] = 0,
     ) -> Self: ...
 
 scale_by_normuon: _ScaleByNormuon
@@ -1205,6 +1394,16 @@ class _ScaleLrByParameterRms(Transform):
 
 scale_lr_by_parameter_rms: _ScaleLrByParameterRms
 
+class _ScaleUpdate(Transform):
+    """Multiply the update, and not the decay as `scale_lr` does."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        factor: float | Shared = 1.0,
+    ) -> Self: ...
+
+scale_update: _ScaleUpdate
+
 class _ScheduleFree(Transform):
     """Step from z, average the steps in x, and take gradients in between, at y."""
 
@@ -1243,6 +1442,10 @@ class _Shampoo(Transform):
         max_precond_dim: int = 1024,
         merge_dims: bool = False,
         split: bool = False,
+        sides: Literal['all', 'smaller', 'larger'] = 'all',
+        order: int | None = None,
+        blocks: int | Any | Any | None = None,
+        axis: Literal[0, 1] = 0,
     ) -> Self: ...
 
 shampoo: _Shampoo
@@ -1257,6 +1460,26 @@ class _Sign(Transform):
 
 sign: _Sign
 
+class _SignNormalize(Transform):
+    """The sign of every entry, over the number of columns."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        normalized: bool = True,
+    ) -> Self: ...
+
+sign_normalize: _SignNormalize
+
+class _SinkhornNormalize(Transform):
+    """Bring all rows and all columns of a matrix to the root mean square 1, by turns."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        iterations: int = 5,
+    ) -> Self: ...
+
+sinkhorn_normalize: _SinkhornNormalize
+
 class _SkipNotFinite(Transform):
     """Change nothing in a step in which any gradient holds a NaN or an infinity."""
 
@@ -1270,6 +1493,54 @@ class _Softsign(Transform):
     def __call__(self) -> Self: ...  # type: ignore[override]
 
 softsign: _Softsign
+
+class _SpectralNormalize(Transform):
+    """Give the update of an R x C matrix the spectral norm sqrt(R / C)."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        iterations: int = 1,
+        stacked: bool = False,
+        blocks: int | Any | Any | None = None,
+        axis: Literal[0, 1] = 0,
+    ) -> Self: ...
+
+spectral_normalize: _SpectralNormalize
+
+class _SpectralSphere(Transform):
+    """Take the steepest step of unit spectral norm that keeps the spectral norm to first order."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        scaler: float | Shared = 1.0,
+        radius: Literal['mup', 'initial'] = 'mup',
+        solve: bool = True,
+        retract: Literal['after', 'before'] = 'after',
+        method: Literal['polar_express', 'svd'] = 'polar_express',
+        steps: int = 8,
+        power_iterations: int = 20,
+        tolerance: float = 1e-06,
+        stacked: bool = False,
+        blocks: int | Any | Any | None = None,
+        axis: Literal[0, 1] = 0,
+    ) -> Self: ...
+
+spectral_sphere: _SpectralSphere
+
+class _Splus(Transform):
+    """Take the sign of the momentum in the eigenvectors of the gradients' running Gram matrices."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        betas: tuple[float, ...] | Shared = (0.9, 0.999),
+        inverse_every: int = 100,
+        max_dim: int = 10000,
+        nonstandard_constant: float = 0.001,
+        blocks: int | Any | Any | None = None,
+        axis: Literal[0, 1] = 0,
+    ) -> Self: ...
+
+splus: _Splus
 
 class _StableAdamw(Transform):
     """Adam whose learning rate drops where the gradient is larger than its second moment expects."""
@@ -1311,6 +1582,14 @@ class _ToEigenbasis(Transform):
         zeroth_power_mode: str = 'qr',
         rotate_second_moment: bool = False,
         spread_refreshes: bool = False,
+        sides: Literal['all', 'smaller', 'larger'] = 'all',
+        blocks: int | Any | Any | None = None,
+        axis: Literal[0, 1] = 0,
+        first: Literal['skip', 'pass', 'sign'] = 'skip',
+        refresh: Literal['after', 'before'] = 'after',
+        gram: Literal['plain', 'kl'] = 'plain',
+        gram_of: Literal['update', 'grad'] = 'update',
+        eigenvalue_init: float = 0.1,
     ) -> Self: ...
 
 to_eigenbasis: _ToEigenbasis
@@ -1335,6 +1614,17 @@ class _TrustRegion(Transform):
     ) -> Self: ...
 
 trust_region: _TrustRegion
+
+class _UpdateFloor(Transform):
+    """Lengthen an update that is shorter than a share of the weights."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        floor: float | Shared = 0.35,
+        rows: bool = False,
+    ) -> Self: ...
+
+update_floor: _UpdateFloor
 
 class _Zclip(Transform):
     """Shorten all updates together where their norm is many deviations above its mean."""
@@ -1361,6 +1651,8 @@ __all__ = [
     "Transform",
     "Whole",
     "copy_of_param",
+    "fira",
+    "galore",
     "graft",
     "optimizer_class",
     "parallel",
@@ -1379,11 +1671,13 @@ __all__ = [
     "a_law",
     "accumulate",
     "adagc",
+    "adagrad_norm_rate",
     "adamc",
     "adaptive_gradient_clip",
     "adaptive_orthogonalize",
     "add_noise",
     "anchor_decay",
+    "apollo",
     "apply",
     "asgd_rate",
     "cautious",
@@ -1395,6 +1689,7 @@ __all__ = [
     "clip_spikes",
     "clip_update_rms",
     "cocob",
+    "column_normalize",
     "coupled",
     "d_adapt_adam",
     "d_adapt_lion",
@@ -1403,6 +1698,7 @@ __all__ = [
     "decoupled",
     "delayed_rms",
     "descend",
+    "dion",
     "dog_rate",
     "dowg_rate",
     "ema_nesterov",
@@ -1413,9 +1709,11 @@ __all__ = [
     "grams",
     "grokfast",
     "heavyball_momentum",
+    "hyperball",
     "in_new_unit",
     "independent",
     "inverse_time",
+    "kl_shampoo",
     "kourkoutas_beta2",
     "l1_decay",
     "l2_normalize",
@@ -1429,6 +1727,7 @@ __all__ = [
     "mu_law",
     "muon",
     "muon_momentum",
+    "muown",
     "nesterov_momentum",
     "orthogonalize",
     "orthograd",
@@ -1436,6 +1735,7 @@ __all__ = [
     "palm_beta2",
     "palm_decay",
     "parameter_ema",
+    "partial_orthogonalize",
     "polynomial_average",
     "primal_average",
     "probe",
@@ -1446,10 +1746,13 @@ __all__ = [
     "psgd_kron",
     "psgd_lra",
     "psgd_pro",
+    "radial_brake",
     "regularized",
     "relative_step",
+    "relative_update",
     "reset_moments",
     "rms_normalize",
+    "row_normalize",
     "running_average",
     "scale_by_adabelief",
     "scale_by_adadelta",
@@ -1458,11 +1761,13 @@ __all__ = [
     "scale_by_adam_atan2",
     "scale_by_adamax",
     "scale_by_adams",
+    "scale_by_adamuon",
     "scale_by_adan",
     "scale_by_ademamix",
     "scale_by_adopt",
     "scale_by_came",
     "scale_by_exp_avg_sq",
+    "scale_by_gradient_rms",
     "scale_by_laprop",
     "scale_by_lion",
     "scale_by_nadam",
@@ -1476,16 +1781,23 @@ __all__ = [
     "scale_by_yogi",
     "scale_lr",
     "scale_lr_by_parameter_rms",
+    "scale_update",
     "schedule_free",
     "separate_decay",
     "shampoo",
     "sign",
+    "sign_normalize",
+    "sinkhorn_normalize",
     "skip_not_finite",
     "softsign",
+    "spectral_normalize",
+    "spectral_sphere",
+    "splus",
     "stable_adamw",
     "stable_spam",
     "to_eigenbasis",
     "trust_ratio",
     "trust_region",
+    "update_floor",
     "zclip",
 ]
