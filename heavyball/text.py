@@ -73,7 +73,7 @@ def known_names() -> Names:
     from heavyball.presets.muon import IsHidden
 
     combinators: dict[str, Any] = chainable.COMBINATORS
-    values = {"shared": chainable.shared, "IsHidden": IsHidden}
+    values: dict[str, Any] = {"shared": chainable.shared, "IsHidden": IsHidden}
     return Names(chainable.TRANSFORMS, combinators, values)
 
 

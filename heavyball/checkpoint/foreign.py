@@ -51,7 +51,8 @@ def to_torch(opt: ChainOpt) -> dict[str, Any]:
     """
     if not isinstance(opt, ChainOpt):
         raise TypeError(f"to_torch: expected an optimizer of heavyball, got {type(opt).__name__}")
-    programs, numbers = opt.registry.programs(), {}
+    programs = opt.registry.programs()
+    numbers: dict[Tensor, int] = {}
     for place in opt.registry.places():
         numbers.setdefault(place.param, len(numbers))
     groups, states = [], {}

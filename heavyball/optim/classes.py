@@ -44,7 +44,7 @@ def optimizer_class(what: Any, name: str = "ChainOptimizer") -> type[ChainOpt]:
         "__doc__": f"The chain {chain!r}; options as of `ChainOpt`.",
         "made_from": (what, name),
     }
-    cls = ChainClass(name, (ChainOpt,), body)
+    cls: Any = ChainClass(name, (ChainOpt,), body)
     if isinstance(what, str):
         _made[what, name] = cls
     return cls
@@ -52,4 +52,10 @@ def optimizer_class(what: Any, name: str = "ChainOptimizer") -> type[ChainOpt]:
 
 # One class for one text and name, so that what was pickled comes back as it was.
 _made: weakref.WeakValueDictionary[tuple[str, str], Any] = weakref.WeakValueDictionary()
-copyreg.pickle(ChainClass, lambda cls: (optimizer_class, cls.made_from))  # type: ignore[arg-type]
+
+
+def _reduced(cls: Any) -> Any:
+    return optimizer_class, cls.made_from
+
+
+copyreg.pickle(ChainClass, _reduced)

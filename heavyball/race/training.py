@@ -123,7 +123,7 @@ class _Run:
         loss.backward()
         before = self._now()
         if self.reads_loss:
-            self.optimizer.step(loss=value)  # type: ignore[call-arg]
+            self.optimizer.step(loss=value)  # type: ignore[call-overload]
         else:
             self.optimizer.step()
         after = self._now()

@@ -16,7 +16,8 @@ from heavyball.state.declare import State, scalar, zeros
 def _square_shape(shape: torch.Size, square: str | int) -> list[int] | None:
     """The shape of the second moment; None where it is one number of several elements."""
     rows = shape[0] if shape else 1
-    blocks = {"element": shape.numel(), "row": rows, "tensor": 1}.get(square, square)
+    named = {"element": shape.numel(), "row": rows, "tensor": 1}
+    blocks = named[square] if isinstance(square, str) else square
     if blocks == shape.numel():
         return [*shape]
     return None if blocks == 1 else [blocks, *([1] * (len(shape) - 1))]

@@ -113,8 +113,9 @@ def factored_rms(
     new = next_square(update, (row, col, exp_avg_sq), weight)
     if eps_placement == "maximum":
         eps = torch.finfo(update.dtype).eps if eps is None else eps
-        short = axes == "last" and min_dim == 1 and new[2] is not None and update.ndim > 1
-        deviation = _floored(new[2], eps) if short else factored_root(new, eps)
+        whole = new[2]
+        short = axes == "last" and min_dim == 1 and update.ndim > 1
+        deviation = factored_root(new, eps) if whole is None or not short else _floored(whole, eps)
         deviation = deviation.clamp(min=eps)
     else:
         deviation = factored_root(new)

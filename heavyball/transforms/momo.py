@@ -1,6 +1,6 @@
 """MoMo: momentum whose step is bounded by what is left of the loss."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,8 +31,9 @@ def _shares(
     return dot(mean, param), norm(mean).square(), dot(update, param)
 
 
-def _renew(v: Mapping[str, Any], along: Tensor, size: Tensor, now: Tensor, count: bool) -> Numbers:
-    first = v["momo_steps"] == 1 and not count
+def _renew(v: Mapping[str, Any], sums: Sequence[Tensor], bias_correction: bool) -> Numbers:
+    along, size, now = sums
+    first = v["momo_steps"] == 1 and not bias_correction
     weight = 1.0 if first else 1 - v["beta"]
     return {
         "momo_loss": v["momo_loss"] + weight * (v["loss"] - v["momo_loss"]),
@@ -53,7 +54,7 @@ def _renew(v: Mapping[str, Any], along: Tensor, size: Tensor, now: Tensor, count
     },
     from_sums=_shares,
     finish=lambda members, options: for_pools(
-        members, False, lambda v, *sums: _renew(v, *sums, options["bias_correction"])
+        members, False, lambda v, *sums: _renew(v, sums, options["bias_correction"])
     ),
     shared=True,
 )
