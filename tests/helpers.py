@@ -28,6 +28,8 @@ from torch import Tensor, nn
 import heavyball
 from heavyball import chainable as C
 from heavyball import utils
+from heavyball.compiler.run.engine import Engine
+from heavyball.compiler.run.plan import Plan
 from heavyball.core.transform import CONTEXT, WHOLE_CONTEXT, Transform
 
 # where the parameters of the suites are; `make test-cuda` says "cuda"
@@ -462,6 +464,19 @@ def drawn(name: str, count: int, *choices: Sequence[Any]) -> Iterator[tuple[Any,
     draw = random.Random(name)
     for _ in range(count):
         yield tuple(draw.choice(each) for each in choices)
+
+
+def made_plans(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
+    """The plans that engines make from now on, in order."""
+    plans: list[Plan] = []
+    make = Engine.make
+
+    def noted(*args: Any) -> Plan:
+        plans.append(make(*args))
+        return plans[-1]
+
+    monkeypatch.setattr(Engine, "make", noted)
+    return plans
 
 
 def averages(opt: Any) -> bool:

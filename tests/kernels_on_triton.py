@@ -14,7 +14,7 @@ import numpy as np
 import operations
 import pytest
 import torch
-from helpers import CONDITIONS, conditional
+from helpers import CONDITIONS, conditional, made_plans
 from triton.language import core
 from triton.runtime import interpreter
 
@@ -418,8 +418,10 @@ def test_a_basis_does_not_make_a_step_wait(monkeypatch: pytest.MonkeyPatch) -> N
 def test_buffers_stay_and_are_filled_only_after_changes() -> None:
     params, opt = optimizer((C.scale_by_adam,), SHAPES)
     fill(params, 0)
-    opt.step()
-    table = opt._engine._plan.tables[0]
+    with pytest.MonkeyPatch.context() as patch:
+        plans = made_plans(patch)
+        opt.step()
+    table = plans[0].tables[0]
     places = [t.data_ptr() for t in (table.mirror.tensor, table.hyper.tensor, table.scratch)]
     with mock.patch.object(cuda, "_pinned_like", wraps=cuda._pinned_like) as pinned:
         opt.step()
@@ -430,7 +432,6 @@ def test_buffers_stay_and_are_filled_only_after_changes() -> None:
         fill(params, 1)
         opt.step()
         assert pinned.call_count == 2
-    assert opt._engine._plan.tables[0] is table
     assert places == [
         t.data_ptr() for t in (table.mirror.tensor, table.hyper.tensor, table.scratch)
     ]
@@ -464,8 +465,8 @@ def test_groups_have_numbers_of_their_own() -> None:
     assert_near(found)
 
 
-def test_unaligned_tensors() -> None:
-    found = []
+def test_unaligned_tensors(monkeypatch) -> None:
+    plans, found = made_plans(monkeypatch), []
     for compiled in (False, True):
         params = [torch.nn.Parameter(values((41,), 0, torch.float32)[1:])]
         opt = C.ChainOpt(params, 0.05, C.scale_by_adam, compile=compiled)
@@ -473,7 +474,7 @@ def test_unaligned_tensors() -> None:
             fill(params, step)
             opt.step()
         found.append((params, opt))
-    assert not found[1][1]._engine._plan.tables[0].aligned
+    assert not plans[0].tables[0].aligned
     assert_near(found)
 
 
@@ -621,8 +622,7 @@ def test_products_between_kernels(name: str, dtype: torch.dtype) -> None:
     shapes = ((6, 6), (5, 7), (6, 6), (4, 3, 2)) + (((5,),) if name == "route" else ())
     lr = 1.0 if "prodigy" in name else 0.05
     found = pair(WHOLE[name], shapes, dtype, lr=lr)
-    compiled = found[1][1]._engine._plan
-    assert compiled is not None
-    assert compiled.whole.waves
+    compiled = found[1][1].plan()
+    assert compiled.waves
     assert not compiled.eager
     assert_near(found, roundings=2**10)

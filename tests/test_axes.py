@@ -10,8 +10,7 @@ from test_compiler import assert_near, pair, values
 import heavyball
 from heavyball.compiler.cpp.printer import SMALL
 from heavyball.compiler.passes.axes import Frame, FrameText, along, first_axes, run_sizes
-from heavyball.compiler.run import engine
-from heavyball.compiler.run import table as launch
+from heavyball.compiler.run import engine, kernels, printing
 from heavyball.state.held import held
 
 C = heavyball.chainable
@@ -220,7 +219,7 @@ def test_a_convolutional_network_needs_no_eager_steps() -> None:
                     p.grad = values(tuple(p.shape), 10 * step + i, torch.float32)
                 opt.step()
         ends.append((params, opt))
-    assert not ends[1][1]._engine._plan.eager
+    assert not ends[1][1].plan().eager
     # steps are of the size d, which is a quotient of sums over all parameters
     assert_near(ends, roundings=256)
 
@@ -288,7 +287,7 @@ def less_sum_of_spread(update):
 
 
 def test_sums_of_what_was_spread_run_eagerly(monkeypatch) -> None:
-    monkeypatch.setattr(engine, "_warned", set())
+    monkeypatch.setattr(kernels, "warned", set())
     p = torch.nn.Parameter(torch.zeros(3, 4))
     p.grad = torch.ones(3, 4)
     with pytest.warns(RuntimeWarning, match=r"sum\.default from along 0 to scalar"):
@@ -298,9 +297,9 @@ def test_sums_of_what_was_spread_run_eagerly(monkeypatch) -> None:
 
 def test_one_recording_for_each_choice_of_axes(monkeypatch) -> None:
     recorded = []
-    record = launch.record
-    monkeypatch.setattr(launch, "record", lambda p, s, *a: recorded.append(s) or record(p, s, *a))
-    monkeypatch.setattr(engine, "_known", {})
+    record = printing.record
+    monkeypatch.setattr(printing, "record", lambda p, s, *a: recorded.append(s) or record(p, s, *a))
+    engine.forget_kernels()
     shapes = [
         (n, 40) for n in (*range(20, 39), *range(41, 60))
     ]  # 40 is the largest, the second, neither

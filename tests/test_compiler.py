@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import heavyball
 from heavyball.compiler.cpp import toolchain
 from heavyball.compiler.cpp.printer import BATCH, CHUNK, SMALL
-from heavyball.compiler.run import engine
+from heavyball.compiler.run import engine, kernels
 from heavyball.compiler.run import table as launch
 
 C = heavyball.chainable
@@ -340,7 +340,7 @@ def with_cumsum(update):
 
 
 def test_an_unknown_operation_runs_eagerly_with_one_warning_that_names_it(monkeypatch) -> None:
-    monkeypatch.setattr(engine, "_warned", set())
+    monkeypatch.setattr(kernels, "warned", set())
     p = torch.nn.Parameter(torch.ones(4))
     opt = C.ChainOpt([p], 0.1, with_cumsum)
     p.grad = torch.ones(4)
@@ -368,7 +368,7 @@ def test_a_failing_compiler_is_named(monkeypatch, tmp_path) -> None:
 
 def test_the_process_can_switch_kernels_off(monkeypatch) -> None:
     monkeypatch.setattr(heavyball.utils, "compile_mode", None)
-    monkeypatch.setattr(engine, "build", lambda printer: pytest.fail("a kernel was built"))
+    monkeypatch.setattr(kernels, "build", lambda printer: pytest.fail("a kernel was built"))
     p = torch.nn.Parameter(torch.ones(4))
     p.grad = torch.ones(4)
     heavyball.AdamW([p], compile=True).step()

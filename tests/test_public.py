@@ -84,22 +84,12 @@ TESTS = Path(__file__).parent
 # Names of Python and torch that the library reads as well.
 OTHERS_OWN = {"_getframe", "_version", "_cdata"}
 # What has no public form yet, with the reason. This list may only become shorter.
-TABLES = "which tables and copies a plan holds"
-CALLS = "how often something is made, counted"
 DEVICE = "stands for what only a GPU has"
-MESSAGES = "what was said once is said again"
 PRIVATE = {
     "distributed/test_mistakes.py": {"_count": "a mistake is planted there"},
-    "kernels_on_triton.py": {
-        **dict.fromkeys(("_captured", "_capturing", "_pinned_like", "_start"), DEVICE),
-        **dict.fromkeys(("_engine", "_plan"), TABLES),
-    },
-    "test_axes.py": {"_engine": TABLES, "_plan": TABLES, "_known": CALLS, "_warned": MESSAGES},
-    "test_compiler.py": {"_warned": MESSAGES},
-    "test_cuda.py": {"_engine": TABLES},
-    "test_staging.py": {"_engine": TABLES, "_plan": TABLES, "_grad": TABLES, "_make": CALLS},
-    "test_watch.py": {"_engine": TABLES, "_plan": TABLES, "_kept": TABLES, "_make": CALLS},
-    "test_waves.py": dict.fromkeys(("_engine", "_plan", "_known_parts", "_warned"), TABLES),
+    "kernels_on_triton.py": dict.fromkeys(
+        ("_captured", "_capturing", "_pinned_like", "_start"), DEVICE
+    ),
 }
 
 

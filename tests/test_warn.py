@@ -83,7 +83,7 @@ CHAINS = {
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", CHAINS)
 def test_a_step_warns_at_the_line_that_led_to_it(name, way, monkeypatch):
-    monkeypatch.setattr("heavyball.compiler.run.engine._warned", set())
+    monkeypatch.setattr("heavyball.compiler.run.kernels.warned", set())
     params = parameters((4, 3), (3, 4))
     fill_gradients(params, 0)
     with warnings.catch_warnings(record=True) as seen:

@@ -5,10 +5,11 @@ import weakref
 
 import pytest
 import torch
+from helpers import made_plans
 
 import heavyball
 from heavyball.compiler.cpp import toolchain
-from heavyball.compiler.run import engine, watch
+from heavyball.compiler.run import watch
 
 C = heavyball.chainable
 SIDE = 6
@@ -207,9 +208,7 @@ def test_a_plan_is_used_again_while_nothing_changes(monkeypatch, how: str) -> No
     params = [torch.nn.Parameter(square(i)) for i in range(3)]
     idle, empty = torch.nn.Parameter(square(9)), torch.nn.Parameter(torch.zeros(0))
     opt = heavyball.AdamW([*params, idle, empty], compile=True)
-    made = []
-    make = engine.Engine._make
-    monkeypatch.setattr(engine.Engine, "_make", lambda *a: made.append(1) or make(*a))
+    made = made_plans(monkeypatch)
     for step in range(6):
         for p in (*params, empty):
             p.grad = torch.full_like(p, step)
@@ -345,12 +344,13 @@ def test_state_changed_by_an_old_reference_is_noticed(keep, early: bool) -> None
     torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-5)
 
 
-def sealed(opt) -> bool:
-    """Whether the next step would not look at the state."""
-    return opt._engine._plan.snapshot._kept.sealed
+def test_state_is_looked_at_only_while_somebody_could_change_it(monkeypatch) -> None:
+    plans = made_plans(monkeypatch)
 
+    def sealed() -> bool:
+        """Whether the next step would not look at the state."""
+        return plans[-1].snapshot.sealed
 
-def test_state_is_looked_at_only_while_somebody_could_change_it() -> None:
     p = torch.nn.Parameter(square(0))
     opt = heavyball.AdamW([p], compile=True)
 
@@ -360,21 +360,21 @@ def test_state_is_looked_at_only_while_somebody_could_change_it() -> None:
             opt.step()
 
     steps(4)
-    assert sealed(opt)
+    assert sealed()
     saved = opt.state_dict()
     steps(10)
-    assert not sealed(opt)
+    assert not sealed()
     del saved
     steps(watch.MOST_WAITING)
-    assert sealed(opt)
+    assert sealed()
     opt.state[p]  # the reference is gone at once
     steps(1)
-    assert not sealed(opt)
+    assert not sealed()
     steps(4)
-    assert sealed(opt)
+    assert sealed()
     other = copy.copy(opt)  # it has the same state
     steps(2 * watch.MOST_WAITING)
-    assert not sealed(opt)
+    assert not sealed()
     assert other.state is opt.state
 
 

@@ -6,14 +6,15 @@ import itertools
 import pytest
 import test_whole
 import torch
-from helpers import CASES, anywhere, parameters
+from helpers import CASES, anywhere, made_plans, parameters
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from heavyball import chainable as C
 from heavyball.chainable import transform, whole_transform, zeros
 from heavyball.compiler.passes import segments
-from heavyball.compiler.run import engine, waves
+from heavyball.compiler.run import kernels, waves
+from heavyball.runtime import step as runner
 
 MATRICES = ((5, 6), (6, 5), (5, 6), (1, 9), (3, 2, 2, 2), (300, 260), (5, 6), (200, 190))
 ALL = (*MATRICES, (), (7,), (70_001,))
@@ -138,7 +139,7 @@ def test_a_branch_that_may_end_the_step_is_run_as_it_is_written(order):
     param = torch.nn.Parameter(torch.zeros(4, 4))
     gradients = [values((4, 4), seed, torch.float32) for seed in range(3)]
     opt = C.ChainOpt([param], 0.01, chain)
-    engine._warned.clear()
+    kernels.warned.clear()
     param.grad = gradients[0]
     with pytest.warns(
         RuntimeWarning, match="to_eigenbasis may end the step in one branch of graft"
@@ -180,15 +181,21 @@ def test_random_chains(data):
 def test_foreach_changes_only_how_many_wait_for_each_other(foreach, monkeypatch):
     monkeypatch.setattr(waves, "WAVE", 100)
     seen = []
-    serve = waves.serve
-    monkeypatch.setattr(waves, "serve", lambda c, stack: seen.append(len(c)) or serve(c, stack))
+    serve, run = runner.serve, waves.Wave.run
+
+    def counted(wave, *args):
+        with monkeypatch.context() as patch:
+            patch.setattr(runner, "serve", lambda c, stack: seen.append(len(c)) or serve(c, stack))
+            run(wave, *args)
+
+    monkeypatch.setattr(waves.Wave, "run", counted)
     assert_near(pair((C.muon,), MATRICES, foreach=foreach, steps=2))
     assert max(seen) == (1 if foreach is False else 3)
 
 
 def test_temporary_tensors_are_shared_by_the_waves_of_a_step_and_then_given_back(monkeypatch):
     monkeypatch.setattr(waves, "WAVE", 100_000)
-    made = []
+    plans, made = made_plans(monkeypatch), []
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: made.append(a) or empty(*a, **k))
     params = [torch.nn.Parameter(torch.randn(300, 300)) for _ in range(5)]
@@ -199,7 +206,7 @@ def test_temporary_tensors_are_shared_by_the_waves_of_a_step_and_then_given_back
         made.clear()
         opt.step()
     assert [a for a in made if a and isinstance(a[0], int) and a[0] >= 90_000] == [(90_000,)]
-    assert not any(wave.scratch for wave in opt._engine._plan.whole.waves)
+    assert not any(wave.scratch for plan in plans for wave in plan.whole.waves)
 
 
 def cut_of(*chain, shape=(4, 5), dtype=torch.float32):
@@ -299,7 +306,8 @@ def test_channels_last_and_transposed_parameters():
         torch.testing.assert_close(*ends, atol=1e-11, rtol=0)
 
 
-def test_plans_are_used_again_and_survive_what_users_do():
+def test_plans_are_used_again_and_survive_what_users_do(monkeypatch):
+    plans = made_plans(monkeypatch)
     params = [torch.nn.Parameter(values(s, i, torch.float32)) for i, s in enumerate(MATRICES)]
     plain = [torch.nn.Parameter(p.detach().clone()) for p in params]
     opt = C.ChainOpt(params, 0.05, C.muon, C.cautious, compile=True)
@@ -314,9 +322,8 @@ def test_plans_are_used_again_and_survive_what_users_do():
             o.step()
 
     steps(0, 2)
-    plan = opt._engine._plan
     steps(2, 2)
-    assert opt._engine._plan is plan
+    assert len(plans) == 1
     for o in (opt, other):
         o.param_groups[0]["lr"] = 0.01
         o.param_groups[0]["momentum"] = 0.5
@@ -334,13 +341,12 @@ def test_plans_are_used_again_and_survive_what_users_do():
 def test_the_number_of_kernels_does_not_grow_with_shapes_or_values():
     params = [torch.nn.Parameter(torch.randn(n, 3 + n)) for n in range(2, 12)]
     opt = C.ChainOpt(params, 0.05, C.exp_avg, C.muon(steps=3), compile=True)
-    before = len(engine._known_parts)
     for lr in (0.1, 0.2):
         opt.param_groups[0]["lr"] = lr
         for p in params:
             p.grad = torch.randn_like(p)
         opt.step()
-    assert len(engine._known_parts) == before + 1
+    assert [kernel.purpose for kernel in opt.plan().kernels] == ["segment 0", "segment 1"]
     assert len(opt.kernel_sources()) == 2
 
 

@@ -11,8 +11,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from heavyball.compiler.run.engine import Engine
-from heavyball.compiler.run.watch import SHOWN
 from heavyball.core.program import Node, Program
 from heavyball.distributed import is_sharded
 from heavyball.distributed.evaluate import Values
@@ -42,12 +40,13 @@ from heavyball.distributed.shard import (
 from heavyball.distributed.sums import Term, completed, over_stages
 from heavyball.distributed.waves import CutWave, EntireWave, Run, Shares, Wave, advance, in_flight
 from heavyball.numerics import SCALAR, lasting, version_of
+from heavyball.optim.backend import Backend
 from heavyball.optim.checks import check_gradient
 from heavyball.optim.options import Options
 from heavyball.runtime.addresses import as_usable, check_memory
 from heavyball.runtime.job import Counts, Job, Scalars
 from heavyball.runtime.place import Place
-from heavyball.runtime.state import lazy_wanted
+from heavyball.runtime.state import SHOWN, lazy_wanted
 from heavyball.runtime.step import average
 from heavyball.state.held import stream_of
 
@@ -67,7 +66,7 @@ class Sharded:
     def __init__(self, registry: "Registry", options: Options):
         self._registry = weakref.proxy(registry)
         self._options = options
-        self._engine = Engine(options.compile, options.foreach)
+        self._backend = Backend(options)
         self._foreach, self._rounds = options.foreach, options.stochastic_rounding
         self._replicas = as_group("replicas", options.replicas)
         self._stages = as_group("stages", options.stages)
@@ -141,7 +140,7 @@ class Sharded:
             self._owners[part.param] = part.owner
             keep_at_owner(part)
             part.held.follow()
-        self._engine.forget()
+        self._backend.forget()
         self._compared = False
 
     @property
@@ -352,12 +351,12 @@ class Sharded:
             part.here.grad = self._gradient(part)
         self._look_local(parts)
         seen = self._local_groups, {"state": self._local_states, SHOWN: self._shown}
-        if parts and not self._engine.step_again(*seen, registry.rates):
+        if parts and not self._backend.step_again(*seen, registry.rates):
             for part in parts:
                 with lasting():
                     part.begin(None)
                 jobs.append(self._job(part, part.held))
-            self._engine.step(jobs, [], *seen, registry.rates)
+            self._backend.step(jobs, [], *seen, registry.rates)
         for part in parts:
             part.here.grad = None
 

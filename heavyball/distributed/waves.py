@@ -26,7 +26,7 @@ from heavyball.runtime.execute import rotating
 from heavyball.runtime.job import Answer, Call, Job
 from heavyball.runtime.serve import due, serve
 from heavyball.runtime.state import loaded, new_states, write
-from heavyball.runtime.step import drive, share_of, take_given
+from heavyball.runtime.step import share_of, step_alone, take_given
 
 Shares = tuple[Tensor, ...]
 # Completes sums over the processes.
@@ -373,7 +373,7 @@ class EntireWave:
         params = {}
         given: dict[int, Shares] = {}
         for run, job in self._jobs():
-            drive(job, dict(self._totals))
+            step_alone(job, dict(self._totals))
             params[id(run)] = job.param
             for _, shares in take_given([job]):
                 given[id(run)] = shares

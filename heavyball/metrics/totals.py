@@ -1,15 +1,17 @@
 """Adds up what was measured, by group."""
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from heavyball.core.program import Node, Program
 from heavyball.numerics import SCALAR
-from heavyball.optim.registry import Registry
 from heavyball.transforms.probe import sum_of_squares
+
+if TYPE_CHECKING:
+    from heavyball.optim.registry import Registry
 
 NAMES = (
     *("lr", "effective_lr", "grad_norm", "update_norm", "param_norm", "update_to_param"),
@@ -18,7 +20,7 @@ NAMES = (
 PROBED = ("rms", "norm", "max", "cosine", "zeros")
 
 
-def totals(registry: Registry, stepped: Collection[Tensor] | None) -> dict[str, Tensor]:
+def totals(registry: "Registry", stepped: Collection[Tensor] | None) -> dict[str, Tensor]:
     """The metrics of every group, see `heavyball.metrics`.
 
     stepped: the parameters that had a part in the last step; None before the first that was measured.

@@ -10,26 +10,24 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from heavyball.compiler.run.engine import Engine, sources
 from heavyball.core.chain import Chain
-from heavyball.core.rate import Estimate
 from heavyball.diagnostics.advice import Advice
+from heavyball.diagnostics.plan import StepPlan
 from heavyball.diagnostics.report import optimizer_repr, routing_table, state_bytes
 from heavyball.metrics.elements import MEASURES
-from heavyball.metrics.totals import totals, with_gradient
+from heavyball.metrics.totals import totals
 from heavyball.optim.arguments import as_params, given_elements
 from heavyball.optim.checkpoint import LoadResult, describe, migrate
 from heavyball.optim.estimate import check_alike
 from heavyball.optim.evaluation import Evaluation, stamp
-from heavyball.optim.fused import FusedBackward, Rivals, refuse_scaler
+from heavyball.optim.fused import FusedBackward, refuse_scaler
 from heavyball.optim.inputs import Inputs
 from heavyball.optim.loading import all_or_nothing, fit
 from heavyball.optim.options import Options, check_capturable, check_names, group_defaults
 from heavyball.optim.registry import Registry
-from heavyball.optim.singles import Singles
+from heavyball.optim.steps import Steps
 from heavyball.optim.validation import check_form
 from heavyball.runtime.autocast import without_autocast
-from heavyball.runtime.rates import Pending, Together
 from heavyball.runtime.state import SHOWN
 from heavyball.state.formats import Choice, Storage
 from heavyball.state.held import CORRECTION, PARAM
@@ -119,23 +117,19 @@ class ChainOpt(Optimizer):
         own = weakref.ref(self)
         self._advice = Advice(self._chain)
         self._fused = FusedBackward(
-            lambda: None if (opt := own()) is None else opt._singles, self.backward_ends_step
+            lambda: None if (opt := own()) is None else opt._steps.singles, self.backward_ends_step
         )
         self._begin(Registry(self, self._chain, self._options.stochastic_rounding))
 
     def _begin(self, registry: Registry) -> None:
         """Know nothing of the steps so far."""
         self._registry = registry
-        self._rivals = Rivals()
         self._inputs = Inputs(self._chain, type(self).__name__)
-        self._engine = Engine(self._options.compile, self._options.foreach)
-        self._singles = Singles(registry, self._engine, self._advice)
+        self._steps = Steps(registry, self._options, self._chain, self._advice)
         self._watch(Evaluation(registry))
-        self._measured: set[Tensor] | None = None  # what had a part in the last step
 
     def _watch(self, evaluation: Evaluation) -> None:
-        self._evaluation = evaluation
-        self._singles.evaluation = evaluation
+        self._evaluation = self._steps.evaluation = self._steps.singles.evaluation = evaluation
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:  # type: ignore[override]
@@ -170,17 +164,15 @@ class ChainOpt(Optimizer):
         try:
             check_alike(self._chain, self.param_groups)
             programs = self._registry.resolved(index)
-            self._singles.forget()
+            self._steps.forget()
             if self._fused.active:
                 self._fused.attach()
         except Exception:
             self.param_groups.pop()
-            self._singles.forget()
+            self._steps.forget()
             raise
         self._registry.add(index, programs)
         self._registry.find_parts(self._options)
-        self._engine.forget()
-        self._rivals.forget()
 
     # ---- the step
 
@@ -206,9 +198,9 @@ class ChainOpt(Optimizer):
                 returned = closure()
         if self._inputs.needed or loss is not None:
             with self._inputs.given(self.param_groups, loss, returned):
-                self._step()
+                self._steps.step_all(self._fused)
         else:
-            self._step()
+            self._steps.step_all(self._fused)
         return returned
 
     def feed(self, name: str, value: float | Tensor) -> None:
@@ -220,42 +212,6 @@ class ChainOpt(Optimizer):
             real numbers.
         """
         self._inputs.feed(name, value)
-
-    @without_autocast
-    def _step(self) -> None:
-        registry, groups, fused = self._registry, self.param_groups, self._fused
-        registry.values.check(groups)
-        averages = "train_mode" in self.defaults
-        if averages:
-            self._evaluation.notice()
-        stepped = with_gradient(groups) if self._chain.measures else set()
-        self._rivals.refuse(registry, fused)
-        if fused.active:
-            fused.check_left(registry)
-        pending = self._singles.pending
-        together: Together | Pending = registry.rates
-        begun = pending.waits(groups)
-        if begun:  # by parameters that were stepped one at a time
-            begun = pending.before_others(groups)
-            together = pending
-        if self._advice.active:
-            begun |= fused.has_begun
-            # norms of parts say nothing
-            self._advice.before(groups, begun, None if registry.parts is None else ())
-        if registry.parts is not None:
-            registry.parts.step(together)
-        elif not self._engine.step_again(groups, self.__dict__, together):
-            jobs = registry.jobs()
-            self._engine.step(jobs, self._chain.total_keys, groups, self.__dict__, together)
-        pending.close(groups)
-        self._singles.end()
-        self._singles.give_up_state()
-        if averages:
-            self._evaluation.note()
-        if self._chain.measures:
-            self._measured = stepped | fused.stepped
-        if fused.active:
-            fused.finish(groups)
 
     @torch.no_grad()
     def step_parameter(
@@ -272,9 +228,7 @@ class ChainOpt(Optimizer):
         Errors: ValueError if it is not a parameter of this optimizer, or its chain needs a sum over
             all parameters; else as `step`. Nothing has been changed then.
         """
-        self._singles.step_given(param, group, index)
-        if self._chain.measures:
-            self._measured = {param, *(self._measured or ())}
+        self._steps.step_given(param, group, index)
 
     @torch.no_grad()
     @without_autocast
@@ -285,7 +239,7 @@ class ChainOpt(Optimizer):
         into tensors that exist, so it needs this; see docs/checkpoints.md.
         """
         self._registry.init_state()
-        self._engine.forget()
+        self._steps.backend.forget()
         return self
 
     # ---- evaluation weights
@@ -443,18 +397,18 @@ class ChainOpt(Optimizer):
             )
             self._rebuild()
         with torch.no_grad():
-            return totals(self._registry, self._measured)
+            return totals(self._registry, self._steps.measured)
 
     def _rebuild(self) -> None:
         """Make everything anew that was made for the chain; state and numbers of groups stay."""
-        self._singles.pending.close(self.param_groups)
-        written, measured = self._evaluation.written, self._measured
+        self._steps.singles.pending.close(self.param_groups)
+        written, measured = self._evaluation.written, self._steps.measured
         self._begin(Registry(self, self._chain, self._options.stochastic_rounding))
         self._registry.find_parts(self._options)
         for group in self.param_groups:
             self._registry.rates.settle(group)
         self._registry.programs()
-        self._evaluation.written, self._measured = written, measured
+        self._evaluation.written, self._steps.measured = written, measured
 
     def state_bytes(self) -> int:
         """Bytes of all state tensors held at this moment."""
@@ -467,23 +421,15 @@ class ChainOpt(Optimizer):
         In a step of one parameter at a time it counts those that were stepped so far. It is read from
         the device, so a program that asks in every step waits in every step.
         """
-        estimate, groups = self._estimating()
+        estimate, groups = self._steps.estimates()
         return [float(group[estimate.name]) for group in groups]
 
     @property
     def effective_lr(self) -> list[float]:
         """What multiplies each group's updates in the next step: lr d, without warm-up."""
-        estimate, groups = self._estimating()
+        estimate, groups = self._steps.estimates()
         entry = estimate.steps_with or estimate.name
         return [float(group[entry]) * float(group["lr"]) for group in groups]
-
-    def _estimating(self) -> tuple[Estimate, list[dict[str, Any]]]:
-        rate = self._chain.rate
-        if rate is None or rate.transform.estimate is None:
-            raise AttributeError(
-                f"{type(self).__name__} has no d: nothing in its chain estimates it, see docs/prodigy.md"
-            )
-        return rate.transform.estimate, self._singles.pending.closed(self.param_groups)
 
     @property
     def chain(self) -> Chain:
@@ -500,12 +446,24 @@ class ChainOpt(Optimizer):
         registry = self._registry
         return routing_table(self.param_groups, registry.programs(), registry.reasons)
 
+    def plan(self) -> StepPlan:
+        """How the next step runs: which kernels step which parameters, what runs eagerly, and why.
+
+        It is of the parameters that have a gradient now, and makes their state, as a step would. With
+        `fuse_backward` each parameter has a kernel launch of its own.
+
+        Errors: as `step`; nothing is stepped.
+        """
+        return self._steps.described()
+
     @without_autocast
     def kernel_sources(self) -> list[str]:
         """The source of each kernel that steps the parameters which have a gradient now.
 
         Errors: NotPrintableError if one of them has no kernel, naming what stands in the way.
         """
+        from heavyball.compiler.run.engine import sources
+
         return sources(self._registry.jobs(), self._chain.total_keys)
 
     @property

@@ -1,34 +1,36 @@
-"""Steps parameters one at a time, each with an engine and so with a table of its own."""
+"""Steps parameters one at a time, each with a backend and so with a table of its own."""
 
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from heavyball.compiler.run.engine import Engine
-from heavyball.compiler.run.row import Row
 from heavyball.core.program import Program
 from heavyball.diagnostics.advice import Advice
+from heavyball.optim.backend import Backend
 from heavyball.optim.evaluation import Evaluation
 from heavyball.optim.registry import Registry
 from heavyball.runtime.autocast import without_autocast
 from heavyball.runtime.place import Place
 from heavyball.runtime.rates import Pending
 
+if TYPE_CHECKING:
+    from heavyball.compiler.run.row import Row
+
 
 @dataclass(eq=False)
 class Single:
-    """One parameter with an engine, and so with a table, of its own."""
+    """One parameter with a backend, and so with a table, of its own."""
 
     place: Place
-    engine: Engine
-    # what the engine sees as the groups of a step
+    backend: Backend
+    # what the backend sees as the groups of a step
     groups: list[dict[str, Any]]
     refusal: ValueError | None
-    row: Row | None = None
+    row: "Row | None" = None
     # in which run of backward() it was stepped last
     stepped_in: "Backward | None" = None
 
@@ -90,13 +92,13 @@ def _checkpoint_around() -> int | None:
 class Singles:
     """Steps the parameters of an optimizer one at a time.
 
-    engine: the optimizer's, whose kernels they share.
+    backend: the optimizer's, whose kernels they share.
     """
 
-    def __init__(self, registry: Registry, engine: Engine, advice: Advice):
+    def __init__(self, registry: Registry, backend: Backend, advice: Advice):
         self.pending = Pending(registry.rates)
         self.registry = registry
-        self._engine = engine
+        self._backend = backend
         self._advice = advice
         self._known: dict[Tensor, Single] = {}
         self._backward: Backward | None = None
@@ -108,7 +110,7 @@ class Singles:
         self._known = {}
 
     def find(self, param: Tensor) -> Single | None:
-        """A parameter with its engine; None if it is not one of the optimizer's."""
+        """A parameter with its backend; None if it is not one of the optimizer's."""
         single, groups = self._known.get(param), self.registry.groups
         if single is None or not single.holds(groups):
             if single is not None:  # what waits does so by the positions of before
@@ -127,8 +129,8 @@ class Singles:
                 singles[param].refusal = ValueError(f"{place.label} is in the optimizer twice")
                 continue
             refusal = sums_in(programs[param])
-            engine = known[param].engine if param in known else self._engine.another()
-            singles[param] = Single(place, engine, [{"params": [param]}], refusal)
+            backend = known[param].backend if param in known else self._backend.another()
+            singles[param] = Single(place, backend, [{"params": [param]}], refusal)
         return singles
 
     @without_autocast
@@ -168,7 +170,7 @@ class Singles:
     def give_up_state(self) -> None:
         """Free the state that its group does not need any more, and the tables that hold it."""
         if self.registry.give_up_state():
-            self._engine.forget()
+            self._backend.forget()
             self.forget()
 
     def _refuse_part(self, single: Single, what: str) -> None:
@@ -193,22 +195,22 @@ class Singles:
         self._steps += 1
         self._backward = None
 
-    def _again(self, single: Single, row: Row) -> bool:
+    def _again(self, single: Single, row: "Row") -> bool:
         registry, index = self.registry, single.place.index
         state = registry.attributes["state"]  # which nobody was shown
         return row.again(state, lambda: registry.values.check(registry.groups, index))
 
     def _anew(self, single: Single) -> None:
-        registry, engine = self.registry, single.engine
+        registry, backend = self.registry, single.backend
         if registry.parts is not None:
             registry.parts.step_one(single.place.param, self.pending)
             return
         attributes = registry.attributes
-        if not engine.step_again(single.groups, attributes, self.pending):
+        if not backend.step_again(single.groups, attributes, self.pending):
             jobs = registry.jobs([single.place])
-            engine.step(jobs, [], single.groups, attributes, self.pending)
+            backend.step(jobs, [], single.groups, attributes, self.pending)
         if self.pending.node is None:  # else each parameter gives something to all
-            single.row = Row.of(engine.plan, registry.values.keys)
+            single.row = backend.row(registry.values.keys)
 
     def step_given(self, param: Tensor, group: Mapping[str, Any] | None, index: int | None) -> None:
         """`ChainOpt.step_parameter`."""

@@ -4,7 +4,7 @@ A run yields its shares of a sum over all parameters and is sent the sum, or yie
 transform and is sent an `Answer`. Who answers is the eager runner or the compiler.
 """
 
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,12 +15,32 @@ from heavyball.core.transform import CONTEXT, FED, WHOLE_CONTEXT, keyword_names
 from heavyball.numerics import SCALAR, compute_dtype, shape_of
 from heavyball.runtime.job import Answer, Call, Frame
 from heavyball.runtime.serve import due
-from heavyball.runtime.state import new_states, working_state
+from heavyball.runtime.state import loaded, new_states, working_state
+from heavyball.runtime.sums import Shares
 
-Shares = tuple[Tensor, ...]
-# What a run waits for: the sums of its shares and the others', or an answer to calls.
-Request = tuple[str, Shares] | Call
+# What a run waits for: the sum of its shares and the others', the answer to a call, or, where kernels
+# compute the segments between calls, the kernel of a segment.
+Request = tuple[str, Shares] | Call | int
 Run = Generator[Request, Any, Any]
+
+
+def advance(run: Run, answer: Any = None) -> Request | None:
+    """Send a run what it waits for (None to begin); returns what it waits for now, None at its end."""
+    try:
+        return run.send(answer)
+    except StopIteration:
+        return None
+
+
+def complete(run: Run, answer: Callable[[Request], Any], until: str | None = None) -> Shares | None:
+    """Advance a run to its end, or to the shares for the sum `until`, which are returned."""
+    request = advance(run)
+    while request is not None:
+        if isinstance(request, tuple) and request[0] == until:
+            run.close()
+            return request[1]
+        request = advance(run, answer(request))
+    return None
 
 
 def execute(nodes: Iterable[Node | Fork], update: Any, frame: Frame) -> Run:
@@ -30,7 +50,7 @@ def execute(nodes: Iterable[Node | Fork], update: Any, frame: Frame) -> Run:
         if isinstance(node, Fork):
             update = yield from _fork(node, update, frame)
         elif isinstance(node, WholeNode):
-            update = yield from call(node, update, frame)
+            update = yield from _call(node, update, frame)
         else:
             update = yield from _apply(node, update, frame)
         if frame.ended:
@@ -184,7 +204,7 @@ def _results(node: Node, result: Any) -> tuple[Any, tuple, tuple]:
     return parts[0], parts[1:cut], parts[cut:]
 
 
-def call(node: WholeNode, update: Tensor, frame: "Frame") -> Generator[Any, Any, Tensor]:
+def _call(node: WholeNode, update: Tensor, frame: "Frame") -> Generator[Any, Any, Tensor]:
     """A whole transform's turn: what it may ask for, and what it has changed."""
     t, env = node.transform, frame.env
     served = (*WHOLE_CONTEXT, FED)
@@ -192,20 +212,30 @@ def call(node: WholeNode, update: Tensor, frame: "Frame") -> Generator[Any, Any,
     known |= {n: env.get(n) for n in t.optional}
     known["step"] = env["step"]
     asked = Call(node, frame.job, update, env["count"], known, gate=env["gate"], new=frame.new)
-    answer: Answer | None = yield asked
-    if answer is None:  # the gate is closed
-        frame.ended = True
+    answer = yield from ask(asked, frame)
+    if answer is None:
         return update
     # that the gate is open is a decision on the host
     env["gate"], env["count"] = None, answer.count
-    frame.new.update(new_states(node, frame.job, answer.states))
-    if t.after is not None:
-        frame.hooks.append(Call(node, frame.job, None, answer.count, known, after=True))
     for name, value in answer.provided.items():
         _provide(node, name, value, frame)
     if t.kind == "post":
         return _written(t.kind, update, answer.update, frame)
     return answer.update
+
+
+def ask(asked: Call, frame: "Frame") -> Generator[Any, Any, Answer | None]:
+    """Wait for the answer to a call and note its states; None where the step ends for the parameter."""
+    answer: Answer | None = yield asked
+    if answer is None:  # the gate is closed
+        frame.ended = True
+        return None
+    node = asked.node
+    frame.new.update(new_states(node, frame.job, answer.states))
+    if answer.count is not None and due(node, answer.count):
+        hook = Call(node, frame.job, None, answer.count, asked.context, after=True, new=frame.new)
+        frame.hooks.append(hook)
+    return answer
 
 
 def _provide(node: WholeNode, name: str, value: Any, frame: "Frame") -> None:
@@ -221,16 +251,17 @@ def _provide(node: WholeNode, name: str, value: Any, frame: "Frame") -> None:
 
 def run_hooks(frame: "Frame") -> Generator[Any, Any, None]:
     """Run what nodes do after the write, on the new states."""
-    for hook in frame.hooks:
-        if hook.count is not None and due(hook.node, hook.count):
-            moments, squares = rotating(hook.node, frame.new)
-            hook.new = frame.new
-            hook.vectors = [frame.new[key] for key in moments]
-            hook.squares = [frame.new[key] for key in squares]
-            answer: Answer = yield hook
-            frame.new.update(new_states(hook.node, frame.job, answer.states))
-            frame.new.update(zip(moments, answer.vectors, strict=True))
-            frame.new.update(zip(squares, answer.squares, strict=True))
+    new, job = frame.new, frame.job
+    while frame.hooks:
+        hook = frame.hooks.pop(0)
+        moments, squares = rotating(hook.node, job.state)
+        # what a kernel has computed is stored already
+        hook.vectors = [new[key] if key in new else loaded(job, key) for key in moments]
+        hook.squares = [new[key] if key in new else loaded(job, key) for key in squares]
+        answer: Answer = yield hook
+        new.update(new_states(hook.node, job, answer.states))
+        new.update(zip(moments, answer.vectors, strict=True))
+        new.update(zip(squares, answer.squares, strict=True))
 
 
 def rotating(node: Node, present: Mapping[str, Any]) -> tuple[list[str], list[str]]:

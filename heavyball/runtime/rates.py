@@ -23,9 +23,7 @@ from heavyball.core.transform import LOSS
 from heavyball.numerics import SCALAR, Number, lasting, version_of
 from heavyball.runtime.job import Job, Scalars
 from heavyball.runtime.place import Place
-
-# On the host a sum may be a plain number.
-Sums = Mapping[int, tuple[Tensor | float, ...]]
+from heavyball.runtime.sums import Shares, Sums, by_group, stacked
 
 
 class _Put(NamedTuple):
@@ -38,18 +36,6 @@ class _Put(NamedTuple):
     def stands(self, entry: Any) -> bool:
         """Whether the entry is still what was put there."""
         return entry is self.entry and _version(entry) == self.version
-
-
-def sums_of(found: list[tuple[Job, tuple[Tensor, ...]]]) -> Sums:
-    """What the jobs of each group gave, added up, by the group's identity."""
-    sums: dict[int, tuple[Tensor, ...]] = {}
-    for job, shares in found:
-        shares = tuple(s.detach().to(SCALAR).reshape(()) for s in shares)
-        place = id(job.group)
-        if place in sums:
-            shares = tuple(a + b.to(a.device) for a, b in zip(sums[place], shares, strict=True))
-        sums[place] = shares
-    return sums
 
 
 def _is_gated(program: Program) -> bool:
@@ -282,7 +268,9 @@ class Together:
         self, groups: list[dict[str, Any]], found: list[tuple[Job, tuple[Tensor, ...]]]
     ) -> None:
         """Renew the numbers of every group from what its jobs gave."""
-        self.renew(groups, sums_of(found))
+        self.renew(
+            groups, by_group((job.group for job, _ in found), stacked([s for _, s in found]))
+        )
 
     def renew(self, groups: list[dict[str, Any]], sums: Sums) -> None:
         """The same, given the sums of each group by its identity."""
@@ -395,7 +383,7 @@ class Pending:
     def __init__(self, together: Together):
         self._together = together
         self._place: Place | None = None  # of the one that is stepped now; None if all others are
-        self._rest: dict[int, tuple[Tensor, ...]] = {}
+        self._rest: dict[int, Shares] = {}
 
     @property
     def node(self) -> Any:
@@ -405,7 +393,9 @@ class Pending:
         self, groups: list[dict[str, Any]], found: list[tuple[Job, tuple[Tensor, ...]]]
     ) -> None:
         """Keep what the parameter gave."""
-        self.renew(groups, sums_of(found))
+        self.renew(
+            groups, by_group((job.group for job, _ in found), stacked([s for _, s in found]))
+        )
 
     def renew(self, groups: list[dict[str, Any]], sums: Sums) -> None:
         """The same, given it by its group."""
@@ -469,16 +459,15 @@ class Pending:
         return ended
 
 
-def _total(groups: list[dict[str, Any]], rest: Mapping[int, tuple[Tensor, ...]]) -> Sums:
+def _total(groups: list[dict[str, Any]], rest: Mapping[int, Shares]) -> Sums:
     """What waits in the groups, and the rest, added up in the order of the parameters."""
-    total: dict[int, tuple[Tensor, ...]] = {}
+    total: dict[int, tuple[Tensor | float, ...]] = {}
     for group in groups:
         waiting = group.get(WAITING, {})
-        found = [waiting[position] for position in sorted(waiting)]
-        for shares in [*found, rest[id(group)]] if id(group) in rest else found:
-            before = total.get(id(group), tuple(torch.zeros_like(share) for share in shares))
-            pairs = zip(before, shares, strict=True)
-            total[id(group)] = tuple(a + b.to(a.device) for a, b in pairs)
+        given = [waiting[position] for position in sorted(waiting)]
+        given += [rest[id(group)]] if id(group) in rest else []
+        if given:
+            total |= by_group([group] * len(given), stacked(given))
     return total
 
 

@@ -11,10 +11,19 @@ from heavyball.core.program import Node, Program
 from heavyball.core.transform import keyword_names
 from heavyball.numerics import SCALAR, compute_dtype, saturate, working
 from heavyball.runtime.addresses import check_writable
-from heavyball.runtime.execute import SHARE, Run, Shares, execute, run_hooks
+from heavyball.runtime.execute import (
+    SHARE,
+    Request,
+    Run,
+    advance,
+    complete,
+    execute,
+    run_hooks,
+)
 from heavyball.runtime.job import Call, Frame, Job, Scalars
 from heavyball.runtime.serve import serve, stacks
 from heavyball.runtime.state import working_param, working_state, write
+from heavyball.runtime.sums import Shares, over_all, stacked
 
 # Makes new numbers of the groups from the shares of their jobs.
 Finisher = Callable[[list[tuple[Job, Shares]]], None]
@@ -48,7 +57,7 @@ def run(
             _run_together(small, [], finisher)
         for job in jobs:
             if not (small and _stacks(job)):
-                drive(job, totals)
+                step_alone(job, totals)
     else:
         _run_together(jobs, total_keys, finisher)
     left = take_given(jobs)
@@ -62,29 +71,45 @@ def _stacks(job: Job) -> bool:
 
 
 def _run_together(jobs: list[Job], total_keys: list[str], finisher: Finisher | None) -> None:
-    runs = {id(job): _start(job) for job in jobs}
-    waiting = {id(job): next(runs[id(job)], None) for job in jobs}
-
-    def answer(job: Job, value: Any) -> None:
-        try:
-            waiting[id(job)] = runs[id(job)].send(value)
-        except StopIteration:
-            waiting[id(job)] = None
-
-    def answer_calls() -> None:
-        while asking := [job for job in jobs if isinstance(waiting[id(job)], Call)]:
-            calls: list[Call] = [waiting[id(job)] for job in asking]  # type: ignore[misc]
-            for job, found in zip(asking, serve(calls, stack=True), strict=True):
-                answer(job, found)
-
-    answer_calls()
+    runs = Runs(map(_start, jobs))
+    runs.answer_calls()
     for key in total_keys:
-        members = [job for job in jobs if (share := waiting[id(job)]) and share[0] == key]  # type: ignore[index]
-        shares = [(job, waiting[id(job)][1]) for job in members]  # type: ignore[index]
-        totals = _meet(key, shares, finisher)  # type: ignore[arg-type]
-        for job in members:
-            answer(job, totals[key].to(job.param.device))
-        answer_calls()
+        shares = runs.shares_for(key)
+        totals = _meet(key, [(jobs[i], share) for i, share in shares.items()], finisher)
+        for index in shares:
+            runs.answer(index, totals[key].to(jobs[index].param.device))
+        runs.answer_calls()
+
+
+class Runs:
+    """Runs that go on together, and what each waits for."""
+
+    def __init__(self, runs: Iterable[Run]):
+        self._runs = list(runs)
+        self.waiting = [advance(run) for run in self._runs]
+
+    def asking(self, kind: type) -> list[int]:
+        """The numbers of those whose request is of this type."""
+        return [i for i, request in enumerate(self.waiting) if isinstance(request, kind)]
+
+    def shares_for(self, key: str) -> dict[int, Shares]:
+        """What those that wait for this sum give to it, by their numbers."""
+        requests = ((i, self.waiting[i]) for i in self.asking(tuple))
+        return {i: request[1] for i, request in requests if request[0] == key}  # type: ignore[index]
+
+    def answer(self, index: int, value: Any) -> None:
+        """Go on with one of them."""
+        self.waiting[index] = advance(self._runs[index], value)
+
+    def answer_calls(self, stack: bool = True) -> None:
+        """Answer all calls of whole transforms, also those that follow.
+
+        stack: allows to join parameters of one shape into one call.
+        """
+        while asking := self.asking(Call):
+            answers = serve([self.waiting[i] for i in asking], stack)  # type: ignore[misc]
+            for index, answer in zip(asking, answers, strict=True):
+                self.answer(index, answer)
 
 
 Finish = Callable[[dict[str, Tensor]], object]
@@ -127,36 +152,20 @@ def share_of(job: Job, key: str, totals: Mapping[str, Tensor]) -> Shares | None:
     if key not in job.program.total_keys:
         return None
     run = start(job, lambda values: None)
-    request = next(run, None)
-    while request is not None:
-        if isinstance(request, Call):
-            request.trial = True  # the step asks again
-            answer: Any = serve([request], stack=False)[0]
-        elif request[0] == key:
-            run.close()
-            return request[1]
-        else:
-            answer = totals[request[0]].to(job.param.device)
-        try:
-            request = run.send(answer)
-        except StopIteration:
-            break
-    return None  # it ended before
+    return complete(run, functools.partial(_answer, job, totals, trial=True), until=key)
 
 
-def drive(job: Job, totals: Mapping[str, Tensor]) -> None:
+def step_alone(job: Job, totals: Mapping[str, Tensor]) -> None:
     """Step one parameter, given every sum that it needs."""
-    generator = _start(job)
-    request = next(generator, None)
-    while request is not None:
-        if isinstance(request, Call):
-            answer: Any = serve([request], stack=False)[0]
-        else:
-            answer = totals[request[0]].to(job.param.device)
-        try:
-            request = generator.send(answer)
-        except StopIteration:
-            request = None
+    complete(_start(job), functools.partial(_answer, job, totals))
+
+
+def _answer(job: Job, totals: Mapping[str, Tensor], request: Request, trial: bool = False) -> Any:
+    if isinstance(request, Call):
+        request.trial = trial
+        return serve([request], stack=False)[0]
+    assert isinstance(request, tuple)
+    return totals[request[0]].to(job.param.device)
 
 
 def _meet(
@@ -170,12 +179,7 @@ def _meet(
         assert finisher is not None
         finisher(found)
         return {key: torch.zeros((), dtype=SCALAR, device="cpu")}
-    total = None
-    for _, (share,) in found:
-        share = share.to(SCALAR)
-        total = share if total is None else total + share.to(total.device)
-    assert total is not None
-    return {key: total}
+    return {key: over_all(stacked([shares for _, shares in found]))[0]}
 
 
 def take_given(jobs: Iterable[Job]) -> list[tuple[Job, Shares]]:

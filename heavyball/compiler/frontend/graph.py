@@ -15,7 +15,7 @@ from heavyball.compiler.passes.axes import Runs, along, first_axes, is_along
 from heavyball.core.hyper import is_sequence
 from heavyball.core.program import Program, WholeNode
 from heavyball.numerics import measures
-from heavyball.runtime.execute import share_name
+from heavyball.runtime.execute import Request, complete, share_name
 from heavyball.runtime.job import Answer, Call, Job, has_narrow
 from heavyball.runtime.step import SCALAR, compute_dtype, start, working
 from heavyball.state.held import is_companion
@@ -624,28 +624,23 @@ def _slices(program: Program) -> set[str]:
 
 
 def _run(job: Job, recorder: Recorder, share: str | None) -> dict[str, Tensor]:
-    outputs: dict[str, Tensor] = {}
-    generator = start(job, outputs.update)
-    waiting = next(generator, None)
-    while waiting is not None:
-        if isinstance(waiting, Call) and waiting.after:
+    def answer(request: Request) -> Any:
+        if isinstance(request, Call) and request.after:
             # what is done after the write is no part of a kernel
-            unchanged = [None] * len(waiting.node.transform.states)
-            answer: Any = Answer(None, unchanged, 0, {}, waiting.vectors, waiting.squares)  # type: ignore[arg-type]
-        elif isinstance(waiting, Call):
+            unchanged = [None] * len(request.node.transform.states)
+            return Answer(None, unchanged, 0, {}, request.vectors, request.squares)  # type: ignore[arg-type]
+        if isinstance(request, Call):
             if share is not None:
                 raise NotPrintableError(
-                    f"{share} sums over all parameters behind {waiting.node.key}, which needs whole "
+                    f"{share} sums over all parameters behind {request.node.key}, which needs whole "
                     "tensors"
                 )
-            answer = recorder.ask(waiting)
-        elif waiting[0] == share:
-            generator.close()
-            return {share_name(share, place): t for place, t in enumerate(waiting[1])}
-        else:
-            answer = recorder.number("total", waiting[0])
-        try:
-            waiting = generator.send(answer)
-        except StopIteration:
-            waiting = None
-    return outputs
+            return recorder.ask(request)
+        assert isinstance(request, tuple)
+        return recorder.number("total", request[0])
+
+    outputs: dict[str, Tensor] = {}
+    shares = complete(start(job, outputs.update), answer, until=share)
+    if shares is None:
+        return outputs
+    return {share_name(share, place): t for place, t in enumerate(shares)}  # type: ignore[arg-type]

@@ -165,6 +165,18 @@ class Walk:
         """The loops over elements."""
         return [*([self.slices] if self.slices else []), self.elements]
 
+    @property
+    def moved(self) -> list[str]:
+        """The tensors that it reads and those that it writes; of slices only their own tensors."""
+        several = [*self.loops, *(part for part in self.arrays if isinstance(part, Loop))]
+        return [
+            column.name
+            for loop in several
+            for s in loop.of(Load, Store)
+            for column in s.column.kept
+            if loop is not self.slices or column.name not in ("param", "grad")
+        ]
+
 
 @dataclass
 class Kernel:

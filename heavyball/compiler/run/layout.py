@@ -77,7 +77,7 @@ class Copied:
     # where the addresses go: table, row, column, and whether it is the gradient's
     cells: list[tuple[Table, int, int, bool]] = dataclasses.field(default_factory=list)
     copy: Tensor | None = None
-    _grad: Tensor | None = None
+    grad: Tensor | None = None
 
     def place(self, tables: list[Table], index: int) -> None:
         """Find the cells of the parameter with this number."""
@@ -91,10 +91,10 @@ class Copied:
     def fill(self) -> None:
         """Make the copies of a step."""
         assert self.param.grad is not None
-        self._grad = self._copy_of(self.param.grad)
+        self.grad = self._copy_of(self.param.grad)
         self.copy = self._copy_of(self.param.detach()) if self.moves else None
         for table, row, column, is_grad in self.cells:
-            tensor = self._grad if is_grad else self.copy
+            tensor = self.grad if is_grad else self.copy
             table.fixed[row, column] = tensor.data_ptr()  # type: ignore[index, union-attr]
 
     def _copy_of(self, tensor: Tensor) -> Tensor:
@@ -105,11 +105,12 @@ class Copied:
         """Write the parameter back, and let the copies go."""
         if self.copy is not None:
             self.param.detach().copy_(self.copy)
-        self.copy = self._grad = None
+        self.copy = self.grad = None
 
 
-def copied(job: Job, work: Job, strides: Strides) -> Copied | None:
+def copied(job: Job, work: Job) -> Copied | None:
     """What has to be copied in each step of a job; None if nothing has."""
     if work.param is job.param and work.grad is job.grad:
         return None
-    return Copied(job.param, strides, work.param is not job.param)
+    moved = work.grad if work.param is job.param else work.param
+    return Copied(job.param, moved.stride(), work.param is not job.param)

@@ -1,4 +1,4 @@
-"""One parameter's table, used again: what `engine.py` does with lists for a whole step, done for one.
+"""One parameter's table, used again: what `plan.py` does with lists for a whole step, done for one.
 
 A step inside `backward()` comes once for each parameter of a model, so it has to take little Python.
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from heavyball import utils
-from heavyball.compiler.run.engine import Plan
+from heavyball.compiler.run.plan import Plan
 from heavyball.compiler.run.table import Table, entry, hyper_values, threads
 from heavyball.compiler.triton import device as cuda
 from heavyball.core.hyper import frozen
@@ -99,7 +99,7 @@ class Row:
     def _refill(self, check: Callable[[], None]) -> bool:
         check()
         plan = self._plan
-        if plan.seeds != [self._group["seed"]] or plan.lazy != plan._lazy():
+        if plan.seeds != [self._group["seed"]] or plan.lazy != plan.wanted():
             return False
         self._fill()
         return True

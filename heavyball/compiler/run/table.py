@@ -1,8 +1,9 @@
-"""Runs compiled kernels over the parameters of an optimizer."""
+"""Tables of pointers that compiled kernels step, and the calls of these."""
 
 import ctypes
+import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,17 +12,13 @@ from torch import Tensor
 
 from heavyball.compiler.cpp import toolchain
 from heavyball.compiler.cpp.printer import BATCH, CHUNK, SMALL
-from heavyball.compiler.frontend.graph import Graph, NotPrintableError, record
 from heavyball.compiler.passes import loops
-from heavyball.compiler.passes.algebra import simplified
-from heavyball.compiler.passes.axes import Runs
-from heavyball.compiler.passes.early_stores import with_final_states
-from heavyball.compiler.pipeline import Printed, print_kernel
-from heavyball.compiler.recent import Recent
+from heavyball.compiler.passes.axes import Runs, run_sizes
+from heavyball.compiler.pipeline import Printed
 from heavyball.core.hyper import is_sequence
+from heavyball.numerics import SCALAR
 from heavyball.runtime.execute import SHARE
 from heavyball.runtime.job import Job
-from heavyball.runtime.step import SCALAR, compute_dtype
 
 _forked = False
 
@@ -66,31 +63,18 @@ class Kernel:
 
 FUNCTION = "run"  # what a kernel's function is called
 
-# By source and by the names in it: two chains may print the same code for different hyper-parameters.
-_kernels: dict[Any, Kernel] = Recent(4096)
 
-
-def forget() -> None:
-    """Look on the disk again for what the process has loaded."""
-    _kernels.clear()
-
-
-def build(printed: Printed) -> Kernel:
-    """Compile a printed kernel, or take it from the process's or the disk's cache."""
-    key = (printed.source, printed.names)
-    kernel = _kernels.get(key)
-    if kernel is None:
-        library = toolchain.load(printed.source, FUNCTION)
-        pointer, size = ctypes.c_void_p, ctypes.c_int64
-        run, walk, kept = library.run, library.walk, library.kept
-        run.argtypes = [pointer, size, *[pointer] * 3, size, *[pointer] * 3, ctypes.c_int]
-        walk.argtypes = [*run.argtypes, size, pointer]
-        kept.argtypes = [pointer]
-        run.restype = walk.restype = None
-        kept.restype = size
-        kernel = Kernel(**described(printed), run=run, walk=walk, kept=kept)
-        _kernels[key] = kernel
-    return kernel
+def compiled(printed: Printed) -> Kernel:
+    """Compile a printed kernel, or take it from the disk's cache."""
+    library = toolchain.load(printed.source, FUNCTION)
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    run, walk, kept = library.run, library.walk, library.kept
+    run.argtypes = [pointer, size, *[pointer] * 3, size, *[pointer] * 3, ctypes.c_int]
+    walk.argtypes = [*run.argtypes, size, pointer]
+    kept.argtypes = [pointer]
+    run.restype = walk.restype = None
+    kept.restype = size
+    return Kernel(**described(printed), run=run, walk=walk, kept=kept)
 
 
 def described(printed: Printed) -> dict[str, Any]:
@@ -107,74 +91,6 @@ def described(printed: Printed) -> dict[str, Any]:
         "parts": form.parts,
         "form": form,
     }
-
-
-def dense(tensor: Tensor) -> bool:
-    """Whether the elements fill a block of memory, in whatever order of the dimensions."""
-    if tensor.is_contiguous():
-        return True
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-def check_layout(job: Job) -> None:
-    """Refuse tensors that a kernel cannot walk through as flat memory."""
-    param = job.param
-    if param.device.type not in ("cpu", "cuda"):
-        raise NotPrintableError(f"parameters on {param.device.type}")
-    if not dense(param):
-        raise NotPrintableError("a parameter whose elements do not fill a block of memory")
-    shaped = [t for t in job.state.values() if t.shape == param.shape]
-    if not all(_alike(t, param) for t in (job.grad, *shaped)):
-        raise NotPrintableError("a gradient or state whose layout is not the parameter's")
-
-
-def _alike(tensor: Tensor, param: Tensor) -> bool:
-    strides = zip(tensor.stride(), param.stride(), param.shape, strict=True)
-    return not tensor.is_neg() and all(a == b or n == 1 for a, b, n in strides)
-
-
-class OrderError(Exception):
-    """A kernel for contiguous tensors, and a parameter that is not."""
-
-
-def printed_for(job: Job) -> tuple[dict[str | None, Printed], bool]:
-    """A job's kernels, printed, and whether they are for tensors of this very shape.
-
-    They are named by the element whose sum over all parameters they are for, and None for the step,
-    which a program with whole transforms has not here.
-
-    Errors: NotPrintableError with the reason; OrderError if contiguous tensors would have one.
-    """
-    param, state, program = job.param, job.state, job.program
-    graphs: dict[str | None, Graph] = {}
-    sized = False
-    for key in (*program.total_keys, *([] if program.has_whole else [None])):
-        graphs[key], looked = record(program, param.shape, param.dtype, state, job.group, key)
-        sized |= looked
-    dtypes = {"param": param.dtype, "grad": job.grad.dtype}
-    dtypes |= {k: t.dtype for k, t in state.items()}
-    if len(graphs) > 1 and None in graphs:
-        compute = compute_dtype(param.dtype)
-        graphs = with_final_states(graphs, program, {n for n, d in dtypes.items() if d == compute})
-    return {k: _printed(job, simplified(g, program), dtypes) for k, g in graphs.items()}, sized
-
-
-def _printed(job: Job, graph: Graph, dtypes: dict[str, torch.dtype]) -> Printed:
-    if (graph.starts is not None or graph.every is not None) and not job.param.is_contiguous():
-        raise OrderError
-    return print_for(job, graph, dtypes)
-
-
-def print_for(job: Job, graph: Graph, dtypes: dict[str, torch.dtype]) -> Printed:
-    """Print a graph of a job's program for tensors like the job's."""
-    param, random = job.param, job.stream is not None
-    compute = compute_dtype(param.dtype)
-    return print_kernel(graph, dtypes, compute, job.program.holds_of, random, param.device)
 
 
 @dataclass(eq=False)
@@ -194,7 +110,30 @@ class Table:
     count: int = 0
     scratch: Tensor | None = None
     parts: Tensor | None = None
+    # what each tensor gives to sums over all parameters, and the numbers of the jobs in the same order
     shares: Tensor | None = None
+    positions: Tensor | None = None
+
+    def add(
+        self, member: int, job: Job, group: int, address: Callable[[str], int] | None = None
+    ) -> None:
+        """Append a parameter's row: its sizes, and where its tensors and numbers are.
+
+        member: the job's number. group: that of its values among the hyper-parameters. address: where
+            a tensor or a number is; those of the job if it is not given.
+        """
+        kernel, address = self.kernel, address or functools.partial(_address, job)
+        row = [
+            job.param.numel(),
+            group,
+            job.stream or 0,
+            *run_sizes(kernel.starts, job.param.shape),
+        ]
+        if "grad" in kernel.tensors:
+            self.grad_column = len(row) + kernel.tensors.index("grad")
+        row += [address(name) for name in (*kernel.tensors, *kernel.numbers)]
+        self.members.append(member)
+        self.rows.append(row)
 
     def finish(self) -> None:
         """Order the rows, small tensors first, and cut the large ones into chunks."""
@@ -230,16 +169,11 @@ class Table:
         names = sorted((n for n in numbers if n.startswith(SHARE)), key=place_of)
         if names:
             self.shares = torch.zeros(len(self.rows), len(names), dtype=SCALAR, device=device)
+            self.positions = torch.tensor(self.members, dtype=torch.int64, device="cpu")
             first = self.kernel.leading + len(self.kernel.tensors)
             for index, row in enumerate(self.rows):
                 for place, name in enumerate(names):
                     row[first + numbers.index(name)] = self.shares[index, place].data_ptr()
-
-    def found_shares(self) -> dict[int, list[float]]:
-        """The shares that the last launch has left, by the numbers of the jobs."""
-        if self.shares is None:
-            return {}
-        return dict(zip(self.members, self.shares.tolist(), strict=True))
 
     def step(self, groups: Sequence[Mapping[str, Any]], totals: Mapping[str, Tensor]) -> None:
         """Run the kernel with the groups' present values and the sums over all parameters."""
@@ -263,6 +197,13 @@ class Table:
             self.scratch.data_ptr(),  # type: ignore[union-attr]
             self.parts.data_ptr(),  # type: ignore[union-attr]
         )
+
+
+def _address(job: Job, name: str) -> int:
+    if name.startswith(SHARE):
+        return 0  # it gets room later
+    tensor = {"param": job.param, "grad": job.grad}.get(name)
+    return (job.state[name] if tensor is None else tensor).data_ptr()
 
 
 def place_of(name: str) -> int:

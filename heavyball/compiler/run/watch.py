@@ -177,6 +177,11 @@ class Snapshot:
         self._layouts = Layouts(self.stepped, gradients)
         self._kept = Kept(self.stepped, attributes)
 
+    @property
+    def sealed(self) -> bool:
+        """Whether nobody can have changed the state, so that it is not looked at."""
+        return self._kept.sealed
+
     def gradients(self) -> list[Tensor]:
         """The present gradients of the parameters that had one."""
         return [p.grad for p in self.stepped]  # type: ignore[misc]

@@ -7,26 +7,26 @@ its waves: kept between steps they would lie beside the activations, and making 
 one product.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from heavyball.compiler.frontend.graph import NotPrintableError, Opaque
-from heavyball.compiler.passes.axes import run_sizes
-from heavyball.compiler.passes.segments import Segments, Told, cut
-from heavyball.compiler.pipeline import Printed
-from heavyball.compiler.run.table import Kernel, Table, build, place_of, print_for
+from heavyball.compiler.frontend.graph import Opaque
+from heavyball.compiler.passes.segments import Told
+from heavyball.compiler.run.kernels import Parts
+from heavyball.compiler.run.table import Kernel, Table, place_of
 from heavyball.compiler.triton import device as cuda
 from heavyball.core.program import WholeNode
 from heavyball.linalg.scratch import reused
-from heavyball.runtime.execute import SHARE, rotating
-from heavyball.runtime.job import Answer, Call, Job
-from heavyball.runtime.serve import due, serve
-from heavyball.runtime.state import loaded, new_states, working_param, write
-from heavyball.runtime.step import compute_dtype, working
+from heavyball.numerics import compute_dtype, working
+from heavyball.runtime.execute import SHARE, Run, ask, run_hooks
+from heavyball.runtime.job import Answer, Call, Frame, Job
+from heavyball.runtime.state import working_param, write
+from heavyball.runtime.step import Runs
 
 WAVE = 2**22
 # As many parameters as there are threads may be in a wave of so many elements, where there is something
@@ -34,41 +34,6 @@ WAVE = 2**22
 WIDE = 2**25
 # A device has more memory, and every launch waits for a command from the host.
 DEVICE_WAVE = 2**25
-
-
-@dataclass(eq=False)
-class Parts:
-    """A program cut into segments, and the kernel of each."""
-
-    segments: Segments
-    kernels: list[Kernel | None]
-
-
-def printers(job: Job) -> tuple[Segments, list[Printed | None]]:
-    """A job's program in segments, and the kernel of each segment that computes something.
-
-    Errors: NotPrintableError with the reason.
-    """
-    param, state = job.param, job.state
-    segments = cut(job.program, param.shape, param.dtype, state, job.group)
-    compute = compute_dtype(param.dtype)
-    dtypes = {"param": param.dtype, "grad": job.grad.dtype}
-    dtypes |= {k: t.dtype for k, t in state.items()} | dict.fromkeys(segments.levels, compute)
-    found: list[Printed | None] = []
-    for part in segments.parts:
-        if part.graph is None:
-            found.append(None)
-            continue
-        if part.graph.starts is not None and not param.is_contiguous():
-            raise NotPrintableError("rows or columns of a parameter that is not contiguous")
-        found.append(print_for(job, part.graph, dtypes))
-    return segments, found
-
-
-def build_parts(segments: Segments, found: list[Printed | None]) -> Parts:
-    """Compile every segment."""
-    make = [cuda.build if p is not None and p.functions else build for p in found]
-    return Parts(segments, [None if p is None else m(p) for m, p in zip(make, found, strict=True)])
 
 
 @dataclass(eq=False)
@@ -84,18 +49,19 @@ class Entry:
     count: int = 0
     # numbers that whole transforms have provided, where the host knows them
     known: dict[str, int] = field(default_factory=dict)
-    ended: bool = False
     results: dict[str, Tensor] = field(default_factory=dict)
     opaque: dict[Opaque, Any] = field(default_factory=dict)
-    pending: dict[str, Tensor] = field(default_factory=dict)
-    hooks: list[Call] = field(default_factory=list)
+    frame: Frame = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.forget()
 
     def begin(self) -> None:
-        self.ended, self.count, self.known = False, self.job.count + 1, {}
+        self.count, self.known = self.job.count + 1, {}
 
     def forget(self) -> None:
         """Let go of what belongs to one step."""
-        self.results, self.opaque, self.pending, self.hooks = {}, {}, {}, []
+        self.results, self.opaque, self.frame = {}, {}, Frame(self.job, {})
 
 
 class Wave:
@@ -122,6 +88,12 @@ class Wave:
         ]
         self.scratch: dict[str, Tensor] = {}
 
+    @property
+    def calls(self) -> tuple[str, ...]:
+        """The keys of the transforms that run between the segments."""
+        told = (part.told for e in self.entries for part in e.parts.segments.parts)
+        return tuple(dict.fromkeys(each.question.node.key for each in told if each is not None))
+
     # ---- tables
 
     @property
@@ -130,17 +102,22 @@ class Wave:
             yield from stage
 
     def _tables(self, k: int) -> Iterator["SegmentRows"]:
-        found: dict[int, SegmentRows] = {}
+        tables: dict[int, SegmentRows] = {}
         for entry in self.entries:
             kernel = entry.parts.kernels[k] if k < len(entry.parts.kernels) else None
             if kernel is not None:
-                if id(kernel) not in found:
-                    found[id(kernel)] = segment_table(kernel, self.device)
-                table = found[id(kernel)]
-                table.add(entry, self._number)
-        for table in found.values():
+                if id(kernel) not in tables:
+                    tables[id(kernel)] = segment_table(kernel, self.device)
+                tables[id(kernel)].add_entry(entry, functools.partial(self._address, entry))
+        for table in tables.values():
             table.finish()
             yield table
+
+    def _address(self, entry: Entry, name: str) -> int:
+        if name in entry.parts.segments.levels:
+            return 0  # made anew in each step
+        tensor = {"param": entry.job.param, "grad": entry.job.grad}.get(name)
+        return (self._number(entry, name) if tensor is None else tensor).data_ptr()
 
     def _number(self, entry: Entry, name: str) -> Tensor:
         if name in self.columns:
@@ -160,37 +137,43 @@ class Wave:
         self.scratch = scratch
         for entry in self.entries:
             entry.begin()
+        runs = Runs(map(self._walk, self.entries))
         for k, tables in enumerate(self.stages):
             for table in tables:
                 table.step_open(self._pointers, groups, totals)
             if k == 0:
                 for entry in self.entries:
                     entry.job.counts.note(entry.job.state["step"], entry.count)  # type: ignore[union-attr]
-            self._ask(k, stack)
-        self._after(stack)
+            for index in runs.asking(int):
+                runs.answer(index, None)
+            runs.answer_calls(stack)
         for entry in self.entries:
-            write(entry.job, entry.pending, entry.job.state["step"])
+            write(entry.job, entry.frame.new, entry.job.state["step"])
             entry.forget()
         self.scratch = {}
 
     def found_shares(self) -> dict[int, tuple[Tensor, ...]]:
         """The shares of sums that the last step has left, by the numbers of the jobs."""
         columns = [self.columns[name] for name in self.shares]
-        entries = (e for e in self.entries if columns and not e.ended)
+        entries = (e for e in self.entries if columns and not e.frame.ended)
         return {e.index: tuple(self.numbers[e.row, c] for c in columns) for e in entries}
 
-    def _ask(self, k: int, stack: bool) -> None:
-        asking = [
-            (e, told)
-            for e in self.entries
-            if not e.ended and k < len(e.parts.kernels) and (told := e.parts.segments.parts[k].told)
-        ]
-        calls = [self._call(entry, told) for entry, told in asking]
-        for (entry, told), call, answer in zip(asking, calls, serve(calls, stack), strict=True):
-            if answer is None:
-                entry.ended = True
-            else:
-                self._take(entry, k, told, call, answer)
+    def _walk(self, entry: Entry) -> Run:
+        """A parameter's way through its segments, which their kernels compute for all parameters."""
+        parts = entry.parts.segments.parts
+        for k in range(len(self.stages)):
+            yield k
+            told = parts[k].told if k < len(parts) else None
+            if told is not None:
+                yield from self._ask(entry, k, told)
+                if entry.frame.ended:
+                    return
+        yield from run_hooks(entry.frame)
+
+    def _ask(self, entry: Entry, k: int, told: Told) -> Run:
+        answer = yield from ask(self._call(entry, told), entry.frame)
+        if answer is not None:
+            self._take(entry, k, told.question.node, answer)
 
     def _call(self, entry: Entry, told: Told) -> Call:
         question = told.question
@@ -224,42 +207,21 @@ class Wave:
         shape, strides = param.shape or (1,), param.stride() or (1,)
         return torch.as_strided(self.scratch[place], shape, strides, entry.offset)
 
-    def _take(self, entry: Entry, k: int, told: Told, call: Call, answer: Answer) -> None:
-        node, place = told.question.node, f"whole.{k}"
+    def _take(self, entry: Entry, k: int, node: WholeNode, answer: Answer) -> None:
+        """Put an answer where the segments behind read it."""
+        place = f"whole.{k}"
         entry.results[f"{place}.update"] = laid_out(answer.update, entry.job.param, self.dtype)
-        entry.pending.update(new_states(node, entry.job, answer.states))
         for name, value in answer.provided.items():
             if name in node.transform.opaque:
                 entry.opaque[Opaque(k, name)] = value
             elif name == "grad":
                 entry.results[f"{place}.{name}"] = laid_out(value, entry.job.param, self.dtype)
             else:
-                entry.ended |= name == "gate" and value is False
+                entry.frame.ended |= name == "gate" and value is False
                 if isinstance(value, int):
                     entry.known[f"{place}.{name}"] = value
                 if f"{place}.{name}" in self.columns:
                     _put(self.numbers[entry.row, self.columns[f"{place}.{name}"]], value)
-        if due(node, answer.count):
-            context = call.context
-            entry.hooks.append(Call(node, entry.job, None, answer.count, context, after=True))
-
-    def _after(self, stack: bool) -> None:
-        """What is done after the write, for several parameters at once where it is the same."""
-        waiting = [e for e in self.entries if not e.ended and e.hooks]
-        while waiting:
-            calls = [entry.hooks.pop(0) for entry in waiting]
-            for call, entry in zip(calls, waiting, strict=True):
-                moments, squares = rotating(call.node, entry.job.state)
-                call.new = entry.pending
-                call.vectors = [loaded(entry.job, key) for key in moments]
-                call.squares = [loaded(entry.job, key) for key in squares]
-            for call, entry, answer in zip(calls, waiting, serve(calls, stack), strict=True):
-                assert answer is not None
-                moments, squares = rotating(call.node, entry.job.state)
-                entry.pending.update(new_states(call.node, entry.job, answer.states))
-                entry.pending.update(zip(moments, answer.vectors, strict=True))
-                entry.pending.update(zip(squares, answer.squares, strict=True))
-            waiting = [e for e in waiting if e.hooks]
 
     def _pointers(self, entries: list[Entry], name: str) -> Tensor:
         """Where a temporary tensor of each parameter begins."""
@@ -289,30 +251,18 @@ class SegmentRows(Table):
     moving: list[tuple[int, str]] = field(default_factory=list)
     order: list[Entry] = field(default_factory=list)
 
-    def add(self, entry: Entry, number: Any) -> None:
+    def add_entry(self, entry: Entry, address: Callable[[str], int]) -> None:
         """Append a parameter's row."""
-        kernel, job = self.kernel, entry.job
-        row = [job.param.numel(), entry.group, job.stream or 0]
-        row += run_sizes(kernel.starts, job.param.shape)
-        self.moving = []
-        for name in kernel.tensors:
-            if name == "grad":
-                self.grad_column = len(row)
-            if name == "grad" or name in entry.parts.segments.levels:
-                if name != "grad":
-                    self.moving.append((len(row), name))
-                row.append(0 if name != "grad" else job.grad.data_ptr())
-            else:
-                row.append((job.param if name == "param" else job.state[name]).data_ptr())
-        row += [number(entry, name).data_ptr() for name in kernel.numbers]
-        self.members.append(len(self.rows))
-        self.rows.append(row)
+        self.add(len(self.rows), entry.job, entry.group, address)
         self.entries.append(entry)
 
     def give_shares_room(self, device: torch.device) -> None:
         """Nothing: the shares of a wave are among its numbers."""
 
     def finish(self) -> None:
+        levels = self.entries[0].parts.segments.levels
+        names = enumerate(self.kernel.tensors, start=self.kernel.leading)
+        self.moving = [(column, name) for column, name in names if name in levels]
         super().finish()
         self.order = [self.entries[i] for i in self.members]
         self.members = [entry.index for entry in self.order]
@@ -321,7 +271,7 @@ class SegmentRows(Table):
         self, pointers: Any, groups: Sequence[Mapping[str, Any]], totals: Mapping[str, Tensor]
     ) -> None:
         """Run the kernel over the parameters whose step has not ended."""
-        still = [i for i, entry in enumerate(self.order) if not entry.ended]
+        still = [i for i, entry in enumerate(self.order) if not entry.frame.ended]
         if not still:
             return
         table = self if len(still) == len(self.order) else self._part(still)

@@ -5,34 +5,21 @@ import hashlib
 import linecache
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from heavyball.compiler.cpp.toolchain import ToolchainError
 from heavyball.compiler.pipeline import Printed
-from heavyball.compiler.recent import Recent
 from heavyball.compiler.run.table import Kernel, Table, described, entry
 from heavyball.compiler.triton.printer import CHUNK, DEVICES, WARPS
 from heavyball.compiler.triton.rows import Memory
-from heavyball.numerics import lasting
-from heavyball.runtime.rates import Pending, Together
-from heavyball.runtime.step import SCALAR, drive, share_of, take_given
-
-if TYPE_CHECKING:
-    from heavyball.compiler.run.engine import Plan
+from heavyball.numerics import SCALAR, lasting
 
 ALIGNMENT = 16
 # Without fusion every operation is rounded as in torch, and as written in the graph.
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False}
-
-_kernels: dict[Any, Kernel] = Recent(4096)
-
-
-def forget() -> None:
-    """Build again what the process has."""
-    _kernels.clear()
 
 
 def serves(device: torch.device) -> bool:
@@ -74,26 +61,21 @@ def load(source: str) -> dict[str, Any]:
     return module
 
 
-def build(printed: Printed) -> Kernel:
+def compiled(printed: Printed) -> Kernel:
     """Load a printed kernel, and compile it for the present device.
 
     Errors: ToolchainError if Triton is not there, or with its complaint.
     """
-    key = (printed.source, printed.names)
-    kernel = _kernels.get(key)
-    if kernel is None:
-        try:
-            module = load(printed.source)
-            passes = [module[name] for name in printed.functions]
-            for run in passes:
-                kinds = [torch.int64, torch.int64, *[SCALAR] * 3, torch.int32]
-                run.warmup(*kinds, ALIGNED=True, grid=(1,), **OPTIONS)
-        except Exception as error:  # whatever Triton's stages raise
-            lines = str(error).strip().splitlines() or [""]
-            raise ToolchainError(f"Triton: {type(error).__name__}: {lines[-1]}") from error
-        kernel = DeviceKernel(**described(printed), run=passes, memory=printed.memory)
-        _kernels[key] = kernel
-    return kernel
+    try:
+        module = load(printed.source)
+        passes = [module[name] for name in printed.functions]
+        for run in passes:
+            kinds = [torch.int64, torch.int64, *[SCALAR] * 3, torch.int32]
+            run.warmup(*kinds, ALIGNED=True, grid=(1,), **OPTIONS)
+    except Exception as error:  # whatever Triton's stages raise
+        lines = str(error).strip().splitlines() or [""]
+        raise ToolchainError(f"Triton: {type(error).__name__}: {lines[-1]}") from error
+    return DeviceKernel(**described(printed), run=passes, memory=printed.memory)
 
 
 class Mirror:
@@ -151,7 +133,6 @@ class DeviceTable(Table):
     aligned: bool = False
     arrived: Tensor | None = None
     memory: Tensor | None = None
-    positions: Tensor | None = None
     mirror: Mirror | None = None
     hyper: Mirror | None = None
 
@@ -160,8 +141,8 @@ class DeviceTable(Table):
         kernel, count = self.kernel, len(self.rows)
         flat = kernel.starts is None
         self.give_shares_room(self.device)
-        if self.shares is not None:
-            self.positions = _sent(torch.tensor(self.members, device="cpu"), self.device)
+        if self.positions is not None:
+            self.positions = _sent(self.positions, self.device)
         self.fixed = torch.tensor(self.rows, dtype=torch.int64, device="cpu")
         pieces = [-(-row[0] // CHUNK) for row in self.rows] if flat else self._tiles()
         chunks = [(index, part) for index, n in enumerate(pieces) for part in range(n)]
@@ -234,78 +215,3 @@ class DeviceTable(Table):
             self.hyper.tensor[number, place].copy_(value.detach().reshape(()), non_blocking=True)
         for place, key in enumerate(self.kernel.totals, start=len(hypers)):
             self.hyper.tensor[:, place].copy_(totals[key], non_blocking=True)
-
-
-def run_plan(plan: "Plan", together: "Together | Pending", groups: list[dict[str, Any]]) -> None:
-    """Step every parameter of a plan that has tables on a device; sums stay on the device too."""
-    device = next(t.device for t in plan.all_tables if isinstance(t, DeviceTable))
-    totals: dict[str, Tensor] = {}
-    for key in plan.total_keys:
-        for table in plan.shares[key]:
-            table.step(plan.groups, totals)
-        shares = _collected(plan, plan.shares[key], device, key, totals)
-        totals[key] = (
-            shares[0].sum() if len(shares) else torch.zeros((), dtype=SCALAR, device=device)
-        )
-        if together.node is not None and key == together.node.key:
-            together.renew(groups, _by_group(plan, shares))
-    for table in plan.tables:
-        table.step(plan.groups, totals)
-    waved = plan.whole.run(plan.groups, totals)
-    torch.autograd.graph.increment_version(plan.params)
-    for index in plan.eager:
-        drive(plan.jobs[index], totals)
-    left = _collected(plan, plan.tables, device, None, totals, waved)
-    if left.numel():
-        together.renew(groups, _by_group(plan, left))
-
-
-def _collected(
-    plan: "Plan",
-    tables: list[Table],
-    device: torch.device,
-    key: str | None,
-    totals: Mapping[str, Tensor],
-    waved: Mapping[int, tuple[Tensor, ...]] | None = None,
-) -> Tensor:
-    """Every job's shares, a row for each sum, in the order of the parameters.
-
-    key: the element whose shares the eager jobs are asked for; None takes those left by the step.
-    waved: those of jobs that went through their segments.
-    """
-    eager = dict(waved or {})
-    for index in plan.eager:
-        job = plan.jobs[index]
-        found = share_of(job, key, totals) if key is not None else None
-        for _, given in take_given([job] if key is None else []):
-            found = given
-        if found:
-            eager[index] = found
-    widths = [t.shares.shape[1] for t in tables if t.shares is not None]
-    width = max([*widths, *map(len, eager.values())], default=0)
-    shares = torch.zeros(len(plan.jobs), width, dtype=SCALAR, device=device)
-    for table in tables:
-        if table.shares is not None:
-            places = table.positions if isinstance(table, DeviceTable) else None
-            places = (
-                _sent(torch.tensor(table.members, device="cpu"), device)
-                if places is None
-                else places
-            )
-            shares.index_copy_(0, places.to(device), table.shares.to(device))
-    for index, found in eager.items():
-        for place, share in enumerate(found):
-            shares[index, place].copy_(share)
-    return shares.T
-
-
-def _by_group(plan: "Plan", shares: Tensor) -> dict[int, tuple[Tensor, ...]]:
-    """The sums of the shares of each group's jobs, which follow each other."""
-    sums, first = dict[int, tuple[Tensor, ...]](), 0
-    while first < len(plan.jobs):
-        group, end = plan.jobs[first].group, first
-        while end < len(plan.jobs) and plan.jobs[end].group is group:
-            end += 1
-        sums[id(group)] = tuple(shares[:, first:end].sum(1).unbind())
-        first = end
-    return sums
