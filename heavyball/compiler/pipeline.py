@@ -41,7 +41,7 @@ class Printed:
     def names(self) -> tuple:
         """What the columns and the numbers of a table are, which the source does not say."""
         k = self.kernel
-        return (*map(tuple, (k.columns, k.numbers, k.hypers, k.totals)), k.starts)
+        return (*(tuple(x) for x in (k.columns, k.numbers, k.hypers, k.totals)), k.starts)
 
 
 def print_kernel(

@@ -165,7 +165,8 @@ class Chain:
             return (_by_name(self._bind_leaf(element)),)
         lead: tuple[Node, ...] = ()
         if element.lead is not None:
-            *lead, node = self._bind_led(element, element.lead)
+            *before, node = self._bind_led(element, element.lead)
+            lead = tuple(before)
         else:
             node = self._bind_leaf(element)
         if element.kind != "writer":

@@ -93,7 +93,8 @@ def reshaped(within: Within) -> Transform:
     own = set(first.transform.results)
     context = {n for p in parts for n in p.transform.context if n not in own} | {"step"}
     fields: dict[str, dict[str, Any]] = {"hyper": {}, "options": {}, "defaults": {}}
-    annotations, domains = {}, {}
+    annotations: dict[str, Any] = {}
+    domains: dict[str, Any] = {}
     for part in parts:
         for n, name in part.names.items():
             t = part.transform
@@ -108,7 +109,7 @@ def reshaped(within: Within) -> Transform:
         for n, name in part.states.items()
     }
     requires = functools.partial(_problem, enter, tuple(p.transform for p in middle))
-    excludes = {**enter.rules.excludes, **leave.rules.excludes}
+    excludes: dict[str, str] = {**enter.rules.excludes, **leave.rules.excludes}
     return Whole(
         name=within.name,
         update=_function(first, middle, last, sorted(context), [*annotations]),

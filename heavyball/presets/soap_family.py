@@ -22,7 +22,7 @@ class KLSOAP(BasisPreset):
     Source: https://arxiv.org/abs/2509.03378.
     """
 
-    def __init__(
+    def __init__(  # type: ignore[misc]
         self,
         params: Any,
         lr: float | Tensor = 1e-4,

@@ -91,7 +91,8 @@ def _refresh(
 ) -> tuple[Pieces, Pieces, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Refresh the bases whose turn it is, and carry the inner rule's moments over."""
     if count == 1 and first != "skip":  # what passed by the inner rule has left nothing there
-        return gram_, basis, *(tuple(map(torch.zeros_like, x)) for x in (vectors, squares))
+        none = [tuple(torch.zeros_like(x) for x in states) for states in (vectors, squares)]
+        return gram_, basis, none[0], none[1]
     # eigenvalues that are kept stay with their columns, which are then not sorted
     schedule = _schedule(precondition_frequency, precond_scheduler)
 
@@ -103,7 +104,11 @@ def _refresh(
     new, orders = refresh_pieces(gram_, old, zeroth_power_mode, rows, gram == "plain")
     if all(order is None for order in orders):
         return gram_, basis, vectors, squares
-    options = {"max_precond_dim": max_precond_dim, "merge_dims": merge_dims, "split": split}
+    options: dict[str, Any] = {
+        "max_precond_dim": max_precond_dim,
+        "merge_dims": merge_dims,
+        "split": split,
+    }
     options |= {"blocks": blocks, "axis": axis}
     moments = []
     square = "rotate" if rotate_second_moment else "sort"
@@ -123,8 +128,9 @@ def _problem(shape: torch.Size, options: Mapping[str, Any]) -> str | None:
     for name, plain in (("gram_of", "update"), ("refresh", "after"), ("first", "skip")):
         if options["gram"] == "kl" and options[name] != plain:
             raise ValueError(f"{name}={options[name]!r} cannot be with gram='kl'")
-    for name, plain in (("first", "skip"), ("spread_refreshes", False)):
-        if options["refresh"] == "before" and options[name] != plain:
+    usual: tuple[tuple[str, Any], ...] = (("first", "skip"), ("spread_refreshes", False))
+    for name, value in usual:
+        if options["refresh"] == "before" and options[name] != value:
             raise ValueError(f"{name}={options[name]!r} has no effect with refresh='before'")
     try:
         working_of(tuple(shape), options)
@@ -133,7 +139,7 @@ def _problem(shape: torch.Size, options: Mapping[str, Any]) -> str | None:
     return None
 
 
-DECLARED = {
+DECLARED: dict[str, Any] = {
     "provides": ("gate", "step"),
     "opens_once": True,
     "opaque": ("bases", "working", "passed"),
@@ -316,7 +322,7 @@ def kl_step(
     blocks = working.blocks_of(_finite(turned))
     groups = zip(*(by_block(working, x) for x in (gram, bases, values)), strict=True)
     for block, pieces in zip(blocks, groups, strict=True):
-        made, kept = whitened_grams(block, *pieces, beta)
+        made, kept = whitened_grams(block, pieces[0], pieces[1], pieces[2], beta)
         grams += made
         new += kept
     return tuple(grams), tuple(new)

@@ -219,13 +219,13 @@ class RowPrinter(CppPrinter):
         numbers = [s for s in walk.elements.sums if not is_along(s.var.level)]
         for s in walk.elements.body:
             if isinstance(s, Read):
-                before, here = self._read_in_row(s.var)
-                begin.append(before)
+                first, here = self._read_in_row(s.var)
+                begin.append(first)
                 inner += here
             elif isinstance(s, Reduce) and is_along(s.var.level):
-                before, here, after = self._reduced_in_row(s)
-                begin.append(before)
-                inner.append(here)
+                first, each, after = self._reduced_in_row(s)
+                begin.append(first)
+                inner.append(each)
                 ends += after
                 if not self.frame.has_lane(s.var.level) and not self._repeats(s.var):
                     numbers.append(s)
@@ -317,5 +317,5 @@ class RowPrinter(CppPrinter):
         head = f"enum {{ PARTS = {parts}, BLOCKS = {BLOCKS} }};\n"
         run = ROWS_DRIVER.format(whole="\n    ".join(whole), shared="".join(shared))
         vectors = ", ".join(f"vectors_{k}" for k in range(len(self.kernel.walks)))
-        walk = ROWS_WALK.format(**self._functions(), vectors=vectors)
-        return "\n".join([head, *joins, run, walk])
+        one = ROWS_WALK.format(**self._functions(), vectors=vectors)
+        return "\n".join([head, *joins, run, one])

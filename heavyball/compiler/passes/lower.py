@@ -1,5 +1,7 @@
 """Turns a graph and its schedule into the loop form."""
 
+from collections.abc import Mapping
+
 import torch
 
 from heavyball.compiler.frontend.graph import Graph, Ref, Value
@@ -33,7 +35,7 @@ READS = ("load", "pick")
 def lower(
     graph: Graph,
     plan: Schedule,
-    dtypes: dict[str, torch.dtype],
+    dtypes: Mapping[str, torch.dtype],
     compute: torch.dtype,
     random: bool = False,
     roots: frozenset[str] = frozenset(),
@@ -55,7 +57,7 @@ class _Lowering:
         self,
         graph: Graph,
         plan: Schedule,
-        dtypes: dict[str, torch.dtype],
+        dtypes: Mapping[str, torch.dtype],
         compute: torch.dtype,
         random: bool,
         roots: frozenset[str],
@@ -105,14 +107,16 @@ class _Lowering:
             dtype, scale = self.dtypes[name], name + SCALE in self.dtypes
             if not (dtype.is_floating_point or is_companion(name) or scale):
                 raise NotPrintableError(f"a tensor of {dtype}, {name}")
-            companions = [
+            correction, kept_scale = (
                 Column(name + part, numbers[name + part], self.dtypes[name + part])
                 if name + part in numbers
                 else None
                 for part in (CORRECTION, SCALE)
-            ]
+            )
             word = word_of(name) if self._is_random(name) else None
-            found[name] = Column(name, number, dtype, *companions, name in self.roots, word)
+            found[name] = Column(
+                name, number, dtype, correction, kept_scale, name in self.roots, word
+            )
         return found
 
     def _is_random(self, name: str) -> bool:

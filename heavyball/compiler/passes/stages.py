@@ -1,5 +1,6 @@
 """When each part of a graph runs: passes over the elements, with numbers per tensor between them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -200,7 +201,7 @@ def summed(graph: Graph, reduction: int) -> int:
 
 def schedule(
     graph: Graph,
-    dtypes: dict[str, torch.dtype],
+    dtypes: Mapping[str, torch.dtype],
     compute: torch.dtype,
     slices_wait: bool = True,
 ) -> Schedule:

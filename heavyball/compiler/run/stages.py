@@ -70,7 +70,7 @@ class Stages:
 
     def _values(self, s: Reduce) -> Tensor | list[Tensor]:
         if s.var.level == "scalar":
-            return self.numbers[:, s.var.index]  # type: ignore[call-overload]
+            return self.numbers[:, s.var.index]  # type: ignore[index]
         found = []
         for row, array in zip(self.table.rows, self.arrays, strict=True):
             low, size = self._place(row, s)

@@ -84,11 +84,11 @@ class TritonRowPrinter(TritonPrinter):
 
     def _memory(self) -> Memory:
         kept = tuple(self.frame.runs(v.level) for v in self.kernel.kept)
-        most = [
+        rows, lanes, tiles = (
             max([len(self._sums(w, kind)) for w in self.kernel.walks] + [1])
             for kind in ("row", "lane", "tile")
-        ]
-        return Memory(kept, *most, self.frame.lane, self.group)
+        )
+        return Memory(kept, rows, lanes, tiles, self.frame.lane, self.group)
 
     def _kind(self, v: Var) -> str:
         """What a value is one for each of: the whole tile, places along the lane, or rows."""
