@@ -24,6 +24,7 @@ from heavyball.optim.fused import FusedBackward, refuse_scaler
 from heavyball.optim.inputs import Inputs
 from heavyball.optim.loading import all_or_nothing, fit
 from heavyball.optim.options import Options, check_capturable, check_names, group_defaults
+from heavyball.optim.preview import updates
 from heavyball.optim.registry import Registry
 from heavyball.optim.steps import Steps
 from heavyball.optim.validation import check_form
@@ -398,6 +399,16 @@ class ChainOpt(Optimizer):
             self._rebuild()
         with torch.no_grad():
             return totals(self._registry, self._steps.measured)
+
+    def updates(self) -> dict[str, Tensor]:
+        """What a step would add to each parameter that has a gradient now, without doing it.
+
+        By name, or by number where parameters have none; decay and warm-up are part of it. It is
+        computed with a copy of the parameters and the state, so it takes that much memory.
+
+        Errors: those of `step`. Nothing is changed in any case.
+        """
+        return updates(self)
 
     def _rebuild(self) -> None:
         """Make everything anew that was made for the chain; state and numbers of groups stay."""
