@@ -144,6 +144,17 @@ class _Apply(Transform):
 
 apply: _Apply
 
+class _Asam(Transform):
+    """`sam` whose distance is measured in the size of each weight."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        rho: float | Shared = 0.5,
+        eta: float | Shared = 0.01,
+    ) -> Self: ...
+
+asam: _Asam
+
 class _AsgdRate(Transform):
     """Let the learning rate of everything behind fall as a power of the step."""
 
@@ -1050,6 +1061,16 @@ class _RunningAverage(Transform):
 
 running_average: _RunningAverage
 
+class _Sam(Transform):
+    """Take the gradient at the worst weights near by: `step(closure)` calls the closure twice."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        rho: float | Shared = 0.05,
+    ) -> Self: ...
+
+sam: _Sam
+
 class _ScaleByAdabelief(Transform):
     """Scale every element by the size of what its gradient was not expected to be."""
 
@@ -1679,6 +1700,7 @@ __all__ = [
     "anchor_decay",
     "apollo",
     "apply",
+    "asam",
     "asgd_rate",
     "cautious",
     "cautious_decay",
@@ -1754,6 +1776,7 @@ __all__ = [
     "rms_normalize",
     "row_normalize",
     "running_average",
+    "sam",
     "scale_by_adabelief",
     "scale_by_adadelta",
     "scale_by_adagrad",

@@ -96,9 +96,11 @@ def parameters(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> 
 
 
 def one_step(opt: Any) -> Any:
-    """One step, with a loss for a chain that reads one."""
-    reads = isinstance(opt, C.ChainOpt) and opt.chain.reads_loss
-    return opt.step(loss=1.0) if reads else opt.step()
+    """One step, with a loss for a chain that reads one, and a closure for one that needs it."""
+    if not isinstance(opt, C.ChainOpt):
+        return opt.step()
+    closure = {"closure": lambda: None} if opt.chain.perturbs else {}
+    return opt.step(**closure, **({"loss": 1.0} if opt.chain.reads_loss else {}))
 
 
 def train(opt: torch.optim.Optimizer, steps: Iterable[int], scheduler: Any = None) -> None:

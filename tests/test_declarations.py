@@ -16,13 +16,13 @@ from heavyball.core.transform import DEFAULTS
 
 PACKAGE = Path(heavyball.__file__).parent
 # What each decorator takes besides what all take.
-PLACED = {"before_state", "requires", "opens_once"}
+PLACED = {"before_state", "requires", "opens_once", "instead"}
 OWN = {
-    C.transform: {"kind", "modifier", "over_all", "evaluate", *PLACED},
+    C.transform: {"kind", "modifier", "over_all", "evaluate", "perturb", *PLACED},
     C.whole_transform: {"kind", "opaque", "host", "after", "due", "lead", *PLACED},
     C.rate: {
         "numbers", "past", "made_from", "from_sums", "gives", "finish", "moment_unit",
-        "moment_change", "hyper_change", "estimate",
+        "moment_change", "hyper_change", "estimate", "kind", "shared",
     },
 }  # fmt: skip
 COMMON = {"provides", "domains", "excludes"}
@@ -72,7 +72,7 @@ OPTIMIZERS = {"lr", "base_lr", "step", "param", "grad", "seed", "weight_decay", 
 # the core's own words: gates, what a state holds, operations, and what arguments of torch are called
 WORDS = {
     "gate", "square", "squares", "beta", "graft", "lerp", "load", "sign", "alpha", "maximize",
-    "amsgrad", "nesterov", "centered", "decay", "every",
+    "amsgrad", "nesterov", "centered", "decay", "every", "norm", "rho", "shared",
 }  # fmt: skip
 # names of checkpoints of before, and what to write in place of an argument of torch's
 EXCEPT = ("optim/migrations.py", "optim/checks.py: nesterov_momentum")

@@ -861,6 +861,90 @@ def test_a_group_that_comes_to_lie_outside_is_refused_before_a_step() -> None:
     assert torch.equal(param, torch.ones(3))
 
 
+def test_a_polynomial_average_weighs_late_steps_more() -> None:
+    grads = gradients(6, [(3,)])
+    (begin,) = starts([(3,)])
+    param = torch.nn.Parameter(begin.clone())
+    average = C.TRANSFORMS["polynomial_average"](gamma=3.0)
+    optimizer = C.ChainOpt([param], 0.1, average)
+    p, expected = begin, begin
+    for t, (g,) in enumerate(grads, 1):
+        param.grad = g.clone()
+        optimizer.step()
+        p = p - 0.1 * g
+        share = 4 / (t + 3)
+        expected = (1 - share) * expected + share * p
+        with optimizer.averaged():
+            torch.testing.assert_close(param.detach(), expected, rtol=1e-13, atol=1e-13)
+
+
+# ---- a second gradient
+
+SLOPE = (1 + 4 * _grid(3, 4)[0] + _grid(3, 4)[1]) / 6
+SHARP = {
+    "sam": (0.522443283575, -0.711283825015, 0.0877456856309, -0.0752744994535, 3.90914690898),
+    "asam": (0.522242692768, -0.673389737129, 0.0893119318694, -0.0708449568137, 3.68558809542),
+}
+
+
+def quadratic(name: str, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
+    """An optimizer of half the sum of SLOPE p^2, and its closure."""
+    param = torch.nn.Parameter(matrix(3, 4).to(dtype))
+    optimizer = C.ChainOpt([param], 0.05, C.TRANSFORMS[name], **options)
+    seen = []
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        seen.append(param.detach().clone())
+        loss = (SLOPE.to(dtype) * param * param).sum() / 2
+        loss.backward()
+        return loss
+
+    return param, optimizer, closure, seen
+
+
+def check_sharp(name: str) -> None:
+    param, optimizer, closure, _ = quadratic(name)
+    for _ in range(4):
+        optimizer.step(closure)
+    for one, other in zip(summary(param.detach()), SHARP[name], strict=True):
+        assert abs(one - other) <= 2e-11 * max(1.0, abs(other))
+
+
+@pytest.mark.parametrize("name", SHARP)
+def test_the_gradient_is_taken_at_perturbed_weights(name: str) -> None:
+    check_sharp(name)
+
+
+@pytest.mark.parametrize("options", [{}, {"param_ecc": "bf16+8"}], ids=str)
+def test_perturbed_weights_are_put_back_to_the_bit(options: dict[str, Any]) -> None:
+    for raising in (False, True):
+        param, optimizer, closure, seen = quadratic("sam", torch.bfloat16, **options)
+        before = param.detach().clone()
+
+        def raised(closure: Any = closure, seen: list = seen) -> Any:
+            loss = closure()
+            if len(seen) == 2:
+                raise KeyboardInterrupt
+            return loss
+
+        optimizer.param_groups[0]["lr"] = 0.0
+        if raising:
+            with pytest.raises(KeyboardInterrupt):
+                optimizer.step(raised)
+        else:
+            optimizer.step(closure)
+        assert not torch.equal(seen[1], before)
+        assert torch.equal(param, before)
+
+
+def test_a_second_gradient_needs_a_closure() -> None:
+    _, optimizer, closure, _ = quadratic("sam")
+    closure()
+    with pytest.raises(ValueError, match=r"call step\(closure\)"):
+        optimizer.step()
+
+
 # ---- what mistakes must be seen by
 
 OF_TORCH = {
@@ -882,5 +966,12 @@ def shown() -> Iterator[tuple[str, tuple[str, ...], Callable[[], None]]]:
         yield f"torch {name}", about, partial(check_torch, name, TORCH[name][1])
     for name, own in OWN.items():
         yield f"own {name}", own.about, partial(check_own, name)
+    for name in SHARP:
+        yield f"sharp {name}", (name,), partial(check_sharp, name)
+    yield (
+        "polynomial average",
+        ("polynomial_average",),
+        test_a_polynomial_average_weighs_late_steps_more,
+    )
     yield "noise", ("add_noise",), test_the_noise_has_the_variance_that_is_said
     yield "average", ("running_average",), partial(test_the_average_of_asgd_is_torchs, 2)

@@ -116,6 +116,11 @@ class Chain:
         return any(n.transform.reads_loss for program in self.programs for n in program.flat)
 
     @property
+    def perturbs(self) -> bool:
+        """Whether a step takes a second gradient, at perturbed weights."""
+        return any(n.transform.perturb for program in self.programs for n in program.flat)
+
+    @property
     def signals(self) -> frozenset[str]:
         """The names under which `feed` must give something before a step."""
         found = (n.transform.signal for program in self.programs for n in program.flat)

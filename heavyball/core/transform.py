@@ -129,6 +129,7 @@ class Transform:
     rules: Rules
     over_all: Callable[..., Any] | None = None
     evaluate: Callable[..., Tensor] | None = None
+    perturb: Callable[..., Tensor] | None = None
     given: frozenset[str] = field(default_factory=frozenset)
     instead: "Callable[[Mapping[str, Any]], Transform | None] | None" = None
 
@@ -276,6 +277,7 @@ def transform(
     modifier: bool = False,
     over_all: Callable[..., Any] | None = None,
     evaluate: Callable[..., Tensor] | None = None,
+    perturb: Callable[..., Tensor] | None = None,
     requires: Callable[[torch.Size, Mapping[str, Any]], str | None] | None = None,
     opens_once: bool = False,
     instead: Callable[[Mapping[str, Any]], Transform | None] | None = None,
@@ -303,6 +305,8 @@ def transform(
     over_all: `fn(update, ...)`, one tensor's share of a sum over all parameters; the sum arrives as
         the context `total`.
     evaluate: `fn(param, *states, hyper-parameters)`, the weights to evaluate with.
+    perturb: `fn(param, *, hyper-parameters)`, the metric w in which the weights are moved by `rho` for a
+        second gradient: by rho w^2 g over the norm of w g.
     requires: `fn(shape, options)`, why a parameter of this shape cannot have the transform, or None;
         asked when the parameter is added.
     opens_once: the `gate` that it provides is closed in a parameter's first steps alone.
@@ -328,9 +332,10 @@ def transform(
 
     def declare(fn: Callable[..., Any]) -> Transform:
         parts = signed(fn, states)
-        return checked(
-            Transform(*parts, provides, kind, rules, over_all, evaluate, instead=instead)
+        made = Transform(
+            *parts, provides, kind, rules, over_all, evaluate, perturb, instead=instead
         )
+        return checked(made)
 
     return declare if fn is None else declare(fn)
 
@@ -338,9 +343,11 @@ def transform(
 ORDINARY = ("transform", "decay", "writer", "post", "observer")
 # Which decorator takes what, for those that are given to another.
 _BELONGS = {
-    **dict.fromkeys(("kind", "modifier", "over_all", "evaluate"), "@transform"),
+    **dict.fromkeys(("kind", "modifier", "over_all", "evaluate", "perturb"), "@transform"),
     **dict.fromkeys(("whole", "opaque", "host", "after", "due", "lead"), "@whole_transform"),
-    **dict.fromkeys(("numbers", "past", "made_from", "from_sums", "gives", "finish"), "@rate"),
+    **dict.fromkeys(
+        ("numbers", "past", "made_from", "from_sums", "gives", "finish", "shared"), "@rate"
+    ),
 }
 
 

@@ -26,6 +26,7 @@ from heavyball.optim.loading import all_or_nothing, fit
 from heavyball.optim.options import Options, check_capturable, check_names, group_defaults
 from heavyball.optim.preview import updates
 from heavyball.optim.registry import Registry
+from heavyball.optim.sharpness import Perturbation
 from heavyball.optim.steps import Steps
 from heavyball.optim.validation import check_form
 from heavyball.runtime.autocast import without_autocast
@@ -112,6 +113,7 @@ class ChainOpt(Optimizer):
         defaults = group_defaults(self._chain, lr, weight_decay, warmup_steps, seed)
         super().__init__(as_params(params), defaults)
         if fuse_backward:
+            self._perturbation.refuse("fuse_backward")
             self._fused.attach()
 
     def _set_up(self) -> None:
@@ -126,6 +128,7 @@ class ChainOpt(Optimizer):
         """Know nothing of the steps so far."""
         self._registry = registry
         self._inputs = Inputs(self._chain, type(self).__name__)
+        self._perturbation = Perturbation(self._chain, type(self).__name__)
         self._steps = Steps(registry, self._options, self._chain, self._advice)
         self._watch(Evaluation(registry))
 
@@ -194,9 +197,14 @@ class ChainOpt(Optimizer):
             refuse_scaler(vars(self))
         self._registry.check_training("step()")
         returned = None
-        if closure is not None:
+        if closure is None:
+            self._perturbation.refuse("step()")
+        else:
             with torch.enable_grad():
                 returned = closure()
+            if self._perturbation.needed:
+                with self._perturbation.moved(self._registry), torch.enable_grad():
+                    closure()
         if self._inputs.needed or loss is not None:
             with self._inputs.given(self.param_groups, loss, returned):
                 self._steps.step_all(self._fused)
@@ -229,6 +237,7 @@ class ChainOpt(Optimizer):
         Errors: ValueError if it is not a parameter of this optimizer, or its chain needs a sum over
             all parameters; else as `step`. Nothing has been changed then.
         """
+        self._perturbation.refuse("step_parameter()")
         self._steps.step_given(param, group, index)
 
     @torch.no_grad()
@@ -293,6 +302,7 @@ class ChainOpt(Optimizer):
 
     def fuse_backward(self) -> FusedBackward:
         """Step each parameter inside `backward()`, see `heavyball.fuse_backward`."""
+        self._perturbation.refuse("fuse_backward")
         self._fused.attach()
         return self._fused
 

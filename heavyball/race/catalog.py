@@ -19,6 +19,7 @@ from heavyball.race.contenders import (
     Contender,
     from_chain,
     from_optimizer,
+    perturbs,
     presets,
     reads_loss,
     state_bytes,
@@ -72,7 +73,9 @@ def explanation(text: str) -> Group:
         optimizer: Any = contender.build(layer, contender.lrs[0])
         loss = layer(torch.randn(1, EXAMPLE[0])).sum()
         loss.backward()
-        optimizer.step(**({"loss": loss} if reads_loss(optimizer) else {}))
+        # with its gradients as they are, where a closure is needed
+        closure = (lambda: None) if perturbs(optimizer) else None
+        optimizer.step(closure, **({"loss": loss} if reads_loss(optimizer) else {}))
     parts = [Text(contender.label, style="bold")]
     if contender.kind == "optimizer":
         parts.append(Text(first_sentence(type(optimizer))))

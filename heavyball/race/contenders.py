@@ -49,6 +49,11 @@ def reads_loss(optimizer: torch.optim.Optimizer) -> bool:
     return isinstance(optimizer, ChainOpt) and optimizer.chain.reads_loss
 
 
+def perturbs(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its steps need a closure, for a second gradient."""
+    return isinstance(optimizer, ChainOpt) and optimizer.chain.perturbs
+
+
 def from_optimizer(text: str, grid: Sequence[float] = ()) -> Contender:
     """`NAME[:arg=value,...]`; an lr of its own (a number or a tuple) goes before the grid.
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from heavyball.errors import REFUSALS, RaceError, one_line
-from heavyball.race.contenders import Contender, reads_loss, state_bytes
+from heavyball.race.contenders import Contender, perturbs, reads_loss, state_bytes
 from heavyball.race.tasks import Task
 
 # Steps of one seed draw from generators of their own; a run has fewer steps than this.
@@ -110,19 +110,37 @@ class _Run:
         self.step_ms: list[float] = []
         self.losses: list[float] = []
 
+    def _again(self, step: int, batch: Any, loss: Any) -> Callable[[], Any]:
+        """A closure for a second gradient: the first call finds the gradients that are there."""
+        calls = iter([True])
+
+        def closure() -> Any:
+            if next(calls, False):
+                return loss
+            torch.manual_seed(self.seed * SEED_STRIDE + step)
+            self.optimizer.zero_grad()
+            again = self.task.loss(self.model, batch)
+            again.backward()
+            return again
+
+        return closure
+
     def step(self, step: int, batches: Iterator[Any]) -> bool:
         """One step of training; whether its loss was finite."""
         # Drawing from a fresh generator keeps dropout the same whatever an optimizer draws.
         torch.manual_seed(self.seed * SEED_STRIDE + step)
         start = time.perf_counter()
-        loss = self.task.loss(self.model, next(batches))
+        batch = next(batches)
+        loss = self.task.loss(self.model, batch)
         value = loss.item()
         if not math.isfinite(value):
             return False
         self.optimizer.zero_grad()
         loss.backward()
         before = self._now()
-        if self.reads_loss:
+        if perturbs(self.optimizer):
+            self.optimizer.step(self._again(step, batch, loss))
+        elif self.reads_loss:
             self.optimizer.step(loss=value)  # type: ignore[call-overload]
         else:
             self.optimizer.step()
