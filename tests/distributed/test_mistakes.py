@@ -87,7 +87,8 @@ def _train(rank: int, name: str, planted: bool) -> list[Tensor] | str:
         plant(rank)
     put, world = ENGINES[engine]
     model = Model(dtype)
-    opt = make(list(model.named_parameters()), **put(model, world))
+    options = put(model, world)  # which gives the model other parameters
+    opt = make(list(model.named_parameters()), **options)
     try:
         for step in range(2):
             give(model, step, dtype)
