@@ -250,7 +250,7 @@ PRESETS = [
         name,
         partial(preset, **PRESET_ARGUMENTS.get(name, {})),
         idle=PRESET_IDLE.get(name, ()),
-        noisy="PSGD" in name,
+        noisy="PSGD" in name or name in ("Dion", "APOLLO", "APOLLOMini"),
         per_parameter=name not in PRESET_TOGETHER,
         # the first weights, and the d of the last step while d has not moved
         still=("p0", "unit") if name in PRESET_TOGETHER else (),

@@ -108,7 +108,7 @@ def kl_shampoo(
     beta = float(betas[1]) if shampoo_beta is None else float(shampoo_beta)
     if count == 1:
         gram, basis = first_bases(working, update, gram, beta)
-        return update, exp_avg, gram, basis, eigenvalues, False, 0
+        return update, exp_avg.clone(), gram, basis, eigenvalues, False, 0
     bases = turned_pieces(basis)
     exp_avg = lerp(exp_avg, update, 1 - betas[0])
     result = _preconditioned(working, exp_avg, bases, eigenvalues, eps)
