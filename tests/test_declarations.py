@@ -72,10 +72,11 @@ OPTIMIZERS = {"lr", "base_lr", "step", "param", "grad", "seed", "weight_decay", 
 # the core's own words: gates, what a state holds, operations, and what arguments of torch are called
 WORDS = {
     "gate", "square", "squares", "beta", "graft", "lerp", "load", "sign", "alpha", "maximize",
-    "amsgrad", "nesterov", "centered", "decay", "every", "norm", "rho", "shared",
+    "amsgrad", "nesterov", "centered", "decay", "every", "norm", "rho", "shared", "name", "largest",
+    "scale",
 }  # fmt: skip
-# names of checkpoints of before, and what to write in place of an argument of torch's
-EXCEPT = ("optim/migrations.py", "optim/checks.py: nesterov_momentum")
+# names of checkpoints of before, and what to write in place of an argument or a call of torch's
+EXCEPT = ("optim/migrations.py", "optim/checks.py: nesterov_momentum", "optim/outer_clip.py")
 
 
 def strings(path: Path) -> Iterator[str]:
