@@ -25,8 +25,9 @@ from heavyball.compiler.passes.loops import (
 from heavyball.compiler.passes.lower import lower
 from heavyball.compiler.passes.stages import schedule
 from heavyball.compiler.pipeline import Printed
+from heavyball.compiler.run.kernels import build
 from heavyball.compiler.run.stages import Stages
-from heavyball.compiler.run.table import Table, build
+from heavyball.compiler.run.table import Table
 
 F32, F64 = torch.float32, torch.float64
 
