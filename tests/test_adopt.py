@@ -111,6 +111,12 @@ ORIGINALS = {
         preset("RMSprop", momentum=0.1, centered=True),
         SHAPES,
     ),
+    "Adagrad": (
+        lambda p: T.Adagrad(p, 0.1, lr_decay=0.1, weight_decay=0.1),
+        preset("Adagrad"),
+        SHAPES,
+    ),
+    "Adafactor": (lambda p: T.Adafactor(p, 0.1, weight_decay=0.1), preset("Adafactor"), SHAPES),
     "schedulefree": (
         quiet(lambda p: schedulefree.AdamWScheduleFree(p, 0.03, weight_decay=0.1, warmup_steps=6)),
         preset("SFAdamW"),

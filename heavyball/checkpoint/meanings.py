@@ -160,7 +160,7 @@ TARGETS: dict[str, Target] = {
     "scale_by_adam_atan2": _ADAM,
     "scale_by_exp_avg_sq": _square,
     "scale_by_rms": _moments(exp_avg_sq=("square", "ema"), grad_avg=("centre", "ema")),
-    "scale_by_adagrad": _kept("sum"),
+    "scale_by_adagrad": _kept("square_sum"),
     "factored_rms": _both(_square, _kept("row", "col")),
     "exp_avg": _moments(exp_avg=("mean", "mean")),
     "scale_by_lion": _moments(exp_avg=("mean", "ema")),

@@ -133,7 +133,7 @@ def _adafactor(state: State, group: Group) -> Record:
 
 def _adagrad(state: State, group: Group) -> Record:
     record = Record(_step(state), keys=tuple(state))
-    record.others["sum"] = Kept(state["sum"], "sum")
+    record.others["square_sum"] = Kept(state["sum"], "sum")
     return record
 
 
@@ -490,7 +490,10 @@ SOURCES: tuple[Source, ...] = (
         _has("lr_decay", "initial_accumulator_value"),
         _adagrad,
         _needs("scale_by_adagrad"),
-        lambda group: {"scale_by_adagrad": {"eps": entry(group, "eps")}},
+        lambda group: {
+            "scale_by_adagrad": {"eps": entry(group, "eps")},
+            "inverse_time": {"decay": entry(group, "lr_decay")},
+        },
         decay=lambda group: "coupled",
         flags=_TORCH_FLAGS,
     ),
