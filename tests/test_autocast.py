@@ -89,7 +89,9 @@ ALONE = [name for name in heavyball.PRESETS if alone(name)]
 
 
 @pytest.mark.parametrize(
-    ("name", "way"), zip(ALONE, itertools.cycle([one_by_one, in_backward]), strict=False), ids=str
+    ("name", "way"),
+    [*zip(ALONE, itertools.cycle([one_by_one, in_backward]), strict=False)],
+    ids=lambda x: x if isinstance(x, str) else x.__name__,
 )
 def test_steps_of_one_parameter_are_the_same(name: str, way: Callable) -> None:
     assert_equal(name, torch.bfloat16, way, compile=False)

@@ -354,7 +354,9 @@ def check_the_layout(name: str, shape: tuple[int, ...], layout: str, grad_layout
         close(*ends, atol=3 * 0.1 * 10 * 10 * 1200 * EPS)
 
 
-BY_TURNS = zip((name for name in CHAINS if name != "noise"), itertools.cycle(DTYPES), strict=False)
+BY_TURNS = [
+    *zip((name for name in CHAINS if name != "noise"), itertools.cycle(DTYPES), strict=False)
+]
 
 
 @pytest.mark.parametrize(("name", "dtype"), BY_TURNS, ids=str)
