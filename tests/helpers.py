@@ -591,7 +591,7 @@ def chain(*transforms: object, lr: float = 0.1, **options: object) -> Make:
 def chain_of(t: Transform) -> tuple[object, ...]:
     """A chain in which a transform of the library does something."""
     if isinstance(t, C.Rate):
-        return (t, C.scale_by_adam)
+        return (t,) if t.kind == "writer" else (t, C.scale_by_adam)
     missing = [n for n in t.context if n not in {*CONTEXT, *WHOLE_CONTEXT, "total"}]
     before = [
         other

@@ -19,7 +19,8 @@ PACKAGE = Path(heavyball.__file__).parent
 PLACED = {"before_state", "requires", "opens_once", "instead"}
 OWN = {
     C.transform: {"kind", "modifier", "over_all", "evaluate", "perturb", *PLACED},
-    C.whole_transform: {"kind", "opaque", "host", "after", "due", "lead", *PLACED},
+    C.whole_transform: {"kind", "opaque", "host", "after", "due", "lead", "noise_every",
+                        "inner_shape", *PLACED},
     C.rate: {
         "numbers", "past", "made_from", "from_sums", "gives", "finish", "moment_unit",
         "moment_change", "hyper_change", "estimate", "kind", "shared",
@@ -73,7 +74,7 @@ OPTIMIZERS = {"lr", "base_lr", "step", "param", "grad", "seed", "weight_decay", 
 WORDS = {
     "gate", "square", "squares", "beta", "graft", "lerp", "load", "sign", "alpha", "maximize",
     "amsgrad", "nesterov", "centered", "decay", "every", "norm", "rho", "shared", "name", "largest",
-    "scale",
+    "scale", "floor", "second_moment",
 }  # fmt: skip
 # names of checkpoints of before, and what to write in place of an argument or a call of torch's
 EXCEPT = ("optim/migrations.py", "optim/checks.py: nesterov_momentum", "optim/outer_clip.py")

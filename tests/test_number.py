@@ -106,6 +106,8 @@ def member(t: Any, kind: Callable[[float], Any], values: list[float], gives: boo
         known[name] = 3 if isinstance(first, int) else kind(next(draw))
     for name, first in t.hyper.items():
         known[name] = tuple(map(kind, first)) if isinstance(first, tuple) else kind(first)
+    if "loss" in t.context:
+        known["loss"] = kind(next(draw))
     sums = tuple(kind(next(draw)) for _ in range(number_of_sums(t))) if gives else None
     return Member(sums, known)
 

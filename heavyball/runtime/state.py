@@ -220,5 +220,10 @@ def _same(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are the same elements of memory in the same order."""
     place = one.data_ptr(), one.numel(), one.dtype
     return place == (other.data_ptr(), other.numel(), other.dtype) and (
-        one.stride() == other.stride() or one.ndim == 0
+        one.stride() == other.stride() or _axes(one) == _axes(other)
     )
+
+
+def _axes(tensor: Tensor) -> list[tuple[int, int]]:
+    """Sizes and strides; those of one element have any stride, which a reshape replaces."""
+    return [axis for axis in zip(tensor.shape, tensor.stride(), strict=True) if axis[0] != 1]

@@ -62,4 +62,5 @@ def relative_update(update: Tensor, *, param: Tensor) -> Tensor:
     Source: RelativeUpdateHook of NVIDIA's Emerging-Optimizers.
     """
     size = norm(update)
-    return update * torch.where(size > 0, norm(param) / size, 0.0)
+    # divided first: the quotient of the norms may be infinite where the update is not
+    return update / torch.where(size > 0, size, 1.0) * norm(param)

@@ -90,8 +90,8 @@ def test_it_rules_every_second_moment_behind_it(name: str, scale: float) -> None
 def test_these_transforms_have_a_second_moment() -> None:
     assert SECOND_MOMENTS == [
         "delayed_rms", "factored_rms", "scale_by_adam", "scale_by_adam_atan2", "scale_by_ademamix",
-        "scale_by_adopt", "scale_by_exp_avg_sq", "scale_by_laprop", "scale_by_nadam",
-        "stable_adamw",
+        "scale_by_adopt", "scale_by_exp_avg_sq", "scale_by_gradient_rms", "scale_by_laprop",
+        "scale_by_nadam", "stable_adamw",
     ]  # fmt: skip
 
 
