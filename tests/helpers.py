@@ -874,3 +874,8 @@ def conditional(*names: str):
         return sum(CONDITIONS[name](update, condition, strength) for name in names), grad
 
     return chosen
+
+
+def modifies(transform: Any) -> bool:
+    """Whether a transform changes another behind it, so that it cannot stand in a chain alone."""
+    return transform.rules.modifier and transform.kind == "transform"

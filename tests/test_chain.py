@@ -16,6 +16,7 @@ from helpers import (  # noqa: F401
     differences,
     eager,
     live_keys,
+    modifies,
     parameters,
     plain_group,
     snapshot,
@@ -169,7 +170,7 @@ def test_the_optimizers_name_is_in_the_message():
 )
 def test_every_transform_makes_a_chain_that_trains(name):
     before = (C.to_eigenbasis,) if name == "from_eigenbasis" else ()
-    extra = (C.scale_by_adam,) if C.TRANSFORMS[name].rules.modifier else ()
+    extra = (C.scale_by_adam,) if modifies(C.TRANSFORMS[name]) else ()
     # an estimate of 1e-6 would be lost in the rounding of these weights
     begins = ("d0", "reps", "s_init")
     large = {n: 0.1 for n in begins if n in C.TRANSFORMS[name].hyper}

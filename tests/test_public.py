@@ -40,12 +40,12 @@ Shampoo
 OTHERS = {
     "heavyball": """
         FusedBackward MemoryPlan PRESETS PrecondSchedule chainable checkpoint create fuse_backward
-        memory_plan utils
+        memory_plan scion_init_ utils
     """,
     "heavyball.chainable": """
         COMBINATORS ChainOpt Interval Live Member Rate State TRANSFORMS Transform Whole copy_of_param
-        graft optimizer_class parallel parse rate route scalar shared soap_precond squares transform
-        when whole_transform within zeros
+        fira galore graft optimizer_class parallel parse rate route scalar shared soap_precond squares
+        transform when whole_transform within zeros
     """,
     "heavyball.presets": "CLIPPINGS DEFAULTS PRESETS Preset PresetOptions",
     "heavyball.utils": "compile_mode set_torch zeroth_power_mode",
