@@ -78,18 +78,18 @@ def adam_tests() -> tuple[Callable[[], object], ...]:
 
 @mutant("scale_by_adam", *adam_tests())
 def a_first_moment_that_is_never_updated(right: Wrong) -> Wrong:
-    def wrong(u: Any, m: Any, v: Any, vmax: Any, **kw: Any) -> tuple:
-        update, _, square, largest = right(u, m, v, vmax, **kw)
-        return update, m, square, largest
+    def wrong(u: Any, m: Any, *squares: Any, **kw: Any) -> tuple:
+        update, _, *new = right(u, m, *squares, **kw)
+        return update, m, *new
 
     return wrong
 
 
 @mutant("scale_by_adam", *adam_tests())
 def a_second_moment_that_is_never_updated(right: Wrong) -> Wrong:
-    def wrong(u: Any, m: Any, v: Any, vmax: Any, **kw: Any) -> tuple:
-        update, mean, _, largest = right(u, m, v, vmax, **kw)
-        return update, mean, v, largest
+    def wrong(u: Any, m: Any, v: Any, *more: Any, **kw: Any) -> tuple:
+        update, mean, _, *new = right(u, m, v, *more, **kw)
+        return update, mean, v, *new
 
     return wrong
 
@@ -130,8 +130,8 @@ def eps_of_its_own(right: Wrong) -> Wrong:
     lambda: test_adam.test_amsgrad_is_torchs_where_the_gradient_shrinks((0.9, 0.999)),
 )
 def amsgrad_that_forgets(right: Wrong) -> Wrong:
-    def wrong(u: Any, m: Any, v: Any, vmax: Any, **kw: Any) -> tuple:
-        return right(u, m, v, None if vmax is None else torch.zeros_like(vmax), **kw)
+    def wrong(u: Any, m: Any, v: Any, vmax: Any, *more: Any, **kw: Any) -> tuple:
+        return right(u, m, v, None if vmax is None else torch.zeros_like(vmax), *more, **kw)
 
     return wrong
 
@@ -143,7 +143,7 @@ def amsgrad_that_forgets(right: Wrong) -> Wrong:
     lambda: test_schedule_free.test_cautious_before_it_masks_the_direction_of_y_and_z_alike(),
 )
 def a_mean_that_lags_by_one_step(right: Wrong) -> Wrong:
-    return lambda u, m, **kw: (m, right(u, m, **kw)[1])
+    return lambda u, m, *rates, **kw: (m, *right(u, m, *rates, **kw)[1:])
 
 
 @mutant(
@@ -798,7 +798,7 @@ def soap_tests() -> tuple[Callable[[], object], ...]:
 
 @mutant("from_eigenbasis", *soap_tests())
 def the_way_there_in_place_of_the_way_back(right: Wrong) -> Wrong:
-    def wrong(u: Any, *, bases: Any, working: Any, normalize_grads: bool) -> Any:
+    def wrong(u: Any, *, bases: Any, working: Any, **kw: Any) -> Any:
         return basis_module.each_block(working, u, rotate, bases)
 
     return wrong
@@ -833,7 +833,7 @@ IN_REFRESHES: dict[str, tuple[Any, str, Any]] = {
     "bases that are never refreshed": (
         soap_module,
         "refresh_pieces",
-        lambda gram, basis, way, rows: (basis, tuple(None for _ in basis)),
+        lambda gram, basis, *how: (basis, tuple(None for _ in basis)),
     ),
     "refreshes a step late": (
         soap_module,

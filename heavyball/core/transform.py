@@ -344,7 +344,10 @@ ORDINARY = ("transform", "decay", "writer", "post", "observer")
 # Which decorator takes what, for those that are given to another.
 _BELONGS = {
     **dict.fromkeys(("kind", "modifier", "over_all", "evaluate", "perturb"), "@transform"),
-    **dict.fromkeys(("whole", "opaque", "host", "after", "due", "lead"), "@whole_transform"),
+    **dict.fromkeys(
+        ("whole", "opaque", "host", "after", "due", "lead", "noise_every", "inner_shape"),
+        "@whole_transform",
+    ),
     **dict.fromkeys(
         ("numbers", "past", "made_from", "from_sums", "gives", "finish", "shared"), "@rate"
     ),
