@@ -143,7 +143,12 @@ def run_and_check(make, run: dict) -> None:
         gradient = GRADIENT_LAYOUTS[run["grad_layout"]](filled(kind, shape, dtype, made))
         before = gradient.clone()
         param.grad = gradient
-        quietly(opt.step)
+        try:
+            quietly(opt.step)
+        except ValueError as error:  # weights without a norm to keep are refused by name
+            if "is all zero" not in str(error) or param.any():
+                raise
+            return
         assert param.grad is gradient
         assert torch.equal(gradient, before)
         assert (param.dtype, param.stride(), param.data_ptr()) == (dtype, strides, place)
