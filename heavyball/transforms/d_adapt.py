@@ -119,11 +119,17 @@ def d_adapt_lion(
     return direction, exp_avg, s, rate, along, s.abs().sum(dtype=SCALAR)
 
 
+def _moved(s: Tensor, update: Tensor, rate: Tensor) -> Tensor:
+    """s + r u, within a quarter of the dtype's range: r u may leave it after a tiny first gradient."""
+    most = torch.finfo(update.dtype).max / 4
+    return (s + rate * update).clamp(min=-most, max=most)
+
+
 def _sgd_shares(
     update: Tensor, *, s: Tensor, lr: Tensor, d: Tensor, d_first: Tensor
 ) -> tuple[Tensor, ...]:
     rate = torch.where(d_first > 0, d * lr / d_first, 0.0)
-    return rate * dot(update, s), norm(s + rate * update).square(), norm(update).square()
+    return rate * dot(update, s), norm(_moved(s, update, rate)).square(), norm(update).square()
 
 
 def _summed(v: Mapping[str, Any], along: Tensor, size: Tensor, square: Tensor) -> Numbers:
@@ -170,5 +176,5 @@ def d_adapt_sgd(
     Source: Defazio and Mishchenko 2023, https://arxiv.org/abs/2301.07733; dadaptation 3.2 DAdaptSGD,
         which leaves the decay out of G.
     """
-    s = s + torch.where(d_first > 0, d_before * lr / d_first, 0.0) * update
+    s = _moved(s, update, torch.where(d_first > 0, d_before * lr / d_first, 0.0))
     return lerp(param, p0 - s, 1 - momentum), s, p0
