@@ -228,7 +228,14 @@ PRESET_ARGUMENTS: dict[str, dict[str, Any]] = {
     "ProdigyPlusScheduleFree": {"weight_decay": 0.1, "d0": 0.1},
 }
 # one d or one clip for all parameters
-PRESET_TOGETHER = ("Prodigy", "ProdigyPlusScheduleFree", "PrecondScheduleProdigySOAP", "LAMB")
+PRESET_TOGETHER = (
+    "Prodigy",
+    "ProdigyPlusScheduleFree",
+    "PrecondScheduleProdigySOAP",
+    "LAMB",
+    "DoG",
+    "DoWG",
+)
 # PaLM's schedule stands in for beta2
 PRESET_IDLE = {
     "SGD": ("dampening",),

@@ -59,7 +59,7 @@ def _on_spectral_sphere(
     size = size_of(u)
     moved = x - rate * target * u / size.clamp(min=1e-12)
     moved = moved * (target / torch.linalg.matrix_norm(moved, 2)[..., None, None].clamp(min=1e-12))
-    return torch.where(size > 0, moved, x).to(param.dtype).reshape(param.shape), target_norm
+    return torch.where(size == 0, x, moved).to(param.dtype).reshape(param.shape), target_norm
 
 
 # a tuple, because a transform at the top of a module is found by its name
@@ -111,4 +111,4 @@ def hyperball(
     size = norm(update)
     moved = param - lr * target_norm * update / size.clamp(min=1e-12)
     moved = moved * (target_norm / norm(moved).clamp(min=1e-12))
-    return torch.where(size > 0, moved, param), target_norm
+    return torch.where(size == 0, param, moved), target_norm

@@ -110,7 +110,7 @@ def spectral_sphere(
         if retract == "after":
             sigma, _, b = leading_triple(x, b, power_iterations)
             x = torch.where(sigma > 0, x * (size / sigma), x)
-        return torch.where(length > 0, x, p), b, k
+        return torch.where(length == 0, p, x), b, k
 
     new, right, k = view.map(step, param, right, k, more=(update, rate, goal))
     return new, right, None if multiplier is None else k, target
