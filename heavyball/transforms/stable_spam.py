@@ -50,6 +50,7 @@ def stable_spam(
     norm_avg = ema(norm_avg, size, gamma1, step)
     square_avg = ema(square_avg, size.square(), gamma2, step)
     usual = norm_avg / (square_avg.sqrt() + eps)
-    update = update * torch.where(size > 0, usual / size, 0.0)
+    # by its own norm first: the usual one over a tiny norm leaves the range of the dtype
+    update = torch.where(size > 0, update / size, 0.0) * usual
     since = torch.where(step < every, step, step % every + 1) if every else step
     return update, max_avg, norm_avg, square_avg, since
