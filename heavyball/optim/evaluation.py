@@ -175,7 +175,8 @@ class Evaluation:
                 for name, declared in node.transform.states.items():
                     key = node.state_key(name)
                     if declared.holds == "weights" and key in state:
-                        held(state, key, "weights").store(working_param(param, state))
+                        value = working_param(param, state).reshape(state[key].shape)
+                        held(state, key, "weights").store(value)
         more = f" and {len(places) - 1} more" if len(places) > 1 else ""
         warn(
             f"{places[0].label}{more}: other weights were written into the parameters than the "

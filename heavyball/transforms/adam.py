@@ -25,6 +25,8 @@ def _square_shape(shape: torch.Size, square: str | int) -> list[int] | None:
 
 def _square(param: Tensor, options: Mapping[str, Any]) -> Tensor | None:
     shape = _square_shape(param.shape, options["square"])
+    if shape == [*param.shape]:
+        return torch.zeros_like(param)
     return None if shape is None else param.new_zeros(shape)
 
 
