@@ -70,10 +70,11 @@ class Names:
 def known_names() -> Names:
     """The transforms and combinators of `heavyball.chainable`, and what makes values for them."""
     from heavyball import chainable
+    from heavyball.presets.low_rank import HasRank
     from heavyball.presets.muon import IsHidden
 
     combinators: dict[str, Any] = chainable.COMBINATORS
-    values: dict[str, Any] = {"shared": chainable.shared, "IsHidden": IsHidden}
+    values: dict[str, Any] = {"shared": chainable.shared, "IsHidden": IsHidden, "HasRank": HasRank}
     return Names(chainable.TRANSFORMS, combinators, values)
 
 
