@@ -39,7 +39,8 @@ def touched(source: str) -> tuple[set[str], set[str]]:
     """The tensors that a kernel reads and those that it writes."""
     names = dict(re.findall(r"#define TENSOR_(\d+) .*// (\S+)\n", source))
     read = {names[n] for n in re.findall(r"load\(t(\d+) \+", source)}
-    return read, {names[n] for n in re.findall(r"store\w*\(t(\d+) \+", source)}
+    # what is rounded at random is an assignment
+    return read, {names[n] for n in re.findall(r"(?:store\w*\(| )t(\d+)(?: \+|\[\w+\] =)", source)}
 
 
 def kernels(*chain, dtype=F32, shape=(5, 6)):

@@ -18,6 +18,7 @@ import heavyball
 from heavyball import chainable as C
 from heavyball import utils
 from heavyball.diagnostics import advice
+from heavyball.numerics import host
 
 SHAPES = ((40, 36), (36, 40), (300, 257), (13,), (10,), (1,), (4, 3, 3, 3), ())
 MAKERS: dict[str, Any] = {
@@ -132,7 +133,10 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize(
     "name", [n for n in MAKERS if "muon" not in n and "psgd" not in n and "soap" not in n]
 )
-def test_no_step_reads_a_number_from_the_device(name: str, eager: None) -> None:
+def test_no_step_reads_a_number_from_the_device(
+    name: str, eager: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host, "on_host", lambda tensor: False)  # as on an accelerator
     params = parameters(*SHAPES)
     opt = MAKERS[name](grouped(params))
     for step in range(4):

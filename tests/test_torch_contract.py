@@ -286,12 +286,15 @@ def test_a_step_without_any_gradient_is_none(case, foreach):
     assert not differences(shot, snapshot(opt))
 
 
+DECAYS = "weight_decay", "lambd"  # ASGD's
+
+
 @every_case
 def test_a_zero_gradient_without_decay_moves_nothing(case):
     params = parameters()
     opt = case(params, compile=False)
     for group in opt.param_groups:
-        group.update({key: 0.0 for key in group if key.split(".")[-1] == "weight_decay"})
+        group.update({key: 0.0 for key in group if key.split(".")[-1] in DECAYS})
     before = clones(params)
     for _ in range(2):
         for p in params:

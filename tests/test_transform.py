@@ -422,8 +422,8 @@ def test_options_may_be_given_by_position_in_the_order_of_the_signature():
     assert repr(C.scale_by_adam((0.8, 0.9), 1e-6)) == repr(
         C.scale_by_adam(betas=(0.8, 0.9), eps=1e-6)
     )
-    with pytest.raises(TypeError, match="exp_avg: 2 arguments given"):
-        C.exp_avg(0.5, 0.6)
+    with pytest.raises(TypeError, match="exp_avg: 4 arguments given"):
+        C.exp_avg(0.5, True, False, 0.6)
     with pytest.raises(TypeError, match="exp_avg: 'beta' was given twice"):
         C.exp_avg(0.5, beta=0.6)
 

@@ -205,7 +205,7 @@ def named(
 
 
 WRAPPERS = ["_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "module."]
-PREFIXES = ["", *WRAPPERS, "module._orig_mod.", "encoder.module."]
+PREFIXES = ["", *WRAPPERS, "module._orig_mod.", "encoder._orig_mod."]
 
 
 @pytest.mark.parametrize("strict", [True, False])

@@ -53,11 +53,11 @@ class Values:
 
     def element(self, index: int) -> Tensor:
         """A value with one number for each element that is here."""
-        value = self.known[index]
-        shape = self._shape("element")
-        return (
-            value if value.shape == shape else torch.as_tensor(value).to(self.dtype).expand(shape)
-        )
+        value, shape = self._tensor(index), self._shape("element")
+        return value if value.shape == shape else value.to(self.dtype).expand(shape)
+
+    def _tensor(self, index: int) -> Tensor:
+        return torch.as_tensor(self.known[index], device=self.device)
 
     def written(self, name: str, index: int) -> Tensor:
         """A value as the tensor of this name is kept here."""
@@ -95,9 +95,9 @@ class Values:
         source, index = self._source(value), value.args[0].index
         shape = self._shape(source.level)
         if source.op == "square":  # to be squared in float64
-            x = torch.as_tensor(self.known[source.args[0].index]).to(SCALAR).square()
+            x = self._tensor(source.args[0].index).to(SCALAR).square()
         else:
-            x = torch.as_tensor(self.known[index]).to(SCALAR)
+            x = self._tensor(index).to(SCALAR)
         x = x.expand(shape)
         if value.level == "scalar":
             axes = tuple(range(x.ndim))

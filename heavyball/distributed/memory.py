@@ -60,10 +60,10 @@ def parts_on(
 
 def bytes_on(parts: Iterable[Part]) -> list[int]:
     """The bytes of state that each process will hold after the first step."""
-    found = torch.zeros(0, dtype=torch.int64)
+    found = torch.zeros(0, dtype=torch.int64, device="cpu")
     for part in parts:
         if not len(found):
-            found = torch.zeros(part.layout.group.size, dtype=torch.int64)
+            found = torch.zeros(part.layout.group.size, dtype=torch.int64, device="cpu")
         wanted = whole_state(part.program, part.shape, part.here.dtype, part.place.group, False)
         for key in wanted if part.param.requires_grad and part.shape.numel() else ():
             where = part.kept[key]
@@ -79,4 +79,4 @@ def bytes_on(parts: Iterable[Part]) -> list[int]:
 @functools.lru_cache(maxsize=1024)
 def _elements(layout: Layout) -> Tensor:
     """How many elements each process has."""
-    return torch.tensor([numel(box) for box in layout.boxes], dtype=torch.int64)
+    return torch.tensor([numel(box) for box in layout.boxes], dtype=torch.int64, device="cpu")

@@ -168,8 +168,8 @@ class Sharded:
         if self._stages is ALONE:
             self._offsets = [0] * len(groups)
             return
-        counts = torch.zeros(self._stages.size, len(groups), dtype=SCALAR)
-        counts[self._stages.me] = torch.tensor([len(g["params"]) for g in groups])
+        counts = torch.zeros(self._stages.size, len(groups), dtype=SCALAR, device="cpu")
+        counts[self._stages.me] = torch.tensor([len(g["params"]) for g in groups], device="cpu")
         device = places[0].param.device if places else torch.device("cpu")
         counts = counts.to(device)
         dist.all_reduce(counts, group=self._stages.handle)
@@ -377,7 +377,7 @@ class Sharded:
             if together.node is not None and key == together.node.key:
                 self._renew(found, together)
             else:
-                total = sum((s[0] for _, s in found), torch.zeros((), dtype=SCALAR))
+                total = sum((s[0] for _, s in found), torch.zeros((), dtype=SCALAR, device="cpu"))
                 sums: dict[int, Shares] = {0: (total,)}
                 if self._stages is not ALONE:
                     device = parts[0].here.device if parts else torch.device("cpu")

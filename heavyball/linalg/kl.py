@@ -56,7 +56,9 @@ def over_roots(turned: Tensor, values: Sequence[Tensor | None], eps: Tensor | fl
     for axis, value in enumerate(values):
         if value is not None:
             product = product * _along(value, axis, turned.ndim)
-    return turned / (torch.as_tensor(product).sqrt() + eps)
+    return turned / (
+        torch.as_tensor(product, dtype=turned.dtype, device=turned.device).sqrt() + eps
+    )
 
 
 def _along(value: Tensor, axis: int, ndim: int) -> Tensor:

@@ -71,6 +71,11 @@ class Number:
         return above if max is None else above.minimum(max)
 
 
+def on_host(tensor: Tensor) -> bool:
+    """Whether the values of a tensor can be read without waiting for a device."""
+    return tensor.device.type == "cpu"
+
+
 def _plain(value: Any) -> float:
     return value.value if type(value) is Number else float(value)
 
@@ -88,7 +93,7 @@ def _tensor(value: Any) -> Any:
 def _number(value: Any) -> Any:
     """What torch has computed, as numbers where it is a number."""
     if isinstance(value, Tensor) and value.ndim == 0 and value.dtype in (SCALAR, torch.bool):
-        return Number(value.reshape(1).tolist()[0]) if value.device.type == "cpu" else value
+        return Number(value.reshape(1).tolist()[0]) if on_host(value) else value
     return value
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from heavyball.core.chain import BOOKKEEPING, RESERVED, Chain
 from heavyball.core.hyper import check_live, nonnegative
 from heavyball.core.program import Node, Program
+from heavyball.numerics import host
 from heavyball.runtime.addresses import is_plain_number
 
 
@@ -210,7 +211,7 @@ def check_state(label: str, program: Program, param: Tensor, state: Mapping[str,
 
 def check_count(label: str, step: Any) -> None:
     """Refuse a count of steps that is none. One on another device is not waited for."""
-    if not isinstance(step, Tensor) or step.device.type != "cpu":
+    if not isinstance(step, Tensor) or not host.on_host(step):
         return
     if step.numel() == 1 and not step.is_complex():
         count = step.item()

@@ -37,7 +37,7 @@ class Inputs:
             )
         if not isinstance(value, Tensor) and not is_real(value):
             raise TypeError(f"{said}: {value!r}, expected a number or a tensor")
-        tensor = torch.as_tensor(value).detach()
+        tensor = value.detach() if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
         if tensor.is_complex() or tensor.dtype == torch.bool:
             raise TypeError(f"{said}: a tensor of {tensor.dtype}, expected real numbers")
         self._fed[name] = tensor.to(SCALAR, copy=True)

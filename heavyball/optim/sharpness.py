@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -40,7 +40,7 @@ class Perturbation:
         for param, group, node in found:
             values = {name: _value(group, node, name) for name in node.transform.hyper}
             weight = node.transform.perturb(working(param), **values)  # type: ignore[misc]
-            directions.append(weight * working(param.grad))
+            directions.append(weight * working(cast(Tensor, param.grad)))
         total = sum((float(norm(d)) ** 2 for d in directions), 0.0) ** 0.5
         kept = [param.detach().clone() for param, _, _ in found]
         try:

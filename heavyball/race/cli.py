@@ -77,11 +77,12 @@ class Place(click.Path):
             place = Path(value).expanduser()
             if os.path.lexists(place):
                 place.stat()
-            return Path(super().convert(place, param, ctx))  # type: ignore[arg-type]
+            place = Path(super().convert(place, param, ctx))  # type: ignore[arg-type]
         except FileNotFoundError:
-            return place
+            pass
         except (OSError, ValueError, RuntimeError) as error:
             self.fail(f"{shown(str(value))}: {one_line(error)}", param, ctx)
+        return place
 
 
 OPTIONS = (

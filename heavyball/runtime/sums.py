@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heavyball.numerics import SCALAR
+from heavyball.numerics import SCALAR, host
 
 # What one parameter gives, or what several give together: 0-d float64 tensors.
 Shares = tuple[Tensor, ...]
@@ -26,7 +26,7 @@ def stacked(given: Sequence[Shares]) -> Tensor:
 
 def over_all(rows: Tensor) -> Tensor:
     """The sum of the rows. A device adds them in its own order, and nothing waits for it."""
-    if rows.device.type != "cpu":
+    if not host.on_host(rows):
         return rows.sum(0)
     return torch.tensor(_added(rows.tolist()), dtype=SCALAR, device="cpu")
 
@@ -34,7 +34,7 @@ def over_all(rows: Tensor) -> Tensor:
 def by_group(groups: Iterable[Any], rows: Tensor) -> Sums:
     """The sums of the rows of each group; the rows of one group follow each other."""
     sums, first = dict[int, Any](), 0
-    numbers: list[list[float]] | None = rows.tolist() if rows.device.type == "cpu" else None
+    numbers: list[list[float]] | None = rows.tolist() if host.on_host(rows) else None
     for group, members in itertools.groupby(map(id, groups)):
         end = first + sum(1 for _ in members)
         if numbers is None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from heavyball.compiler.cpp import toolchain
+from heavyball.numerics import host
 from heavyball.runtime.state import SHOWN
 
 SOURCE = """\
@@ -282,7 +283,7 @@ class Kept:
 def _is_no_count(state: Mapping[str, Any]) -> bool:
     """Whether the steps of a parameter were set to what they cannot be; a device is not waited for."""
     step = state.get("step")
-    return isinstance(step, Tensor) and step.device.type == "cpu" and not step.item() >= 0
+    return isinstance(step, Tensor) and host.on_host(step) and not step.item() >= 0
 
 
 def _values(held: list[dict[str, Tensor]]) -> Iterator[Tensor]:
