@@ -244,7 +244,11 @@ def kinds_of(kind: str) -> list[C.Transform]:
     return [t for t in C.TRANSFORMS.values() if t.kind == kind]
 
 
-plain = st.sampled_from(kinds_of("transform"))
+# u rms(p): weights grow with themselves, and a huge gradient takes them out of any range in a few steps
+MULTIPLIES = "scale_by_parameter_rms"
+# what reads a loss, or a second gradient, is stepped otherwise
+ORDINARY = [t for t in kinds_of("transform") if t.perturb is None and "loss" not in t.context]
+plain = st.sampled_from([t for t in ORDINARY if t.name != MULTIPLIES])
 chains = st.lists(plain, min_size=1, max_size=3)
 
 
@@ -302,8 +306,8 @@ def test_after_any_gradients_training_goes_on(case):
         quietly(opt.step)
     assert not not_finite(opt)
     moved = [not torch.equal(p, q) for p, q in zip(all_params(opt), before, strict=True)]
-    # with both factors' whole inverses, 1e-76 of a gradient is left after one of 1e38
-    assert all(moved[f"{case}".startswith("KLShampoo") :])
+    # with both factors' whole inverses, 1e-76 of a matrix's gradient is left after one of 1e38
+    assert all(moved[1:] if case.name == "KLShampoo" else moved)
 
 
 # ---- gradients that are not finite

@@ -160,7 +160,7 @@ class Route:
     def __repr__(self) -> str:
         parts = [repr(rule) for rule in self.rules]
         if self.otherwise is not None:
-            parts.append(f"otherwise={chain_repr(self.otherwise) or '()'}")
+            parts.append(f"otherwise={chain_repr(self.otherwise)}")
         return f"route({', '.join(parts)})"
 
 
@@ -182,7 +182,7 @@ Element = Transform | Parallel | Route | Within
 
 def chain_repr(chain: Iterable[Element]) -> str:
     """A chain as the command line writes it."""
-    return " | ".join(map(repr, chain))
+    return " | ".join(map(repr, chain)) or "()"
 
 
 def as_chain(chain: Any, owner: str, allow_empty: bool = False) -> tuple[Element, ...]:

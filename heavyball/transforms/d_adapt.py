@@ -12,7 +12,7 @@ from heavyball.core.rate import Member, rate
 from heavyball.numerics import SCALAR, dot, lerp, norm
 from heavyball.state.declare import copy_of_param, squares, zeros
 from heavyball.transforms.dog import Numbers, for_pools
-from heavyball.transforms.prodigy import DISTANCE
+from heavyball.transforms.prodigy import DISTANCE, MOST
 
 VALUES = zeros.holding("values")
 GROWTH = Interval(1, float("inf"), high_open=False)
@@ -25,7 +25,7 @@ def _weighted(v: Mapping[str, Any], numerator: Tensor, size: Tensor) -> Numbers:
     keep = v["betas"][1].sqrt()
     mean = keep * v["d_numerator"] + (1 - keep) * numerator
     found = (mean / ((1 - keep) * size)).where(size > 0, 0.0)
-    most = v["d"] * v.get("growth_rate", float("inf"))
+    most = (v["d"] * v.get("growth_rate", float("inf"))).clamp(max=MOST)
     return {"d": v["d"].maximum(found.minimum(most)), "d_numerator": mean}
 
 
@@ -120,9 +120,9 @@ def d_adapt_lion(
 
 
 def _moved(s: Tensor, update: Tensor, rate: Tensor) -> Tensor:
-    """s + r u, within a quarter of the dtype's range: r u may leave it after a tiny first gradient."""
-    most = torch.finfo(update.dtype).max / 4
-    return (s + rate * update).clamp(min=-most, max=most)
+    """s + r u, where its product with a gradient stays finite: r is huge after a tiny first gradient."""
+    most = 2.0 ** (504 if update.dtype == torch.float64 else 70)
+    return (s + rate.clamp(max=most) * update).clamp(min=-most, max=most)
 
 
 def _sgd_shares(
@@ -135,7 +135,8 @@ def _sgd_shares(
 def _summed(v: Mapping[str, Any], along: Tensor, size: Tensor, square: Tensor) -> Numbers:
     numerator = v["d_numerator"] + along
     found = (2 * numerator / size.sqrt()).where(size > 0, 0.0)
-    d = v["d"].maximum(found.minimum(v["d"] * v["growth_rate"]))
+    most = (v["d"] * v["growth_rate"]).clamp(max=MOST)
+    d = v["d"].maximum(found.minimum(most))
     first = v["d_first"].where(v["d_first"] > 0, square.sqrt())
     return {"d": d, "d_numerator": numerator, "d_first": first}
 
