@@ -3,13 +3,13 @@
 from heavyball.core.combine import graft, parallel, route, when, within
 from heavyball.core.hyper import Interval, Live, shared
 from heavyball.core.rate import Member, Rate, rate
+from heavyball.core.text import parse_chain as parse
 from heavyball.core.transform import Transform, transform
 from heavyball.core.whole import Whole, whole_transform
 from heavyball.errors import no_attribute
 from heavyball.optim.classes import optimizer_class
 from heavyball.optim.optimizer import ChainOpt
 from heavyball.state.declare import State, copy_of_param, scalar, squares, zeros
-from heavyball.text import parse_chain as parse
 from heavyball.transforms import TRANSFORMS
 from heavyball.transforms.galore import fira, galore
 from heavyball.transforms.soap import soap_precond

@@ -9,6 +9,8 @@ from types import FrameType
 
 # Packages whose lines a user has not written: this one, and what calls it on a user's behalf.
 INNER = frozenset({"heavyball", "torch", "contextlib", "functools", "threading", "concurrent"})
+# How many names a message lists.
+MOST_NAMES = 60
 
 
 def warn(message: str, category: type[Warning] = RuntimeWarning) -> None:
@@ -70,12 +72,19 @@ def shown(value: object, length: int = 60) -> str:
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
-    """The message for a name nobody knows, with the nearest known ones, or all of them."""
+    """The message for a name nobody knows, with the nearest known ones, or those that are known."""
     known = sorted(known)
     lower = {k.lower(): k for k in reversed(known)}
     close = difflib.get_close_matches(name[:80].lower(), lower, n=3, cutoff=0.5)
-    hint = "nearest" if close else "known"
-    return f"no {kind} {shown(name)}; {hint}: {', '.join([lower[c] for c in close] or known) or 'none'}"
+    if close:
+        return f"no {kind} {shown(name)}; nearest: {', '.join(lower[c] for c in close)}"
+    return f"no {kind} {shown(name)}; known: {_listed(known)}"
+
+
+def _listed(names: list[str]) -> str:
+    """Names in one line, the first of them where they are many."""
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return (", ".join(names[:MOST_NAMES]) or "none") + more
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -86,7 +95,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
         lower = {text.lower(): text for text in known}
         close = [lower[t] for t in difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.5)]
     hint = f"; did you mean {close[0]!r}?" if close else ""
-    return f"known: {', '.join(known) if known else 'none'}{hint}"
+    return f"known: {_listed(known)}{hint}"
 
 
 def no_attribute(module: str, name: str, known: Iterable[str]) -> AttributeError:

@@ -30,7 +30,6 @@ ORDER = (
     "state",
     "numerics",
     "utils",
-    "text",
     "errors",
 )
 # Parts of a parameter are stepped and checked as parameters are; what is printed counts the parts here.

@@ -7,8 +7,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from heavyball import chainable as C
+from heavyball.core.text import MAX_DEPTH, Names, parse_chain, parse_optimizer, split_chain
 from heavyball.errors import ChainError
-from heavyball.text import MAX_DEPTH, Names, parse_chain, parse_optimizer, split_chain
 
 
 class Recorder:

@@ -328,8 +328,8 @@ def test_a_missing_library_is_named_with_the_install(module, monkeypatch, capsys
 def test_without_the_extra_the_package_imports_and_the_program_says_what_is_missing():
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({list(race.EXTRAS)}));"
-        "import heavyball.race, heavyball.text;"
-        "print(heavyball.text.parse_chain('exp_avg | sign'));"
+        "import heavyball.race, heavyball.core.text;"
+        "print(heavyball.core.text.parse_chain('exp_avg | sign'));"
         "heavyball.race.main()"
     )
     done = subprocess.run(

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from heavyball.core.combine import REPLICA, GivenName, plain_names, private_name
-from heavyball.text import read_elements
+from heavyball.core.text import read_elements
 
 
 class GroupsOf(list):

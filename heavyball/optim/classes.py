@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from heavyball.core.chain import Chain
+from heavyball.core.text import read_elements
 from heavyball.optim.optimizer import ChainOpt
-from heavyball.text import read_elements
 
 
 class ChainClass(type):

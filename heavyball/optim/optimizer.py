@@ -3,12 +3,11 @@
 import contextlib
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from heavyball.core.chain import Chain
 from heavyball.diagnostics.advice import Advice
@@ -17,25 +16,29 @@ from heavyball.diagnostics.report import optimizer_repr, routing_table, state_by
 from heavyball.metrics.elements import MEASURES
 from heavyball.metrics.totals import totals
 from heavyball.optim.arguments import as_params, given_elements
-from heavyball.optim.checkpoint import LoadResult, describe, migrate
 from heavyball.optim.estimate import check_alike
-from heavyball.optim.evaluation import Evaluation, stamp
+from heavyball.optim.evaluation import Evaluation
 from heavyball.optim.fused import FusedBackward, refuse_scaler
 from heavyball.optim.inputs import Inputs
-from heavyball.optim.loading import all_or_nothing, fit
-from heavyball.optim.options import Options, check_capturable, check_names, group_defaults
+from heavyball.optim.options import (
+    Options,
+    check_capturable,
+    check_names,
+    check_switches,
+    group_defaults,
+)
 from heavyball.optim.preview import updates
 from heavyball.optim.registry import Registry
+from heavyball.optim.saving import Saving
 from heavyball.optim.sharpness import Perturbation
 from heavyball.optim.steps import Steps
-from heavyball.optim.validation import check_form
 from heavyball.runtime.autocast import without_autocast
 from heavyball.runtime.state import SHOWN
 from heavyball.state.formats import Choice, Storage
 from heavyball.state.held import CORRECTION, PARAM
 
 
-class ChainOpt(Optimizer):
+class ChainOpt(Saving):
     """An optimizer made of a chain of transforms.
 
     params: tensors, parameter groups, or (name, tensor) pairs, as in torch; or a module, which gives its
@@ -101,11 +104,8 @@ class ChainOpt(Optimizer):
         owner = type(self).__name__
         transforms = given_elements(transforms, unknown)
         check_names(owner, unknown, foreach)
-        if not isinstance(fuse_backward, bool):
-            raise TypeError(f"fuse_backward={fuse_backward!r}: expected True or False")
+        check_switches(fuse_backward=fuse_backward, metrics=metrics)
         self._options = Options(foreach, compile, stochastic_rounding, replicas, stages)
-        if not isinstance(metrics, bool):
-            raise TypeError(f"metrics={metrics!r}: expected True or False")
         storage = Storage(storage_dtype, ecc, param_ecc)
         self._chain = Chain(transforms, owner, storage, MEASURES if metrics else ())
         check_capturable(self._chain, unknown.get("capturable"))
@@ -113,8 +113,7 @@ class ChainOpt(Optimizer):
         defaults = group_defaults(self._chain, lr, weight_decay, warmup_steps, seed)
         super().__init__(as_params(params), defaults)
         if fuse_backward:
-            self._perturbation.refuse("fuse_backward")
-            self._fused.attach()
+            self.fuse_backward()
 
     def _set_up(self) -> None:
         own = weakref.ref(self)
@@ -306,94 +305,6 @@ class ChainOpt(Optimizer):
         self._fused.attach()
         return self._fused
 
-    # ---- saving and copying
-
-    def __getstate__(self) -> dict[str, Any]:
-        own = ("_chain", "_options", "backward_ends_step")
-        kept = {name: value for name, value in vars(self).items() if name in own}
-        # hooks belong to the parameters of this optimizer; a copy registers its own
-        return {**super().__getstate__(), **kept, "_fuse_backward": self._fused.active}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        loaded = self.__dict__.pop("_loading", None)
-        if loaded is None:
-            self._set_up()
-        else:
-            self._begin(self._registry.renewed(self))
-        registry = self._registry
-        for group in self.param_groups:
-            registry.rates.settle(group)
-        registry.find_parts(self._options)
-        if loaded is None:
-            registry.programs()  # parameters are new tensors after unpickling
-            if self.__dict__.pop("_fuse_backward"):
-                self._fused.attach()
-            return
-        registry.put_state(loaded)
-        if not registry.training:
-            stamps = {p: stamp(p) for group in self.param_groups for p in group["params"]}
-            self._watch(Evaluation(registry, stamps))
-        self._fused.begin()
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state of all parameters in the groups, the groups, and a description of the chain.
-
-        Tensors and plain values only, so `torch.load(weights_only=True)` reads it. The tensors are the
-        optimizer's own.
-        """
-        if "train_mode" in self.defaults:
-            with torch.no_grad():
-                self._evaluation.notice()
-        held = {param for group in self.param_groups for param in group["params"]}
-        state = self.state
-        # First of all hooks, so that the user's see it.
-        handle = self.register_state_dict_post_hook(
-            lambda _, saved: describe(self._registry.whole(saved), self._chain), prepend=True
-        )
-        removed = {p for p in state if isinstance(p, Tensor) and p not in held}
-        if removed:  # they have no number to be saved under
-            self.state = defaultdict(dict, {p: s for p, s in state.items() if p not in removed})
-        try:
-            return super().state_dict()
-        finally:
-            self.state = state
-            handle.remove()
-
-    def load_state_dict(  # type: ignore[override]
-        self, state_dict: dict[str, Any], strict: bool = True
-    ) -> LoadResult:
-        """Load what `state_dict()` gave, now or in an older version.
-
-        strict: False loads what matches, and the result says what it left: parameters match by name
-            where both sides have names, else by place; state matches by key and shape.
-
-        Errors: ValueError if the dict is of a newer version, is none, or holds numbers that cannot be;
-            with `strict`, if it was saved by another chain, for other names, or by torch.optim.
-            Whatever is raised, nothing has been changed then.
-        """
-        if not isinstance(state_dict, Mapping):
-            check_form(state_dict)
-        results = []
-
-        def capture(_: Optimizer, loading: dict[str, Any]) -> dict[str, Any]:
-            check_form(loading)
-            with self._registry.agreeing():
-                fitted = fit(self._registry, migrate(loading), strict)
-            self._loading = fitted.states
-            results.append(fitted.left)
-            return fitted.numbered()
-
-        # Registered last, so it sees what the user's own hooks made of the dict.
-        handle = self.register_load_state_dict_pre_hook(capture)
-        try:
-            with all_or_nothing(self.__dict__):
-                super().load_state_dict(dict(state_dict))
-        finally:
-            handle.remove()
-            self.__dict__.pop("_loading", None)
-        return results[0]
-
     # ---- looking at it
 
     def metrics(self) -> dict[str, Tensor]:
@@ -419,17 +330,6 @@ class ChainOpt(Optimizer):
         Errors: those of `step`. Nothing is changed in any case.
         """
         return updates(self)
-
-    def _rebuild(self) -> None:
-        """Make everything anew that was made for the chain; state and numbers of groups stay."""
-        self._steps.singles.pending.close(self.param_groups)
-        written, measured = self._evaluation.written, self._steps.measured
-        self._begin(Registry(self, self._chain, self._options.stochastic_rounding))
-        self._registry.find_parts(self._options)
-        for group in self.param_groups:
-            self._registry.rates.settle(group)
-        self._registry.programs()
-        self._evaluation.written, self._steps.measured = written, measured
 
     def state_bytes(self) -> int:
         """Bytes of all state tensors held at this moment."""

@@ -63,6 +63,13 @@ def check_names(owner: str, others: Mapping[str, Any], foreach: bool | None) -> 
         )
 
 
+def check_switches(**switches: Any) -> None:
+    """Refuse what is neither on nor off."""
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}={value!r}: expected True or False")
+
+
 def check_capturable(chain: Chain, capturable: Any) -> None:
     """Refuse to be captured in a CUDA graph where a chain decides on the host."""
     if capturable and any(program.has_whole for program in chain.programs):

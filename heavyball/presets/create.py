@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from heavyball.core.combine import plain_names
 from heavyball.core.hyper import Interval, check_live
+from heavyball.core.text import known_names, parse_optimizer
 from heavyball.errors import unknown
 from heavyball.optim.arguments import GroupsOf, kinds_of
 from heavyball.optim.optimizer import ChainOpt
-from heavyball.text import known_names, parse_optimizer
 
 # The lr of a chain that is given none; presets have their own.
 LR = 1e-3

@@ -14,6 +14,7 @@ from torch import nn
 from heavyball import chainable
 from heavyball.compiler.frontend.graph import NotPrintableError
 from heavyball.core.program import UnitNode
+from heavyball.core.text import parse_optimizer
 from heavyball.errors import ChainError, RaceError, unknown
 from heavyball.race.contenders import (
     Contender,
@@ -25,7 +26,6 @@ from heavyball.race.contenders import (
     state_bytes,
 )
 from heavyball.race.tasks import TASKS
-from heavyball.text import parse_optimizer
 
 # Inputs and outputs of the layer that `show` counts the state of.
 EXAMPLE = 256, 128

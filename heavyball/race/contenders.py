@@ -10,9 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from heavyball.core.text import parse_chain, parse_optimizer, split_chain
 from heavyball.errors import REFUSALS, ChainError, RaceError, one_line, unknown
 from heavyball.optim.optimizer import ChainOpt
-from heavyball.text import parse_chain, parse_optimizer, split_chain
 
 # The learning rate of a chain when no grid is given: that of torch's AdamW.
 CHAIN_LR = 1e-3

@@ -608,7 +608,7 @@ def test_what_it_prints_is_what_was_written() -> None:
 
 
 def test_the_command_line_reads_it() -> None:
-    from heavyball.text import parse_chain
+    from heavyball.core.text import parse_chain
 
     text = "soap_precond(palm_beta2 | scale_by_nadam, merge_dims='left') | cautious"
     chain = parse_chain(text)
