@@ -10,6 +10,8 @@ from heavyball.core.hyper import Domain
 from heavyball.core.transform import Rules, Transform, checked, keyword_names, signed
 from heavyball.state.declare import State
 
+KINDS = ("transform", "writer", "post")
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Whole(Transform):
@@ -88,6 +90,8 @@ def whole_transform(
 
     Errors: TypeError if the signature and the declared state differ.
     """
+    if kind not in KINDS:
+        raise TypeError(f"kind={kind!r}: expected one of {', '.join(map(repr, KINDS))}")
     known = {**(lead.rules.domains if lead else {}), **(domains or {})}
     rules = Rules(known, dict(excludes or {}), before_state, False, requires, opens_once)
 
