@@ -799,6 +799,9 @@ class _ParameterEma(Transform):
     def __call__(  # type: ignore[override]
         self,
         beta: float | Shared = 0.999,
+        start: int = 0,
+        blend: float | Shared = 1.0,
+        start_as_copy: bool = False,
     ) -> Self: ...
 
 parameter_ema: _ParameterEma
@@ -1647,6 +1650,17 @@ class _UpdateFloor(Transform):
 
 update_floor: _UpdateFloor
 
+class _WindowAverage(Transform):
+    """Average the last k of the snapshots that are taken behind every `every`-th step."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        k: int = 5,
+        every: int = 1,
+    ) -> Self: ...
+
+window_average: _WindowAverage
+
 class _Zclip(Transform):
     """Shorten all updates together where their norm is many deviations above its mean."""
 
@@ -1822,5 +1836,6 @@ __all__ = [
     "trust_ratio",
     "trust_region",
     "update_floor",
+    "window_average",
     "zclip",
 ]

@@ -110,6 +110,23 @@ def present(element: Any) -> Any:
 
 
 GOLDEN: dict[str, Golden] = {
+    "parameter_ema, blended": Golden(
+        chain(C.scale_by_adam, C.parameter_ema(beta=2 / 3, start=2, blend=0.6)),
+        {6: ((0.651630365661, -0.805485180357, 0.236701579418, 0.38305105203, 4.60570494004),)},
+        about=("parameter_ema",),
+        evaluated=True,
+    ),
+    "parameter_ema, begun as a copy": Golden(
+        chain(C.scale_by_adam, C.parameter_ema(beta=2 / 3, start=2, blend=0.6, start_as_copy=True)),
+        {6: ((0.648983781176, -0.807812758823, 0.234689174862, 0.374928542038, 4.62376254127),)},
+        about=("parameter_ema",),
+        evaluated=True,
+    ),
+    "window_average": Golden(
+        chain(C.scale_by_adam, C.window_average(k=3, every=2)),
+        {6: ((0.633666818811, -0.822291205029, 0.22110556047, 0.321203096783, 4.73912633337),)},
+        evaluated=True,
+    ),
     "t5 adafactor": Golden(
         lambda ps: t5_adafactor(ps, C.relative_step),
         {
@@ -878,6 +895,22 @@ def test_a_polynomial_average_weighs_late_steps_more() -> None:
             torch.testing.assert_close(param.detach(), expected, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.parametrize("k", [2, 5])
+def test_a_window_of_snapshots_is_filled_from_the_first_on(k: int) -> None:
+    (begin,), grads = starts([(2, 3)]), gradients(13, [(2, 3)])
+    param = torch.nn.Parameter(begin.clone())
+    optimizer = C.ChainOpt([param], 0.1, C.TRANSFORMS["window_average"](k=k, every=2))
+    path = [begin]
+    for (g,) in grads:
+        param.grad = g.clone()
+        optimizer.step()
+        path.append(path[-1] - 0.1 * g)
+        taken = path[2::2][-k:] or path[-1:]
+        with optimizer.averaged():
+            expected = sum(taken) / len(taken)
+            torch.testing.assert_close(param.detach(), expected, rtol=1e-13, atol=1e-13)
+
+
 # ---- a second gradient
 
 SLOPE = (1 + 4 * _grid(3, 4)[0] + _grid(3, 4)[1]) / 6
@@ -972,6 +1005,11 @@ def shown() -> Iterator[tuple[str, tuple[str, ...], Callable[[], None]]]:
         "polynomial average",
         ("polynomial_average",),
         test_a_polynomial_average_weighs_late_steps_more,
+    )
+    yield (
+        "window",
+        ("window_average",),
+        partial(test_a_window_of_snapshots_is_filled_from_the_first_on, 5),
     )
     yield "noise", ("add_noise",), test_the_noise_has_the_variance_that_is_said
     yield "average", ("running_average",), partial(test_the_average_of_asgd_is_torchs, 2)

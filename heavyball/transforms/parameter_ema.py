@@ -1,30 +1,53 @@
 """A running mean of the parameters, to evaluate with."""
 
+import torch
 from torch import Tensor
 
-from heavyball.core.hyper import Live
+from heavyball.core.hyper import Live, closed_fraction, nonnegative
 from heavyball.core.transform import transform
-from heavyball.numerics import ema
-from heavyball.state.declare import zeros
+from heavyball.numerics import debiased_weight, lerp
+from heavyball.state.declare import copy_of_param
 
 
-def averaged_parameter(param: Tensor, parameter_ema: Tensor) -> Tensor:
-    """The mean itself."""
-    return parameter_ema
+def averaged_parameter(param: Tensor, parameter_ema: Tensor, *, blend: Tensor) -> Tensor:
+    """The mean, or a part of the way to it."""
+    return lerp(param, parameter_ema, blend)
 
 
-@transform(kind="observer", parameter_ema=zeros.holding("weights"), evaluate=averaged_parameter)
+@transform(
+    kind="observer",
+    parameter_ema=copy_of_param,
+    domains={"start": nonnegative, "blend": closed_fraction},
+    evaluate=averaged_parameter,
+)
 def parameter_ema(
-    update: Tensor, parameter_ema: Tensor, *, step: Tensor, param: Tensor, beta: Live = 0.999
+    update: Tensor,
+    parameter_ema: Tensor,
+    *,
+    step: Tensor,
+    param: Tensor,
+    beta: Live = 0.999,
+    start: int = 0,
+    blend: Live = 1.0,
+    start_as_copy: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Average the parameters behind every step.
 
-    e_t = unbiased mean of p_1..p_t with weights beta^(t-i), p_i the parameter after step i
+    e_t = unbiased mean of p_(start+1)..p_t with weights beta^(t-i), p_i the parameter after step i;
+    e_t = p_t up to step `start`. Evaluation is at (1 - blend) p + blend e.
 
-    `ChainOpt.eval` puts e into the parameters and `train` puts the parameters back, both exactly.
+    `ChainOpt.eval` puts that into the parameters and `train` puts the parameters back, both exactly.
     It may stand anywhere in a chain and runs after the write.
 
+    start_as_copy: e begins as p_(start+1), and every later step has the weight 1 - beta, so that the
+        first keeps beta^(t-start-1), more than its share.
+
     Shapes: all (*).
-    Source: Polyak and Juditsky 1992; `ema_decay` of HeavyBall is 1 - beta.
+    Source: Polyak and Juditsky 1992; `ema_decay` of HeavyBall is 1 - beta. `start` and `blend` are those
+        of record 45 of modded-nanogpt's third track, with start_as_copy and beta = 1 - 1/150.
     """
-    return update, ema(parameter_ema, param, beta, step)
+    count = (step - start).clamp(min=1)
+    if not start_as_copy:
+        return update, lerp(parameter_ema, param, debiased_weight(beta, count))
+    share = torch.where(count > 1, 1 - beta, 1.0)
+    return update, lerp(parameter_ema, param, share)
