@@ -224,19 +224,13 @@ PRESET_ARGUMENTS: dict[str, dict[str, Any]] = {
     "SPlus": {"inverse_every": 1},
     "AdaGO": {"gamma": 0.1},
     "Prodigy": {"weight_decay": 0.1, "d0": 1e-2},
+    **{name: {"reps": 0.1} for name in ("DoG", "LDoG")},
+    "DoWG": {"eps": 0.1},
+    **{name: {"d0": 0.1} for name in ("DAdaptAdam", "DAdaptSGD", "DAdaptLion")},
     "PrecondScheduleProdigySOAP": {"weight_decay": 0.1, "d0": 0.3},
     "ProdigyPlusScheduleFree": {"weight_decay": 0.1, "d0": 0.1},
 }
-# one d or one clip for all parameters
-PRESET_TOGETHER = (
-    "Prodigy",
-    "ProdigyPlusScheduleFree",
-    "PrecondScheduleProdigySOAP",
-    "LAMB",
-    "DoG",
-    "DoWG",
-)
-# PaLM's schedule stands in for beta2
+# Entries that have no effect: PaLM's schedule stands in for beta2
 PRESET_IDLE = {
     "SGD": ("dampening",),
     "RMSprop": ("dampening",),
@@ -251,19 +245,38 @@ PRESET_IDLE = {
     "Prodigy": ("growth_rate",),
     "PrecondScheduleProdigySOAP": ("growth_rate", "d_coef"),
     "ProdigyPlusScheduleFree": ("d_coef", "threshold"),
+    # where the first step begins; the growth that nothing has reached
+    **{name: ("reps", "eps", "init_lr") for name in ("DoG", "LDoG")},
+    "DoWG": ("eps",),
+    "DAdaptAdam": ("d0", "growth_rate"),
+    "DAdaptSGD": ("d0", "growth_rate"),
+    # m holds lr' g, and is little beside g
+    "DAdaptLion": ("d0", "betas[0]"),
+    # the first step's floor; its writer has no learning rate
+    "COCOB": ("lr", "eps", "warmup_steps"),
 }
-PRESETS = [
-    Case(
+# States that a few steps may leave as they are: the first weights, the d of the last step while d has
+# not moved, and the largest so far.
+PRESET_STILL = {"LDoG": ("dog_rate.r",), "COCOB": ("largest",)}
+
+
+def _preset(name: str) -> Case:
+    make = partial(heavyball.PRESETS[name], **PRESET_ARGUMENTS.get(name, {}))
+    chain = make([nn.Parameter(torch.ones(2, 2))]).chain
+    rates = any(
+        node.transform.kind == "rate" for program in chain.programs for node in program.flat
+    )
+    return Case(
         name,
-        partial(preset, **PRESET_ARGUMENTS.get(name, {})),
+        make,
         idle=PRESET_IDLE.get(name, ()),
         noisy="PSGD" in name or name in ("Dion", "APOLLO", "APOLLOMini"),
-        per_parameter=name not in PRESET_TOGETHER,
-        # the first weights, and the d of the last step while d has not moved
-        still=("p0", "unit") if name in PRESET_TOGETHER else (),
+        per_parameter=not rates and not chain.total_keys,
+        still=("p0", "unit", *PRESET_STILL.get(name, ())),
     )
-    for name, preset in heavyball.PRESETS.items()
-]
+
+
+PRESETS = [*map(_preset, heavyball.PRESETS)]
 
 
 def _variant(
@@ -508,6 +521,8 @@ def changed_values(key: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield key, 10.0
     elif key == "warmup_steps":
         yield key, 100.0
+    elif key == "max_rms":  # above what is found here
+        yield key, value / 100
     elif key.startswith("beta") and value > 0.9:
         yield key, 0.9
     else:

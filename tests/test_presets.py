@@ -210,6 +210,7 @@ def frozen_entries(snapshots):
 
 # whose updates have another unit than the weights' steps
 UNUSUAL_LR = {"Adadelta": 20.0, "ASGD": 0.2}
+UNUSUAL_LR |= dict.fromkeys(("DoG", "LDoG", "DoWG", "DAdaptAdam", "DAdaptSGD", "DAdaptLion"), 1.0)
 
 
 @every_case
