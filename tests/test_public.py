@@ -82,7 +82,7 @@ def test_a_name_that_is_not_there_is_refused_with_the_nearest(name: str) -> None
 
 TESTS = Path(__file__).parent
 # Names of Python and torch that the library reads as well.
-OTHERS_OWN = {"_getframe", "_version", "_cdata"}
+OTHERS_OWN = {"_getframe", "_version", "_cdata", "_dynamo"}
 # What has no public form yet, with the reason. This list may only become shorter.
 DEVICE = "stands for what only a GPU has"
 PRIVATE = {

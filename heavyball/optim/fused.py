@@ -15,6 +15,7 @@ from heavyball.optim import outer_clip
 from heavyball.optim.registry import Registry
 from heavyball.optim.singles import Singles
 from heavyball.runtime.place import Place
+from heavyball.runtime.tracing import opaque
 
 
 def fuse_backward(opt: Any) -> "FusedBackward":
@@ -165,6 +166,7 @@ def _on_clip(param: Tensor, what: str) -> bool:
     return bool(owners)
 
 
+@opaque
 def _on_gradient(
     fused: "weakref.ref[FusedBackward]", owners: weakref.WeakSet, param: Tensor
 ) -> None:

@@ -34,6 +34,7 @@ from heavyball.optim.sharpness import Perturbation
 from heavyball.optim.steps import Steps
 from heavyball.runtime.autocast import without_autocast
 from heavyball.runtime.state import SHOWN
+from heavyball.runtime.tracing import hide_step, opaque
 from heavyball.state.formats import Choice, Storage
 from heavyball.state.held import CORRECTION, PARAM
 
@@ -112,6 +113,7 @@ class ChainOpt(Saving):
         self._set_up()
         defaults = group_defaults(self._chain, lr, weight_decay, warmup_steps, seed)
         super().__init__(as_params(params), defaults)
+        hide_step(type(self))
         if fuse_backward:
             self.fuse_backward()
 
@@ -211,6 +213,7 @@ class ChainOpt(Saving):
             self._steps.step_all(self._fused)
         return returned
 
+    @opaque
     def feed(self, name: str, value: float | Tensor) -> None:
         """Give the next step what an element of the chain reads of the model, such as "max_logits".
 
@@ -221,6 +224,7 @@ class ChainOpt(Saving):
         """
         self._inputs.feed(name, value)
 
+    @opaque
     @torch.no_grad()
     def step_parameter(
         self, param: Tensor, group: dict[str, Any] | None = None, index: int | None = None
@@ -239,6 +243,7 @@ class ChainOpt(Saving):
         self._perturbation.refuse("step_parameter()")
         self._steps.step_given(param, group, index)
 
+    @opaque
     @torch.no_grad()
     @without_autocast
     def init_state(self) -> Self:
@@ -253,6 +258,7 @@ class ChainOpt(Saving):
 
     # ---- evaluation weights
 
+    @opaque
     @torch.no_grad()
     @without_autocast
     def train(self, mode: bool = True) -> Self:
@@ -278,6 +284,7 @@ class ChainOpt(Saving):
         """Put the average into the parameters: `train(False)`."""
         return self.train(False)
 
+    @opaque
     @contextlib.contextmanager
     def averaged(self) -> Iterator[Self]:
         """Evaluate inside a `with` block, and go back to the mode of before."""
@@ -299,6 +306,7 @@ class ChainOpt(Saving):
             if PARAM + CORRECTION in state:
                 state[PARAM + CORRECTION].zero_()
 
+    @opaque
     def fuse_backward(self) -> FusedBackward:
         """Step each parameter inside `backward()`, see `heavyball.fuse_backward`."""
         self._perturbation.refuse("fuse_backward")
@@ -307,6 +315,7 @@ class ChainOpt(Saving):
 
     # ---- looking at it
 
+    @opaque
     def metrics(self) -> dict[str, Tensor]:
         """What the last step did, by group: 0-d tensors on the device, see `heavyball.metrics`.
 
@@ -321,6 +330,7 @@ class ChainOpt(Saving):
         with torch.no_grad():
             return totals(self._registry, self._steps.measured)
 
+    @opaque
     def updates(self) -> dict[str, Tensor]:
         """What a step would add to each parameter that has a gradient now, without doing it.
 
@@ -367,6 +377,7 @@ class ChainOpt(Saving):
         registry = self._registry
         return routing_table(self.param_groups, registry.programs(), registry.reasons)
 
+    @opaque
     def plan(self) -> StepPlan:
         """How the next step runs: which kernels step which parameters, what runs eagerly, and why.
 

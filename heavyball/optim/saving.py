@@ -17,6 +17,7 @@ from heavyball.optim.options import Options
 from heavyball.optim.registry import Registry
 from heavyball.optim.steps import Steps
 from heavyball.optim.validation import check_form
+from heavyball.runtime.tracing import hide_step
 
 
 class Saving(Optimizer):
@@ -59,6 +60,7 @@ class Saving(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        hide_step(type(self))
         loaded = self.__dict__.pop("_loading", None)
         if loaded is None:
             self._set_up()
