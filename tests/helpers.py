@@ -246,7 +246,7 @@ PRESET_IDLE = {
     "PrecondScheduleProdigySOAP": ("growth_rate", "d_coef"),
     "ProdigyPlusScheduleFree": ("d_coef", "threshold"),
     # where the first step begins; the growth that nothing has reached
-    **{name: ("reps", "eps", "init_lr") for name in ("DoG", "LDoG")},
+    **dict.fromkeys(("DoG", "LDoG"), ("reps", "eps", "init_lr")),
     "DoWG": ("eps",),
     "DAdaptAdam": ("d0", "growth_rate"),
     "DAdaptSGD": ("d0", "growth_rate"),
