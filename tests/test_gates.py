@@ -116,12 +116,10 @@ def doubling(update: Tensor, unit: Tensor, *, scale: Tensor) -> tuple[Tensor, ..
 
 
 @pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("branch", [False, True])
+# one branch alone cannot end a step on the host
+@pytest.mark.parametrize(("gate", "branch"), [("device", False), ("device", True), ("host", False)])
 def test_a_moment_behind_a_gate_catches_up(gate: str, branch: bool, compile: bool) -> None:
     """m <- m unit / scale + w (1 - m unit / scale) in the steps that go through."""
-    if gate == "host" and (branch or compile):
-        pytest.skip("a step may not end on the host in one branch, nor in front of a share")
     gates = (C.parallel(GATES[gate], C.sign, weights=(1.0, 0.0)),) if branch else (GATES[gate],)
     param = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
     opt = C.ChainOpt([param], 1.0, doubling, *gates, C.exp_avg(beta=0.5), compile=compile)
