@@ -29,6 +29,7 @@ from heavyball.presets.first_order import PaLMSFAdamW
 from heavyball.presets.first_order import RMSprop
 from heavyball.presets.first_order import SFAdamW
 from heavyball.presets.first_order import SGD
+from heavyball.presets.first_order import ScheduleFreePlus
 from heavyball.presets.fixed_norm import AdamH
 from heavyball.presets.fixed_norm import MuonH
 from heavyball.presets.fixed_norm import MuonSphere
@@ -122,6 +123,7 @@ __all__ = [
     "Lion",
     "Focus",
     "SFAdamW",
+    "ScheduleFreePlus",
     "PaLMSFAdamW",
     "FactoredAdamW",
     "AdamH",

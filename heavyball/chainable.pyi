@@ -822,6 +822,16 @@ class _PartialOrthogonalize(Transform):
 
 partial_orthogonalize: _PartialOrthogonalize
 
+class _PolyakRate(Transform):
+    """Multiply the learning rate by the loss over the size of the gradient, a Polyak step for Adam."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        polyak_beta: float | Shared = 0.0,
+    ) -> Self: ...
+
+polyak_rate: _PolyakRate
+
 class _PolynomialAverage(Transform):
     """Average the parameters behind every step with weights about t^gamma, to evaluate with."""
 
@@ -1437,6 +1447,9 @@ class _ScheduleFree(Transform):
         r: float | Shared = 0.0,
         weight_lr_power: float | Shared = 2.0,
         c: float | Shared = 0.0,
+        c_warmup: int = 0,
+        beta_max: float | Shared | None = None,
+        anneal_steps: int = 0,
         caution: Literal['none', 'cautious', 'grams'] = 'none',
         caution_scale: Literal['mean', 'sum_plus_one', 'none'] = 'mean',
         weight_at: Literal['peak', 'now'] = 'peak',
@@ -1772,6 +1785,7 @@ __all__ = [
     "palm_decay",
     "parameter_ema",
     "partial_orthogonalize",
+    "polyak_rate",
     "polynomial_average",
     "primal_average",
     "probe",

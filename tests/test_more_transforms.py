@@ -122,6 +122,39 @@ GOLDEN: dict[str, Golden] = {
         about=("parameter_ema",),
         evaluated=True,
     ),
+    "schedule-free plus": Golden(
+        lambda ps: heavyball.ScheduleFreePlus(ps),
+        {
+            5: (
+                (0.885089996905, -0.585590732847, 0.443026710597, 1.20616987293, 3.4611154915),
+                (-0.0713591455103, 1.25167222608, 0.112423582185, 3.47819995407),
+            )
+        },
+        ("P", "PV"),
+        ("polyak_rate", "schedule_free"),
+        losses=True,
+    ),
+    "schedule-free plus, x": Golden(
+        lambda ps: heavyball.ScheduleFreePlus(ps),
+        {5: ((0.875552237272, -0.594567011873, 0.434664812622, 1.17333618906, 3.48589117563),)},
+        ("P", "PV"),
+        evaluated=True,
+        losses=True,
+    ),
+    "schedule-free plus, annealed": Golden(
+        lambda ps: heavyball.ScheduleFreePlus(
+            ps, weight_decay=5.0, r=2.0, polyak_beta=0.9, c_warmup=1, sf_beta_anneal_steps=4
+        ),
+        {
+            5: (
+                (0.576668600382, -0.40227125445, 0.286618926248, 0.768353287733, 1.56359030972),
+                (-0.0616096575814, 0.828110428755, 0.0462542419388, 1.51353302475),
+            )
+        },
+        ("P", "PV"),
+        ("polyak_rate", "palm_decay"),
+        losses=True,
+    ),
     "window_average": Golden(
         chain(C.scale_by_adam, C.window_average(k=3, every=2)),
         {6: ((0.633666818811, -0.822291205029, 0.22110556047, 0.321203096783, 4.73912633337),)},
@@ -830,6 +863,23 @@ def test_the_noise_has_the_variance_that_is_said() -> None:
     assert not torch.equal(seen[0], seen[1])
 
 
+def test_a_polyak_rate_is_the_loss_over_the_size_of_the_gradient() -> None:
+    shapes = [(3, 4), (5,), ()]
+    begin, grads = starts(shapes), gradients(4, shapes)
+    params = [torch.nn.Parameter(p.clone()) for p in begin]
+    optimizer = C.ChainOpt(params, 0.5, C.TRANSFORMS["polyak_rate"](polyak_beta=0.7))
+    mean, path = 0.0, begin
+    for t, (step, loss) in enumerate(zip(grads, (2.0, -1.0, 0.5, 3.0), strict=True), 1):
+        for p, g in zip(params, step, strict=True):
+            p.grad = g.clone()
+        optimizer.step(loss=loss)
+        mean = 0.7 * mean + 0.3 * (torch.pi / 2) ** 0.5 * float(sum(g.abs().sum() for g in step))
+        rate = 0.5 * max(0.0, loss) / (mean / (1 - 0.7**t))
+        path = [p - rate * g for p, g in zip(path, step, strict=True)]
+        for one, other in zip(params, path, strict=True):
+            torch.testing.assert_close(one.detach(), other, rtol=1e-13, atol=1e-13)
+
+
 # ---- what is refused
 
 
@@ -1010,6 +1060,11 @@ def shown() -> Iterator[tuple[str, tuple[str, ...], Callable[[], None]]]:
         "window",
         ("window_average",),
         partial(test_a_window_of_snapshots_is_filled_from_the_first_on, 5),
+    )
+    yield (
+        "polyak",
+        ("polyak_rate",),
+        test_a_polyak_rate_is_the_loss_over_the_size_of_the_gradient,
     )
     yield "noise", ("add_noise",), test_the_noise_has_the_variance_that_is_said
     yield "average", ("running_average",), partial(test_the_average_of_asgd_is_torchs, 2)

@@ -88,7 +88,14 @@ def test_a_state_waits_where_its_old_value_is_needed_or_its_new_one_is_rounded()
     assert [touched(source)[1] for source in opt.kernel_sources()] == [set(), {"exp_avg", "param"}]
 
 
+@C.transform(over_all=lambda update, *, ahead: (update * ahead).sum(dtype=F64))
+def along(update, *, total):
+    """Looks at what an element behind it offers."""
+    return update / (1 + total.abs())
+
+
 CHAINS = {
+    "offered": (along, C.scale_by_adam, C.schedule_free),
     "adam, prodigy": (C.scale_by_adam, C.prodigy_d),
     "prodigy of slices": (C.scale_by_adam, C.prodigy_d(slice_p=7)),
     "prodigy, norm": (C.scale_by_adam, C.prodigy_d, C.clip_by_global_norm(max_norm=0.5)),

@@ -17,7 +17,8 @@ def check(nodes: tuple[Node | Fork, ...]) -> None:
         )
     rates = [n.transform for n in flatten(nodes) if isinstance(n, RateNode)]
     common = {name for rate in rates for name in rate.numbers}
-    _check_path((), nodes, set(CONTEXT) | common)
+    offered = {name for n in flatten(nodes) for name in n.transform.offers}
+    _check_path((), nodes, set(CONTEXT) | common | offered)
 
 
 def _check_order(nodes: tuple[Node | Fork, ...]) -> None:

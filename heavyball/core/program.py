@@ -90,6 +90,9 @@ class Program:
         self.rate = next((n for n in self.flat if isinstance(n, RateNode)), None)
         # the numbers of the group that it makes
         self.common = frozenset(self.rate.transform.numbers) if self.rate else frozenset()
+        # what nodes make of their state for others, of those names that somebody asks for
+        asked = set[str]().union(*(n.transform.asked for n in self.flat))
+        self.offers = {name: n for n in self.flat for name in n.transform.offers if name in asked}
         # what moments are multiplied by, and hyper-parameters in their unit
         self.moment_change = self.rate.transform.moment_change if self.rate else ""
         self.hyper_change = self.rate.transform.hyper_change if self.rate else {}
@@ -171,7 +174,17 @@ def _identity(node: Node | Fork) -> Any:
         numbers = (tuple(t.numbers), tuple(t.past.items()), tuple(t.hyper_change.items()))
         declared = (*declared, *numbers, t.gives, t.moment_change)  # type: ignore[assignment]
     inner = tuple(n.key for n in node.inner)
-    return (t.update, t.over_all, options, declared, node.key, tuple(node.hyper.items()), inner)
+    offers = tuple(sorted(t.offers.items()))
+    return (
+        t.update,
+        t.over_all,
+        offers,
+        options,
+        declared,
+        node.key,
+        tuple(node.hyper.items()),
+        inner,
+    )
 
 
 def _is_library(value: Any, seen: set[int]) -> bool:

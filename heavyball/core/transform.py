@@ -130,6 +130,7 @@ class Transform:
     over_all: Callable[..., Any] | None = None
     evaluate: Callable[..., Tensor] | None = None
     perturb: Callable[..., Tensor] | None = None
+    offers: dict[str, Callable[..., Tensor]] = field(default_factory=dict)
     given: frozenset[str] = field(default_factory=frozenset)
     instead: "Callable[[Mapping[str, Any]], Transform | None] | None" = None
 
@@ -189,6 +190,11 @@ class Transform:
     def asks_for(self, name: str) -> bool:
         """Whether it has an argument of this name that the runner gives."""
         return name in self.context
+
+    @property
+    def asked(self) -> set[str]:
+        """Every name that the function, or its share of a sum, may be given by the runner."""
+        return {*self.context, *self.optional, *keyword_names(self.over_all)}
 
     def domain(self, name: str) -> Intervals:
         """Where the live hyper-parameter `name` may lie: [0, 1) for betas, else not negative."""
@@ -278,6 +284,7 @@ def transform(
     over_all: Callable[..., Any] | None = None,
     evaluate: Callable[..., Tensor] | None = None,
     perturb: Callable[..., Tensor] | None = None,
+    offers: Mapping[str, Callable[..., Tensor]] | None = None,
     requires: Callable[[torch.Size, Mapping[str, Any]], str | None] | None = None,
     opens_once: bool = False,
     instead: Callable[[Mapping[str, Any]], Transform | None] | None = None,
@@ -307,6 +314,8 @@ def transform(
     evaluate: `fn(param, *states, hyper-parameters)`, the weights to evaluate with.
     perturb: `fn(param, *, hyper-parameters)`, the metric w in which the weights are moved by `rho` for a
         second gradient: by rho w^2 g over the norm of w g.
+    offers: context for all elements, those before it too, made of its state as the last step has left
+        it: by name, `fn(param, *states, *, context, hyper-parameters)`.
     requires: `fn(shape, options)`, why a parameter of this shape cannot have the transform, or None;
         asked when the parameter is added.
     opens_once: the `gate` that it provides is closed in a parameter's first steps alone.
@@ -332,8 +341,9 @@ def transform(
 
     def declare(fn: Callable[..., Any]) -> Transform:
         parts = signed(fn, states)
+        offered = dict(offers or {})
         made = Transform(
-            *parts, provides, kind, rules, over_all, evaluate, perturb, instead=instead
+            *parts, provides, kind, rules, over_all, evaluate, perturb, offered, instead=instead
         )
         return checked(made)
 
@@ -343,7 +353,9 @@ def transform(
 ORDINARY = ("transform", "decay", "writer", "post", "observer")
 # Which decorator takes what, for those that are given to another.
 _BELONGS = {
-    **dict.fromkeys(("kind", "modifier", "over_all", "evaluate", "perturb"), "@transform"),
+    **dict.fromkeys(
+        ("kind", "modifier", "over_all", "evaluate", "perturb", "offers"), "@transform"
+    ),
     **dict.fromkeys(
         ("whole", "opaque", "host", "after", "due", "lead", "noise_every", "inner_shape"),
         "@whole_transform",

@@ -268,6 +268,56 @@ class SFAdamW(Preset):
         self.build(params, lr, chain, options, beta1=b[0], writer=writer, weight_decay=weight_decay)
 
 
+class ScheduleFreePlus(Preset):
+    """Schedule-free Adam with a Polyak step size; `step(loss=...)` or a closure gives the loss.
+
+    Call `eval()` before evaluating or saving the model, `train()` before training on.
+
+    sf_beta, sf_beta_max, sf_beta_anneal_steps: the interpolation of y, and where it goes in so many
+        steps; 0 keeps sf_beta.
+    polyak_beta: of the mean size of the gradient. c_warmup, r, weight_lr_power: as in `schedule_free`.
+
+    Units: `lr` is a factor of the step size that is found, to be left at 1. weight_decay is multiplied
+        by the square of the rate; 20 to 50 in use.
+    Source: Defazio et al. 2026, https://arxiv.org/abs/2605.19095.
+    """
+
+    needs_loss = True
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1.0,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        sf_beta: float = 0.9,
+        sf_beta_max: float = 0.965,
+        sf_beta_anneal_steps: int = 0,
+        polyak_beta: float = 0.0,
+        c_warmup: int = 0,
+        r: float = 0.0,
+        weight_lr_power: float = 2.0,
+        **options: Unpack[PresetOptions],
+    ):
+        b = shared("betas", betas)
+        writer = C.schedule_free(
+            beta=shared("sf_beta", sf_beta),
+            beta_max=shared("sf_beta_max", sf_beta_max) if sf_beta_anneal_steps else None,
+            anneal_steps=sf_beta_anneal_steps,
+            c_warmup=c_warmup,
+            r=r,
+            weight_lr_power=weight_lr_power,
+        )
+        chain = (
+            C.polyak_rate(polyak_beta=polyak_beta),
+            C.scale_by_adam(betas=b, eps=eps),
+            C.palm_decay(weight_decay=weight_decay),
+        )
+        self.build(params, lr, chain, options, beta1=b[0], writer=writer)
+
+
 class PaLMSFAdamW(SFAdamW):
     """Schedule-free AdamW with PaLM's schedule for beta2: `SFAdamW(palm=True)`.
 

@@ -58,6 +58,28 @@ def execute(nodes: Iterable[Node | Fork], update: Any, frame: Frame) -> Run:
     return update
 
 
+def offered(frame: Frame) -> dict[str, Any]:
+    """What nodes make of their state, as the last step has left it, for others that ask for it."""
+    found = {}
+    for name, node in frame.job.program.offers.items():
+        fn, t = node.transform.offers[name], node.transform
+        states = [working_state(node, state, frame.job) for state in t.states]
+        found[name] = fn(frame.env["param"], *states, **_asked_by(fn, node, frame))
+    return found
+
+
+def _asked_by(fn: Callable[..., Any], node: Node, frame: Frame) -> dict[str, Any]:
+    arguments: dict[str, Any] = {}
+    for name in keyword_names(fn):
+        if name in node.transform.hyper:
+            arguments[name] = frame.hyper(node, name)
+        elif name in node.transform.options:
+            arguments[name] = node.transform.options[name]
+        else:
+            arguments[name] = frame.context(name)
+    return arguments
+
+
 def _fork(fork: Fork, update: Tensor, frame: Frame) -> Run:
     results, gates, steps = [], [], []
     for branch in fork.branches:
@@ -102,10 +124,10 @@ def _apply(node: Node, update: Any, frame: Frame) -> Run:
     gate = env["gate"]
     old = [_in_present_unit(node, name, frame) for name in t.states]
     if t.over_all is not None:
-        known = {**dict(zip(t.states, old, strict=True)), **arguments}
+        known = {**env, **dict(zip(t.states, old, strict=True)), **arguments}
         there = CONTEXT.keys() | frame.job.program.common
         names = keyword_names(t.over_all)
-        asked = {n: frame.context(n) if n in there else known[n] for n in names}
+        asked = {n: frame.context(n) if n in there else known.get(n) for n in names}
         found = t.over_all(update, **asked)
         is_rate = isinstance(node, RateNode)
         total = yield node.key, _given(found, frame) if is_rate else _gated((found,), gate)

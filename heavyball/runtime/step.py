@@ -18,6 +18,7 @@ from heavyball.runtime.execute import (
     advance,
     complete,
     execute,
+    offered,
     run_hooks,
 )
 from heavyball.runtime.job import Call, Frame, Job, Scalars
@@ -132,6 +133,8 @@ def start(job: Job, finish: Finish) -> Run:
         "count": job.count + 1,
     }
     frame = Frame(job, env)
+    if job.program.offers:
+        env.update(offered(frame))
     step = env["step"]
     yield from execute(job.program.nodes, grad, frame)
     if not frame.ended:

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from heavyball.core.hyper import Live, open_fraction
+from heavyball.core.hyper import Live, nonnegative, open_fraction
 from heavyball.core.transform import transform
 from heavyball.numerics import lerp
 from heavyball.state.declare import copy_of_param, scalar
@@ -26,13 +26,44 @@ def averaged_iterate(
     return lerp(param, z, 1 - 1 / beta)
 
 
+def _present(beta: Tensor, beta_max: Tensor | None, step: Tensor, anneal_steps: int) -> Tensor:
+    """The beta of this step: 1 - beta falls geometrically to 1 - beta_max."""
+    if beta_max is None or not anneal_steps:
+        return beta
+    far = ((step - 1) / anneal_steps).clamp(max=1)
+    return 1 - (1 - beta) ** (1 - far) * (1 - beta_max) ** far
+
+
+def _ahead(
+    param: Tensor,
+    z: Tensor,
+    weight_sum: Tensor,
+    lr_max: Tensor,
+    last_beta: Tensor,
+    *,
+    step: Tensor,
+    beta: Tensor,
+    beta_max: Tensor | None,
+    anneal_steps: int,
+) -> Tensor:
+    """beta (z - x), from z - y, which is that with the beta that y was made with."""
+    beta = _present(beta, beta_max, step, anneal_steps)
+    return torch.where(last_beta > 0, beta / last_beta, 0.0) * (z - param)
+
+
 @transform(
     kind="writer",
     z=copy_of_param,
     weight_sum=scalar(0.0, low=0.0),
     lr_max=scalar(0.0, low=0.0),
     last_beta=scalar(0.0, low=0.0),
-    domains={"beta": open_fraction},
+    domains={
+        "beta": open_fraction,
+        "beta_max": open_fraction,
+        "anneal_steps": nonnegative,
+        "c_warmup": nonnegative,
+    },
+    offers={"ahead": _ahead},
     excludes={"parameter_ema": "both decide which weights are evaluated"},
     evaluate=averaged_iterate,
 )
@@ -50,6 +81,9 @@ def schedule_free(
     r: Live = 0.0,
     weight_lr_power: Live = 2.0,
     c: Live = 0.0,
+    c_warmup: int = 0,
+    beta_max: Live | None = None,
+    anneal_steps: int = 0,
     caution: Literal["none", "cautious", "grams"] = "none",
     caution_scale: CautiousScale = "mean",
     weight_at: Literal["peak", "now"] = "peak",
@@ -66,6 +100,8 @@ def schedule_free(
     this element decays y and z by the same amount, as the authors do.
 
     c: above 0, c_t is min(1, c (1 - beta) c_t), a longer average.
+    c_warmup: c_t = 1 and w_t = 0 in the first c_warmup steps, so that the average begins behind them.
+    beta_max, anneal_steps: 1 - beta falls geometrically to 1 - beta_max, in anneal_steps steps.
     caution: masks (or gives signs to) the whole change of y by u, never z; `cautious` and `grams` as
         elements before this one act on u instead. `caution_scale` is the `scale` of `cautious`.
     weight_at: "now" weighs a step by its own lr_t, not by the largest so far.
@@ -74,14 +110,20 @@ def schedule_free(
     Units: `lr` as in the chain before; there is no schedule but a warm-up.
     Errors: beta must be above 0, x cannot be recovered from y otherwise.
     Source: Defazio et al. 2024, Algorithm 1, https://arxiv.org/abs/2405.15682, weights as in the
-        authors' package; c from https://arxiv.org/abs/2507.09846. Departure: weights and lr_max are
+        authors' package; c from https://arxiv.org/abs/2507.09846;
+        c_warmup and beta_max from https://arxiv.org/abs/2605.19095. Departure: weights and lr_max are
         kept per parameter, so one whose gradients begin late is averaged from its own first step.
     """
     lr_max = torch.maximum(lr_max, lr)
     weight = step**r * (lr_max if weight_at == "peak" else lr) ** weight_lr_power
+    if c_warmup:
+        weight = torch.where(step > c_warmup, weight, 0.0)
     weight_sum = weight_sum + weight
     share = torch.where(weight_sum > 0, weight / weight_sum, 0.0)
+    beta = _present(beta, beta_max, step, anneal_steps)
     share = torch.where(c > 0, (c * (1 - beta) * share).clamp(max=1), share)
+    if c_warmup:
+        share = torch.where(step <= c_warmup, 1.0, share)
     # without a change the factor is 0, and the sum exact
     moved = torch.where(last_beta > 0, beta / last_beta - 1, 0.0)
     param = param + moved * (param - z)
