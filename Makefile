@@ -1,6 +1,7 @@
 # make demo    install into .venv and race four optimizers on handwritten digits
 # make test    install into .venv and run the tests
 # make test-cuda   on a machine with a GPU: the shared suites and every kernel there
+# make test-newest   the tests with the newest torch, in .venv-newest (a large download); TESTS=tests/test_x.py for a part
 # make test-frameworks   the callbacks for transformers and Lightning, in .venv-frameworks
 # make test-asan   the kernel suites with sanitizers in the kernels: memory and undefined behaviour
 # make bench   measure optimizer steps, write docs/measurements.md (on a quiet machine)
@@ -15,7 +16,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-cuda test-frameworks test-asan fuzz bench psgd-efficiency bench-peers bench-duels lint docs clean \
+.PHONY: demo test test-cuda test-newest test-frameworks test-asan fuzz bench psgd-efficiency bench-peers bench-duels lint docs clean \
 	comparison comparison-chars comparison-mnist
 
 $(BIN)/python:
@@ -38,6 +39,17 @@ test: $(VENV)/installed-test
 test-cuda: $(VENV)/installed-test
 	HEAVYBALL_TEST_DEVICE=cuda $(BIN)/python -m pytest --numprocesses 4 tests/test_cuda.py \
 		tests/kernels_on_triton.py tests/test_presets.py tests/test_checkpoint.py tests/test_together.py
+
+# not what constraints.txt pins, but the newest of everything; TORCH=2.11 for another release
+NEWEST := .venv-newest
+$(NEWEST)/installed: pyproject.toml
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade \
+		'torch$(if $(TORCH),==$(TORCH).*)' --editable '.[test]'
+	@touch $@
+
+test-newest: $(NEWEST)/installed
+	OMP_WAIT_POLICY=PASSIVE $(NEWEST)/bin/python -m pytest --numprocesses 2 --dist worksteal $(TESTS)
 
 FRAMEWORKS := .venv-frameworks
 $(FRAMEWORKS)/installed: pyproject.toml
@@ -110,4 +122,4 @@ docs: $(VENV)/installed-race
 	$(BIN)/python docs/build.py
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(FRAMEWORKS) demo comparison build *.egg-info
+	rm -rf $(VENV) $(PEERS) $(FRAMEWORKS) $(NEWEST) demo comparison build *.egg-info

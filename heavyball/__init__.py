@@ -10,8 +10,11 @@ from heavyball.optim.fused import FusedBackward, fuse_backward
 from heavyball.presets import NAMES, PRESETS
 from heavyball.presets.create import create
 from heavyball.transforms.scion import scion_init_
+from heavyball.versions import check_torch
 
 __version__ = "0.2.0"
+
+check_torch()
 
 # every preset by its name; `__init__.pyi` lists them for editors and type checkers
 globals().update(NAMES)

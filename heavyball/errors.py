@@ -8,7 +8,9 @@ from collections.abc import Iterable
 from types import FrameType
 
 # Packages whose lines a user has not written: this one, and what calls it on a user's behalf.
-INNER = frozenset({"heavyball", "torch", "contextlib", "functools", "threading", "concurrent"})
+INNER = frozenset(
+    {"heavyball", "torch", "contextlib", "functools", "threading", "concurrent", "importlib"}
+)
 # How many names a message lists.
 MOST_NAMES = 60
 

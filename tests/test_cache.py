@@ -313,6 +313,17 @@ def test_flags_that_a_compiler_does_not_know_are_left_out(monkeypatch, cache, tm
     assert "-fno-trapping-math" in runs[-1]
 
 
+def test_a_compiler_without_openmp_has_kernels_all_the_same(monkeypatch, cache, tmp_path) -> None:
+    """As on macOS: no flag for it, and no header."""
+    text = (
+        'for w; do case "$w" in -fopenmp*) echo "error: unsupported option $w" >&2; exit 1;;\n'
+        '*.cpp) grep -q "omp.h" "$w" && { echo "error: omp.h not found" >&2; exit 1; };;\n'
+        f'esac; done; exec {REAL} "$@"'
+    )
+    monkeypatch.setenv("CXX", f"{tool(tmp_path, text)} -O1")
+    assert_steps(None)
+
+
 def test_options_of_the_user_go_before_ours(monkeypatch, cache, tmp_path) -> None:
     log = tmp_path / "log"
     program = tool(tmp_path, f'echo "$*" >> {log}; exec {REAL} "$@"')
