@@ -1,7 +1,7 @@
 """Spells kernels with values along some of the axes as C++: every tensor is walked row by row."""
 
 from heavyball.compiler.cpp.printer import CppPrinter
-from heavyball.compiler.cpp.templates import HELPERS, ROWS_DRIVER, ROWS_SHARED, ROWS_WALK
+from heavyball.compiler.cpp.templates import BUFFER, HELPERS, ROWS_DRIVER, ROWS_SHARED, ROWS_WALK
 from heavyball.compiler.frontend.ops import NotPrintableError
 from heavyball.compiler.frontend.symbols import Input, Var
 from heavyball.compiler.passes.axes import Frame, FrameText, is_along
@@ -49,7 +49,7 @@ class RowPrinter(CppPrinter):
                 raise NotPrintableError(f"8-bit state ({c.name}) {where}")
 
     def _row(self) -> str:
-        frame, sizes, lines = self.frame, self.sizes, ["#include <vector>", super()._row()]
+        frame, sizes, lines = self.frame, self.sizes, [BUFFER, super()._row()]
         first = len(self.kernel.leading) - len(frame.later)
         lines += [f"#define N{k} (row[{first + k - 1}])" for k in frame.all[1:]]
         lines.append(f"#define N0 (row[0] / {sizes.size(frame.all[1:])})")
@@ -186,7 +186,7 @@ class RowPrinter(CppPrinter):
         old = [s.column.number for s in walk.elements.of(Save)]
         return [
             f"    const int64_t rows = COLS < {bit} ? {bit} / COLS : 1;",
-            *(f"    std::vector<T> room{n}(rows * COLS);" for n in old),
+            *(f"    Buffer<T> room{n}(rows * COLS);" for n in old),
             *(f"    T* __restrict old{n} = room{n}.data();" for n in old),
             "    for (int64_t begin = low, last = high; begin < last; begin += rows) {",
             "    const int64_t low = begin, high = last - begin < rows ? last : begin + rows;",
@@ -206,7 +206,7 @@ class RowPrinter(CppPrinter):
         read = [v for v in walk.elements.arrays if self._repeats(v)]
         sums = [s.var for s in self._arrays_of(walk) if self._repeats(s.var)]
         if read or sums:
-            lines.append(f"    std::vector<double> buffers({len(read + sums)} * WIDTH);")
+            lines.append(f"    Buffer<double> buffers({len(read + sums)} * WIDTH);")
         for n, v in enumerate(read + sums):
             kind = "T" if n < len(read) else "double"
             start = f"(buffers.data() + {n} * WIDTH)"

@@ -108,8 +108,10 @@ CHUNKED = """
                 {after}(table + large[3 * i] * COLUMNS, hyper, s);
             }}"""
 
-# One walk alone: what `run` does, but for the sums between two walks, which the caller may complete.
+# One walk alone: what `run` does, but for the sums between two walks, which the caller may complete. It
+# is compiled where it is asked for, see `walks_of`.
 WALK = """
+#ifdef ONE_WALK
 // Walk k of every tensor, with its numbers, VALUES for each row, in `numbers`; after the last walk it
 // computes those behind and writes the states. The other arguments are those of `run`.
 extern "C" void walk(const int64_t* table, int64_t small, const int64_t* large, const int64_t* chunks,
@@ -159,10 +161,29 @@ extern "C" void walk(const int64_t* table, int64_t small, const int64_t* large, 
 
 // How many values the arrays take that a tensor keeps between two walks.
 extern "C" int64_t kept(const int64_t*) {{ return 0; }}
+#endif
 """
 
 # ---- rows
 
+BUFFER = """\
+// Zeros that are freed at the end; <vector> takes longer to read than a kernel to compile.
+template <typename V> struct Buffer {
+    V* values;
+    int64_t size;
+    explicit Buffer(int64_t n = 0) : values(n ? new V[n]() : nullptr), size(n) {}
+    Buffer(const Buffer&) = delete;
+    Buffer& operator=(const Buffer&) = delete;
+    ~Buffer() { delete[] values; }
+    void grow(int64_t n) {
+        if (n <= size) return;
+        delete[] values;
+        values = nullptr, size = 0;
+        values = new V[n](), size = n;
+    }
+    V* data() { return values; }
+};
+"""
 HELPERS = """\
 // How long a piece of a row is, a whole number of periods.
 static inline int64_t width_of(int64_t lane, int64_t period) {{
@@ -195,8 +216,8 @@ ROWS_DRIVER = """\
 static void whole(const int64_t* row, const double* hyper) {{
     const int64_t blocks = 1;
     double s[VALUES], parts[PARTS];
-    std::vector<T> kept(KEPT);
-    std::vector<double> added(SUMS);
+    Buffer<T> kept(KEPT);
+    Buffer<double> added(SUMS);
     T* memory = kept.data();
     double* sums = added.data();
     {whole}
@@ -209,8 +230,8 @@ static void whole(const int64_t* row, const double* hyper) {{
 extern "C" void run(const int64_t* table, int64_t small, const int64_t*, const int64_t*,
                     const int64_t*, int64_t count, const double* hyper, double*, double*,
                     int threads) {{
-    std::vector<T> kept;
-    std::vector<double> added;
+    Buffer<T> kept;
+    Buffer<double> added;
     double s[VALUES], parts[BLOCKS * PARTS];
     #pragma omp parallel num_threads(threads) if (threads > 1)
     {{
@@ -221,8 +242,8 @@ extern "C" void run(const int64_t* table, int64_t small, const int64_t*, const i
             const int64_t blocks = ROWS < BLOCKS ? ROWS : BLOCKS;
             #pragma omp single
             {{
-                kept.resize(KEPT);
-                added.resize(BLOCKS * (SUMS));
+                kept.grow(KEPT);
+                added.grow(BLOCKS * (SUMS));
             }}
             T* memory = kept.data();
             double* sums = added.data();{shared}
@@ -247,6 +268,7 @@ ROWS_SHARED = """
             #pragma omp single
             join_{k}(row, s, memory, parts, sums, blocks);"""
 ROWS_WALK = """
+#ifdef ONE_WALK
 extern "C" int64_t kept(const int64_t* row) {{ return KEPT; }}
 
 // Walk k of every tensor, as for flat memory; `memory` has for each row the address of its arrays, and
@@ -272,7 +294,7 @@ extern "C" void walk(const int64_t* table, int64_t small, const int64_t*, const 
             continue;
         }}
         const int64_t blocks = t < small ? 1 : ROWS < BLOCKS ? ROWS : BLOCKS;
-        std::vector<double> sums(blocks * (SUMS));
+        Buffer<double> sums(blocks * (SUMS));
         T* arrays = (T*)memory[t];
         vectors[k](row, s, arrays);
         for (int64_t b = 0; b < blocks; ++b)
@@ -281,4 +303,5 @@ extern "C" void walk(const int64_t* table, int64_t small, const int64_t*, const 
         join[k](row, s, arrays, parts, sums.data(), blocks);
     }}
 }}
+#endif
 """

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from heavyball.compiler.passes.loops import Reduce
-from heavyball.compiler.run.table import Table, threads
+from heavyball.compiler.run.table import Table, threads, walks_of
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Stages:
         self.form, rows = kernel.form, table.rows
         self.numbers = torch.zeros(len(rows), kernel.values, dtype=torch.float64, device="cpu")
         fixed: Tensor = table.fixed  # type: ignore[assignment]
-        sizes = [kernel.kept(fixed[i].data_ptr()) for i in range(len(rows))]
+        self._walk, kept = walks_of(kernel)
+        sizes = [kept(fixed[i].data_ptr()) for i in range(len(rows))]
         self.arrays = [torch.zeros(n, dtype=self.form.compute, device="cpu") for n in sizes]
         places = [array.data_ptr() for array in self.arrays]
         self._memory = torch.tensor(places, dtype=torch.int64, device="cpu")
@@ -62,7 +63,7 @@ class Stages:
             self.numbers.data_ptr(),
             parts,
         )
-        self.table.kernel.walk(*given, used, k, self._memory.data_ptr())
+        self._walk(*given, used, k, self._memory.data_ptr())
 
     def left(self, k: int) -> list[Left]:
         """The sums of walk k over the elements and over slices of them."""

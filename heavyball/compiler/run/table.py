@@ -56,25 +56,34 @@ class Kernel:
     starts: Runs | None
     form: loops.Kernel
     run: Any
-    # on the CPU: one walk alone, and how many values a tensor keeps between two, see `Stages`
-    walk: Any = None
-    kept: Any = None
+    source: str
 
 
 FUNCTION = "run"  # what a kernel's function is called
+# what it takes: table, small, large, chunks, batches, count, hyper, scratch, parts, threads
+ARGUMENTS = [
+    *(ctypes.c_void_p, ctypes.c_int64),
+    *[ctypes.c_void_p] * 3,
+    ctypes.c_int64,
+    *[ctypes.c_void_p] * 3,
+    ctypes.c_int,
+]
 
 
 def compiled(printed: Printed) -> Kernel:
     """Compile a printed kernel, or take it from the disk's cache."""
-    library = toolchain.load(printed.source, FUNCTION)
-    pointer, size = ctypes.c_void_p, ctypes.c_int64
-    run, walk, kept = library.run, library.walk, library.kept
-    run.argtypes = [pointer, size, *[pointer] * 3, size, *[pointer] * 3, ctypes.c_int]
-    walk.argtypes = [*run.argtypes, size, pointer]
-    kept.argtypes = [pointer]
-    run.restype = walk.restype = None
-    kept.restype = size
-    return Kernel(**described(printed), run=run, walk=walk, kept=kept)
+    run = toolchain.load(printed.source, FUNCTION).run
+    run.argtypes, run.restype = ARGUMENTS, None
+    return Kernel(**described(printed), run=run)
+
+
+def walks_of(kernel: Kernel) -> tuple[Any, Any]:
+    """The functions of a C++ kernel for one walk alone, and for the values kept between two."""
+    library = toolchain.load("#define ONE_WALK\n" + kernel.source, FUNCTION)
+    walk, kept = library.walk, library.kept
+    walk.argtypes, walk.restype = [*ARGUMENTS, ctypes.c_int64, ctypes.c_void_p], None
+    kept.argtypes, kept.restype = [ctypes.c_void_p], ctypes.c_int64
+    return walk, kept
 
 
 def described(printed: Printed) -> dict[str, Any]:
@@ -90,6 +99,7 @@ def described(printed: Printed) -> dict[str, Any]:
         "starts": form.starts,
         "parts": form.parts,
         "form": form,
+        "source": printed.source,
     }
 
 
