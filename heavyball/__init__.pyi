@@ -44,6 +44,7 @@ from heavyball.presets.muon import NorMuon
 from heavyball.presets.muon_family import AdaGO
 from heavyball.presets.muon_family import AdaMuon
 from heavyball.presets.muon_family import Muon2
+from heavyball.presets.muon_family import MuonClip
 from heavyball.presets.of_torch import ASGD
 from heavyball.presets.of_torch import Adadelta
 from heavyball.presets.of_torch import Adafactor
@@ -138,6 +139,7 @@ __all__ = [
     "Muon",
     "NorMuon",
     "AdaMuon",
+    "MuonClip",
     "Muon2",
     "AdaGO",
     "Adam",

@@ -822,6 +822,13 @@ class _PartialOrthogonalize(Transform):
 
 partial_orthogonalize: _PartialOrthogonalize
 
+class _PinRadius(Transform):
+    """Give the weights the norm that they would have by the step along them alone."""
+
+    def __call__(self) -> Self: ...  # type: ignore[override]
+
+pin_radius: _PinRadius
+
 class _PolyakRate(Transform):
     """Multiply the learning rate by the loss over the size of the gradient, a Polyak step for Adam."""
 
@@ -841,6 +848,16 @@ class _PolynomialAverage(Transform):
     ) -> Self: ...
 
 polynomial_average: _PolynomialAverage
+
+class _PostCautiousDecay(Transform):
+    """`cautious_decay` behind the write, and behind a pin that would take it back."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        weight_decay: float | Shared = 0.0,
+    ) -> Self: ...
+
+post_cautious_decay: _PostCautiousDecay
 
 class _PrimalAverage(Transform):
     """Step from z, average the steps in x with a constant weight, and take gradients between, at y."""
@@ -994,6 +1011,19 @@ class _PsgdPro(Transform):
     ) -> Self: ...
 
 psgd_pro: _PsgdPro
+
+class _QkClip(Transform):
+    """Shrink the query or key rows of every head whose largest attention logit was above tau."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        heads: int | Any | Any | None = 1,
+        tau: float | Shared = 100.0,
+        exponent: float | Shared = 0.5,
+        signal: str | Any = 'max_logits',
+    ) -> Self: ...
+
+qk_clip: _QkClip
 
 class _RadialBrake(Transform):
     """Scale the part of the update along the weights, and more where the step would lengthen them."""
@@ -1785,8 +1815,10 @@ __all__ = [
     "palm_decay",
     "parameter_ema",
     "partial_orthogonalize",
+    "pin_radius",
     "polyak_rate",
     "polynomial_average",
+    "post_cautious_decay",
     "primal_average",
     "probe",
     "prodigy_d",
@@ -1796,6 +1828,7 @@ __all__ = [
     "psgd_kron",
     "psgd_lra",
     "psgd_pro",
+    "qk_clip",
     "radial_brake",
     "regularized",
     "relative_step",

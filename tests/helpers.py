@@ -30,7 +30,7 @@ from heavyball import chainable as C
 from heavyball import utils
 from heavyball.compiler.run.engine import Engine
 from heavyball.compiler.run.plan import Plan
-from heavyball.core.transform import CONTEXT, WHOLE_CONTEXT, Transform
+from heavyball.core.transform import CONTEXT, WHOLE_CONTEXT, WRITTEN_CONTEXT, Transform
 
 # where the parameters of the suites are; `make test-cuda` says "cuda"
 DEVICE = torch.device(os.environ.get("HEAVYBALL_TEST_DEVICE", "cpu"))
@@ -614,7 +614,8 @@ def chain_of(t: Transform) -> tuple[object, ...]:
     """A chain in which a transform of the library does something."""
     if isinstance(t, C.Rate):
         return (t,) if t.kind == "writer" else (t, C.scale_by_adam)
-    missing = [n for n in t.context if n not in {*CONTEXT, *WHOLE_CONTEXT, "total"}]
+    known = {*CONTEXT, *WHOLE_CONTEXT, *WRITTEN_CONTEXT, "total"}
+    missing = [n for n in t.context if n not in known]
     before = [
         other
         for other in C.TRANSFORMS.values()
@@ -624,6 +625,8 @@ def chain_of(t: Transform) -> tuple[object, ...]:
         return (C.within(before[0], C.exp_avg, leave=t),)
     if t.kind == "decay":
         return (C.exp_avg, *before[:1], t(weight_decay=0.1) if "weight_decay" in t.hyper else t)
+    if t.kind == "post":
+        return (C.exp_avg, anywhere(t(weight_decay=0.1) if "weight_decay" in t.hyper else t))
     if t.kind in ("writer", "observer"):
         return (C.exp_avg, *before[:1], t)
     asking = [

@@ -155,6 +155,36 @@ GOLDEN: dict[str, Golden] = {
         ("polyak_rate", "palm_decay"),
         losses=True,
     ),
+    "qk_clip": Golden(
+        chain(C.qk_clip(heads=2), lr=0.0),
+        {1: ((0.540302305868, -0.911130261885, -0.478829740162, -0.223637555709, 6.21917921791),)},
+        ("P44",),
+        ("qk_clip",),
+        before=lambda opt, t: opt.feed("max_logits", torch.tensor([50.0, 400.0])),
+    ),
+    "qk_clip, one side": Golden(
+        chain(C.qk_clip(heads=2, exponent=1.0), lr=0.0),
+        {1: ((0.540302305868, -0.911130261885, -0.239414870081, -0.25962332927, 5.63167944346),)},
+        ("P44",),
+        # two queries to a key
+        before=lambda opt, t: opt.feed("max_logits", torch.tensor([[50.0, 7.0], [3.0, 400.0]])),
+    ),
+    "pin": Golden(
+        chain(C.muon(scale="none"), C.radial_brake, C.update_floor(floor=0.3825), C.pin_radius),
+        {4: ((0.598511417111, -0.877178719584, 0.164607387888, 0.0651388984782, 5.18504636136),)},
+        about=("pin_radius", "radial_brake", "update_floor"),
+    ),
+    "pin, rows": Golden(
+        chain(
+            C.muon(scale="none"),
+            C.radial_brake,
+            C.update_floor(floor=3.0, rows=True),
+            C.pin_radius,
+            C.post_cautious_decay(weight_decay=0.025),
+        ),
+        {4: ((0.81421604851, -0.699217804785, 0.167926729844, 0.214115496049, 3.71989027544),)},
+        about=("pin_radius", "post_cautious_decay", "update_floor"),
+    ),
     "window_average": Golden(
         chain(C.scale_by_adam, C.window_average(k=3, every=2)),
         {6: ((0.633666818811, -0.822291205029, 0.22110556047, 0.321203096783, 4.73912633337),)},
@@ -907,6 +937,9 @@ def test_a_polyak_rate_is_the_loss_over_the_size_of_the_gradient() -> None:
         ),
         (lambda: C.scale_by_adam(square="rows"), "square='rows'.*'row'"),
         (lambda: C.outer_nesterov(k=0), "k=0"),
+        (lambda: chain(C.qk_clip(heads=4))([torch.zeros(6, 2)]), "heads=4|blocks=4"),
+        (lambda: chain(C.schedule_free, C.qk_clip)([torch.zeros(6, 2)]), "exclude each other"),
+        (lambda: chain(C.hyperball, C.pin_radius)([torch.zeros(6, 2)]), "exclude each other"),
         (lambda: chain(C.lookahead, C.schedule_free)([torch.zeros(2)]), "before the writer"),
         (lambda: chain(C.schedule_free, C.lookahead)([torch.zeros(2)]), "exclude each other"),
         (lambda: heavyball.LARS([torch.zeros(2)], nesterov=True), "momentum=0.0"),
@@ -959,6 +992,47 @@ def test_a_window_of_snapshots_is_filled_from_the_first_on(k: int) -> None:
         with optimizer.averaged():
             expected = sum(taken) / len(taken)
             torch.testing.assert_close(param.detach(), expected, rtol=1e-13, atol=1e-13)
+
+
+def query_and_key() -> list[tuple[str, torch.nn.Parameter]]:
+    shapes = {"a.q_proj.weight": (8, 4), "a.k_proj.weight": (4, 4), "a.out.weight": (4, 8)}
+    (params,) = [starts(list(shapes.values()))]
+    return list(zip(shapes, map(torch.nn.Parameter, params), strict=True))
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_muon_clip_shrinks_heads_whose_logits_were_fed_and_else_is_muon(fuse: bool) -> None:
+    heads = {"*q_proj*": 4, "*k_proj*": 2}
+    named, plain = query_and_key(), query_and_key()
+    clipped = heavyball.MuonClip(named, 0.1, heads=heads, tau=50.0, fuse_backward=fuse)
+    muon = heavyball.Muon(plain, 0.1, scale="match_rms_adamw", weight_decay=0.1)
+    for t in range(3):
+        if t == 1:
+            clipped.feed("max_logits", torch.tensor([10.0, 200.0, 50.0, torch.nan]))
+        for optimizer, params in ((clipped, named), (muon, plain)):
+            sum(p.square().sum() / 2 for _, p in params).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if t == 1:  # to the root of a quarter: the second head of q, the first pair's key
+            with torch.no_grad():
+                plain[0][1][2:4] /= 2
+                plain[1][1][:2] /= 2
+        for (name, p), (_, q) in zip(named, plain, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12, msg=f"{name} at {t}")
+
+
+def test_a_signal_of_another_size_is_refused_before_anything_changes() -> None:
+    named = query_and_key()
+    optimizer = heavyball.MuonClip(named, 0.1, heads=4)
+    optimizer.feed("max_logits", torch.ones(3))
+    before = [p.detach().clone() for _, p in named]
+    for _, p in named:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match=r"'max_logits'\): 3 numbers.*q_proj.*expects 4 numbers"):
+        optimizer.step()
+    assert all(torch.equal(p, q) for (_, p), q in zip(named, before, strict=True))
+    with pytest.raises(ValueError, match="nothing in the chain asks for it"):
+        optimizer.feed("max_logit", 1.0)
 
 
 # ---- a second gradient

@@ -24,7 +24,7 @@ from heavyball.core.program import (
 from heavyball.core.rate import Rate
 from heavyball.core.reshape import is_reshaping, reshaped
 from heavyball.core.route import branches_of, every_node, picks_of, reasons_of, resolved
-from heavyball.core.transform import DEFAULTS, LOSS, Rules, Transform, transform
+from heavyball.core.transform import DEFAULTS, FED, LOSS, Rules, Transform, transform
 from heavyball.core.unit import with_units
 from heavyball.core.whole import Whole
 from heavyball.state.formats import Storage
@@ -121,10 +121,13 @@ class Chain:
         return any(n.transform.perturb for program in self.programs for n in program.flat)
 
     @property
-    def signals(self) -> frozenset[str]:
-        """The names under which `feed` must give something before a step."""
-        found = (n.transform.signal for program in self.programs for n in program.flat)
-        return frozenset(name for name in found if name is not None)
+    def signals(self) -> dict[str, bool]:
+        """The names under which `feed` gives something before a step, and whether it must."""
+        found: dict[str, bool] = {}
+        for t in (n.transform for program in self.programs for n in program.flat):
+            if t.signal is not None:
+                found[t.signal] = found.get(t.signal, False) or FED in t.context
+        return found
 
     @property
     def programs(self) -> tuple[Program, ...]:

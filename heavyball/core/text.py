@@ -71,10 +71,11 @@ def known_names() -> Names:
     """The transforms and combinators of `heavyball.chainable`, and what makes values for them."""
     from heavyball import chainable
     from heavyball.presets.low_rank import HasRank
-    from heavyball.presets.muon import IsHidden
+    from heavyball.presets.muon import IsHidden, IsNamed
 
     combinators: dict[str, Any] = chainable.COMBINATORS
-    values: dict[str, Any] = {"shared": chainable.shared, "IsHidden": IsHidden, "HasRank": HasRank}
+    predicates = {t.__name__: t for t in (IsHidden, IsNamed, HasRank)}
+    values: dict[str, Any] = {"shared": chainable.shared, **predicates}
     return Names(chainable.TRANSFORMS, combinators, values)
 
 

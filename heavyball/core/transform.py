@@ -167,7 +167,11 @@ class Transform:
     @property
     def signal(self) -> str | None:
         """The name under which `feed` gives what it asks for."""
-        return self.options["signal"] if FED in self.context else None
+        return self.options["signal"] if FED in (*self.context, *self.optional) else None
+
+    def refused_fed(self, shape: torch.Size, count: int) -> str:
+        """What is expected in place of so many `fed` numbers for a parameter of this shape, or ""."""
+        return "" if count == 1 else "one number"
 
     @property
     def reads_loss(self) -> bool:
@@ -357,7 +361,17 @@ _BELONGS = {
         ("kind", "modifier", "over_all", "evaluate", "perturb", "offers"), "@transform"
     ),
     **dict.fromkeys(
-        ("whole", "opaque", "host", "after", "due", "lead", "noise_every", "inner_shape"),
+        (
+            "whole",
+            "opaque",
+            "host",
+            "after",
+            "due",
+            "lead",
+            "noise_every",
+            "inner_shape",
+            "fed_numbers",
+        ),
         "@whole_transform",
     ),
     **dict.fromkeys(
@@ -417,8 +431,15 @@ T = TypeVar("T", bound=Transform)
 
 def checked(declared: T) -> T:
     """A declaration whose defaults are such as it takes, with the docstring of its function."""
-    if FED in declared.context and not isinstance(declared.options.get("signal"), str):
+    if FED in (*declared.context, *declared.optional) and not isinstance(
+        declared.options.get("signal"), str
+    ):
         raise TypeError(f"{declared.name}: `fed` needs an option `signal`, the name that is fed")
+    if FED in declared.optional and not declared.whole:
+        raise TypeError(
+            f"{declared.name}: only a transform of whole tensors does without what is `fed`; "
+            "leave out the default None"
+        )
     for name, value in declared.defaults.items():
         declared._checked(name, value)
     object.__setattr__(declared, "__doc__", declared.update.__doc__)

@@ -24,6 +24,7 @@ class Whole(Transform):
     lead: Transform | None = None
     noise_every: str | None = None
     inner_shape: Callable[..., tuple[int, ...]] | None = None
+    fed_numbers: Callable[..., int] | None = None
 
     whole: ClassVar[bool] = True
 
@@ -31,6 +32,13 @@ class Whole(Transform):
     def results(self) -> tuple[str, ...]:
         """What the function returns behind the update and the states."""
         return (*self.provides, *self.opaque)
+
+    def refused_fed(self, shape: torch.Size, count: int) -> str:
+        """What is expected in place of so many `fed` numbers for a parameter of this shape, or ""."""
+        if self.fed_numbers is None:
+            return ""
+        number = self.fed_numbers(shape, self.options)
+        return "" if count and count % number == 0 else f"{number} numbers, or a multiple of it"
 
     @property
     def all_states(self) -> dict[str, State]:
@@ -61,6 +69,7 @@ def whole_transform(
     instead: Callable[[Mapping[str, Any]], Transform | None] | None = None,
     noise_every: str | None = None,
     inner_shape: Callable[..., tuple[int, ...]] | None = None,
+    fed_numbers: Callable[..., int] | None = None,
     **states: State,
 ) -> Any:
     """Declare a transform of whole tensors: `@whole_transform(gram=State(...))` above a function.
@@ -86,6 +95,7 @@ def whole_transform(
         its elementwise part is compiled with the elements around.
     noise_every: the option that says for how many steps `noise` stays the same.
     inner_shape: `fn(shape, options)`, the shape in which the chain `within` works and keeps its states.
+    fed_numbers: `fn(shape, options)`, of which a multiple can be `fed`; else any tensor.
     domains, excludes, before_state, requires, opens_once, instead: as in `transform`.
 
     Errors: TypeError if the signature and the declared state differ.
@@ -109,6 +119,7 @@ def whole_transform(
             instead=instead,
             noise_every=noise_every,
             inner_shape=inner_shape,
+            fed_numbers=fed_numbers,
         )
         return checked(made)
 

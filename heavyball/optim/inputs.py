@@ -12,6 +12,7 @@ from heavyball.core.hyper import is_real
 from heavyball.core.transform import LOSS
 from heavyball.errors import nearest
 from heavyball.numerics import SCALAR
+from heavyball.optim.registry import Registry
 from heavyball.runtime.job import fed_key
 
 
@@ -43,30 +44,54 @@ class Inputs:
         self._fed[name] = tensor.to(SCALAR, copy=True)
 
     @contextlib.contextmanager
-    def given(self, groups: list[dict[str, Any]], loss: Any, returned: Any) -> Iterator[None]:
+    def given(self, registry: Registry, loss: Any, returned: Any) -> Iterator[None]:
         """Hand the loss and the signals to a step.
 
         returned: what its closure has returned, which is the loss where none is given.
 
         Errors: TypeError or ValueError naming what is missing or cannot be.
         """
+        groups = registry.groups
         if self._reads_loss or loss is not None:
             number = self._checked(returned if loss is None else loss)
             for group in groups:
                 group[LOSS] = number
-        missing = sorted(self._signals - self._fed.keys())
+        missing = sorted(n for n, must in self._signals.items() if must and n not in self._fed)
         if missing:
             raise ValueError(
                 f"{self._owner}.step(): the chain reads {missing[0]!r}, call feed({missing[0]!r}, ...) "
                 "before every step"
             )
-        for group in groups:
-            group.update((fed_key(name), value) for name, value in self._fed.items())
+        self.put(registry)
         yield
         for group in groups:
             for name in self._fed:
                 del group[fed_key(name)]
         self._fed = {}
+
+    def put(self, registry: Registry) -> None:
+        """Put what was fed into the groups, for steps inside `backward()` too.
+
+        Errors: ValueError naming a signal of another size than an element expects.
+        """
+        if self._fed:
+            self._check_sizes(registry)
+        for group in registry.groups:
+            group.update((fed_key(name), value) for name, value in self._fed.items())
+
+    def _check_sizes(self, registry: Registry) -> None:
+        programs = registry.programs()
+        for place in registry.places():
+            for t in (node.transform for node in programs[place.param].flat):
+                if t.signal not in self._fed:
+                    continue
+                shape, count = place.param.shape, self._fed[t.signal].numel()
+                expected = t.refused_fed(shape, count)
+                if expected:
+                    raise ValueError(
+                        f"{self._owner}.feed({t.signal!r}): {count} numbers; {t!r} of {place.label} "
+                        f"expects {expected}"
+                    )
 
     def _checked(self, loss: Any) -> float | Tensor:
         if not self._reads_loss:

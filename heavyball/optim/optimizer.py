@@ -207,7 +207,7 @@ class ChainOpt(Saving):
                 with self._perturbation.moved(self._registry), torch.enable_grad():
                     closure()
         if self._inputs.needed or loss is not None:
-            with self._inputs.given(self.param_groups, loss, returned):
+            with self._inputs.given(self._registry, loss, returned):
                 self._steps.step_all(self._fused)
         else:
             self._steps.step_all(self._fused)
@@ -217,12 +217,15 @@ class ChainOpt(Saving):
     def feed(self, name: str, value: float | Tensor) -> None:
         """Give the next step what an element of the chain reads of the model, such as "max_logits".
 
-        It is used once: every step needs its own.
+        It is used once: every step needs its own. With `fuse_backward` it must be there before
+        `backward()`.
 
-        Errors: ValueError for a name that nothing in the chain asks for; TypeError for what holds no
-            real numbers.
+        Errors: ValueError for a name that nothing in the chain asks for, and at the step for a number of
+            numbers that it does not expect; TypeError for what holds no real numbers.
         """
         self._inputs.feed(name, value)
+        if self._fused.active:
+            self._inputs.put(self._registry)
 
     @opaque
     @torch.no_grad()

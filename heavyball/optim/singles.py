@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from heavyball.core.program import Program
+from heavyball.core.transform import FED
 from heavyball.diagnostics.advice import Advice
 from heavyball.optim.backend import Backend
 from heavyball.optim.evaluation import Evaluation
@@ -232,6 +233,12 @@ class Singles:
 
 def sums_in(program: Program) -> ValueError | None:
     """What to raise where a parameter's step needs the other parameters' gradients."""
+    given = [n.key for n in program.flat if n.transform.reads_loss or FED in n.transform.context]
+    if given and not program.total_keys:
+        return ValueError(
+            f"{' and '.join(given)} reads what step() is given, so no parameter can be stepped before "
+            f"that is called; the chain is {program!r}"
+        )
     if not program.total_keys:
         return None
     return ValueError(

@@ -48,6 +48,23 @@ Predicate = Callable[[str | None, Tensor], bool]
 
 
 @dataclass(frozen=True)
+class IsNamed:
+    """Which parameters have a name that one of the patterns matches."""
+
+    patterns: tuple[str, ...]
+
+    def __call__(self, name: str | None, param: Tensor) -> bool:
+        return self.reason(name, param)[0]
+
+    def reason(self, name: str | None, param: Tensor) -> tuple[bool, str]:
+        """Whether a parameter has such a name, and which pattern says so."""
+        for pattern in self.patterns if name is not None else ():
+            if fnmatch.fnmatchcase(name, pattern):
+                return True, f"its name matches {pattern!r}"
+        return False, "no name matches"
+
+
+@dataclass(frozen=True)
 class IsHidden:
     """Which parameters Muon is for: matrices and kernels, but no embedding, head, norm or bias.
 
@@ -140,12 +157,14 @@ class RoutedPreset(Preset):
         *,
         writer: Transform | None = None,
         narrowed: Callable[[Predicate], Predicate] | None = None,
+        behind: tuple[Any, ...] = (),
         weight_decay: float = 0.0,
     ) -> None:
         """Put the rule beside AdamW, and the common options around both.
 
         writer: in place of the plain write, for the rule's parameters.
         narrowed: leaves only some of the parameters to the rule.
+        behind: what stands behind the write.
         """
         elements = (rule,) if isinstance(rule, Transform) else rule
         mine, common = split_options(options, ROUTED_DEFAULTS)
@@ -170,7 +189,7 @@ class RoutedPreset(Preset):
             lr,
             lambda palm: (C.route(hidden, otherwise=(*palm, adam, scaled)),),
             common,
-            last=last,
+            last=(*last, *behind),
             beta1=next((t.hyper["momentum"] for t in elements if "momentum" in t.hyper), 0.95),
             weight_decay=weight_decay,
         )

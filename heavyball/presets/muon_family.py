@@ -1,13 +1,17 @@
 """What came after Muon, with AdamW for the parameters that are not matrices in its sense."""
 
+from collections.abc import Mapping
 from typing import Any, Unpack
 
 from torch import Tensor
 
 from heavyball import chainable as C
+from heavyball.linalg.matrices import Blocks
 from heavyball.linalg.orthogonalize import Products
-from heavyball.presets.muon import RoutedOptions, RoutedPreset
+from heavyball.presets.muon import IsNamed, RoutedOptions, RoutedPreset
 from heavyball.transforms.muon import Method, Scale
+
+QK_NAMES = ("*q_proj*", "*k_proj*", "*query*", "*key*")
 
 
 class AdaMuon(RoutedPreset):
@@ -47,6 +51,57 @@ class AdaMuon(RoutedPreset):
             products=products,
         )
         self.build_routed(params, lr, rule, options, weight_decay=weight_decay)
+
+
+class MuonClip(RoutedPreset):
+    """Muon with query and key weights that shrink where attention logits grow; AdamW for the rest.
+
+    Which parameters are for AdamW, and the options for it, are those of `Muon`. Before a step,
+    `feed("max_logits", S)` gives the largest logit of every head; a step without it is Muon's. Weights
+    are told by their names, so pass a model or `model.named_parameters()`.
+
+    heads, tau, exponent, signal: as in `qk_clip`; by names where layers differ, such as
+        signal={"*layers.0.*": "layers.0", ..} and heads={"*q_proj*": 32, "*k_proj*": 8}.
+    qk_names: patterns of the names of query and key weights.
+
+    Units: with scale="match_rms_adamw" an update has the size of AdamW's, so that lr and weight decay
+        are AdamW's.
+    Source: Kimi K2, https://arxiv.org/abs/2507.20534.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 2e-4,
+        *,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_steps: int = 5,
+        method: Method = "quintic",
+        scale: Scale = "match_rms_adamw",
+        eps: float = 1e-7,
+        products: Products = "auto",
+        heads: Blocks = 1,
+        tau: float = 100.0,
+        exponent: float = 0.5,
+        signal: str | Mapping[str, str] = "max_logits",
+        qk_names: tuple[str, ...] = QK_NAMES,
+        weight_decay: float = 0.1,
+        **options: Unpack[RoutedOptions],
+    ):
+        rule = C.muon(
+            momentum=momentum,
+            nesterov=nesterov,
+            steps=ns_steps,
+            method=method,
+            scale=scale,
+            eps=eps,
+            products=products,
+        )
+        clip = C.qk_clip(heads=heads, tau=tau, exponent=exponent, signal=signal)
+        clipped = C.when(clip, predicate=IsNamed(tuple(qk_names)))
+        behind = (C.route(clipped, otherwise=()),)
+        self.build_routed(params, lr, rule, options, behind=behind, weight_decay=weight_decay)
 
 
 class Muon2(RoutedPreset):

@@ -231,7 +231,7 @@ def _call(node: WholeNode, update: Tensor, frame: "Frame") -> Generator[Any, Any
     t, env = node.transform, frame.env
     served = (*WHOLE_CONTEXT, FED)
     known = {n: frame.context(n) for n in t.context if n not in served}
-    known |= {n: env.get(n) for n in t.optional}
+    known |= {n: env.get(n) for n in t.optional if n not in served}
     known["step"] = env["step"]
     asked = Call(node, frame.job, update, env["count"], known, gate=env["gate"], new=frame.new)
     answer = yield from ask(asked, frame)

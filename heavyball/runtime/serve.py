@@ -184,7 +184,8 @@ def _context(group: list[Call], name: str) -> Any:
     if name == "count":
         return call.count
     if name == FED:
-        return call.job.group[fed_key(call.node.transform.signal)].to(call.job.param.device)
+        fed = call.job.group.get(fed_key(call.node.transform.signal))
+        return None if fed is None else fed.to(call.job.param.device)
     if name == "places":
         return tuple(c.job.place for c in group)
     if name == "noise":

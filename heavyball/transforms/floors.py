@@ -64,3 +64,44 @@ def relative_update(update: Tensor, *, param: Tensor) -> Tensor:
     size = norm(update)
     # divided first: the quotient of the norms may be infinite where the update is not
     return update / torch.where(size > 0, size, 1.0) * norm(param)
+
+
+MOVED = "what it changes is not the point from which the next step is taken"
+AVERAGES = dict.fromkeys(("schedule_free", "primal_average", "momentum_sam", "ema_nesterov"), MOVED)
+SPHERES = dict.fromkeys(
+    ("hyperball", "spectral_sphere", "muown"), "both decide how large the weights are"
+)
+
+
+@transform(kind="post", excludes=AVERAGES | SPHERES)
+def pin_radius(update: Tensor, *, old_param: Tensor, written: Tensor, lr: Tensor) -> Tensor:
+    """Give the weights the norm that they would have by the step along them alone.
+
+    rho = ||p|| - lr <u, p> / ||p||, with p and u of before the write;  behind it p <- p rho / ||p||
+
+    What a step has across the weights lengthens them, however small it is; this takes it back. Weights
+    of zero stay as they were written.
+
+    Shapes: all (*), norms over the whole tensor.
+    Source: record 46 of modded-nanogpt's third track.
+    """
+    before, size = norm(old_param), norm(update)
+    rho = before - lr * dot(written, old_param) / torch.where(before > 0, before, 1.0)
+    pinned = torch.where((before > 0) & (size > 0), rho / torch.where(size > 0, size, 1.0), 1.0)
+    return update * pinned
+
+
+@transform(kind="post", excludes=AVERAGES)
+def post_cautious_decay(
+    update: Tensor, *, old_param: Tensor, written: Tensor, lr: Tensor, weight_decay: Live = 0.0
+) -> Tensor:
+    """`cautious_decay` behind the write, and behind a pin that would take it back.
+
+    p <- p (1 - lr wd) where u p >= 0, with p and u of before the write; an entry with u = 0 decays
+
+    Shapes: all (*).
+    Units: `weight_decay` is per unit of `lr` and step.
+    Source: record 46 of modded-nanogpt's third track, which leaves out entries with u = 0.
+    """
+    agree = written.sign() * old_param.sign() >= 0
+    return torch.where(agree, update * (1 - lr * weight_decay), update)
