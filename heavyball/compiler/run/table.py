@@ -61,7 +61,7 @@ class Kernel:
 
 FUNCTION = "run"  # what a kernel's function is called
 # what it takes: table, small, large, chunks, batches, count, hyper, scratch, parts, threads
-ARGUMENTS = [
+ARGUMENTS: list[Any] = [
     *(ctypes.c_void_p, ctypes.c_int64),
     *[ctypes.c_void_p] * 3,
     ctypes.c_int64,
