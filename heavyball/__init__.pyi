@@ -88,6 +88,7 @@ from heavyball.presets.soap_family import KLShampoo
 from heavyball.presets.soap_family import MOSO
 from heavyball.presets.soap_family import SPlus
 from heavyball.transforms.scion import scion_init_
+from heavyball.versions import check_torch
 from typing import Any
 
 __version__: str

@@ -205,6 +205,16 @@ class _ClipByGlobalNorm(Transform):
 
 clip_by_global_norm: _ClipByGlobalNorm
 
+class _ClipByLastNorm(Transform):
+    """Shorten all gradients by one factor if they were longer than `max_norm` together a step ago."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        max_norm: float | Shared = 1.0,
+    ) -> Self: ...
+
+clip_by_last_norm: _ClipByLastNorm
+
 class _ClipByNorm(Transform):
     """Shorten a tensor that is longer than `max_norm`."""
 
@@ -1763,6 +1773,7 @@ __all__ = [
     "cautious_decay",
     "centralize",
     "clip_by_global_norm",
+    "clip_by_last_norm",
     "clip_by_norm",
     "clip_by_rms",
     "clip_spikes",

@@ -26,6 +26,7 @@ from transforms import (
     test_cautious,
     test_centralize,
     test_clip,
+    test_clip_last_norm,
     test_combine,
     test_decay,
     test_descend,
@@ -857,6 +858,11 @@ def test_a_mistake_in_a_refresh_is_noticed(monkeypatch: pytest.MonkeyPatch, mist
 def plus(**options: Any) -> Callable[[], None]:
     """One comparison with prodigy-plus-schedule-free."""
     return lambda: test_prodigy.test_it_is_prodigy_plus_schedule_free_step_by_step(options, 1)
+
+
+@mutant("clip_by_last_norm", test_clip_last_norm.test_steps_that_are_accumulated_count_once)
+def a_clip_that_knows_its_own_tensor_alone(right: Wrong) -> Wrong:
+    return lambda u, *, last_norm, **kw: right(u, last_norm=last_norm * 0, **kw)
 
 
 @mutant(

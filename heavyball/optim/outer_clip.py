@@ -72,6 +72,7 @@ def warn_of_clip(owner: str, what: str) -> None:
     warn(
         f"{what} has no effect on {owner} with fuse_backward: its gradients were used and freed inside "
         "backward(), before anything could clip them. Put the clip into the chain "
-        "(gradient_clipping='l2_clip', C.clip_by_norm, or update_clipping), leave the outer one out "
+        "(gradient_clipping='last_norm_clip' for all parameters by the norm of the last step, or "
+        "'l2_clip' for each), leave the outer one out "
         "(max_grad_norm=0 in a Trainer, gradient_clip_val=None in Lightning), or leave out fuse_backward"
     )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from heavyball import chainable as C
 from heavyball.core.hyper import Shared, check_live, nonnegative
+from heavyball.core.rate import Rate
 from heavyball.core.transform import Transform
 from heavyball.errors import nearest
 from heavyball.optim.checks import TORCH_SWITCHES
@@ -19,6 +20,7 @@ CLIPPINGS: dict[str, Transform] = {
     "l2_clip": C.clip_by_norm,
     "rms_clip": C.clip_by_rms,
     "global_norm_clip": C.clip_by_global_norm,
+    "last_norm_clip": C.clip_by_last_norm,
     "agc": C.adaptive_gradient_clip,
     "l2_normalize": C.l2_normalize,
     "rms_normalize": C.rms_normalize,
@@ -208,14 +210,16 @@ def flag(name: str, value: Any) -> bool:
 
 
 def _clipping(option: str, value: Clipping) -> list[Transform]:
-    if value is None:
-        return []
-    if isinstance(value, Transform):
-        return [value]
-    if isinstance(value, str) and value in CLIPPINGS:
-        return [CLIPPINGS[value]]
     if isinstance(value, str):
-        raise ValueError(f"{option}={value!r}; {nearest(value, CLIPPINGS)}")
+        if value not in CLIPPINGS:
+            raise ValueError(f"{option}={value!r}; {nearest(value, CLIPPINGS)}")
+        value = CLIPPINGS[value]
+    if isinstance(value, Rate) and option == "update_clipping":
+        raise ValueError(
+            f"update_clipping={value!r}: it clips gradients, give it as gradient_clipping"
+        )
+    if value is None or isinstance(value, Transform):
+        return [] if value is None else [value]
     if callable(value):
         return [C.apply(fn=value)]
     raise TypeError(
