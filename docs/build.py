@@ -28,7 +28,7 @@ def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 def presets() -> str:
     """One row per preset: what it is, its chain, its defaults."""
     rows = []
-    for name, cls in heavyball.PRESETS.items():
+    for name, cls in heavyball.presets.ALL_PRESETS.items():
         opt = cls([torch.zeros(2, 2)])
         summary = (cls.__doc__ or "").split("\n\n")[0].split(";")[0].rstrip(".")
         names = " → ".join(f"`{node.transform.name}`" for node in opt.chain.programs[0].flat)

@@ -21,8 +21,10 @@ def _collect() -> dict[str, type[Preset]]:
 
 # with second names, such as DelayedPSGDKron
 NAMES = _collect()
-# those whose `step()` needs nothing but gradients
-PRESETS = {n: cls for n, cls in NAMES.items() if n == cls.__name__ and not cls.needs_loss}
+# each by its own name
+ALL_PRESETS = {n: cls for n, cls in NAMES.items() if n == cls.__name__}
+# those whose steps are given nothing but gradients
+PRESETS = {n: cls for n, cls in ALL_PRESETS.items() if not cls.takes_inputs}
 
 globals().update(NAMES)
 

@@ -124,8 +124,8 @@ class Preset(ChainOpt):
     listed = False
 
     palm_default = False
-    # whether its steps must be told the loss
-    needs_loss = False
+    # whether its steps are given more than gradients: the loss, or signals of the model
+    takes_inputs = False
     # options of this family of presets that are not those of all presets
     more_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 

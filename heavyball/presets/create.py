@@ -86,16 +86,16 @@ def chosen(what: Any, owner: str) -> tuple[Callable[..., ChainOpt], dict[str, An
 
 
 def _from_text(text: str, owner: str) -> tuple[Callable[..., ChainOpt], dict[str, Any]]:
-    from heavyball.presets import PRESETS  # which looks for presets in this module too
+    from heavyball.presets import ALL_PRESETS  # which looks for presets in this module too
 
     name = text.partition(":")[0].strip()
-    presets = {preset.lower(): preset for preset in PRESETS}
+    presets = {preset.lower(): preset for preset in ALL_PRESETS}
     if name.lower() in presets:
         options = parse_optimizer(text)[1] if ":" in text else {}
-        return PRESETS[presets[name.lower()]], options
+        return ALL_PRESETS[presets[name.lower()]], options
     names = known_names()
     if name.isidentifier() and (":" in text or name not in names.transforms):
-        known = [*PRESETS, *([] if ":" in text else names.transforms)]
+        known = [*ALL_PRESETS, *([] if ":" in text else names.transforms)]
         raise ValueError(f"{owner}: {unknown('optimizer', name, known)}")
     return _of_chain(text), {}
 

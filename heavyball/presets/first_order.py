@@ -282,7 +282,7 @@ class ScheduleFreePlus(Preset):
     Source: Defazio et al. 2026, https://arxiv.org/abs/2605.19095.
     """
 
-    needs_loss = True
+    takes_inputs = True
 
     def __init__(
         self,

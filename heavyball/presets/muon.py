@@ -58,8 +58,8 @@ class IsNamed:
 
     def reason(self, name: str | None, param: Tensor) -> tuple[bool, str]:
         """Whether a parameter has such a name, and which pattern says so."""
-        for pattern in self.patterns if name is not None else ():
-            if fnmatch.fnmatchcase(name, pattern):
+        for pattern in self.patterns:
+            if name is not None and fnmatch.fnmatchcase(name, pattern):
                 return True, f"its name matches {pattern!r}"
         return False, "no name matches"
 

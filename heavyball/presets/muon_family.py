@@ -69,6 +69,8 @@ class MuonClip(RoutedPreset):
     Source: Kimi K2, https://arxiv.org/abs/2507.20534.
     """
 
+    takes_inputs = True
+
     def __init__(
         self,
         params: Any,

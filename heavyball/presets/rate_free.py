@@ -161,7 +161,7 @@ class MoMo(Preset):
     Source: Schaipp et al. 2023, https://arxiv.org/abs/2305.07583. Decay is proximal.
     """
 
-    needs_loss = True
+    takes_inputs = True
 
     def __init__(
         self,

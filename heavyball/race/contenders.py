@@ -124,9 +124,9 @@ def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
 
 def presets() -> dict[str, type[torch.optim.Optimizer]]:
     """The presets of heavyball by name."""
-    import heavyball
+    from heavyball.presets import ALL_PRESETS
 
-    return dict(heavyball.PRESETS)
+    return dict(ALL_PRESETS)
 
 
 def torch_optimizers() -> dict[str, type[torch.optim.Optimizer]]:
