@@ -1,5 +1,7 @@
+import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -527,3 +529,43 @@ def test_a_contender_may_set_the_target(tmp_path):
 def test_more_seeds_for_the_grid_than_there_are_are_refused():
     with pytest.raises(RaceError, match="--grid-seeds 4: there are 3 seeds"):
         Plan(optimizers=("AdamW",), grid_seeds=4)
+
+
+def test_a_metric_is_kept_and_drawn(tmp_path):
+    chains = ("sign | probe(name='signs')",)
+    names = ("update_norm", "signs/rms", "group_0/lr")
+    plan = dataclasses.replace(PLAN, chains=chains, seeds=(0,), metrics=names, lrs=(0.01,))
+    content, _ = held(plan, tmp_path, picture=True)
+    ours = next(run for run in content["runs"] if run["contender"] == chains[0])
+    # a step of signs of two weights, none of which has a gradient of zero
+    assert ours["metrics"] == {
+        "update_norm": [None, *[pytest.approx(0.01 * 2**0.5, rel=1e-5)] * 3],
+        "signs/rms": [None, 1.0, 1.0, 1.0],
+        "group_0/lr": [0.01] * 4,
+    }
+    torchs = next(run for run in content["runs"] if run["contender"] == "torch.SGD")
+    assert torchs["metrics"] == {name: [None] * 4 for name in names}
+    assert Plan.from_json(strict(tmp_path / "race.json")["arguments"]) == plan
+    assert "--metric signs/rms" in content["command"]
+    plain, _ = held(dataclasses.replace(plan, metrics=()), tmp_path / "plain", picture=True)
+    assert "metrics" not in plain["runs"][0]
+    widths = [image.imread(f / "race.png").shape[1] for f in (tmp_path, tmp_path / "plain")]
+    assert widths[0] == pytest.approx(widths[1] * 5 / 2, rel=0.01)
+    # measuring changes no run
+    for one, other in zip(content["runs"], plain["runs"], strict=True):
+        assert one["curve"]["test_loss"] == other["curve"]["test_loss"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("updatenorm", "nearest: update_norm"),
+        ("rms", "PROBE/rms"),
+        ("grad_norm/other", "no metric"),
+        ("d", "no contender has it"),
+        ("nothing/rms", "no contender has it"),
+    ],
+)
+def test_a_metric_that_nobody_has_is_refused(name, message):
+    with pytest.raises(RaceError, match=re.escape(message)):
+        open_race(dataclasses.replace(PLAN, metrics=(name,)))

@@ -126,6 +126,13 @@ OPTIONS = (
     click.option(
         "--data", type=Place(), help="Folder of the data files, or a .txt file for the task chars."
     ),
+    click.option(
+        "--metric",
+        "metrics",
+        multiple=True,
+        help="Draw this of opt.metrics() too, as update_norm or NAME/rms of a probe(name='NAME'). "
+        "Repeatable.",
+    ),
     click.option("--threads", type=int, help="Threads of torch. [default: the task's]"),
     click.option(
         "--device",

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from heavyball.errors import RaceError, one_line, shown, unknown
+from heavyball.metrics import NAMES, PROBED
 from heavyball.race.contenders import Contender, ablations, distinct, from_chain, from_optimizer
 from heavyball.race.tasks import Task, open_task
 from heavyball.race.training import Settings, rehearse
@@ -49,6 +50,7 @@ class Plan:
     weight_decay: float | None = None
     threads: int | None = None
     device: str = "cpu"
+    metrics: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -68,6 +70,8 @@ class Plan:
         decay = self.weight_decay
         if decay is not None and not (math.isfinite(decay) and decay >= 0):
             raise RaceError(f"--weight-decay {decay}: expected a finite number, 0 or more")
+        for name in self.metrics:
+            check_metric(name)
         check_seeds(self.seeds)
         if self.grid_seeds is not None and self.grid_seeds > len(self.seeds):
             raise RaceError(f"--grid-seeds {self.grid_seeds}: there are {len(self.seeds)} seeds")
@@ -87,7 +91,8 @@ class Plan:
         """
         if not isinstance(saved, dict):
             raise RaceError(f"the saved arguments are {shown(saved)}, expected names with values")
-        saved = {"device": "cpu", "grid_seeds": None, **saved}  # of before there was a choice
+        # of before there was a choice
+        saved = {"device": "cpu", "grid_seeds": None, "metrics": [], **saved}
         known = {f.name for f in fields(cls)}
         if set(saved) != known:
             names = ", ".join(map(shown, sorted(set(saved) ^ known)))
@@ -97,7 +102,10 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """The arguments as plain values."""
-        return asdict(self)
+        values = asdict(self)
+        if not self.metrics:  # as before there was a choice, so that races of then can be finished
+            del values["metrics"]
+        return values
 
     def command(self) -> str:
         """The command line that asks for this race."""
@@ -114,6 +122,8 @@ class Plan:
             words += self._option(name)
         words += self._option("weight_decay") + self._option("threads")
         words += self._option("device") if self.device != "cpu" else []
+        for name in self.metrics:
+            words += ["--metric", name]
         return shlex.join(words)
 
     def _option(self, name: str) -> list[str]:
@@ -123,8 +133,17 @@ class Plan:
 
 def flag(name: str) -> str:
     """How an option is written on the command line."""
-    plain = {"optimizers": "optimizer", "chains": "chain", "lrs": "lr"}.get(name, name)
-    return "--" + plain.replace("_", "-")
+    words = {"optimizers": "optimizer", "chains": "chain", "lrs": "lr", "metrics": "metric"}
+    return "--" + words.get(name, name).replace("_", "-")
+
+
+def check_metric(name: str) -> None:
+    """Refuse what no optimizer can measure: see `heavyball.metrics`."""
+    *place, last = name.split("/")
+    if place and place[0].startswith("group_"):
+        place = place[1:]
+    if (last not in NAMES or place) and (last not in PROBED or not place):
+        raise RaceError(f"--metric: {unknown('metric', name, NAMES)}, or PROBE/{'|'.join(PROBED)}")
 
 
 def check_seeds(seeds: tuple[int, ...]) -> None:
@@ -160,6 +179,7 @@ TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "data": ("a path", _is_text),
     "optimizers": ("a list of texts", _each(_is_text)),
     "chains": ("a list of texts", _each(_is_text)),
+    "metrics": ("a list of texts", _each(_is_text)),
     "lrs": ("a list of finite numbers", _each(lambda v: _is_number(v) and math.isfinite(v))),
     "seeds": ("a list of whole numbers", _each(_is_whole)),
     "target": ("a number or a contender", lambda value: _is_text(value) or _is_number(value)),
@@ -227,16 +247,21 @@ def open_race(plan: Plan) -> Race:
     task.move(torch.device(plan.device))
     settings = _settings(plan, task)
     target, target_on = _target(plan, task, [contender.label for contender in contenders])
-    taking_part, left_out = [], []
+    taking_part, left_out, measured = [], [], set()
     for contender in contenders:
         try:
-            rehearse(task, contender, plan.seeds[0], settings)
+            measured |= rehearse(task, contender, plan.seeds[0], settings)
             taking_part.append(contender)
         except RaceError as error:
             if plan.kind != "ablate" or contender is contenders[0]:
                 raise
             reason = one_line(error).removeprefix(contender.label).lstrip(": ")
             left_out.append((contender.label, reason))
+    for name in plan.metrics:
+        if name not in measured:
+            raise RaceError(
+                f"--metric {name}: no contender has it, only optimizers of heavyball with it"
+            )
     parts = tuple(taking_part), tuple(left_out)
     return Race(plan, task, *parts, settings, target, target_on)
 
@@ -276,4 +301,4 @@ def _settings(plan: Plan, task: Task) -> Settings:
                 f"--epochs {plan.epochs}: {steps} steps, expected at most {LARGEST['steps']}"
             )
     eval_every = plan.eval_every or max(1, steps // task.evaluations)
-    return Settings(steps, batch_size, eval_every, plan.weight_decay)
+    return Settings(steps, batch_size, eval_every, plan.weight_decay, plan.metrics)

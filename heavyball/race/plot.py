@@ -63,6 +63,7 @@ class Line:
     steps: list[int]
     loss: list[Point]
     measure: list[Point]
+    metrics: dict[str, list[Point]]
 
     @property
     def style(self) -> dict[str, Any]:
@@ -77,9 +78,10 @@ def draw(
 ) -> None:
     """Write the picture: test loss and measure over steps, and the loss at each learning rate."""
     lines = _lines(race, results, records)
-    panels = 3 if any(len(result["by_lr"]) > 1 for result in results) else 2
+    grid = any(len(result["by_lr"]) > 1 for result in results)
+    panels = (3 if grid else 2) + len(race.plan.metrics)
     with matplotlib.rc_context(STYLE):
-        handles = _handles(lines, results, with_markers=panels == 3)
+        handles = _handles(lines, results, with_markers=grid)
         columns = min(panels - 1, len(handles))
         height = max(str(h.get_label()).count("\n") + 1 for h in handles)
         rows = -(-len(handles) // columns) * height
@@ -88,8 +90,10 @@ def draw(
         axes = figure.subplots(1, panels)
         _loss_panel(axes[0], race, lines)
         _measure_panel(axes[1], race, lines)
-        if panels == 3:
+        if grid:
             _grid_panel(axes[2], results)
+        for place, name in zip(axes[3 if grid else 2 :], race.plan.metrics, strict=True):
+            _metric_panel(place, lines, name)
         figure.suptitle(_title(race), fontsize=13)
         where: Any = {"loc": "outside lower center", "ncols": columns}
         figure.legend(handles=handles, handlelength=3.2, columnspacing=4, **where)
@@ -108,9 +112,18 @@ def _lines(
             continue
         keys = [(result["label"], result["best_lr"], seed) for seed in race.plan.seeds]
         curves = [records[key]["curve"] for key in keys]
+        metrics = [records[key].get("metrics", {}) for key in keys]
         loss, measure = (_band([c[n] for c in curves]) for n in ("test_loss", "measure"))
         lines.append(
-            Line(result["label"], order, result["best_lr"], curves[0]["step"], loss, measure)
+            Line(
+                result["label"],
+                order,
+                result["best_lr"],
+                curves[0]["step"],
+                loss,
+                measure,
+                {name: _known([m[name] for m in metrics]) for name in race.plan.metrics},
+            )
         )
     return sorted(lines, key=lambda line: line.loss[-1][0])
 
@@ -119,12 +132,17 @@ def _band(curves: Sequence[Sequence[float]]) -> list[Point]:
     return [(statistics.fmean(at), min(at), max(at)) for at in zip(*curves, strict=True)]
 
 
+def _known(curves: Sequence[Sequence[float | None]]) -> list[Point]:
+    """The band of what was measured, NaN where a seed has none."""
+    return _band([[math.nan if v is None else v for v in curve] for curve in curves])
+
+
 def _plot(axes: Axes, lines: Sequence[Line], name: str, floor: float = -math.inf) -> None:
     # The best is drawn last, on top.
     for line in reversed(lines):
         mean, low, high = (
             [max(value, floor) for value in values]
-            for values in zip(*getattr(line, name), strict=True)
+            for values in zip(*(line.metrics.get(name) or getattr(line, name)), strict=True)
         )
         color = line.style["color"]
         axes.fill_between(line.steps, low, high, color=color, alpha=0.13, linewidth=0)
@@ -165,6 +183,15 @@ def _measure_panel(axes: Axes, race: Race, lines: Sequence[Line]) -> None:
         axes.set_ylim(min(settled) - room, min(highest + room, 1 + room / 2))
     if race.target_on == "accuracy" and race.target is not None:
         _target(axes, race.target)
+
+
+def _metric_panel(axes: Axes, lines: Sequence[Line], name: str) -> None:
+    axes.set_title(name)
+    _plot(axes, lines, name)
+    means = [mean for line in lines for mean, _, _ in line.metrics[name] if not math.isnan(mean)]
+    if means and max(means) > 30 * min(means) > 0:
+        axes.set_yscale("log")
+        _label_decades(axes, max(means) / min(means))
 
 
 def _lower_is_better(axes: Axes, lines: Sequence[Line], name: str) -> None:
@@ -213,7 +240,7 @@ def _grid_panel(axes: Axes, results: Sequence[Mapping[str, Any]]) -> None:
     axes.set_xscale("log")
     for order, result in enumerate(results):
         _one_grid(
-            axes, result, Line("", order, 0.0, [], [], []).style, MARKERS[order % len(MARKERS)]
+            axes, result, Line("", order, 0.0, [], [], [], {}).style, MARKERS[order % len(MARKERS)]
         )
     means = [e["test_loss"]["mean"] for r in results for e in r["by_lr"] if not e["diverged"]]
     if means and max(means) > 3 * min(means) > 0:

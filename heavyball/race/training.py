@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from heavyball.errors import REFUSALS, RaceError, one_line
+from heavyball.optim.optimizer import ChainOpt
 from heavyball.race.contenders import Contender, perturbs, reads_loss, state_bytes
 from heavyball.race.tasks import Task
 
@@ -27,6 +28,7 @@ class Settings:
     batch_size: int
     eval_every: int
     weight_decay: float | None = None
+    metrics: tuple[str, ...] = ()
 
 
 @dataclass
@@ -45,8 +47,9 @@ class Curve:
     d: list[float | None] = field(default_factory=list)
 
 
-def rehearse(task: Task, contender: Contender, seed: int, settings: Settings) -> None:
-    """Build the contender at every learning rate, and make one step at the first.
+def rehearse(task: Task, contender: Contender, seed: int, settings: Settings) -> set[str]:
+    """Build the contender at every learning rate, make one step at the first, and say which of the
+    metrics it has.
 
     Errors: RaceError with the label and the reason if any of it is refused.
     """
@@ -56,6 +59,7 @@ def rehearse(task: Task, contender: Contender, seed: int, settings: Settings) ->
     with seeded(seed):
         try:
             run.step(1, task.batches(seed, settings.batch_size))
+            return {name for name, value in run.measured().items() if value is not None}
         except REFUSALS as error:
             raise RaceError(f"{contender.label} cannot step: {one_line(error)}") from None
 
@@ -106,6 +110,9 @@ class _Run:
         self.optimizer = contender.build(self.model, lr, settings.weight_decay)
         self.reads_loss = reads_loss(self.optimizer)
         self.curve = Curve()
+        # of `opt.metrics()`, at each evaluation as of the last step; None where there is none
+        self.metrics: dict[str, list[float | None]] = {name: [] for name in settings.metrics}
+        self.measured()  # a first call asks for them
         self.seconds = 0.0
         self.step_ms: list[float] = []
         self.losses: list[float] = []
@@ -170,8 +177,20 @@ class _Run:
         curve.measure.append(measure)
         distance = self.optimizer.param_groups[0].get("d")
         curve.d.append(None if distance is None else float(distance))
+        for name, value in self.measured().items():
+            self.metrics[name].append(value)
         self.losses.clear()
         return True
+
+    def measured(self) -> dict[str, float | None]:
+        """The metrics that were asked for, of the first group where no other is named."""
+        names = self.metrics
+        if not names or not isinstance(self.optimizer, ChainOpt):
+            return dict.fromkeys(names)
+        every = self.optimizer.metrics()
+        found = {name: every.get(name, every.get(f"group_0/{name}")) for name in names}
+        values = {name: math.nan if v is None else v.item() for name, v in found.items()}
+        return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
     def record(self, status: str, step: int) -> dict[str, Any]:
         # The first step creates state and may compile.
@@ -191,6 +210,7 @@ class _Run:
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "d": getattr(self.optimizer, "d", None),  # of optimizers that find their rate
             "curve": vars(self.curve),
+            **({"metrics": self.metrics} if self.metrics else {}),
         }
 
 
