@@ -7,6 +7,8 @@ from heavyball.core.hyper import Shared
 from heavyball.core.combine import graft, parallel, route, when, within
 from heavyball.core.hyper import Interval, Live, shared
 from heavyball.core.rate import Member, Rate, rate
+from heavyball.core.schedule import schedule
+from heavyball.core.shapes import beta_of_batch, beta_of_half_life, constant, cosine, cosine_restarts, exponential, inverse_sqrt, linear, one_cycle, polynomial, power, ramp, rex, step, wsd
 from heavyball.core.text import parse_chain as parse
 from heavyball.core.transform import Transform, transform
 from heavyball.core.whole import Whole, whole_transform
@@ -1738,23 +1740,39 @@ __all__ = [
     "State",
     "Transform",
     "Whole",
+    "beta_of_batch",
+    "beta_of_half_life",
+    "constant",
     "copy_of_param",
+    "cosine",
+    "cosine_restarts",
+    "exponential",
     "fira",
     "galore",
     "graft",
+    "inverse_sqrt",
+    "linear",
+    "one_cycle",
     "optimizer_class",
     "parallel",
     "parse",
+    "polynomial",
+    "power",
+    "ramp",
     "rate",
+    "rex",
     "route",
     "scalar",
+    "schedule",
     "shared",
     "soap_precond",
     "squares",
+    "step",
     "transform",
     "when",
     "whole_transform",
     "within",
+    "wsd",
     "zeros",
     "a_law",
     "accumulate",

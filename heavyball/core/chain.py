@@ -10,7 +10,7 @@ from torch import Tensor
 
 from heavyball.core.check import check, excluded
 from heavyball.core.combine import Element, Parallel, Route, When, Within, as_chain, chain_repr
-from heavyball.core.hyper import Hyper, Shared
+from heavyball.core.hyper import Hyper, Shared, check_live, nonnegative
 from heavyball.core.program import (
     Fork,
     Node,
@@ -24,9 +24,22 @@ from heavyball.core.program import (
 from heavyball.core.rate import Rate
 from heavyball.core.reshape import is_reshaping, reshaped
 from heavyball.core.route import branches_of, every_node, picks_of, reasons_of, resolved
+from heavyball.core.schedule import (
+    COUNT,
+    LR,
+    SCHEDULED_LR,
+    SCHEDULES,
+    Followed,
+    Scheduled,
+    corners,
+    is_scheduled,
+    told,
+    value_at,
+)
 from heavyball.core.transform import DEFAULTS, FED, LOSS, Rules, Transform, transform
 from heavyball.core.unit import with_units
 from heavyball.core.whole import Whole
+from heavyball.errors import nearest
 from heavyball.state.formats import Storage
 
 
@@ -40,7 +53,10 @@ class Chain:
         storage: Storage | None = None,
         around: tuple[Transform, ...] = (),
     ):
-        self.elements = as_chain(elements, owner)
+        given = elements if isinstance(elements, tuple | list) else (elements,)
+        # what numbers of the groups follow, and what happens to the gradient
+        self.followed = tuple(e for e in given if isinstance(e, Followed))
+        self.elements = as_chain(tuple(e for e in given if not isinstance(e, Followed)), owner)
         self.storage = storage or Storage()
         self.hyper: dict[str, Hyper] = {}
         self._counts: Counter[str] = Counter()
@@ -67,9 +83,15 @@ class Chain:
         used = {key for p in self._programs.values() for n in p.flat for key, _ in n.hyper.values()}
         self.hyper = {key: value for key, value in self.hyper.items() if key in used}
         self.rate = self._only_rate(owner)
+        self.schedules = self._schedules(owner)
 
     def __repr__(self) -> str:
-        return chain_repr(self.completed)
+        return " | ".join([*map(repr, self.followed), chain_repr(self.completed)])
+
+    @property
+    def given(self) -> tuple[Any, ...]:
+        """The elements that it was made of."""
+        return (*self.followed, *self.elements)
 
     @property
     def completed(self) -> tuple[Element, ...]:
@@ -86,7 +108,7 @@ class Chain:
         return tuple(first[mark] for mark in marks if mark in first)
 
     def __reduce__(self) -> tuple:
-        return Chain, (self.elements, "ChainOpt", self.storage, self.around)
+        return Chain, (self.given, "ChainOpt", self.storage, self.around)
 
     def __deepcopy__(self, memo: dict) -> "Chain":
         return self
@@ -104,6 +126,63 @@ class Chain:
                     f"{self.hyper[name].owner if name in self.hyper else 'the optimizer'} has it too"
                 )
         return rates[0] if rates else None
+
+    def _schedules(self, owner: str) -> dict[str, Scheduled]:
+        """The schedules by the names of the numbers that follow them.
+
+        Errors: ValueError for what is no live number, or follows two schedules.
+        """
+        found = {key: h.given for key, h in self.hyper.items() if is_scheduled(h.given)}
+        for element in self.followed:
+            name = element.name
+            if name in found:
+                raise ValueError(f"{owner}: {element!r}, but {name} follows {told(found[name])}")
+            found[name] = element.fn
+        for name, fn in found.items():
+            self.check_schedule(name, fn, owner)
+        return found
+
+    def check_schedule(self, name: str, fn: Scheduled, owner: str) -> Any:
+        """The first value that a schedule gives to a number of a group.
+
+        Errors: ValueError for what is no live number; TypeError or ValueError for a value that it cannot
+            have, of those that are known.
+        """
+        said = f"{owner}: schedule({name!r}, {told(fn)})"
+        if reason := self._unscheduled(name):
+            raise ValueError(f"{said}: {reason}")
+        for n in corners(fn):
+            value = value_at(fn, n)
+            try:
+                if name == LR:
+                    check_live("the factor of lr", value, 0.0, nonnegative)
+                else:
+                    self.hyper[name].check(name, value)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{said}: {error}, in step {n}") from None
+        return value_at(fn, 1)
+
+    def _unscheduled(self, name: str) -> str | None:
+        """Why a number cannot follow a schedule, if it cannot."""
+        if name == "warmup_steps":
+            return "warmup_steps is a number of steps; a warm-up may be part of the schedule of lr"
+        begins = self.rate.transform.numbers.items() if self.rate else ()
+        for number, start in begins:
+            if name in (start, number):
+                return f"{self.rate.key} finds {number} while training"  # type: ignore[union-attr]
+        if name == LR or name in self.hyper:
+            return None
+        for node in every_node(self._nodes):
+            if name in node.transform.options:
+                return f"{name!r} of {node.key} is fixed when the chain is built"
+        return f"no live number has this name; {nearest(name, (LR, *self.hyper))}"
+
+    @functools.cached_property
+    def largest_lr_keys(self) -> frozenset[str]:
+        """Entries of a group that stand for the largest rate of its schedule while they are 0."""
+        nodes = (node for program in self.programs for node in program.flat)
+        found = ((node, node.transform.rules.largest_lr) for node in nodes)
+        return frozenset(node.hyper[name][0] for node, name in found if name in node.hyper)
 
     @functools.cached_property
     def measures(self) -> bool:
@@ -218,18 +297,19 @@ class Chain:
         """Where the group keeps a hyper-parameter: `name`, or `key.name` where that is taken."""
         value, domain = transform.hyper[name], transform.domain(name)
         if isinstance(value, Shared):
-            known = self.hyper.setdefault(value.name, Hyper(value.value, (), "shared"))
-            if known.owner != "shared" or known.default != value.value:
+            first = Hyper(value_at(value.value, 1), (), "shared", value.value)
+            known = self.hyper.setdefault(value.name, first)
+            if known.owner != "shared" or known.given != value.value:
                 raise ValueError(
                     f"{key}: shared {value.name!r} is {value.value}, but the chain already has "
-                    f"{value.name!r} = {known.default} ({known.owner})"
+                    f"{value.name!r} = {known.given} ({known.owner})"
                 )
             domains = (*known.domains, (value.index, domain))
-            self.hyper[value.name] = Hyper(value.value, domains, "shared")
+            self.hyper[value.name] = replace(known, domains=domains)
             return value.name, value.index
         taken = name in self.hyper or name in RESERVED or name in BOOKKEEPING
         place = f"{key}.{name}" if taken else name
-        self.hyper[place] = Hyper(value, ((None, domain),), key)
+        self.hyper[place] = Hyper(value_at(value, 1), ((None, domain),), key, value)
         return place, None
 
     def _all_picks(self, nodes: tuple[Any, ...]) -> Iterator[tuple[int, ...]]:
@@ -338,6 +418,9 @@ RESERVED = (
     "train_mode",
     "differentiable",
     LOSS,
+    SCHEDULES,
+    COUNT,
+    SCHEDULED_LR,
 )
 # Group entries that schedulers and trainers add; keys that begin with "_" are left alone too.
 BOOKKEEPING = (

@@ -9,7 +9,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from heavyball.core.hyper import Live, check_live, finite, nonnegative
+from heavyball.core.hyper import Live, check_scheduled, finite, nonnegative
+from heavyball.core.schedule import Followed, is_scheduled
 from heavyball.core.transform import Transform, transform
 from heavyball.numerics import norm
 
@@ -195,6 +196,8 @@ def as_chain(chain: Any, owner: str, allow_empty: bool = False) -> tuple[Element
             hint = ""
             if isinstance(element, When):
                 hint = "; `when` belongs inside `route`"
+            elif isinstance(element, Followed):
+                hint = "; it is of the groups' numbers, so it belongs at the head of the chain"
             elif inspect.isfunction(element) or inspect.isbuiltin(element):
                 hint = "; declare it with @transform, or wrap it as C.apply(function)"
             raise TypeError(
@@ -214,7 +217,8 @@ def parallel(*chains: Any, weights: tuple[float, ...] | None = None) -> Parallel
     default = (1.0,) * len(chains)
     weights = default if weights is None else weights
     try:
-        weights = check_live("weights", weights, default, finite)
+        first = check_scheduled("weights", weights, default, finite)
+        weights = tuple(weights) if is_scheduled(weights) else first
     except (TypeError, ValueError) as error:
         raise type(error)(f"parallel: {error}") from None
     merge = replace(weighted_sum, name="parallel", hyper={"weights": weights})

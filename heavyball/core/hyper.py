@@ -6,11 +6,13 @@ import numbers
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, TypeAlias, TypeGuard
 
 from torch import Tensor
+
+from heavyball.core.schedule import Schedule, Scheduled, corners, is_scheduled, value_at
 
 # A live hyper-parameter of a transform: a float (or a tuple of floats) where it is declared, a 0-d
 # tensor (or a tuple of them) when the function runs.
@@ -61,7 +63,7 @@ class Shared:
     """A hyper-parameter that several transforms of a chain use under one name in the group."""
 
     name: str
-    value: float | tuple[float, ...]
+    value: Scheduled
     index: int | None = None
 
     def __getitem__(self, index: int) -> "Shared":
@@ -72,31 +74,43 @@ class Shared:
         return replace(self, index=index)
 
     @property
-    def item(self) -> float | tuple[float, ...]:
-        return self.value if self.index is None else self.value[self.index]  # type: ignore[index]
+    def item(self) -> Scheduled:
+        return self.value if self.index is None else self.value[self.index]
 
     def __repr__(self) -> str:
         index = "" if self.index is None else f", {self.index}"
         return f"shared({self.name!r}, {self.value!r}{index})"
 
 
-def shared(name: str, value: float | Iterable[float], index: int | None = None) -> Shared:
+def shared(name: str, value: Any, index: int | None = None) -> Shared:
     """Name a hyper-parameter once and give it, or one element of it, to several transforms.
 
     `betas = shared("betas", (0.9, 0.999))`, then `scale_by_exp_avg_sq(beta2=betas[1])` and
     `schedule_free(beta=betas[0])`: the group holds one `betas`, as in torch.
 
+    value: a number, a schedule, or several of these.
     index: the element; `shared("betas", (0.9, 0.999), 1)` is `betas[1]`, as text has it.
     """
     if not isinstance(name, str) or not name.isidentifier():
         raise TypeError(f"shared({name!r}, ...): expected a name such as 'betas'")
-    made = Shared(
-        name, checked_number(name, value) if is_real(value) else checked_numbers(name, value)
-    )
+    one = is_real(value) or isinstance(value, Schedule)
+    made = Shared(name, _kept(name, value) if one else _kept_all(name, value))
     return made if index is None else made[index]
 
 
-_SHARED = re.compile(r"shared\('(\w+)', (?:\([^()]*\)|[^(),]*)(?:, (\d+))?\)")
+def _kept(name: str, value: Any) -> Scheduled:
+    return value if isinstance(value, Schedule) else checked_number(name, value)
+
+
+def _kept_all(name: str, value: Any) -> tuple[Scheduled, ...]:
+    if not is_sequence(value):
+        raise TypeError(f"{name}={value!r}: expected a sequence of numbers")
+    return tuple(_kept(name, v) for v in value)
+
+
+# A shared number: its name, a value (a number, a schedule or a tuple of these), and an index.
+_CALLED = r"\w*\((?:[^()]|\([^()]*\))*\)"
+_SHARED = re.compile(rf"shared\('(\w+)', (?:{_CALLED}|[^(),]*)(?:, (\d+))?\)")
 
 
 def by_name(text: str) -> str:
@@ -158,6 +172,23 @@ def check_live(
             which = "" if len(parts) == 1 else "each " if each else f"number {position} "
             raise ValueError(f"{name}={value!r}: expected {which}in {allowed}")
     return value
+
+
+def check_scheduled(
+    name: str, value: Scheduled, like: Any, domain: Intervals, index: int | None = None
+) -> Any:
+    """A schedule's first value, or the value of a number, checked as by `check_live`.
+
+    Errors: those of `check_live`, of any value that the schedule will take as far as it is known.
+    """
+    if not is_scheduled(value):
+        return check_live(name, value, like, domain, index)
+    for n in corners(value):
+        try:
+            check_live(name, value_at(value, n), like, domain, index)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{error}, in step {n} of {value!r}") from None
+    return check_live(name, value_at(value, 1), like, domain, index)
 
 
 def allows_none(annotation: Any) -> bool:
@@ -222,11 +253,15 @@ def is_live(default: Any, annotation: Any) -> bool:
 
 @dataclass(frozen=True)
 class Hyper:
-    """One entry of the parameter group: its default and where it may lie."""
+    """One entry of the parameter group: its default and where it may lie.
+
+    given: the default, or the schedule that it is the first value of.
+    """
 
     default: Any
     domains: tuple[tuple[int | None, Intervals], ...]
     owner: str
+    given: Scheduled
 
     def check(self, key: str, value: Any) -> Any:
         """The value as floats; raises where one of the transforms that use it would not take it."""

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from heavyball.core.shapes import SHAPES, beta_of_batch, beta_of_half_life
 from heavyball.errors import REFUSALS, ChainError, one_line, unknown
 
 MAX_LENGTH = 4096
@@ -28,6 +29,12 @@ MAX_TOKENS = 1024
 # A number this long fits a float, so no value can overflow on the way to one.
 MAX_NUMBER = 32
 
+# What stands for a number: schedules, and betas in other units.
+NUMBERS: dict[str, Callable[..., Any]] = {
+    **SHAPES,
+    "beta_of_half_life": beta_of_half_life,
+    "beta_of_batch": beta_of_batch,
+}
 _OPERATORS = frozenset("(),|=-")
 _FORBIDDEN = {
     ".": "attribute access",
@@ -76,6 +83,7 @@ def known_names() -> Names:
     combinators: dict[str, Any] = chainable.COMBINATORS
     predicates = {t.__name__: t for t in (IsHidden, IsNamed, HasRank)}
     values: dict[str, Any] = {"shared": chainable.shared, **predicates}
+    values |= NUMBERS
     return Names(chainable.TRANSFORMS, combinators, values)
 
 
@@ -84,8 +92,8 @@ def parse_chain(text: str, names: Names | None = None) -> tuple[Any, ...]:
 
     Grammar: chain = element ("|" element)*; element = name | name(argument, key=argument, ...);
     an argument is a number, inf, string, True, False, None or a tuple of these, a value such as
-    shared('betas', (0.9, 0.99), 0), and for a combinator also a chain (one element as itself, several
-    as a tuple).
+    shared('betas', (0.9, 0.99), 0) or a schedule such as cosine(1000, floor=0.1), and for a combinator
+    also a chain (one element as itself, several as a tuple).
     Errors: ChainError naming the offending piece and its position, counted in characters from 1.
     """
     reader = _Reader("chain", text)
@@ -113,7 +121,7 @@ def split_chain(text: str) -> list[str]:
 
 
 def parse_optimizer(text: str) -> tuple[str, dict[str, Any]]:
-    """The name and the arguments of `NAME` or `NAME:key=literal,...`.
+    """The name and the arguments of `NAME` or `NAME:key=value,...`; a schedule is a value too.
 
     Errors: ChainError naming the offending piece and its position.
     """
@@ -131,7 +139,7 @@ def parse_optimizer(text: str) -> tuple[str, dict[str, Any]]:
         raise reader.error("expected key=value, ...", call)
     if call.args:
         raise reader.error("expected key=value, found a value without a name", call.args[0])
-    return name, reader.keywords(call, None, 0)
+    return name, reader.keywords(call, Names({}, {}, NUMBERS), 0)
 
 
 class _Reader:

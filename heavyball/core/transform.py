@@ -21,13 +21,14 @@ from heavyball.core.hyper import (
     Intervals,
     Shared,
     allows_none,
-    check_live,
     check_option,
+    check_scheduled,
     fraction,
     is_live,
     may_be_live,
     nonnegative,
 )
+from heavyball.core.schedule import is_scheduled
 from heavyball.errors import nearest
 from heavyball.state.declare import State
 
@@ -89,6 +90,7 @@ class Rules:
     modifier: bool
     requires: Callable[[torch.Size, Mapping[str, Any]], str | None] | None
     opens_once: bool
+    largest_lr: str = ""
 
 
 class _Signature:
@@ -245,7 +247,9 @@ class Transform:
             if value is None and allows_none(self.annotations[name]):
                 return False, None
             plain = value.item if isinstance(value, Shared) else value
-            plain = check_live(name, plain, default, self.domain(name))
+            plain = check_scheduled(name, plain, default, self.domain(name))
+            if is_scheduled(value):
+                return True, tuple(value) if isinstance(value, list) else value
             return True, value if isinstance(value, Shared) else plain
         except (TypeError, ValueError) as error:
             raise type(error)(f"{self.name}: {error}") from None
@@ -291,6 +295,7 @@ def transform(
     offers: Mapping[str, Callable[..., Tensor]] | None = None,
     requires: Callable[[torch.Size, Mapping[str, Any]], str | None] | None = None,
     opens_once: bool = False,
+    largest_lr: str = "",
     instead: Callable[[Mapping[str, Any]], Transform | None] | None = None,
     **states: State,
 ) -> Any:
@@ -323,6 +328,8 @@ def transform(
     requires: `fn(shape, options)`, why a parameter of this shape cannot have the transform, or None;
         asked when the parameter is added.
     opens_once: the `gate` that it provides is closed in a parameter's first steps alone.
+    largest_lr: a hyper-parameter that stands for the largest learning rate while it is 0: where `lr`
+        follows a schedule, it is given that of the schedule.
     instead: `fn(options)`, another transform of the same hyper-parameters that takes this one's place in
         a chain where it has these options, or None.
     `@transform` without parentheses declares one with no state.
@@ -340,7 +347,13 @@ def transform(
         hint = "; it is declared with @rate" if kind == "rate" else ""
         raise TypeError(f"kind={kind!r}: expected one of {', '.join(map(repr, ORDINARY))}{hint}")
     rules = Rules(
-        dict(domains or {}), dict(excludes or {}), before_state, modifier, requires, opens_once
+        dict(domains or {}),
+        dict(excludes or {}),
+        before_state,
+        modifier,
+        requires,
+        opens_once,
+        largest_lr,
     )
 
     def declare(fn: Callable[..., Any]) -> Transform:
@@ -358,7 +371,7 @@ ORDINARY = ("transform", "decay", "writer", "post", "observer")
 # Which decorator takes what, for those that are given to another.
 _BELONGS = {
     **dict.fromkeys(
-        ("kind", "modifier", "over_all", "evaluate", "perturb", "offers"), "@transform"
+        ("kind", "modifier", "over_all", "evaluate", "perturb", "offers", "largest_lr"), "@transform"
     ),
     **dict.fromkeys(
         (

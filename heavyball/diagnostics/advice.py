@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from heavyball.core.chain import Chain
+from heavyball.core.schedule import BASE_LR
 from heavyball.errors import warn
 
 # Where an `lr` is that a user has probably meant as a factor.
@@ -139,7 +140,7 @@ class Advice:
 
 def _rates(group: Mapping[str, Any]) -> Iterator[float]:
     """A group's lr, and those that schedules have noted to come back to or to go to."""
-    for name in ("lr", "initial_lr", "max_lr"):
+    for name in ("lr", "initial_lr", "max_lr", BASE_LR):
         value = group.get(name)
         # a tensor elsewhere would have to be waited for
         known = isinstance(value, Tensor) and value.device.type == "cpu"

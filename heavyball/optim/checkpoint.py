@@ -15,7 +15,9 @@ from torch import Tensor
 from heavyball.core.chain import Chain
 from heavyball.core.combine import Parallel, Route, When, Within
 from heavyball.core.program import Fork, Node, Program, visible
+from heavyball.core.schedule import SCHEDULES
 from heavyball.core.transform import Transform
+from heavyball.optim.scheduling import texts
 from heavyball.runtime.rates import WAITING
 from heavyball.runtime.state import add_missing_state
 from heavyball.state.held import fault, is_companion, is_real, layout, main_of, recode
@@ -51,6 +53,9 @@ def description(chain: Chain) -> dict[str, Any]:
 
 def describe(saved: dict[str, Any], chain: Chain) -> None:
     """Make what torch saved plain values, and add what it says of itself."""
+    for group in saved["param_groups"]:
+        if SCHEDULES in group:
+            group[SCHEDULES] = texts(group[SCHEDULES])
     saved["param_groups"] = [plain(group) for group in saved["param_groups"]]
     passing = {
         node.state_key(name)

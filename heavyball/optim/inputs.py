@@ -63,10 +63,12 @@ class Inputs:
                 "before every step"
             )
         self.put(registry)
-        yield
-        for group in groups:
-            for name in self._fed:
-                del group[fed_key(name)]
+        try:
+            yield
+        finally:
+            for group in groups:
+                for name in self._fed:
+                    group.pop(fed_key(name), None)
         self._fed = {}
 
     def put(self, registry: Registry) -> None:

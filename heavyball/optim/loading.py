@@ -12,6 +12,7 @@ from torch import Tensor
 from heavyball.core.chain import BOOKKEEPING
 from heavyball.core.combine import plain_names
 from heavyball.core.program import Program
+from heavyball.core.schedule import COUNT, SCHEDULED_LR, SCHEDULES
 from heavyball.numerics import lasting
 from heavyball.optim import migrations  # noqa: F401  (it registers them)
 from heavyball.optim.checkpoint import (
@@ -26,6 +27,7 @@ from heavyball.optim.checkpoint import (
 )
 from heavyball.optim.checks import labelled
 from heavyball.optim.registry import Registry
+from heavyball.optim.scheduling import differing
 from heavyball.optim.validation import check_hyper, check_source, impossible
 from heavyball.runtime.place import describe
 from heavyball.runtime.rates import WAITING
@@ -150,6 +152,7 @@ def fit(registry: Registry, loading: Mapping[str, Any], strict: bool) -> Fitted:
     left = LoadResult([], [])
     if strict:
         _refuse(registry, loading, matches)
+        _refuse_schedules(registry, loading, sources)
         _check_common(registry, loading)
         groups = [dict(loading["param_groups"][source]) for source in sources]
         states = {match.param: dict(match.saved) for match in matches}
@@ -231,6 +234,17 @@ def _refuse(registry: Registry, loading: Mapping[str, Any], matches: list[Match]
             )
         for fault in match.wrong:
             raise ValueError(f"load_state_dict: of the state saved for {match.label}, {fault}")
+
+
+def _refuse_schedules(
+    registry: Registry, loading: Mapping[str, Any], sources: Sequence[int]
+) -> None:
+    for index, (group, source) in enumerate(zip(registry.groups, sources, strict=True)):
+        if wrong := differing(loading["param_groups"][source], group):
+            raise ValueError(
+                f"load_state_dict: parameter group {index}: {wrong}; with strict=False this optimizer "
+                "keeps its schedules and goes on with the count of steps that was saved, if one was"
+            )
 
 
 def _check_common(registry: Registry, loading: Mapping[str, Any]) -> None:
@@ -398,9 +412,9 @@ def _entries(
         group["train_mode"] = True  # where nothing else was saved
     group.pop(WAITING, None)  # of the state that is replaced
     for key, value in saved.items():
-        if key in ("params", "param_names"):
+        if key in ("params", "param_names") or (key == SCHEDULES and not differing(saved, group)):
             continue
-        known = (
+        known = key != SCHEDULES and (
             key in group or key in registry.defaults or key in BOOKKEEPING or key.startswith("_")
         )
         if known and _accepts(registry, index, key, saved):
@@ -436,9 +450,14 @@ def _with_own(registry: Registry, index: int, loaded: dict[str, Any]) -> dict[st
     own, group = registry.groups[index], dict(loaded)
     if "param_names" in own:  # else it brings its own along, as in torch
         group.pop("param_names", None)
-    for key in ("param_names", *registry.defaults, *registry.rates.common):
+    for key in ("param_names", *registry.defaults, *registry.rates.common, COUNT):
         if key in own:
             group.setdefault(key, own[key])
+    # a schedule is a part of the program, as the chain is
+    for key in (SCHEDULES, SCHEDULED_LR):
+        group.pop(key, None)
+    if SCHEDULES in own:
+        group[SCHEDULES] = own[SCHEDULES]
     group["params"] = own["params"]
     registry.rates.settle(group)
     return group

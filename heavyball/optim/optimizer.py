@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from heavyball.core.chain import Chain
+from heavyball.core.schedule import SCHEDULES
 from heavyball.diagnostics.advice import Advice
 from heavyball.diagnostics.plan import StepPlan
 from heavyball.diagnostics.report import optimizer_repr, routing_table, state_bytes
@@ -44,7 +45,8 @@ class ChainOpt(Saving):
 
     params: tensors, parameter groups, or (name, tensor) pairs, as in torch; or a module, which gives its
         parameters and their names.
-    lr: the step size; its unit is the parameter's over the update's.
+    lr: the step size; its unit is the parameter's over the update's. It, `weight_decay` and every live
+        hyper-parameter may be a schedule, such as `C.cosine(1000, peak=3e-4)`: see docs/schedules.md.
     transforms: what happens to the gradient, in order; elements, or text such as "sign | exp_avg", also
         as one sequence `transforms=`. A chain in which nothing has a
         `weight_decay` gets `decoupled`, one without a writer `descend`, so the step ends in
@@ -109,9 +111,9 @@ class ChainOpt(Saving):
         self._options = Options(foreach, compile, stochastic_rounding, replicas, stages)
         storage = Storage(storage_dtype, ecc, param_ecc)
         self._chain = Chain(transforms, owner, storage, MEASURES if metrics else ())
-        check_capturable(self._chain, unknown.get("capturable"))
         self._set_up()
         defaults = group_defaults(self._chain, lr, weight_decay, warmup_steps, seed)
+        check_capturable(self._chain, unknown.get("capturable"), defaults.get(SCHEDULES, ()))
         super().__init__(as_params(params), defaults)
         hide_step(type(self))
         if fuse_backward:
@@ -327,7 +329,7 @@ class ChainOpt(Saving):
         """
         if not self._chain.around:
             self._chain = Chain(
-                self._chain.elements, type(self).__name__, self._chain.storage, MEASURES
+                self._chain.given, type(self).__name__, self._chain.storage, MEASURES
             )
             self._rebuild()
         with torch.no_grad():
@@ -360,10 +362,11 @@ class ChainOpt(Saving):
 
     @property
     def effective_lr(self) -> list[float]:
-        """What multiplies each group's updates in the next step: lr d, without warm-up."""
+        """What multiplies each group's updates in the next step: lr d, without `warmup_steps`."""
         estimate, groups = self._steps.estimates()
         entry = estimate.steps_with or estimate.name
-        return [float(group[entry]) * float(group["lr"]) for group in groups]
+        ahead = map(self._registry.schedules.ahead, groups)
+        return [float(group[entry]) * float(group["lr"]) for group in ahead]
 
     @property
     def chain(self) -> Chain:

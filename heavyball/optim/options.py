@@ -1,15 +1,17 @@
 """What an optimizer is built with, checked."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from heavyball.core.chain import Chain
-from heavyball.core.hyper import check_live, nonnegative
+from heavyball.core.hyper import check_live, check_scheduled, nonnegative
+from heavyball.core.schedule import SCHEDULES, Scheduled, is_scheduled
 from heavyball.errors import nearest
 from heavyball.optim.checks import TORCH_SWITCHES, check_torch_switches, checked_lr, checked_seed
+from heavyball.optim.scheduling import CAPTURED, Schedules, base_and_schedule
 
 # The options of `ChainOpt`, as an error lists them.
 NAMES = (
@@ -70,8 +72,13 @@ def check_switches(**switches: Any) -> None:
             raise TypeError(f"{name}={value!r}: expected True or False")
 
 
-def check_capturable(chain: Chain, capturable: Any) -> None:
-    """Refuse to be captured in a CUDA graph where a chain decides on the host."""
+def check_capturable(chain: Chain, capturable: Any, schedules: Iterable[str]) -> None:
+    """Refuse to be captured in a CUDA graph where a chain decides on the host.
+
+    schedules: the names of numbers that follow some.
+    """
+    if capturable and schedules:
+        raise ValueError(f"capturable=True: {CAPTURED.format(', '.join(schedules))}")
     if capturable and any(program.has_whole for program in chain.programs):
         raise ValueError(
             "capturable=True: a chain with transforms of whole tensors decides on the host, so it "
@@ -86,12 +93,28 @@ def group_defaults(
 
     Errors: TypeError or ValueError naming the value, and where it would have no effect.
     """
-    defaults: dict[str, Any] = {"lr": checked_lr(lr)}
+    base, factor = base_and_schedule(lr)
+    schedules = dict(chain.schedules)
+    if factor is not None:
+        if "lr" in schedules:
+            raise ValueError(f"lr={lr!r}, but the chain has a schedule of it: {chain!r}")
+        schedules["lr"] = factor
+        chain.check_schedule("lr", factor, "lr")
+    defaults: dict[str, Any] = {"lr": checked_lr(base)}
     defaults |= {key: hyper.default for key, hyper in chain.hyper.items()}
-    weight_decay = check_live("weight_decay", weight_decay, 0.0, nonnegative)
-    if weight_decay:
+    first = check_scheduled("weight_decay", weight_decay, 0.0, nonnegative)
+    if first or is_scheduled(weight_decay):
         _check_decay(chain, weight_decay)
-        defaults["weight_decay"] = weight_decay
+        defaults["weight_decay"] = first
+    if (
+        is_scheduled(weight_decay)
+        and schedules.setdefault("weight_decay", weight_decay) != weight_decay
+    ):
+        raise ValueError(
+            f"weight_decay={weight_decay}, but the chain has a schedule of it: {chain!r}"
+        )
+    if schedules:
+        defaults[SCHEDULES] = Schedules(schedules)
     defaults["warmup_steps"] = check_live("warmup_steps", warmup_steps, 0.0, nonnegative)
     defaults["seed"] = checked_seed(seed)
     if any(program.evaluators for program in chain.programs):
@@ -99,7 +122,7 @@ def group_defaults(
     return defaults
 
 
-def _check_decay(chain: Chain, weight_decay: float) -> None:
+def _check_decay(chain: Chain, weight_decay: Scheduled) -> None:
     if "weight_decay" not in chain.hyper:
         raise ValueError(f"weight_decay={weight_decay}: no element of the chain decays")
     for program in chain.programs:
@@ -109,7 +132,7 @@ def _check_decay(chain: Chain, weight_decay: float) -> None:
                 "each decay in the chain"
             )
     hyper = chain.hyper["weight_decay"]
-    if hyper.default not in (0.0, weight_decay):
+    if hyper.given not in (0.0, weight_decay):
         raise ValueError(
-            f"weight_decay={weight_decay}, but the chain says {hyper.default} ({hyper.owner})"
+            f"weight_decay={weight_decay}, but the chain says {hyper.given} ({hyper.owner})"
         )

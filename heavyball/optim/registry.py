@@ -20,6 +20,7 @@ from heavyball.optim.checks import check_gradient, check_shape, check_state, lab
 from heavyball.optim.estimate import warn_of_half
 from heavyball.optim.options import Options
 from heavyball.optim.reconcile import fitting_state, refuse_replaced
+from heavyball.optim.scheduling import Scheduling
 from heavyball.optim.values import Values
 from heavyball.runtime.addresses import as_usable, check_memory, check_plain, check_state_memory
 from heavyball.runtime.job import Counts, Job, Scalars
@@ -47,6 +48,7 @@ class Registry:
         self.chain = chain
         self.rates = Together(chain)
         self.values = Values(chain, self.rates)
+        self.schedules = Scheduling(chain)
         self._owner = weakref.proxy(owner)  # else it would be freed late
         self._rounds = rounds
         self._programs: dict[Tensor, Program] = {}
@@ -147,6 +149,13 @@ class Registry:
         labels = {param: describe(name, index, i, param) for i, (name, param) in named}
         warn_of_half(self.chain, labels)
         self.rates.begin(index, self.groups)
+        self.schedules.settle(index, self.groups)
+
+    def settle(self) -> None:
+        """Take the numbers that groups keep, and those of schedules, as this optimizer's own."""
+        for index, group in enumerate(self.groups):
+            self.rates.settle(group)
+            self.schedules.settle(index, self.groups)
 
     def _resolved(self, label: str, name: str | None, param: Tensor) -> Program:
         if param.is_complex() or not param.is_floating_point():

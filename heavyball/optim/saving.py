@@ -47,8 +47,7 @@ class Saving(Optimizer):
         written, measured = self._evaluation.written, self._steps.measured
         self._begin(Registry(self, self._chain, self._options.stochastic_rounding))
         self._registry.find_parts(self._options)
-        for group in self.param_groups:
-            self._registry.rates.settle(group)
+        self._registry.settle()
         self._registry.programs()
         self._evaluation.written, self._steps.measured = written, measured
 
@@ -67,8 +66,7 @@ class Saving(Optimizer):
         else:
             self._begin(self._registry.renewed(self))
         registry = self._registry
-        for group in self.param_groups:
-            registry.rates.settle(group)
+        registry.settle()
         registry.find_parts(self._options)
         if loaded is None:
             registry.programs()  # parameters are new tensors after unpickling

@@ -56,11 +56,11 @@ class Perturbation:
 
 
 def _found(registry: Registry) -> Iterator[tuple[Tensor, Any, Node]]:
-    programs = registry.programs()
+    programs, ahead = registry.programs(), registry.schedules.ahead
     for place in registry.places():
         for node in programs[place.param].flat:
             if node.transform.perturb is not None and place.param.grad is not None:
-                yield place.param, place.group, node
+                yield place.param, ahead(place.group), node
 
 
 def _value(group: Any, node: Node, name: str) -> float:

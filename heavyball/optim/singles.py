@@ -137,6 +137,14 @@ class Singles:
     @without_autocast
     def step(self, single: Single, what: str) -> None:
         """Step one parameter with its gradient, and free the gradient."""
+        schedules = self.registry.schedules
+        if schedules.active:
+            with schedules.during(self.registry.groups, single.place):
+                self._step(single, what)
+        else:
+            self._step(single, what)
+
+    def _step(self, single: Single, what: str) -> None:
         registry, place = self.registry, single.place
         self._refuse_part(single, what)
         training = place.group.get("train_mode", True)

@@ -42,6 +42,14 @@ class Steps:
     @without_autocast
     def step_all(self, fused: FusedBackward) -> None:
         """Step every parameter that has a gradient."""
+        schedules = self.registry.schedules
+        if schedules.active:
+            with schedules.during(self.registry.groups):
+                self._step_all(fused)
+        else:
+            self._step_all(fused)
+
+    def _step_all(self, fused: FusedBackward) -> None:
         registry, groups = self.registry, self.registry.groups
         registry.values.check(groups)
         evaluation = self.evaluation if "train_mode" in registry.defaults else None

@@ -13,9 +13,11 @@ from torch import Tensor
 from heavyball.core.chain import Chain
 from heavyball.core.hyper import check_live, finite, nonnegative
 from heavyball.core.program import Program
+from heavyball.core.schedule import COUNT, SCHEDULES
 from heavyball.numerics import compute_dtype
 from heavyball.optim.checkpoint import DESCRIPTION, SAVED_WEIGHTS
 from heavyball.optim.checks import checked_seed
+from heavyball.optim.scheduling import BEGUN, check_saved
 from heavyball.state.held import CORRECTION, SCALE, fault, held, is_companion, main_of
 
 # A schedule may end a rounding error below zero.
@@ -136,6 +138,8 @@ def check_hyper(chain: Chain, index: int, group: Mapping[str, Any], strict: bool
                 check_live(key, value, 0.0, nonnegative)
             elif key == "train_mode" and not isinstance(value, bool):
                 raise TypeError(f"train_mode={value!r}: expected True or False")
+            elif key in (SCHEDULES, COUNT, BEGUN):
+                check_saved(group)
             elif key in chain.hyper and strict:
                 chain.hyper[key].check(key, value)
             elif key in chain.hyper:

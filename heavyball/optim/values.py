@@ -7,8 +7,10 @@ from torch import Tensor
 
 from heavyball.core.chain import Chain
 from heavyball.core.hyper import check_live, finite, frozen, nonnegative
+from heavyball.core.schedule import SCHEDULES
 from heavyball.optim.checks import check_entries, checked_lr, checked_seed
 from heavyball.optim.estimate import check_alike, check_fixed
+from heavyball.optim.scheduling import separated
 from heavyball.runtime.rates import Together
 
 
@@ -42,8 +44,9 @@ class Values:
         """
         if not isinstance(group, dict):
             raise TypeError(f"a parameter group must be a dict, got {type(group).__name__}")
-        checked = dict(group)
-        known = [key for key in defaults if key not in ("train_mode", "differentiable")]
+        checked = separated(self._chain, group, defaults.get(SCHEDULES, {}))
+        apart = ("train_mode", "differentiable", SCHEDULES)
+        known = [key for key in defaults if key not in apart]
         check_fixed(self._chain, checked)
         check_entries(owner, checked, known, self._chain)
         # a mode is the optimizer's own, whatever another one's group says

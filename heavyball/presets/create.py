@@ -62,7 +62,10 @@ def create(
             group["lr"] = group["lr"] * factor
         for key in opt.chain.hyper if undecayed else ():
             if key.rpartition(".")[2] == "weight_decay":
+                opt.registry.schedules.release(group, key)
                 group[key] = 0.0
+    for index in range(len(opt.param_groups)):
+        opt.registry.schedules.settle(index, opt.param_groups)
     return opt
 
 

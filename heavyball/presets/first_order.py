@@ -6,6 +6,7 @@ from torch import Tensor
 
 from heavyball import chainable as C
 from heavyball.core.hyper import shared
+from heavyball.core.schedule import largest
 from heavyball.presets.base import Preset, PresetOptions, flag
 
 
@@ -31,7 +32,7 @@ class SGD(Preset):
         speed = shared("momentum", momentum)
         ball: C.Transform
         if flag("nesterov", nesterov):
-            if momentum <= 0 or dampening != 0:
+            if largest(momentum) <= 0 or dampening != 0:
                 raise ValueError(
                     f"nesterov=True with momentum={momentum!r} and dampening={dampening!r}: "
                     "expected a momentum above 0 and no dampening"
@@ -40,7 +41,7 @@ class SGD(Preset):
         else:
             ball = C.heavyball_momentum(momentum=speed, dampening=dampening)
         chain = C.coupled(weight_decay=weight_decay), ball
-        beta1 = speed if momentum else 0.95
+        beta1 = speed if largest(momentum) else 0.95
         self.build(params, lr, chain, options, beta1=beta1, maximize=maximize)
 
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from heavyball import chainable as C
 from heavyball.core.hyper import shared
+from heavyball.core.schedule import largest
 from heavyball.presets.base import Preset, PresetOptions, flag
 
 
@@ -72,7 +73,7 @@ class LARS(Preset):
         speed = shared("momentum", momentum)
         ball: C.Transform = C.heavyball_momentum(momentum=speed)
         if flag("nesterov", nesterov):
-            if momentum <= 0:
+            if largest(momentum) <= 0:
                 raise ValueError(f"nesterov=True with momentum={momentum!r}: expected one above 0")
             ball = C.nesterov_momentum(momentum=speed)
         ratio = C.lars_ratio(
@@ -80,5 +81,5 @@ class LARS(Preset):
             weight_decay=weight_decay,
             eps=eps,
         )
-        beta1 = speed if momentum else 0.95
+        beta1 = speed if largest(momentum) else 0.95
         self.build(params, lr, (ratio, ball), options, beta1=beta1)

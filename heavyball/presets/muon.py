@@ -14,6 +14,7 @@ from heavyball.linalg.matrices import Blocks
 from heavyball.linalg.orthogonalize import Products
 from heavyball.optim.arguments import kinds_of, model_of
 from heavyball.optim.checks import checked_lr
+from heavyball.optim.scheduling import base_and_schedule
 from heavyball.presets.base import Preset, PresetOptions, split_options
 from heavyball.transforms.muon import Method, Scale, muon, scale_by_normuon
 
@@ -124,8 +125,8 @@ class _Routed(TypedDict, total=False):
 class RoutedOptions(PresetOptions, _Routed, total=False):
     """Options of the presets in this file, besides those of every preset.
 
-    adamw_lr: the learning rate of AdamW's parameters at the beginning. It is kept as the factor
-        `adamw_lr_scale` in the group, so that both follow one schedule.
+    adamw_lr: the learning rate of AdamW's parameters at the beginning, or at the peak of a schedule. It
+        is kept as the factor `adamw_lr_scale` in the group, so that both follow one schedule.
     adamw_betas, adamw_eps: as AdamW's betas and eps.
     adamw_names: patterns of the names of parameters that AdamW gets, in place of ADAMW_NAMES.
     use_muon: `fn(name, parameter) -> bool`, which decides in place of names and shapes.
@@ -171,7 +172,8 @@ class RoutedPreset(Preset):
         chosen = {**ROUTED_DEFAULTS, **mine}
         adamw_lr = check_live("adamw_lr", chosen["adamw_lr"], 0.0, nonnegative)
         # where lr begins at 0 there is no ratio to keep
-        ratio = adamw_lr / float(lr) if float(checked_lr(lr)) else 1.0
+        base = float(checked_lr(base_and_schedule(lr)[0]))
+        ratio = adamw_lr / base if base else 1.0
         betas = shared("adamw_betas", chosen["adamw_betas"])
         eps = shared("adamw_eps", chosen["adamw_eps"])
         adam = C.scale_by_adam(betas=betas, eps=eps)

@@ -14,6 +14,7 @@ from torch import nn
 from heavyball import chainable
 from heavyball.compiler.frontend.graph import NotPrintableError
 from heavyball.core.program import UnitNode
+from heavyball.core.shapes import SHAPES
 from heavyball.core.text import parse_optimizer
 from heavyball.errors import ChainError, RaceError, unknown
 from heavyball.race.contenders import (
@@ -34,13 +35,15 @@ HEADING = re.compile(r"^(Shapes|Units|Errors|Source|Departure|Bound)s?:", re.MUL
 
 
 def listing() -> Iterator[Table]:
-    """A table each of presets, transforms, combinators and tasks."""
+    """A table each of presets, transforms, combinators, schedules and tasks."""
     rows = [(name, first_sentence(cls)) for name, cls in presets().items()]
     yield _table("Presets: --optimizer NAME, and torch.NAME for those of torch.optim", rows)
     rows = [(name, t.summary) for name, t in sorted(chainable.TRANSFORMS.items())]
     yield _table("Transforms: --chain 'NAME | NAME(key=value)'", rows)
     rows = [(name, first_sentence(fn)) for name, fn in chainable.COMBINATORS.items()]
     yield _table("Combinators: they take chains as arguments", rows)
+    rows = [(name, first_sentence(fn)) for name, fn in SHAPES.items()]
+    yield _table("Schedules: NAME(T, peak=value) in place of a number", rows)
     yield _table("Tasks: --task NAME", [(name, task.summary) for name, task in TASKS.items()])
 
 

@@ -165,7 +165,8 @@ def race_options(command: Callable[..., Any]) -> Callable[..., Any]:
     "optimizers",
     multiple=True,
     metavar="NAME[:ARG=VALUE,...]",
-    help="A preset or torch.NAME, as AdamW:betas=(0.9,0.95); lr=(0.001,0.01) is its own grid. "
+    help="A preset or torch.NAME, as AdamW:betas=(0.9,0.95); lr=(0.001,0.01) is its own grid, "
+    "lr=cosine(1000,peak=0.01) a schedule. "
     "Repeatable.",
 )
 @click.option(

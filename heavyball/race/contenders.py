@@ -10,9 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from heavyball.core.schedule import Schedule
 from heavyball.core.text import parse_chain, parse_optimizer, split_chain
 from heavyball.errors import REFUSALS, ChainError, RaceError, one_line, unknown
 from heavyball.optim.optimizer import ChainOpt
+from heavyball.optim.scheduling import base_and_schedule
 
 # The learning rate of a chain when no grid is given: that of torch's AdamW.
 CHAIN_LR = 1e-3
@@ -57,6 +59,8 @@ def perturbs(optimizer: torch.optim.Optimizer) -> bool:
 def from_optimizer(text: str, grid: Sequence[float] = ()) -> Contender:
     """`NAME[:arg=value,...]`; an lr of its own (a number or a tuple) goes before the grid.
 
+    The grid is of the peaks where lr is a schedule, whose own peak is tried where there is no grid.
+
     Errors: RaceError for an unknown name or argument, with the nearest known ones.
     """
     name, options = parse_optimizer(text)
@@ -66,6 +70,9 @@ def from_optimizer(text: str, grid: Sequence[float] = ()) -> Contender:
         if option not in parameters and not open_ended:
             raise RaceError(f"{name}: {unknown('argument', option, list(parameters)[1:])}")
     own = options.pop("lr", tuple(grid) or parameters["lr"].default)
+    if isinstance(own, Schedule):
+        options = {"lr": own, **options}
+        own = tuple(grid) or base_and_schedule(own)[0]
     label = ", ".join([name, *(f"{key}={value!r}" for key, value in options.items())])
     return Contender(label, "optimizer", text, _learning_rates(name, own))
 
@@ -173,7 +180,9 @@ def _named_optimizer(
     cls = find_optimizer(name)
     if weight_decay is not None and "weight_decay" in inspect.signature(cls).parameters:
         options = {"weight_decay": weight_decay, **options}
-    return cls(list(model.named_parameters()), **{**options, "lr": lr})
+    schedule = options.get("lr")
+    rate = schedule.with_peak(lr) if isinstance(schedule, Schedule) else lr
+    return cls(list(model.named_parameters()), **{**options, "lr": rate})
 
 
 def _learning_rates(owner: str, value: Any) -> tuple[float, ...]:

@@ -55,7 +55,7 @@ def regularized(
     return update + weight_decay * param, grad + weight_decay * param
 
 
-@transform(kind="decay", lr_max=scalar(0.0, low=0.0))
+@transform(kind="decay", lr_max=scalar(0.0, low=0.0), largest_lr="peak_lr")
 def independent(
     update: Tensor,
     lr_max: Tensor,
@@ -69,8 +69,9 @@ def independent(
 
     D = wd p / lr_peak, so p <- p (1 - wd lr / lr_peak) - lr u
 
-    `peak_lr` is lr_peak; 0 stands for the largest `lr` of the group so far, warm-up left out. A
-    schedule that rises by itself (OneCycleLR) needs `peak_lr`.
+    `peak_lr` is lr_peak; 0 stands for the largest `lr` of the group so far, warm-up left out, or of its
+    schedule where it follows one that is known (`lr=C.wsd(...)`). A scheduler of torch that rises by
+    itself (OneCycleLR) needs `peak_lr`.
 
     Units: `weight_decay` is the share that a step at the peak takes off.
     Source: Schaipp 2024, https://fabian-sp.github.io/posts/2024/02/decoupling/.
@@ -81,7 +82,7 @@ def independent(
     return update + share * param, lr_max
 
 
-@transform(kind="decay", lr_max=scalar(0.0, low=0.0))
+@transform(kind="decay", lr_max=scalar(0.0, low=0.0), largest_lr="peak_lr")
 def adamc(
     update: Tensor,
     lr_max: Tensor,

@@ -1,0 +1,347 @@
+"""Numbers of the groups that follow schedules: given to each step, counted, saved and loaded.
+
+A group says in `schedules` which of its numbers follow what. Every step puts their values there, on the
+host, so kernels read them as they read any number of the group. `lr` alone is multiplied, for as long as
+a step takes: what the group holds is the base, which schedulers of torch may write.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from heavyball.core.chain import Chain
+from heavyball.core.hyper import frozen, is_real
+from heavyball.core.schedule import (
+    BASE_LR,
+    COUNT,
+    LR,
+    SCHEDULED_LR,
+    SCHEDULES,
+    Schedule,
+    Scheduled,
+    is_scheduled,
+    largest,
+    told,
+    value_at,
+)
+from heavyball.numerics import host
+from heavyball.runtime.place import Place
+
+# The entry of a group while a step goes on: the positions of the parameters that were stepped in it one
+# at a time. It is saved and copied with the group.
+BEGUN = "_scheduled"
+# Why a CUDA graph cannot have schedules.
+CAPTURED = (
+    "the schedules of {} are evaluated on the host, so a CUDA graph would keep the values of one step; "
+    "change numbers in tensors of the groups instead"
+)
+# A group, the name of an entry, and what it held.
+Replaced: TypeAlias = tuple[dict[str, Any], str, Any]
+
+
+class Schedules(Mapping[str, Scheduled]):
+    """The schedules of a group by the names of the numbers that follow them; it does not change."""
+
+    def __init__(self, schedules: Mapping[str, Scheduled]):
+        self._schedules = dict(schedules)
+
+    def __getitem__(self, name: str) -> Scheduled:
+        return self._schedules[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._schedules)
+
+    def __len__(self) -> int:
+        return len(self._schedules)
+
+    def __deepcopy__(self, memo: dict) -> "Schedules":
+        return self
+
+    def __reduce__(self) -> tuple:
+        return Schedules, (self._schedules,)
+
+    def __repr__(self) -> str:
+        return f"{{{', '.join(f'{name}: {text}' for name, text in texts(self).items())}}}"
+
+
+def texts(schedules: Mapping[str, Any] | None) -> dict[str, str]:
+    """Schedules as a state dict has them."""
+    return {n: fn if isinstance(fn, str) else told(fn) for n, fn in (schedules or {}).items()}
+
+
+def base_and_schedule(lr: Any) -> tuple[Any, Schedule | None]:
+    """What a learning rate begins with, and the schedule that multiplies it; 1 where it has no peak."""
+    if not isinstance(lr, Schedule):
+        return lr, None
+    return (1.0, lr) if lr.peak is None else (lr.peak, lr.with_peak(1.0))
+
+
+def separated(
+    chain: Chain, group: Mapping[str, Any], inherited: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A new group with numbers in place of schedules, which it has in an entry of their own.
+
+    A number that is given takes the place of a schedule that all groups have; `lr` is multiplied by it.
+
+    Errors: TypeError or ValueError naming what cannot follow a schedule.
+    """
+    made = dict(group)
+    known = made.pop(SCHEDULES, None)
+    if known is not None and not isinstance(known, Mapping):
+        raise TypeError(
+            f"parameter group: {SCHEDULES}={known!r}: expected a dict of schedules by name"
+        )
+    for name in (COUNT, SCHEDULED_LR, BEGUN, BASE_LR):  # of another optimizer, they begin anew
+        made.pop(name, None)
+    found = {name: fn for name, fn in inherited.items() if name == LR or name not in made}
+    found |= known or {}
+    for name, value in group.items():
+        if name == LR and isinstance(value, Schedule):
+            made[LR], found[LR] = base_and_schedule(value)
+        elif is_scheduled(value):
+            found[name] = value
+    for name, fn in found.items():
+        if fn is inherited.get(name):  # as the defaults have it
+            continue
+        first = chain.check_schedule(name, fn, "parameter group")
+        if name != LR:
+            made[name] = first
+    if found or inherited:
+        made[SCHEDULES] = Schedules(found)
+    return made
+
+
+class Scheduling:
+    """Gives the groups of an optimizer the numbers of each step."""
+
+    def __init__(self, chain: Chain):
+        self._chain = chain
+        # whether any group has a schedule
+        self.active = False
+        # by a group's identity: the schedules that were checked, and the numbers that were put there
+        self._known: dict[int, Any] = {}
+        self._put: dict[int, dict[str, Any]] = {}
+        # what is given the largest learning rate, where it is known and nobody has set it
+        self._peaks = chain.largest_lr_keys
+
+    def settle(self, index: int, groups: list[dict[str, Any]]) -> None:
+        """Bring the numbers of a group to where its count is."""
+        group = groups[index]
+        self._known.pop(id(group), None)
+        self._put.pop(id(group), None)
+        if SCHEDULES in group:
+            self._check(index, group)
+            group.setdefault(COUNT, 0)
+            self._give(group, max(1, group[COUNT]))
+        self.active = any(SCHEDULES in group for group in groups)
+
+    def release(self, group: dict[str, Any], name: str) -> None:
+        """Let a number of a group follow no schedule any more."""
+        if name in group.get(SCHEDULES, ()):
+            rest = {key: fn for key, fn in group[SCHEDULES].items() if key != name}
+            group[SCHEDULES] = self._known[id(group)] = Schedules(rest)
+            group.pop(SCHEDULED_LR if name == LR else "", None)
+            self._put.get(id(group), {}).pop(name, None)
+
+    def ahead(self, group: dict[str, Any]) -> dict[str, Any]:
+        """A group as its next step sees it."""
+        if SCHEDULES not in group:
+            return group
+        n = group.get(COUNT, 0) + (BEGUN not in group)
+        values = {name: value_at(fn, n) for name, fn in group[SCHEDULES].items()}
+        if LR in values:
+            values[LR] = _scaled(group.get(LR), values[LR])
+        return {**group, **values}
+
+    @contextlib.contextmanager
+    def during(self, groups: list[dict[str, Any]], place: Place | None = None) -> Iterator[None]:
+        """The numbers of a step of all parameters, or of the one at `place`, while it is made.
+
+        A step of parameters one at a time begins with the first of them, and ends with a step of all or
+        when one of them comes again.
+
+        Errors: ValueError naming a number that was set although it follows a schedule. Where anything
+            raises, the numbers and the counts are as before.
+        """
+        _refuse_capture(groups)
+        if self._has_ended(groups, place):
+            self._close(groups)
+        begun: list[tuple[dict[str, Any], int, Any]] = []
+        replaced: list[Replaced] = []
+        try:
+            for index, group in enumerate(groups):
+                if BEGUN not in group:
+                    last = group.get(SCHEDULED_LR)
+                    begun.append((group, self._begin(index, group), last))
+            for group in groups:
+                if LR in group.get(SCHEDULES, ()):
+                    replaced += self._multiply(group)
+            yield
+        except BaseException:
+            _put_back(replaced)
+            for group, count, last in begun:
+                del group[BEGUN]
+                if SCHEDULES in group:
+                    group[COUNT] = count
+                    self._give(group, max(1, count))
+                if LR in group.get(SCHEDULES, ()):
+                    group[SCHEDULED_LR] = last
+            raise
+        _put_back(replaced)
+        if place is None:
+            self._close(groups)
+        else:
+            place.group[BEGUN].append(place.position)
+
+    def _has_ended(self, groups: list[dict[str, Any]], place: Place | None) -> bool:
+        """Whether what is about to be stepped has been, in the step that goes on."""
+        if place is not None:
+            return place.position in place.group.get(BEGUN, ())
+        return any(
+            position < len(group["params"]) and group["params"][position].grad is not None
+            for group in groups
+            for position in group.get(BEGUN, ())
+        )
+
+    def _close(self, groups: list[dict[str, Any]]) -> None:
+        for group in groups:
+            group.pop(BEGUN, None)
+
+    def _begin(self, index: int, group: dict[str, Any]) -> int:
+        """Count a step of a group and give it the numbers of that; returns the count of before."""
+        count = 0
+        if SCHEDULES in group:
+            if self._known.get(id(group)) is not group[SCHEDULES]:
+                self._check(index, group)
+            self._refuse_set(index, group)
+            count = self._count(index, group)
+            self._give(group, count + 1)
+            group[COUNT] = count + 1
+        group[BEGUN] = []
+        return count
+
+    def _count(self, index: int, group: Mapping[str, Any]) -> int:
+        count = group.get(COUNT, 0)
+        if not _is_count(count):
+            raise ValueError(
+                f"parameter group {index}: {COUNT}={count!r}: expected a count of steps"
+            )
+        return count
+
+    def _check(self, index: int, group: dict[str, Any]) -> None:
+        """Take the schedules of a group, which may have been put there by hand.
+
+        Errors: TypeError or ValueError naming the group and what is no schedule.
+        """
+        given = group[SCHEDULES]
+        owner = f"parameter group {index}"
+        if not isinstance(given, Mapping):
+            raise TypeError(f"{owner}: {SCHEDULES}={given!r}: expected a dict of schedules by name")
+        for name, fn in given.items():
+            if not callable(fn) and not is_scheduled(fn):
+                raise TypeError(
+                    f"{owner}: schedule({name!r}, {fn!r}): expected a function of steps"
+                )
+            self._chain.check_schedule(name, fn, owner)
+        group[SCHEDULES] = self._known[id(group)] = Schedules(given)
+        if LR not in given:
+            group.pop(SCHEDULED_LR, None)
+        put = self._put.get(id(group), {})
+        self._put[id(group)] = {name: value for name, value in put.items() if name in given}
+
+    def _refuse_set(self, index: int, group: Mapping[str, Any]) -> None:
+        for name, value in self._put.get(id(group), {}).items():
+            if name not in group:
+                raise ValueError(f"parameter group {index} has lost its entry {name!r}")
+            now = group[name]
+            if now is not value and (isinstance(now, Tensor) or frozen(now) != value):
+                follows = told(group[SCHEDULES][name])
+                raise ValueError(
+                    f"parameter group {index}: {name}={now!r} was set, but it follows {follows}: take "
+                    f"it out of group[{SCHEDULES!r}] first; torch's schedulers take cycle_momentum=False"
+                )
+
+    def _give(self, group: dict[str, Any], n: int) -> None:
+        """Put the numbers of the n-th step into a group: all of them, or none where one raises."""
+        values = {name: value_at(fn, n) for name, fn in group[SCHEDULES].items()}
+        if LR in values:
+            group[SCHEDULED_LR] = _scaled(group.get(LR), values.pop(LR))
+        group.update(values)
+        self._put[id(group)] = values
+
+    def _multiply(self, group: dict[str, Any]) -> Iterator[Replaced]:
+        """Put the learning rate of the step into a group; yields what to put back after it."""
+        fn, base = group[SCHEDULES][LR], group.get(LR)
+        if not isinstance(base, Tensor) and not is_real(base):
+            return  # which is refused where all numbers are
+        yield group, LR, base
+        group[BASE_LR] = base
+        group[LR] = group[SCHEDULED_LR] = _scaled(base, value_at(fn, group[COUNT]))
+        peak = _peak(group, fn, base) if self._peaks else None
+        for key in self._peaks if peak is not None else ():
+            if is_real(group.get(key)) and not group[key]:
+                yield group, key, group[key]
+                group[key] = peak
+
+
+def _refuse_capture(groups: list[dict[str, Any]]) -> None:
+    """Refuse to be captured in a CUDA graph, which would keep the values of one step."""
+    on_cuda = any(p.is_cuda for group in groups for p in group["params"][:1])
+    if on_cuda and torch.cuda.is_current_stream_capturing():
+        names = sorted({name for group in groups for name in group.get(SCHEDULES, ())})
+        raise RuntimeError(CAPTURED.format(", ".join(names)))
+
+
+def _put_back(replaced: list[Replaced]) -> None:
+    for group, key, value in replaced:
+        group[key] = value
+        group.pop(BASE_LR, None)
+
+
+def _scaled(base: Any, factor: float) -> Any:
+    """A learning rate times what its schedule says; it stays what it is where it is no number."""
+    return base * factor if isinstance(base, Tensor) or is_real(base) else base
+
+
+def _peak(group: Mapping[str, Any], fn: Scheduled, base: Any) -> float | None:
+    """The largest learning rate of a group's schedule; None where it would have to be waited for."""
+    high, rates = largest(fn), (base, group.get("initial_lr", base))
+    known = high is not None and math.isfinite(high)
+    if not known or any(isinstance(lr, Tensor) and not host.on_host(lr) for lr in rates):
+        return None
+    return max(map(float, rates)) * high  # type: ignore[operator]
+
+
+# ---- saved and loaded
+
+
+def check_saved(group: Mapping[str, Any]) -> None:
+    """Refuse what no state dict says of the schedules of a group.
+
+    Errors: ValueError naming the entry.
+    """
+    schedules, count, begun = (group.get(key, ()) for key in (SCHEDULES, COUNT, BEGUN))
+    if SCHEDULES in group and not isinstance(schedules, Mapping):
+        raise ValueError(f"{SCHEDULES}={schedules!r}: expected a dict of schedules by name")
+    if COUNT in group and not _is_count(count):
+        raise ValueError(f"{COUNT}={count!r}: expected a count of steps")
+    if not isinstance(begun, list | tuple) or not all(map(_is_count, begun)):
+        raise ValueError(f"{BEGUN}={begun!r}: expected positions of parameters")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def differing(saved: Mapping[str, Any], own: Mapping[str, Any]) -> str | None:
+    """What differs between the schedules of a saved group and those of the group here, if anything."""
+    there, here = texts(saved.get(SCHEDULES)), texts(own.get(SCHEDULES))
+    if there == here:
+        return None
+    name = next(n for n in (*there, *here) if there.get(n) != here.get(n))
+    follows = [f"follows {s[name]}" if name in s else "follows no schedule" for s in (there, here)]
+    return f"{name} {follows[0]} in the state dict, and {follows[1]} here"
