@@ -10,7 +10,7 @@ from torch import Tensor
 
 from heavyball.core.check import check, excluded
 from heavyball.core.combine import Element, Parallel, Route, When, Within, as_chain, chain_repr
-from heavyball.core.hyper import Hyper, Shared, check_live, nonnegative
+from heavyball.core.hyper import Hyper, LargestLr, Shared, check_live, nonnegative
 from heavyball.core.program import (
     Fork,
     Node,
@@ -181,8 +181,10 @@ class Chain:
     def largest_lr_keys(self) -> frozenset[str]:
         """Entries of a group that stand for the largest rate of its schedule while they are 0."""
         nodes = (node for program in self.programs for node in program.flat)
-        found = ((node, node.transform.rules.largest_lr) for node in nodes)
-        return frozenset(node.hyper[name][0] for node, name in found if name in node.hyper)
+        found = (
+            (n.transform.rules.domains.get(name), n.hyper[name]) for n in nodes for name in n.hyper
+        )
+        return frozenset(key for domain, (key, _) in found if isinstance(domain, LargestLr))
 
     @functools.cached_property
     def measures(self) -> bool:

@@ -41,7 +41,13 @@ class Interval:
         return f"{left}{self.low:g}, {self.high:g}{right}"
 
 
+@dataclass(frozen=True)
+class LargestLr(Interval):
+    """Of a number that stands for the largest learning rate, which a schedule sets while it is 0."""
+
+
 nonnegative = Interval(0, math.inf)
+largest_lr = LargestLr(0, math.inf)
 positive = Interval(0, math.inf, low_open=True)
 fraction = Interval(0, 1)
 open_fraction = Interval(0, 1, low_open=True)

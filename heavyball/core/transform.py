@@ -90,7 +90,6 @@ class Rules:
     modifier: bool
     requires: Callable[[torch.Size, Mapping[str, Any]], str | None] | None
     opens_once: bool
-    largest_lr: str = ""
 
 
 class _Signature:
@@ -295,7 +294,6 @@ def transform(
     offers: Mapping[str, Callable[..., Tensor]] | None = None,
     requires: Callable[[torch.Size, Mapping[str, Any]], str | None] | None = None,
     opens_once: bool = False,
-    largest_lr: str = "",
     instead: Callable[[Mapping[str, Any]], Transform | None] | None = None,
     **states: State,
 ) -> Any:
@@ -328,8 +326,6 @@ def transform(
     requires: `fn(shape, options)`, why a parameter of this shape cannot have the transform, or None;
         asked when the parameter is added.
     opens_once: the `gate` that it provides is closed in a parameter's first steps alone.
-    largest_lr: a hyper-parameter that stands for the largest learning rate while it is 0: where `lr`
-        follows a schedule, it is given that of the schedule.
     instead: `fn(options)`, another transform of the same hyper-parameters that takes this one's place in
         a chain where it has these options, or None.
     `@transform` without parentheses declares one with no state.
@@ -353,7 +349,6 @@ def transform(
         modifier,
         requires,
         opens_once,
-        largest_lr,
     )
 
     def declare(fn: Callable[..., Any]) -> Transform:
@@ -371,7 +366,7 @@ ORDINARY = ("transform", "decay", "writer", "post", "observer")
 # Which decorator takes what, for those that are given to another.
 _BELONGS = {
     **dict.fromkeys(
-        ("kind", "modifier", "over_all", "evaluate", "perturb", "offers", "largest_lr"), "@transform"
+        ("kind", "modifier", "over_all", "evaluate", "perturb", "offers"), "@transform"
     ),
     **dict.fromkeys(
         (

@@ -7,7 +7,7 @@ step, and a decay works with every writer. `weight_decay` is called wd below.
 import torch
 from torch import Tensor
 
-from heavyball.core.hyper import Live
+from heavyball.core.hyper import Live, largest_lr
 from heavyball.core.transform import DEFAULTS, transform
 from heavyball.numerics import ema
 from heavyball.state.declare import copy_of_param, scalar, zeros
@@ -55,7 +55,7 @@ def regularized(
     return update + weight_decay * param, grad + weight_decay * param
 
 
-@transform(kind="decay", lr_max=scalar(0.0, low=0.0), largest_lr="peak_lr")
+@transform(kind="decay", lr_max=scalar(0.0, low=0.0), domains={"peak_lr": largest_lr})
 def independent(
     update: Tensor,
     lr_max: Tensor,
@@ -82,7 +82,7 @@ def independent(
     return update + share * param, lr_max
 
 
-@transform(kind="decay", lr_max=scalar(0.0, low=0.0), largest_lr="peak_lr")
+@transform(kind="decay", lr_max=scalar(0.0, low=0.0), domains={"peak_lr": largest_lr})
 def adamc(
     update: Tensor,
     lr_max: Tensor,
