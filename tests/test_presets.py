@@ -387,7 +387,7 @@ def live_changes(case):
     shown = case(parameters((1,)))
     for key in live_keys(shown):
         for label, value in changed_values(key, shown.param_groups[0][key]):
-            if label not in case.idle:
+            if label not in (*case.idle, "blend"):  # which acts in evaluation alone
                 yield key, label, value
 
 
