@@ -148,7 +148,7 @@ def describe(race: Race, environments: list[dict[str, Any]]) -> dict[str, Any]:
             "target_on": race.target_on,
             **task.facts(),
         },
-        "settings": vars(race.settings),
+        "settings": race.settings.facts(),
         "seeds": race.plan.seeds,
         "contenders": [vars(contender) for contender in race.contenders],
         "left_out": [{"label": label, "reason": reason} for label, reason in race.left_out],

@@ -147,9 +147,7 @@ def _are_environments(value: Any) -> bool:
 
 def fingerprint(race: Race) -> str:
     """What makes two runs parts of one race: its arguments, its data and its settings."""
-    # what is measured besides belongs to the arguments
-    settings = {name: value for name, value in vars(race.settings).items() if name != "metrics"}
-    parts = [race.plan.to_json(), race.task.facts(), settings]
+    parts = [race.plan.to_json(), race.task.facts(), race.settings.facts()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -30,6 +30,10 @@ class Settings:
     weight_decay: float | None = None
     metrics: tuple[str, ...] = ()
 
+    def facts(self) -> dict[str, Any]:
+        """What the results depend on; measuring changes none."""
+        return {name: value for name, value in vars(self).items() if name != "metrics"}
+
 
 @dataclass
 class Curve:
