@@ -71,6 +71,24 @@ class Inputs:
                     group.pop(fed_key(name), None)
         self._fed = {}
 
+    @contextlib.contextmanager
+    def imagined(self, groups: list[dict[str, Any]]) -> Iterator[None]:
+        """Have something in the place of what a step is told, for who asks how it would run."""
+        names = [LOSS] if self._reads_loss else []
+        names += [fed_key(name) for name, must in self._signals.items() if must]
+        put = [(group, name) for group in groups for name in names if name not in group]
+        for group, name in put:
+            group[name] = torch.zeros((), dtype=SCALAR, device="cpu")
+        try:
+            yield
+        finally:
+            for group, name in put:
+                del group[name]
+
+    def told(self) -> dict[str, Tensor]:
+        """What was fed and waits for a step."""
+        return dict(self._fed)
+
     def put(self, registry: Registry) -> None:
         """Put what was fed into the groups, for steps inside `backward()` too.
 

@@ -336,15 +336,17 @@ class ChainOpt(Saving):
             return totals(self._registry, self._steps.measured)
 
     @opaque
-    def updates(self) -> dict[str, Tensor]:
+    def updates(self, *, loss: float | Tensor | None = None) -> dict[str, Tensor]:
         """What a step would add to each parameter that has a gradient now, without doing it.
 
         By name, or by number where parameters have none; decay and warm-up are part of it. It is
         computed with a copy of the parameters and the state, so it takes that much memory.
 
+        loss: as of `step`. What was fed is used, and still waits for the step.
+
         Errors: those of `step`. Nothing is changed in any case.
         """
-        return updates(self)
+        return updates(self, self._inputs.told(), loss)
 
     def state_bytes(self) -> int:
         """Bytes of all state tensors held at this moment."""
@@ -392,7 +394,8 @@ class ChainOpt(Saving):
 
         Errors: as `step`; nothing is stepped.
         """
-        return self._steps.described()
+        with self._inputs.imagined(self.param_groups):
+            return self._steps.described()
 
     @without_autocast
     def kernel_sources(self) -> list[str]:
@@ -402,7 +405,8 @@ class ChainOpt(Saving):
         """
         from heavyball.compiler.run.engine import sources
 
-        return sources(self._registry.jobs(), self._chain.total_keys)
+        with self._inputs.imagined(self.param_groups):
+            return sources(self._registry.jobs(), self._chain.total_keys)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
