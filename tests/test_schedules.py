@@ -297,6 +297,35 @@ def test_each_number_of_several_may_follow_its_own():
     assert (first, second) == betas
 
 
+def test_the_weights_of_branches_may_change():
+    p = leaf(3)
+    expected = p.detach() - (1.0 + 1.0) - (0.5 + 1.0) - (0.0 + 1.0)
+    opt = C.ChainOpt(
+        [p], 1.0, C.parallel(C.sign, C.sign, weights=(C.linear(2), 1.0)), compile=False
+    )
+    for _ in range(3):
+        p.grad = torch.ones_like(p)
+        opt.step()
+    torch.testing.assert_close(p.detach(), expected)
+    assert C.parse(repr(opt.chain))[0].merge.hyper["weights"] == (C.linear(2), 1.0)
+
+
+@pytest.mark.parametrize("name", ["ASGD", "Adafactor", "MuonClip", "Prodigy", "SPlus", "SFAdamW"])
+def test_presets_that_make_rates_of_their_own_see_the_scheduled_one(name):
+    make = getattr(heavyball, name)
+    rising = C.wsd(6, 3, 2)
+    pairs = [[("w", nn.Parameter(leaf(12).detach().reshape(4, 3))), ("b", leaf(3))] for _ in "ab"]
+    peak = make(pairs[1]).param_groups[0]["lr"]
+    opt = make(pairs[0], rising if peak == 1 else rising.with_peak(peak), compile=False)
+    plain = make(pairs[1], compile=False)
+    for n in range(1, 4):
+        plain.param_groups[0]["lr"] = peak * rising(n)
+        for each, named in zip((opt, plain), pairs, strict=True):
+            train(each, [p for _, p in named], [n])
+    for (_, p), (_, q) in zip(*pairs, strict=True):
+        assert torch.equal(p, q)
+
+
 def test_the_rate_may_be_a_tensor():
     plain, p = leaf(), leaf()
     lr = torch.tensor(0.5, dtype=torch.float64)
@@ -812,6 +841,10 @@ BAD_USES = {
     ),
     "negative rate": (built(C.sign, lr=C.linear(10, peak=-1.0)), "lr=-1.0"),
     "negative factor": (built(C.sign, C.schedule("lr", lambda n: -n)), "the factor of lr=-1"),
+    "what a preset computes with": (
+        lambda: heavyball.Adafactor([leaf()], beta2_decay=C.constant(peak=-0.8)),
+        "beta2_decay=constant.*expected a number",
+    ),
     "not a number": (built(C.sign, C.schedule("lr", str)), "the factor of lr='1'"),
     "one of two": (built(C.scale_by_adam, C.schedule("betas", LR)), "betas"),
     "what is found": (

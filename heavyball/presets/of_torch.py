@@ -1,12 +1,15 @@
 """Presets with the names, arguments, defaults and results of torch.optim."""
 
+import math
 from typing import Any, Unpack
 
 from torch import Tensor
 
 from heavyball import chainable as C
-from heavyball.core.hyper import shared
+from heavyball.core.hyper import Interval, check_live, shared
 from heavyball.presets.base import Preset, PresetOptions, flag
+
+NEGATIVE = Interval(-math.inf, 0, low_open=True)
 
 
 class Adam(Preset):
@@ -216,8 +219,7 @@ class Adafactor(Preset):
         maximize: bool = False,
         **options: Unpack[PresetOptions],
     ):
-        if not beta2_decay < 0:
-            raise ValueError(f"beta2_decay={beta2_decay!r}: expected below 0")
+        check_live("beta2_decay", beta2_decay, 0.0, NEGATIVE)
         if options.get("palm", True):
             options.setdefault("beta2_scale", -beta2_decay)
         chain = (
