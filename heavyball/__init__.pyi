@@ -73,6 +73,8 @@ from heavyball.presets.rate_free import DoG
 from heavyball.presets.rate_free import DoWG
 from heavyball.presets.rate_free import LDoG
 from heavyball.presets.rate_free import MoMo
+from heavyball.presets.rate_free import MoMoAdam
+from heavyball.presets.sharpness import MSAM
 from heavyball.presets.soap import PaLMSOAP
 from heavyball.presets.soap import PrecondSchedulePaLMSOAP
 from heavyball.presets.soap import PrecondScheduleSFPaLMSOAP
@@ -171,6 +173,8 @@ __all__ = [
     "DAdaptLion",
     "COCOB",
     "MoMo",
+    "MoMoAdam",
+    "MSAM",
     "SOAP",
     "PaLMSOAP",
     "PrecondScheduleSOAP",

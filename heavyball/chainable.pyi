@@ -616,6 +616,18 @@ class _Lookahead(Transform):
 
 lookahead: _Lookahead
 
+class _Looksam(Transform):
+    """`sam` in every k-th step; between them its gradient is guessed from the last one."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        rho: float | Shared = 0.1,
+        k: int = 10,
+        alpha: float | Shared = 0.7,
+    ) -> Self: ...
+
+looksam: _Looksam
+
 class _Mars(Transform):
     """Reduce the variance of the gradient that follows."""
 
@@ -667,10 +679,25 @@ class _Momo(Transform):
         beta: float | Shared = 0.9,
         lower_bound: float | Shared = 0.0,
         bias_correction: bool = False,
+        use_fstar: bool = False,
         weight_decay: float | Shared = 0.0,
     ) -> Self: ...
 
 momo: _Momo
+
+class _MomoAdam(Transform):
+    """`momo` in the metric of Adam."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        betas: tuple[float, ...] | Shared = (0.9, 0.999),
+        eps: float | Shared = 1e-08,
+        lower_bound: float | Shared = 0.0,
+        use_fstar: bool = False,
+        weight_decay: float | Shared = 0.0,
+    ) -> Self: ...
+
+momo_adam: _MomoAdam
 
 class _MuLaw(Transform):
     """The logarithmic companding of North American telephony."""
@@ -1827,11 +1854,13 @@ __all__ = [
     "l2_normalize",
     "lars_ratio",
     "lookahead",
+    "looksam",
     "mars",
     "maximize",
     "mechanic",
     "momentum_sam",
     "momo",
+    "momo_adam",
     "mu_law",
     "muon",
     "muon_momentum",

@@ -386,9 +386,19 @@ def element(name: str, draw: random.Random) -> str:
 
 
 # Parts of a chain in the order in which they make sense.
-ORDER = ("rate", "transform", "decay", "writer", "observer")
+ORDER = ("rate", "transform", "decay", "writer", "post", "observer")
 # What has to be built by other means, or gives what is not continuous and so cannot be compared.
-LEFT_OUT = {"apply", "momo", "polyak_rate", "sam", "asam", "to_eigenbasis", "from_eigenbasis"}
+LEFT_OUT = {
+    "apply",
+    "looksam",
+    "momo",
+    "momo_adam",
+    "polyak_rate",
+    "sam",
+    "asam",
+    "to_eigenbasis",
+    "from_eigenbasis",
+}
 
 
 def chain(draw: random.Random) -> tuple[str, ...]:

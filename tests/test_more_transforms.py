@@ -510,6 +510,13 @@ GOLDEN: dict[str, Golden] = {
         ("P", "PV"),
         losses=True,
     ),
+    "momo_adam": Golden(
+        lambda ps: heavyball.MoMoAdam(ps, 0.05, weight_decay=0.1),
+        {6: ((0.639445779178, -0.775614093692, 0.234960480238, 0.393069607313, 4.29262852138),)},
+        ("P", "PV"),
+        ("momo_adam",),
+        losses=True,
+    ),
     "momentum_sam": Golden(
         chain(C.momentum_sam(norm="tensor", weight_decay=0.01)),
         {
@@ -519,7 +526,7 @@ GOLDEN: dict[str, Golden] = {
         about=("momentum_sam",),
     ),
     "momentum_sam, z": Golden(
-        chain(C.momentum_sam(norm="tensor", weight_decay=0.01)),
+        lambda ps: heavyball.MSAM(ps, 0.05, norm="tensor", weight_decay=0.01),
         {4: ((0.548973488211, -0.896933887827, 0.145372776238, -0.00227589445281, 5.42366928921),)},
         evaluated=True,
     ),
@@ -893,6 +900,48 @@ def test_the_noise_has_the_variance_that_is_said() -> None:
     assert not torch.equal(seen[0], seen[1])
 
 
+def momo_path(
+    begin: list[Tensor], grads: list[list[Tensor]], losses: list[float], beta: float, lr: float
+) -> Iterator[tuple[list[Tensor], float, bool]]:
+    """MoMo that finds its bound, on one vector: weights and bound behind a step, and if it fell."""
+    p, wd, d, f, c, bound = torch.cat([q.flatten() for q in begin]), 0.1, 0.0, 0.0, 0.0, -9.0
+    for t, (step, loss) in enumerate(zip(grads, losses, strict=True), 1):
+        g = torch.cat([x.flatten() for x in step])
+        weight = 1.0 if t == 1 else 1 - beta
+        d, f, c = (
+            old + weight * (new - old) for old, new in ((d, g), (f, loss), (c, float(g @ p)))
+        )
+        size, along, k = float(d @ d), float(d @ p), 1 + lr * wd
+        cap = k * (f - c) + along
+        fell = cap < k * bound
+        if fell:
+            bound = max(cap / (2 * k), -9.0)
+        tau = min(lr, max(cap - k * bound, 0.0) / size)
+        bound = max(f - c + along - tau * size / 2, -9.0)
+        p = (p - tau * d) / k
+        parts = p.split([q.numel() for q in begin])
+        yield [part.reshape(q.shape) for part, q in zip(parts, begin, strict=True)], bound, fell
+
+
+def test_momo_finds_the_least_loss() -> None:
+    shapes, losses = [(3, 4), (5,), ()], [2.0, 1.5, -4.0, -7.0, 3.0, 2.0, -20.0]
+    begin, grads = starts(shapes), gradients(7, shapes)
+    params = [torch.nn.Parameter(p.clone()) for p in begin]
+    momo = C.TRANSFORMS["momo"](use_fstar=True, lower_bound=-9.0, beta=0.7, weight_decay=0.1)
+    optimizer = C.ChainOpt(params, 0.3, momo)
+    seen = set()
+    path = momo_path(begin, grads, losses, 0.7, 0.3)
+    for step, loss, (expected, bound, fell) in zip(grads, losses, path, strict=True):
+        for p, g in zip(params, step, strict=True):
+            p.grad = g.clone()
+        optimizer.step(loss=loss)
+        assert abs(float(optimizer.param_groups[0]["momo_fstar"]) - bound) < 1e-11
+        seen.add(fell)
+        for one, other in zip(params, expected, strict=True):
+            torch.testing.assert_close(one.detach(), other, rtol=1e-12, atol=1e-12)
+    assert seen == {True, False}
+
+
 def test_a_polyak_rate_is_the_loss_over_the_size_of_the_gradient() -> None:
     shapes = [(3, 4), (5,), ()]
     begin, grads = starts(shapes), gradients(4, shapes)
@@ -1041,13 +1090,16 @@ SLOPE = (1 + 4 * _grid(3, 4)[0] + _grid(3, 4)[1]) / 6
 SHARP = {
     "sam": (0.522443283575, -0.711283825015, 0.0877456856309, -0.0752744994535, 3.90914690898),
     "asam": (0.522242692768, -0.673389737129, 0.0893119318694, -0.0708449568137, 3.68558809542),
+    "looksam": (0.537240200882, -0.649353553733, 0.0413680161932, -0.212272171093, 3.7835945147),
 }
+SHARP_OPTIONS: dict[str, dict[str, int]] = {"looksam": {"k": 2}}
 
 
 def quadratic(name: str, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
     """An optimizer of half the sum of SLOPE p^2, and its closure."""
     param = torch.nn.Parameter(matrix(3, 4).to(dtype))
-    optimizer = C.ChainOpt([param], 0.05, C.TRANSFORMS[name], **options)
+    element = C.TRANSFORMS[name](**SHARP_OPTIONS.get(name, {}))
+    optimizer = C.ChainOpt([param], 0.05, element, **options)
     seen = []
 
     def closure() -> Tensor:
@@ -1061,9 +1113,11 @@ def quadratic(name: str, dtype: torch.dtype = torch.float64, **options: Any) -> 
 
 
 def check_sharp(name: str) -> None:
-    param, optimizer, closure, _ = quadratic(name)
-    for _ in range(4):
+    param, optimizer, closure, seen = quadratic(name)
+    steps, every = (5, 2) if name == "looksam" else (4, 1)
+    for _ in range(steps):
         optimizer.step(closure)
+    assert len(seen) == steps + -(-steps // every)
     for one, other in zip(summary(param.detach()), SHARP[name], strict=True):
         assert abs(one - other) <= 2e-11 * max(1.0, abs(other))
 
@@ -1135,6 +1189,7 @@ def shown() -> Iterator[tuple[str, tuple[str, ...], Callable[[], None]]]:
         ("window_average",),
         partial(test_a_window_of_snapshots_is_filled_from_the_first_on, 5),
     )
+    yield "fstar", ("momo",), test_momo_finds_the_least_loss
     yield (
         "polyak",
         ("polyak_rate",),

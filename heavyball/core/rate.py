@@ -17,8 +17,8 @@ class Member:
 
     sums: what its parameters gave, added up; None if none of them had a gradient in this step, or a
         gate has left it out.
-    values: the element's common numbers (after this step, for its count), hyper-parameters, and the
-        `loss` where the chain reads it.
+    values: the element's common numbers (after this step, for its count), hyper-parameters, `lr` with
+        the group's warm-up, and the `loss` where the chain reads it.
     """
 
     sums: tuple[Tensor, ...] | None

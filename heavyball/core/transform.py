@@ -36,6 +36,8 @@ Kind = Literal["transform", "decay", "writer", "post", "observer", "rate"]
 # The entry of a group that holds the loss of the step.
 LOSS = "loss"
 FED = "fed"
+# What a second gradient replaces, see `perturb`.
+FIRST = "first_grad"
 # What the runner offers to any transform that names it as a keyword-only argument.
 CONTEXT = {
     "step": "how many gradients this parameter has had, from 1",
@@ -131,6 +133,7 @@ class Transform:
     over_all: Callable[..., Any] | None = None
     evaluate: Callable[..., Tensor] | None = None
     perturb: Callable[..., Tensor] | None = None
+    perturb_every: str = ""
     offers: dict[str, Callable[..., Tensor]] = field(default_factory=dict)
     given: frozenset[str] = field(default_factory=frozenset)
     instead: "Callable[[Mapping[str, Any]], Transform | None] | None" = None
@@ -353,9 +356,16 @@ def transform(
 
     def declare(fn: Callable[..., Any]) -> Transform:
         parts = signed(fn, states)
-        offered = dict(offers or {})
         made = Transform(
-            *parts, provides, kind, rules, over_all, evaluate, perturb, offered, instead=instead
+            *parts,
+            provides,
+            kind,
+            rules,
+            over_all,
+            evaluate,
+            perturb,
+            offers=dict(offers or {}),
+            instead=instead,
         )
         return checked(made)
 
@@ -379,6 +389,7 @@ _BELONGS = {
             "noise_every",
             "inner_shape",
             "fed_numbers",
+            "perturb_every",
         ),
         "@whole_transform",
     ),

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+from torch import Tensor
 
 from heavyball.core.hyper import Domain
 from heavyball.core.transform import Rules, Transform, checked, keyword_names, signed
@@ -70,6 +71,8 @@ def whole_transform(
     noise_every: str | None = None,
     inner_shape: Callable[..., tuple[int, ...]] | None = None,
     fed_numbers: Callable[..., int] | None = None,
+    perturb: Callable[..., Tensor] | None = None,
+    perturb_every: str = "",
     **states: State,
 ) -> Any:
     """Declare a transform of whole tensors: `@whole_transform(gram=State(...))` above a function.
@@ -96,6 +99,9 @@ def whole_transform(
     noise_every: the option that says for how many steps `noise` stays the same.
     inner_shape: `fn(shape, options)`, the shape in which the chain `within` works and keeps its states.
     fed_numbers: `fn(shape, options)`, of which a multiple can be `fed`; else any tensor.
+    perturb: as in `transform`. The function may ask for `first_grad`, the gradient at the weights as
+        they are, which is None in steps that take no second.
+    perturb_every: the option k that says in which steps there is a second gradient: 1, k + 1, 2k + 1, ..
     domains, excludes, before_state, requires, opens_once, instead: as in `transform`.
 
     Errors: TypeError if the signature and the declared state differ.
@@ -120,6 +126,8 @@ def whole_transform(
             noise_every=noise_every,
             inner_shape=inner_shape,
             fed_numbers=fed_numbers,
+            perturb=perturb,
+            perturb_every=perturb_every,
         )
         return checked(made)
 

@@ -206,14 +206,19 @@ class ChainOpt(Saving):
             with torch.enable_grad():
                 returned = closure()
             if self._perturbation.needed:
-                with self._perturbation.moved(self._registry), torch.enable_grad():
-                    closure()
+                with self._perturbation.second(self._registry, closure):
+                    self._step_all(loss, returned)
+                return returned
+        self._step_all(loss, returned)
+        return returned
+
+    def _step_all(self, loss: float | Tensor | None, returned: Any) -> None:
+        """Step with the gradients that are there, and with what was given besides."""
         if self._inputs.needed or loss is not None:
             with self._inputs.given(self._registry, loss, returned):
                 self._steps.step_all(self._fused)
         else:
             self._steps.step_all(self._fused)
-        return returned
 
     @opaque
     def feed(self, name: str, value: float | Tensor) -> None:

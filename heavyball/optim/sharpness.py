@@ -1,15 +1,19 @@
 """A second gradient in a step, at weights that are moved for it and put back."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from heavyball.core.chain import Chain
 from heavyball.core.program import Node
+from heavyball.core.transform import FIRST, keyword_names
 from heavyball.numerics import norm, working
 from heavyball.optim.registry import Registry
+from heavyball.runtime.job import FIRST_KEY
+from heavyball.runtime.place import Place
 
 TINY = 1e-12
 
@@ -33,34 +37,77 @@ class Perturbation:
             )
 
     @contextlib.contextmanager
-    def moved(self, registry: Registry) -> Iterator[None]:
-        """Move every parameter that has a gradient uphill, and put it back to the bit."""
-        found = list(_found(registry))
-        directions = []
-        for param, group, node in found:
-            values = {name: _value(group, node, name) for name in node.transform.hyper}
-            weight = node.transform.perturb(working(param), **values)  # type: ignore[misc]
-            directions.append(weight * working(cast(Tensor, param.grad)))
-        total = sum((float(norm(d)) ** 2 for d in directions), 0.0) ** 0.5
-        kept = [param.detach().clone() for param, _, _ in found]
+    def second(self, registry: Registry, closure: Callable[[], Any]) -> Iterator[None]:
+        """Take the second gradient, if this step has one; the body is the step."""
+        found = _found(registry)
+        if not found:
+            yield
+            return
+        first = {place.number: place.param.grad.detach().clone() for place, n, _ in found if _keeps(n)}  # type: ignore[union-attr]
+        with self._moved(found), torch.enable_grad():
+            closure()
+        for place, node, _ in found:
+            if _keeps(node):
+                place.group.setdefault(FIRST_KEY, {})[place.number] = first[place.number]
         try:
-            for (param, group, node), direction in zip(found, directions, strict=True):
-                values = {name: _value(group, node, name) for name in node.transform.hyper}
-                weight = node.transform.perturb(working(param), **values)  # type: ignore[misc]
-                way = values["rho"] / (total + TINY) * weight * direction
+            yield
+        finally:
+            for place, *_ in found:
+                place.group.pop(FIRST_KEY, None)
+
+    @contextlib.contextmanager
+    def _moved(self, found: list[Found]) -> Iterator[None]:
+        """Move parameters uphill, and put them back to the bit."""
+        directions = []
+        for each in found:
+            directions.append(_metric(each) * working(cast(Tensor, each[0].param.grad)))
+        total = sum((float(norm(d)) ** 2 for d in directions), 0.0) ** 0.5
+        kept = [place.param.detach().clone() for place, *_ in found]
+        try:
+            for each, direction in zip(found, directions, strict=True):
+                param, rho = each[0].param, each[2]["rho"]
+                way = rho / (total + TINY) * _metric(each) * direction
                 param.copy_((working(param) + way).reshape(param.shape))
             yield
         finally:
-            for (param, _, _), old in zip(found, kept, strict=True):
-                param.copy_(old)
+            for (place, *_), old in zip(found, kept, strict=True):
+                place.param.copy_(old)
 
 
-def _found(registry: Registry) -> Iterator[tuple[Tensor, Any, Node]]:
-    programs, ahead = registry.programs(), registry.schedules.ahead
-    for place in registry.places():
-        for node in programs[place.param].flat:
-            if node.transform.perturb is not None and place.param.grad is not None:
-                yield place.param, ahead(place.group), node
+Found = tuple[Place, Node, dict[str, float]]
+
+
+def _found(registry: Registry) -> list[Found]:
+    """The parameters that take a second gradient in this step, and with which numbers."""
+    programs, states = registry.programs(), registry.attributes["state"]
+    return [
+        (place, node, _values(registry.schedules.ahead(place.group), node))
+        for place in registry.places()
+        for node in programs[place.param].flat
+        if node.transform.perturb is not None
+        and place.param.grad is not None
+        and _is_due(node, states.get(place.param, {}))
+    ]
+
+
+def _is_due(node: Node, state: Mapping[str, Tensor]) -> bool:
+    every = node.transform.options.get(node.transform.perturb_every, 1)
+    return every == 1 or int(state.get("step", 0)) % every == 0
+
+
+def _keeps(node: Node) -> bool:
+    return FIRST in node.transform.optional
+
+
+def _metric(found: Found) -> Tensor:
+    place, node, values = found
+    assert node.transform.perturb is not None
+    asked = {name: values[name] for name in keyword_names(node.transform.perturb)}
+    return node.transform.perturb(working(place.param), **asked)
+
+
+def _values(group: Mapping[str, Any], node: Node) -> dict[str, float]:
+    return {name: _value(group, node, name) for name in node.transform.hyper}
 
 
 def _value(group: Any, node: Node, name: str) -> float:

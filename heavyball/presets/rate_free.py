@@ -171,6 +171,7 @@ class MoMo(Preset):
         beta: float = 0.9,
         lower_bound: float = 0.0,
         bias_correction: bool = False,
+        use_fstar: bool = False,
         weight_decay: float = 0.0,
         **options: Unpack[PresetOptions],
     ):
@@ -179,6 +180,39 @@ class MoMo(Preset):
             beta=b,
             lower_bound=lower_bound,
             bias_correction=bias_correction,
+            use_fstar=use_fstar,
             weight_decay=weight_decay,
         )
         self.build(params, lr, (), options, beta1=b, writer=writer)
+
+
+class MoMoAdam(Preset):
+    """Adam whose step is bounded by what is left of the loss, which `step(loss=...)` gives.
+
+    Units: `lr` is the largest step, as Adam's; 0.01 or more.
+    Source: Schaipp et al. 2023, https://arxiv.org/abs/2305.07583. Decay is proximal.
+    """
+
+    takes_inputs = True
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 0.01,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        *,
+        lower_bound: float = 0.0,
+        use_fstar: bool = False,
+        weight_decay: float = 0.0,
+        **options: Unpack[PresetOptions],
+    ):
+        b = shared("betas", betas)
+        writer = C.momo_adam(
+            betas=b,
+            eps=eps,
+            lower_bound=lower_bound,
+            use_fstar=use_fstar,
+            weight_decay=weight_decay,
+        )
+        self.build(params, lr, (), options, beta1=b[0], writer=writer)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from heavyball.core.program import Fork, Node, RateNode, WholeNode
-from heavyball.core.transform import CONTEXT, FED, WHOLE_CONTEXT, keyword_names
+from heavyball.core.transform import CONTEXT, FED, FIRST, WHOLE_CONTEXT, keyword_names
 from heavyball.numerics import SCALAR, compute_dtype, shape_of
 from heavyball.runtime.job import Answer, Call, Frame
 from heavyball.runtime.serve import due
@@ -229,7 +229,7 @@ def _results(node: Node, result: Any) -> tuple[Any, tuple, tuple]:
 def _call(node: WholeNode, update: Tensor, frame: "Frame") -> Generator[Any, Any, Tensor]:
     """A whole transform's turn: what it may ask for, and what it has changed."""
     t, env = node.transform, frame.env
-    served = (*WHOLE_CONTEXT, FED)
+    served = (*WHOLE_CONTEXT, FED, FIRST)
     known = {n: frame.context(n) for n in t.context if n not in served}
     known |= {n: env.get(n) for n in t.optional if n not in served}
     known["step"] = env["step"]

@@ -75,6 +75,9 @@ def fed_key(name: str | None) -> str:
     return f"_fed:{name}"
 
 
+# The entry of a group that holds first gradients by the parameters' places, for the time of a step.
+FIRST_KEY = "_first_grads"
+
 # Dtypes of state that do not have the range of float64.
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -317,10 +317,20 @@ class Together:
         for name, (key, index) in self.node.hyper.items():
             value = _numbers(group[key]) if on_host else scalars.get(group, key, home)
             values[name] = value if index is None else value[index]
+        values["lr"] = self._lr(group, home)
         if LOSS in group:
             loss = group[LOSS]
             values[LOSS] = Number(float(loss)) if on_host else scalars.get(group, LOSS, home)
         return Member(None if shares is None else shares[:-1], values)
+
+    def _lr(self, group: dict[str, Any], home: torch.device) -> Any:
+        """The learning rate of a group in this step, with the warm-up that its first counter is at."""
+        on_host = home.type == "cpu"
+        lr = _numbers(group["lr"]) if on_host else self._scalars[id(group)].get(group, "lr", home)
+        if not group["warmup_steps"] or not self._counters:
+            return lr
+        share = group[self._counters[0]] / float(group["warmup_steps"])
+        return lr * (share.clamp(max=1) if isinstance(share, Tensor) else min(share, 1.0))
 
     def _read(self, group: dict[str, Any], name: str) -> Number:
         """An entry of a group, on the host."""

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from heavyball.core.transform import FED, keyword_names
-from heavyball.numerics import generator, host_uniform, normals
-from heavyball.runtime.job import Answer, Batch, Call, Pieces, fed_key
+from heavyball.core.transform import FED, FIRST, keyword_names
+from heavyball.numerics import generator, host_uniform, normals, saturate, working
+from heavyball.runtime.job import FIRST_KEY, Answer, Batch, Call, Pieces, fed_key
 from heavyball.runtime.state import old_states
 from heavyball.runtime.threads import each
 
@@ -186,6 +186,9 @@ def _context(group: list[Call], name: str) -> Any:
     if name == FED:
         fed = call.job.group.get(fed_key(call.node.transform.signal))
         return None if fed is None else fed.to(call.job.param.device)
+    if name == FIRST:
+        found = [c.job.group.get(FIRST_KEY, {}).get(c.job.place) for c in group]
+        return None if any(g is None for g in found) else _join([_as_grad(g, call) for g in found])
     if name == "places":
         return tuple(c.job.place for c in group)
     if name == "noise":
@@ -200,6 +203,11 @@ def _context(group: list[Call], name: str) -> Any:
     if values[0].ndim == 0:
         return torch.stack(values).reshape(-1, *[1] * len(call.shape))
     return _join(values)
+
+
+def _as_grad(grad: Tensor, call: Call) -> Tensor:
+    """A gradient as the first element of a chain sees it."""
+    return saturate(working(grad).to(call.dtype), call.job.narrow)
 
 
 def _check(node: "WholeNode", name: str, before: Pieces, after: Any) -> None:

@@ -3,13 +3,16 @@
 import torch
 from torch import Tensor
 
-from heavyball.core.hyper import Live
+from heavyball.core.hyper import Live, positive
 from heavyball.core.transform import transform
+from heavyball.core.whole import whole_transform
+from heavyball.state.declare import zeros
 
 ALONE = {
     "accumulate": "a perturbation belongs to one gradient, not to the mean of several",
     "sam": "one perturbation is taken in a step",
     "asam": "one perturbation is taken in a step",
+    "looksam": "one perturbation is taken in a step",
 }
 
 
@@ -58,3 +61,45 @@ def asam(update: Tensor, *, rho: Live = 0.5, eta: Live = 0.01) -> Tensor:
         use have eta = 0.
     """
     return update.clone()
+
+
+@whole_transform(
+    perturb=_plain,
+    perturb_every="k",
+    sharp=zeros,
+    domains={"k": positive},
+    before_state="its gradient is the one that all others see",
+    excludes=ALONE,
+)
+def looksam(
+    update: Tensor,
+    sharp: Tensor,
+    *,
+    first_grad: Tensor | None = None,
+    rho: Live = 0.1,
+    k: int = 10,
+    alpha: Live = 0.7,
+) -> tuple[Tensor, Tensor]:
+    """`sam` in every k-th step; between them its gradient is guessed from the last one.
+
+    at (t - 1) mod k = 0: g' as in `sam`, u' = g';  s <- g' - <g', g> g / ||g||^2
+    else u' = g + alpha ||g|| / (||s|| + 1e-8) s
+
+    `step(closure)` calls the closure twice in the first of k steps, and once in the others.
+
+    Shapes: all (*), norms and products over the whole tensor, but that of rho.
+    Units: rho is a distance in weight units; alpha has none.
+    Errors: as `sam`.
+    Source: Liu et al. 2022, Algorithm 1, https://arxiv.org/abs/2203.02714.
+    """
+    if first_grad is not None:
+        size = _size(first_grad)
+        along = first_grad / torch.where(size > 0, size, 1.0)
+        axes = tuple(range(1, update.ndim))
+        return update.clone(), update - (update * along).sum(axes, keepdim=True) * along
+    return update + alpha * _size(update) / (_size(sharp) + 1e-8) * sharp, sharp
+
+
+def _size(x: Tensor) -> Tensor:
+    """The norm of each tensor of a batch."""
+    return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True)
