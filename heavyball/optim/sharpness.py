@@ -16,6 +16,8 @@ from heavyball.runtime.job import FIRST_KEY
 from heavyball.runtime.place import Place
 
 TINY = 1e-12
+# A parameter, what moves it, and with which numbers.
+Found = tuple[Place, Node, dict[str, float]]
 
 
 class Perturbation:
@@ -43,7 +45,11 @@ class Perturbation:
         if not found:
             yield
             return
-        first = {place.number: place.param.grad.detach().clone() for place, n, _ in found if _keeps(n)}  # type: ignore[union-attr]
+        first = {
+            place.number: cast(Tensor, place.param.grad).detach().clone()
+            for place, node, _ in found
+            if _keeps(node)
+        }
         with self._moved(found), torch.enable_grad():
             closure()
         for place, node, _ in found:
@@ -72,9 +78,6 @@ class Perturbation:
         finally:
             for (place, *_), old in zip(found, kept, strict=True):
                 place.param.copy_(old)
-
-
-Found = tuple[Place, Node, dict[str, float]]
 
 
 def _found(registry: Registry) -> list[Found]:

@@ -8,6 +8,7 @@ from heavyball.core.transform import transform
 from heavyball.core.whole import whole_transform
 from heavyball.state.declare import zeros
 
+ROUNDINGS = 128
 ALONE = {
     "accumulate": "a perturbation belongs to one gradient, not to the mean of several",
     "sam": "one perturbation is taken in a step",
@@ -83,7 +84,7 @@ def looksam(
     """`sam` in every k-th step; between them its gradient is guessed from the last one.
 
     at (t - 1) mod k = 0: g' as in `sam`, u' = g';  s <- g' - <g', g> g / ||g||^2
-    else u' = g + alpha ||g|| / (||s|| + 1e-8) s
+    else u' = g + alpha ||g|| / (||s|| + 1e-8) s; an s that is but rounding is 0
 
     `step(closure)` calls the closure twice in the first of k steps, and once in the others.
 
@@ -96,7 +97,10 @@ def looksam(
         size = _size(first_grad)
         along = first_grad / torch.where(size > 0, size, 1.0)
         axes = tuple(range(1, update.ndim))
-        return update.clone(), update - (update * along).sum(axes, keepdim=True) * along
+        left = update - (update * along).sum(axes, keepdim=True) * along
+        # what rounding has left of equal gradients is no direction
+        least = ROUNDINGS * torch.finfo(left.dtype).eps * _size(update)
+        return update.clone(), torch.where(_size(left) > least, left, 0.0)
     return update + alpha * _size(update) / (_size(sharp) + 1e-8) * sharp, sharp
 
 
