@@ -14,6 +14,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Idle threads of a kernel do not spin, and processes that tests start read the package compiled.
+TESTED := OMP_WAIT_POLICY=PASSIVE PYTHONDONTWRITEBYTECODE= $(BIN)/python
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: demo test test-cuda test-newest test-frameworks test-asan fuzz bench psgd-efficiency bench-peers bench-duels lint docs clean \
@@ -33,7 +35,7 @@ demo: $(VENV)/installed-race
 		--chain "scale_by_adam | cautious" --lr 0.003,0.01,0.03 --seeds 3 --out demo --overwrite
 
 test: $(VENV)/installed-test
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+	$(TESTED) -m pytest --numprocesses 2 --dist worksteal
 
 # the kernels' file is no test_*.py, since test_triton.py runs it in Triton's interpreter
 test-cuda: $(VENV)/installed-test
