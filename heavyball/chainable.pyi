@@ -453,6 +453,17 @@ class _FactoredRms(Transform):
 
 factored_rms: _FactoredRms
 
+class _FlightRecorder(Transform):
+    """Write the last steps to a file when one is not finite or far too large; updates pass as they are."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        dir: str = '',
+        keep: int = 3,
+    ) -> Self: ...
+
+flight_recorder: _FlightRecorder
+
 class _Focus(Transform):
     """Follow the sign of the momentum and be drawn to the averaged weights."""
 
@@ -1839,6 +1850,7 @@ __all__ = [
     "ema_nesterov",
     "exp_avg",
     "factored_rms",
+    "flight_recorder",
     "focus",
     "from_eigenbasis",
     "grams",

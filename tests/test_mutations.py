@@ -1058,4 +1058,4 @@ def test_every_transform_with_mathematics_has_a_mutant() -> None:
     mutated = {name for name, _, _ in MUTANTS.values()} | set(DECAYS) | {"descend"}
     # compared with the formula entry by entry like mu_law and clip_by_norm, in the same tests
     same = {"a_law", "trust_region", "softsign", "clip_by_rms", "l2_normalize", "rms_normalize"}
-    assert mutated | same | {"apply"} == set(C.TRANSFORMS)
+    assert mutated | same | {"apply", "flight_recorder"} == set(C.TRANSFORMS)

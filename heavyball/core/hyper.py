@@ -3,6 +3,7 @@
 import inspect
 import math
 import numbers
+import os
 import re
 import types
 import typing
@@ -227,6 +228,8 @@ def check_option(name: str, value: Any, default: Any, annotation: Any) -> Any:
         raise TypeError(f"{name}={value!r}: expected {annotation}, got a bool")
     names = accepted if isinstance(accepted, tuple) else (accepted,)
     if not isinstance(value, accepted):
+        if str in names and isinstance(value, os.PathLike):
+            return os.fspath(value)
         # numbers of numpy
         if int in names and isinstance(value, numbers.Integral):
             return int(value)

@@ -19,6 +19,7 @@ from heavyball.metrics.totals import totals
 from heavyball.optim.arguments import as_params, given_elements
 from heavyball.optim.estimate import check_alike
 from heavyball.optim.evaluation import Evaluation
+from heavyball.optim.flight import Recorder
 from heavyball.optim.fused import FusedBackward, refuse_scaler
 from heavyball.optim.inputs import Inputs
 from heavyball.optim.options import (
@@ -132,6 +133,8 @@ class ChainOpt(Saving):
         self._registry = registry
         self._inputs = Inputs(self._chain, type(self).__name__)
         self._perturbation = Perturbation(self._chain, type(self).__name__)
+        rounds = self._options.stochastic_rounding
+        self._recorder = Recorder(self._chain, registry, ChainOpt, rounds)
         self._steps = Steps(registry, self._options, self._chain, self._advice)
         self._watch(Evaluation(registry))
 
@@ -216,6 +219,14 @@ class ChainOpt(Saving):
         """Step with the gradients that are there, and with what was given besides."""
         if self._inputs.needed or loss is not None:
             with self._inputs.given(self._registry, loss, returned):
+                self._step_all()
+        else:
+            self._step_all()
+        return returned
+
+    def _step_all(self) -> None:
+        if self._recorder.active:
+            with self._recorder.over_step():
                 self._steps.step_all(self._fused)
         else:
             self._steps.step_all(self._fused)
@@ -251,6 +262,7 @@ class ChainOpt(Saving):
             all parameters; else as `step`. Nothing has been changed then.
         """
         self._perturbation.refuse("step_parameter()")
+        self._recorder.refuse("step_parameter()")
         self._steps.step_given(param, group, index)
 
     @opaque
@@ -320,6 +332,7 @@ class ChainOpt(Saving):
     def fuse_backward(self) -> FusedBackward:
         """Step each parameter inside `backward()`, see `heavyball.fuse_backward`."""
         self._perturbation.refuse("fuse_backward")
+        self._recorder.refuse("fuse_backward")
         self._fused.attach()
         return self._fused
 

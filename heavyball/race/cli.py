@@ -288,6 +288,19 @@ def precision(
         click.echo(measure(names, seeds, steps, data, page, where, _tell))
 
 
+@cli.command()
+@click.argument("file", type=Place(dir_okay=False))
+@click.option("--parameter", "-p", "wanted", multiple=True, help="Show this one. Repeatable.")
+def replay(file: Path, wanted: tuple[str, ...]) -> None:
+    """Compute the steps in a FILE of C.flight_recorder again, element by element."""
+    from heavyball.race.replay import tables
+    from heavyball.race.report import console
+
+    with clean_errors():
+        for part in tables(file, wanted):
+            console().print(part)
+
+
 def _tell(line: str) -> None:
     click.echo(line, err=True)
 

@@ -4,7 +4,8 @@ A run yields its shares of a sum over all parameters and is sent the sum, or yie
 transform and is sent an `Answer`. Who answers is the eager runner or the compiler.
 """
 
-from collections.abc import Callable, Generator, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from heavyball.core.program import Fork, Node, RateNode, WholeNode
 from heavyball.core.transform import CONTEXT, FED, FIRST, WHOLE_CONTEXT, keyword_names
 from heavyball.numerics import SCALAR, compute_dtype, shape_of
-from heavyball.runtime.job import Answer, Call, Frame
+from heavyball.runtime.job import Answer, Call, Frame, Job
 from heavyball.runtime.serve import due
 from heavyball.runtime.state import loaded, new_states, working_state
 from heavyball.runtime.sums import Shares
@@ -43,6 +44,21 @@ def complete(run: Run, answer: Callable[[Request], Any], until: str | None = Non
     return None
 
 
+# Who is shown what each element gives: the job, its key, and the update (or the new parameter).
+Watch = Callable[[Job, str, Any], None]
+_watches: list[Watch] = []
+
+
+@contextlib.contextmanager
+def watched(watch: Watch) -> Iterator[None]:
+    """Show what each element of every eager step gives."""
+    _watches.append(watch)
+    try:
+        yield
+    finally:
+        _watches.remove(watch)
+
+
 def execute(nodes: Iterable[Node | Fork], update: Any, frame: Frame) -> Run:
     """Run nodes in order; yields (key, shares) wherever sums over all parameters are needed, and a
     call wherever a transform needs the whole tensor."""
@@ -53,6 +69,8 @@ def execute(nodes: Iterable[Node | Fork], update: Any, frame: Frame) -> Run:
             update = yield from _call(node, update, frame)
         else:
             update = yield from _apply(node, update, frame)
+        for watch in _watches:
+            watch(frame.job, node.merge.key if isinstance(node, Fork) else node.key, update)
         if frame.ended:
             break
     return update

@@ -1,0 +1,236 @@
+"""Keeps the last steps of an optimizer, writes them to a file where one goes wrong, and replays them."""
+
+import contextlib
+import math
+import os
+import statistics
+import warnings
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heavyball.core.chain import Chain
+from heavyball.errors import one_line, warn
+from heavyball.optim.registry import Registry
+from heavyball.runtime.execute import watched
+from heavyball.runtime.job import Job
+
+FORMAT = 1
+# A change that is so many times the median of those before it is far too large.
+JUMP = 100.0
+USUAL = 50  # how many changes the median is of
+FEWEST = 2
+
+# Builds an optimizer of parameter groups and elements, without kernels.
+Build = Callable[..., Any]
+Step = dict[str, Any]
+Output = tuple[int, str, Tensor]
+_replays: list[Any] = []
+
+
+class Recorder:
+    """What `flight_recorder` asks for.
+
+    build: makes the optimizer with which a step is computed again.
+    """
+
+    def __init__(self, chain: Chain, registry: Registry, build: Build, rounds: bool):
+        nodes = [node for program in chain.programs for node in program.flat]
+        asked = [n.transform.options for n in nodes if n.transform.name == "flight_recorder"]
+        asked = [options for options in asked if options["dir"]]
+        self.active = bool(asked)
+        self._chain, self._registry, self._build, self._rounds = chain, registry, build, rounds
+        if asked:
+            self._folder, self._keep = Path(asked[0]["dir"]), asked[0]["keep"]
+            self._steps: deque[Step] = deque(maxlen=self._keep)
+            self._changes: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=USUAL))
+        self._written = self._count = 0
+        self._last_was_wrong = False
+
+    def refuse(self, what: str) -> None:
+        """Refuse a way of stepping in which no moment has all gradients.
+
+        Errors: ValueError saying what was asked for.
+        """
+        if self.active:
+            raise ValueError(
+                f"flight_recorder with {what}: it needs all gradients and state at once"
+            )
+
+    @contextlib.contextmanager
+    def over_step(self) -> Iterator[None]:
+        """Keep a step, and write the last ones if it goes wrong."""
+        if _replays:
+            yield
+            return
+        if self._registry.parts is not None:
+            self.refuse("parameters in parts")
+        self._steps.append(_taken(self._registry))
+        yield
+        self._count += 1
+        wrong = self._wrong()
+        if wrong and not self._last_was_wrong and self._written < self._keep:
+            try:
+                self._write(wrong)
+            except (
+                Exception
+            ) as error:  # a full disk, or anything else that is no matter of the step
+                warn(f"flight_recorder: {self._folder} has no file of this step: {one_line(error)}")
+            self._written += 1
+        self._last_was_wrong = bool(wrong)
+
+    def _wrong(self) -> list[str]:
+        """Which parameters have changed by what cannot be right."""
+        before = self._steps[-1]["params"]
+        places = [p for p in self._registry.places() if p.number in self._steps[-1]["grads"]]
+        changes = [(p.param.detach() - before[p.number]).double().norm() for p in places]
+        sizes = torch.stack(changes).tolist() if changes else []
+        wrong = []
+        for place, size in zip(places, sizes, strict=True):
+            name = place.name or str(place.number)
+            known = self._changes[name]
+            usual = statistics.median(known) if len(known) >= FEWEST else 0.0
+            if not math.isfinite(size) or (usual > 0 and size > JUMP * usual):
+                wrong.append(name)
+            elif size > 0:
+                known.append(size)
+        return wrong
+
+    def _write(self, wrong: list[str]) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        storage = self._chain.storage
+        options = {
+            "storage_dtype": storage.storage_dtype,
+            "ecc": storage.ecc,
+            "param_ecc": storage.param_ecc,
+            "stochastic_rounding": self._rounds,
+        }
+        steps = []
+        for step in self._steps:
+            outputs = replayed(self._build, self._chain.elements, step, options)
+            steps.append({**step, "outputs": [list(output) for output in outputs]})
+        names = {p.number: p.name or str(p.number) for p in self._registry.places()}
+        content = {
+            "flight": FORMAT,
+            "chain": repr(self._chain),
+            "options": options,
+            "names": names,
+            "wrong": wrong,
+            "count": self._count,
+            "steps": steps,
+        }
+        path = self._folder / f"step-{self._count:09}-{os.getpid()}-{id(self):x}.pt"
+        aside = path.with_suffix(".part")
+        try:
+            torch.save(content, aside)
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+        warn(
+            f"step {self._count}: the change of {', '.join(wrong[:4])} is not finite or {JUMP:g} times "
+            f"its usual size; see it with: heavyball replay {path}"
+        )
+
+
+def _taken(registry: Registry) -> Step:
+    """A copy of all that a step is made of."""
+    places = list(registry.places())
+    states = registry.state
+    groups = [
+        {name: _copy(value) for name, value in group.items() if name != "params"}
+        for group in registry.groups
+    ]
+    numbers = iter(range(len(places)))
+    for group, given in zip(registry.groups, groups, strict=True):
+        given["params"] = [next(numbers) for _ in group["params"]]
+    return {
+        "groups": groups,
+        "params": {p.number: p.param.detach().clone() for p in places},
+        "grads": {p.number: p.param.grad.clone() for p in places if p.param.grad is not None},
+        "state": {
+            p.number: {key: _copy(value) for key, value in states.get(p.param, {}).items()}
+            for p in places
+        },
+    }
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, list | tuple):
+        return type(value)(map(_copy, value))
+    return value
+
+
+def replayed(
+    build: Build, elements: Any, step: Mapping[str, Any], options: Mapping[str, Any]
+) -> list[Output]:
+    """What each element gives in a step that was kept: the parameter's number, the key, the update."""
+    params = {n: torch.nn.Parameter(tensor.clone()) for n, tensor in step["params"].items()}
+    groups = [{"params": [params[n] for n in g["params"]], **_given(g)} for g in step["groups"]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said of the original
+        return _stepped(build(groups, 0.0, *elements, compile=False, **options), params, step)
+
+
+def _stepped(opt: Any, params: Mapping[int, Tensor], step: Mapping[str, Any]) -> list[Output]:
+    """Make a step with what was kept of it, and note what each element gives."""
+    for group, kept in zip(opt.param_groups, step["groups"], strict=True):
+        group.update({name: _copy(value) for name, value in kept.items() if name != "params"})
+    for number, state in step["state"].items():
+        if state:
+            opt.state[params[number]] = {key: _copy(value) for key, value in state.items()}
+    for number, grad in step["grads"].items():
+        params[number].grad = grad.clone()
+    numbers = {id(param): number for number, param in params.items()}
+    found: list[Output] = []
+
+    def note(job: Job, key: str, update: Any) -> None:
+        if id(job.param) in numbers and isinstance(update, Tensor):
+            found.append((numbers[id(job.param)], key, update.detach().clone()))
+
+    with watched(note):
+        _replays.append(opt)  # which is recorded no more
+        try:
+            opt.step()
+        finally:
+            _replays.pop()
+    return found
+
+
+def _given(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What a group is built with; everything else is put into it afterwards."""
+    return {name: group[name] for name in ("lr", "param_names") if name in group}
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A file of `flight_recorder`; see `heavyball.optim.flight.read`."""
+
+    chain: str
+    options: dict[str, Any]
+    names: dict[int, str]
+    wrong: list[str]
+    count: int
+    steps: list[Step]
+
+
+def read(path: str | os.PathLike) -> Flight:
+    """A file that a recorder has written.
+
+    Errors: OSError where it cannot be read; ValueError where it is none.
+    """
+    try:
+        content = torch.load(path, weights_only=True, map_location="cpu")
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} is no file of flight_recorder: {one_line(error)}") from None
+    if not isinstance(content, dict) or content.pop("flight", None) != FORMAT:
+        raise ValueError(f"{path} is no file of flight_recorder in format {FORMAT}")
+    return Flight(**content)
