@@ -219,12 +219,11 @@ class ChainOpt(Saving):
         """Step with the gradients that are there, and with what was given besides."""
         if self._inputs.needed or loss is not None:
             with self._inputs.given(self._registry, loss, returned):
-                self._step_all()
+                self._step_recorded()
         else:
-            self._step_all()
-        return returned
+            self._step_recorded()
 
-    def _step_all(self) -> None:
+    def _step_recorded(self) -> None:
         if self._recorder.active:
             with self._recorder.over_step():
                 self._steps.step_all(self._fused)
