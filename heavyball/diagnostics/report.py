@@ -49,7 +49,7 @@ def optimizer_repr(
 
 
 def _is_shown(key: str) -> bool:
-    return key not in ("params", "param_names", "differentiable")
+    return key not in ("params", "param_names", "differentiable") and not key.startswith("_")
 
 
 def _plain(value: Any) -> Any:

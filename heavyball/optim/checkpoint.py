@@ -17,7 +17,7 @@ from heavyball.core.combine import Parallel, Route, When, Within
 from heavyball.core.program import Fork, Node, Program, visible
 from heavyball.core.schedule import SCHEDULES
 from heavyball.core.transform import Transform
-from heavyball.optim.scheduling import texts
+from heavyball.optim.scheduling import BEGUN, texts
 from heavyball.runtime.rates import WAITING
 from heavyball.runtime.state import add_missing_state
 from heavyball.state.held import fault, is_companion, is_real, layout, main_of, recode
@@ -69,8 +69,9 @@ def describe(saved: dict[str, Any], chain: Chain) -> None:
     }
     saved[DESCRIPTION] = description(chain)
     for group in saved["param_groups"]:
-        if WAITING in group:  # the step that has begun goes on
-            group[WAITING] = dict(group[WAITING])
+        for key in (WAITING, BEGUN):  # the step that has begun goes on
+            if key in group:
+                group[key] = dict(group[key])
 
 
 def structure(chain: Chain) -> str:

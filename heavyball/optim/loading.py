@@ -27,7 +27,7 @@ from heavyball.optim.checkpoint import (
 )
 from heavyball.optim.checks import labelled
 from heavyball.optim.registry import Registry
-from heavyball.optim.scheduling import differing
+from heavyball.optim.scheduling import BEGUN, differing
 from heavyball.optim.validation import check_hyper, check_source, impossible
 from heavyball.runtime.place import describe
 from heavyball.runtime.rates import WAITING
@@ -410,7 +410,8 @@ def _entries(
     group = {k: v for k, v in registry.groups[index].items() if k != "params"}
     if "train_mode" in group:
         group["train_mode"] = True  # where nothing else was saved
-    group.pop(WAITING, None)  # of the state that is replaced
+    for key in (WAITING, BEGUN):  # of the state that is replaced
+        group.pop(key, None)
     for key, value in saved.items():
         if key in ("params", "param_names") or (key == SCHEDULES and not differing(saved, group)):
             continue

@@ -167,17 +167,19 @@ class Scheduling:
         Errors: ValueError naming a number that was set although it follows a schedule. Where anything
             raises, the numbers and the counts are as before.
         """
-        _refuse_capture(groups)
+        here = groups if place is None else [place.group]
+        _refuse_capture(here)
         if self._has_ended(groups, place):
             self._close(groups)
         begun: list[tuple[dict[str, Any], int, Any]] = []
         replaced: list[Replaced] = []
         try:
-            for index, group in enumerate(groups):
+            new = any(BEGUN not in group for group in here)
+            for index, group in enumerate(groups) if new else ():
                 if BEGUN not in group:
                     last = group.get(SCHEDULED_LR)
                     begun.append((group, self._begin(index, group), last))
-            for group in groups:
+            for group in here:
                 if LR in group.get(SCHEDULES, ()):
                     replaced += self._multiply(group)
             yield
@@ -195,7 +197,7 @@ class Scheduling:
         if place is None:
             self._close(groups)
         else:
-            place.group[BEGUN].append(place.position)
+            place.group[BEGUN][place.position] = True
 
     def _has_ended(self, groups: list[dict[str, Any]], place: Place | None) -> bool:
         """Whether what is about to be stepped has been, in the step that goes on."""
@@ -221,7 +223,7 @@ class Scheduling:
             count = self._count(index, group)
             self._give(group, count + 1)
             group[COUNT] = count + 1
-        group[BEGUN] = []
+        group[BEGUN] = {}
         return count
 
     def _count(self, index: int, group: Mapping[str, Any]) -> int:
@@ -324,12 +326,12 @@ def check_saved(group: Mapping[str, Any]) -> None:
 
     Errors: ValueError naming the entry.
     """
-    schedules, count, begun = (group.get(key, ()) for key in (SCHEDULES, COUNT, BEGUN))
+    schedules, count, begun = (group.get(key, {}) for key in (SCHEDULES, COUNT, BEGUN))
     if SCHEDULES in group and not isinstance(schedules, Mapping):
         raise ValueError(f"{SCHEDULES}={schedules!r}: expected a dict of schedules by name")
     if COUNT in group and not _is_count(count):
         raise ValueError(f"{COUNT}={count!r}: expected a count of steps")
-    if not isinstance(begun, list | tuple) or not all(map(_is_count, begun)):
+    if not isinstance(begun, Mapping) or not all(map(_is_count, begun)):
         raise ValueError(f"{BEGUN}={begun!r}: expected positions of parameters")
 
 
