@@ -45,6 +45,14 @@ def test_a_step_uses_what_was_fed_before_it(compile):
         torch.testing.assert_close(p.detach(), before)
 
 
+def test_a_number_is_fed_in_full():
+    p = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    opt = stepping(scaled_by, param=p)
+    opt.feed("load", 0.1)
+    opt.step()
+    assert p.item() == -0.5 * 0.1
+
+
 def test_a_signal_may_be_a_number_for_each_head():
     p = leaf(4, 2)
     opt = stepping(capped, param=p)

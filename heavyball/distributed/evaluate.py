@@ -57,7 +57,10 @@ class Values:
         return value if value.shape == shape else value.to(self.dtype).expand(shape)
 
     def _tensor(self, index: int) -> Tensor:
-        return torch.as_tensor(self.known[index], device=self.device)
+        value = self.known[index]
+        if isinstance(value, Tensor):
+            return value.to(self.device)
+        return torch.tensor(value, dtype=SCALAR, device=self.device)
 
     def written(self, name: str, index: int) -> Tensor:
         """A value as the tensor of this name is kept here."""

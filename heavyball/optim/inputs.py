@@ -38,7 +38,9 @@ class Inputs:
             )
         if not isinstance(value, Tensor) and not is_real(value):
             raise TypeError(f"{said}: {value!r}, expected a number or a tensor")
-        tensor = value.detach() if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
+        if not isinstance(value, Tensor):
+            value = torch.tensor(value, dtype=SCALAR, device="cpu")
+        tensor = value.detach()
         if tensor.is_complex() or tensor.dtype == torch.bool:
             raise TypeError(f"{said}: a tensor of {tensor.dtype}, expected real numbers")
         self._fed[name] = tensor.to(SCALAR, copy=True)
