@@ -10,7 +10,7 @@
 # make bench-duels   our optimizers by turns with theirs, the same installation
 # make comparison   race six optimizers on mnist and tiny Shakespeare; an hour, make -j2 runs both at once
 # make lint    formatting, lint and types
-# make docs    write the generated parts of README.md and docs/ again
+# make docs    write the generated parts of docs/ and the stubs again
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -39,7 +39,7 @@ def presets() -> str:
 def transforms() -> str:
     """One row per transform."""
     rows = [
-        (f"[`{name}`](docs/transforms.md#{name})", t.summary.rstrip("."))
+        (f"[`{name}`](transforms.md#{name})", t.summary.rstrip("."))
         for name, t in heavyball.chainable.TRANSFORMS.items()
     ]
     return table(("transform", "what it does"), rows)
@@ -130,11 +130,11 @@ def imports_of(path: Path) -> list[str]:
 
 def build() -> dict[Path, str]:
     """Every generated file with its text."""
-    readme, page = ROOT / "README.md", ROOT / "docs" / "transforms.md"
+    names, page = ROOT / "docs" / "presets.md", ROOT / "docs" / "transforms.md"
     precond, package = ROOT / "docs" / "precond_schedule.md", ROOT / "heavyball"
-    text = fill(readme.read_text(), "presets", presets())
+    text = fill(names.read_text(), "presets", presets())
     return {
-        readme: fill(text, "transforms", transforms()),
+        names: fill(text, "transforms", transforms()),
         page: fill(page.read_text(), "details", "\n".join(details())),
         precond: fill(precond.read_text(), "schedule", schedule()),
         package / "chainable.pyi": stubs.chainable(imports_of(package / "chainable.py")),

@@ -1,6 +1,6 @@
 """An optimizer of one's own: a new transform, in a chain that gives matrices another one than the rest.
 
-python examples/own_recipe.py
+python examples/custom_transform.py
 """
 
 import torch
