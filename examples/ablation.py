@@ -2,7 +2,7 @@
 
 python examples/ablation.py "mars | scale_by_adam | cautious"
 
-The command `heavyball ablate` does the same on larger tasks, with a grid of learning rates and a picture.
+The command `heavyball ablate` does the same on larger tasks, with learning rates and a picture.
 """
 
 import argparse
