@@ -2,7 +2,7 @@
 # make test    install into .venv and run the tests
 # make test-cuda   on a machine with a GPU: the shared suites and every kernel there
 # make test-newest   the tests with the newest torch, in .venv-newest (a large download); TESTS=tests/test_x.py for a part
-# make test-frameworks   the callbacks for transformers and Lightning, in .venv-frameworks
+# make test-frameworks   callbacks and recipes for six frameworks, in .venv-frameworks
 # make test-asan   the kernel suites with sanitizers in the kernels: memory and undefined behaviour
 # make bench   measure optimizer steps, write docs/measurements.md (on a quiet machine)
 # make bench-peers   the same for other libraries, installed into .venv-peers
