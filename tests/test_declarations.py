@@ -18,9 +18,9 @@ PACKAGE = Path(heavyball.__file__).parent
 # What each decorator takes besides what all take.
 PLACED = {"before_state", "requires", "opens_once", "instead"}
 OWN = {
-    C.transform: {"kind", "modifier", "over_all", "evaluate", "perturb", *PLACED},
+    C.transform: {"kind", "modifier", "over_all", "evaluate", "perturb", "offers", *PLACED},
     C.whole_transform: {"kind", "opaque", "host", "after", "due", "lead", "noise_every",
-                        "inner_shape", *PLACED},
+                        "inner_shape", "fed_numbers", "perturb", "perturb_every", *PLACED},
     C.rate: {
         "numbers", "past", "made_from", "from_sums", "gives", "finish", "moment_unit",
         "moment_change", "hyper_change", "estimate", "kind", "shared",
@@ -74,10 +74,16 @@ OPTIMIZERS = {"lr", "base_lr", "step", "param", "grad", "seed", "weight_decay", 
 WORDS = {
     "gate", "square", "squares", "beta", "graft", "lerp", "load", "sign", "alpha", "maximize",
     "amsgrad", "nesterov", "centered", "decay", "every", "norm", "rho", "shared", "name", "largest",
-    "scale", "floor", "second_moment",
+    "scale", "floor", "second_moment", "signal",
 }  # fmt: skip
-# names of checkpoints of before, and what to write in place of an argument or a call of torch's
-EXCEPT = ("optim/migrations.py", "optim/checks.py: nesterov_momentum", "optim/outer_clip.py")
+# names of checkpoints of before, what to write in place of an argument or a call of torch's, and what
+# an element asks of the optimizer
+EXCEPT = (
+    "optim/flight.py",
+    "optim/migrations.py",
+    "optim/checks.py: nesterov_momentum",
+    "optim/outer_clip.py",
+)
 
 
 def strings(path: Path) -> Iterator[str]:
