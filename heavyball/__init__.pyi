@@ -39,6 +39,7 @@ from heavyball.presets.large_batch import LARS
 from heavyball.presets.low_rank import APOLLO
 from heavyball.presets.low_rank import APOLLOMini
 from heavyball.presets.memory_savers import CAME
+from heavyball.presets.memory_savers import SM3
 from heavyball.presets.muon import Muon
 from heavyball.presets.muon import NorMuon
 from heavyball.presets.muon_family import AdaGO
@@ -139,6 +140,7 @@ __all__ = [
     "APOLLO",
     "APOLLOMini",
     "CAME",
+    "SM3",
     "Muon",
     "NorMuon",
     "AdaMuon",

@@ -1463,6 +1463,18 @@ class _ScaleByRprop(Transform):
 
 scale_by_rprop: _ScaleByRprop
 
+class _ScaleBySm3(Transform):
+    """Divide by the root of a sum of squares that is bounded by what is kept along the axes."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        momentum: float | Shared = 0.9,
+        beta: float | Shared = 0.0,
+        eps: float | Shared = 1e-30,
+    ) -> Self: ...
+
+scale_by_sm3: _ScaleBySm3
+
 class _ScaleByTensorRms(Transform):
     """Divide a tensor by its running root mean square, one number for all of it."""
 
@@ -1931,6 +1943,7 @@ __all__ = [
     "scale_by_radam",
     "scale_by_rms",
     "scale_by_rprop",
+    "scale_by_sm3",
     "scale_by_tensor_rms",
     "scale_by_yogi",
     "scale_lr",

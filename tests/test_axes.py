@@ -95,6 +95,29 @@ def test_together_with_others(chain: tuple) -> None:
     assert_near(pair(chain, ((8, 6, 3, 3), (6, 7, 2), (4, 6, 5), (7, 6))))
 
 
+@C.transform()
+def peaks(update):
+    """The largest along each axis, of values of either sign."""
+    for axis in range(update.ndim):
+        others = tuple(k for k in range(update.ndim) if k != axis)
+        update = update + 0.1 * update.amax(others, keepdim=True)
+    return update
+
+
+def test_the_largest_along_some_of_the_axes() -> None:
+    shapes = ((8, 6, 3, 3), (6, 7, 2), (700, 130), (7, 6))
+    assert_near(pair((peaks, C.scale_by_sm3(beta=0.5)), shapes))
+    ends = []
+    for compiled in (False, True):
+        p = torch.nn.Parameter(values((7, 6), 0, torch.float32))
+        opt = C.ChainOpt([p], 0.1, peaks, compile=compiled)
+        p.grad = -values((7, 6), 1, torch.float32).abs()
+        p.grad[2, 3] = torch.nan
+        opt.step()
+        ends.append(p.detach().isnan())
+    assert torch.equal(*ends)
+
+
 def test_closed_gates_leave_the_means_as_they_were() -> None:
     ends = []
     for compiled in (False, True):

@@ -185,6 +185,20 @@ GOLDEN: dict[str, Golden] = {
         {4: ((0.81421604851, -0.699217804785, 0.167926729844, 0.214115496049, 3.71989027544),)},
         about=("pin_radius", "post_cautious_decay", "update_floor"),
     ),
+    "sm3": Golden(
+        lambda ps: heavyball.SM3(ps, 0.05, momentum=0.0),
+        {
+            1: ((0.590302305868, -0.861130261885, 0.186737218208, 0.18371596502, 5.07209849122),),
+            4: ((0.577754726723, -0.879166177559, 0.170262477469, 0.15590288208, 5.22468481511),),
+        },
+        about=("scale_by_sm3",),
+    ),
+    "sm3, momentum": Golden(
+        lambda ps: heavyball.SM3(ps, 0.05),
+        {4: ((-0.402924539277, 0.972384735653, -0.778169941564, 2.59761451003),)},
+        ("PV",),
+        ("scale_by_sm3",),
+    ),
     "window_average": Golden(
         chain(C.scale_by_adam, C.window_average(k=3, every=2)),
         {6: ((0.633666818811, -0.822291205029, 0.22110556047, 0.321203096783, 4.73912633337),)},
@@ -748,6 +762,22 @@ def came_path(p: Tensor, grads: list[Tensor]) -> Path:
         yield p
 
 
+def sm3_path(p: Tensor, grads: list[Tensor]) -> Path:
+    bounds = [0.0 * p.amax([k for k in range(p.ndim) if k != i] or [], True) for i in range(p.ndim)]
+    if p.ndim == 1:
+        bounds = [0.0 * p]
+    m = 0 * p
+    for g in grads:
+        v = torch.stack([b.expand(p.shape) for b in bounds]).amin(0)
+        v = 0.7 * v + 0.3 * g**2
+        for i, b in enumerate(bounds):
+            others = [k for k in range(p.ndim) if k != i]
+            bounds[i] = torch.maximum(b, v.amax(others, True) if others else v)
+        m = 0.8 * m + 0.2 * g / v.sqrt()
+        p = p - 0.1 * m
+        yield p
+
+
 def adagc_path(p: Tensor, grads: list[Tensor]) -> Path:
     y = None
     for t, g in enumerate(grads, 1):
@@ -833,6 +863,7 @@ OWN: dict[str, Own] = {
         adagc_path,
         ("adagc",),
     ),
+    "sm3": Own(chain(C.scale_by_sm3(momentum=0.8, beta=0.7), lr=0.1), sm3_path, ("scale_by_sm3",)),
     "yogi": Own(
         chain(C.scale_by_yogi(betas=(0.8, 0.9), eps=0.01, initial_accumulator_value=0.5), lr=0.1),
         yogi_path,
@@ -986,6 +1017,7 @@ def test_a_polyak_rate_is_the_loss_over_the_size_of_the_gradient() -> None:
         ),
         (lambda: C.scale_by_adam(square="rows"), "square='rows'.*'row'"),
         (lambda: C.outer_nesterov(k=0), "k=0"),
+        (lambda: chain(C.scale_by_sm3)([torch.zeros((1,) * 9)]), "more than 8 dimensions"),
         (lambda: chain(C.qk_clip(heads=4))([torch.zeros(6, 2)]), "heads=4|blocks=4"),
         (lambda: chain(C.schedule_free, C.qk_clip)([torch.zeros(6, 2)]), "exclude each other"),
         (lambda: chain(C.hyperball, C.pin_radius)([torch.zeros(6, 2)]), "exclude each other"),

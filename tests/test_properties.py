@@ -194,7 +194,7 @@ def elementwise(name: str) -> bool:
         "adaptive_gradient_clip", "centralize", "graft", "muon", "orthogonalize", "scale_by_normuon",
         "to_eigenbasis", "adaptive_orthogonalize", "prodigy_d", "prodigy_plus_d",
         "prodigy_progress_d", "scale_by_parameter_rms", "scale_lr_by_parameter_rms",
-        "scale_by_novograd", "stable_spam", "zclip", "adagc", "kourkoutas_beta2",
+        "scale_by_novograd", "scale_by_sm3", "stable_spam", "zclip", "adagc", "kourkoutas_beta2",
         "trust_ratio", "lars_ratio", "scale_by_came", "dog_rate", "dowg_rate", "d_adapt_adam",
         "d_adapt_sgd", "d_adapt_lion", "mechanic", "momo",
         "scale_by_adamuon", "sinkhorn_normalize",

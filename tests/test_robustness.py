@@ -359,7 +359,7 @@ REDUCING = {
         "scale_by_novograd",
         "stable_spam",
     ),
-    *("dog_rate", "dowg_rate", "hyperball", "lars_ratio", "scale_by_came"),
+    *("dog_rate", "dowg_rate", "hyperball", "lars_ratio", "scale_by_came", "scale_by_sm3"),
 }
 
 

@@ -31,3 +31,24 @@ class CAME(Preset):
         threshold = shared("clip_threshold", clip_threshold)
         chain = (C.scale_by_came(betas=b, threshold=threshold, eps=eps),)
         self.build(params, lr, chain, options, beta1=b[0], weight_decay=weight_decay)
+
+
+class SM3(Preset):
+    """Adagrad with sums of squares along the axes alone; decay is decoupled.
+
+    Units: `lr` is about 0.1, and its effect falls as the sums grow.
+    Source: Anil et al. 2019, SM3-II, https://arxiv.org/abs/1901.11150.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 0.1,
+        momentum: float = 0.9,
+        beta: float = 0.0,
+        eps: float = 1e-30,
+        weight_decay: float = 0.0,
+        **options: Unpack[PresetOptions],
+    ):
+        chain = (C.scale_by_sm3(momentum=momentum, beta=beta, eps=eps),)
+        self.build(params, lr, chain, options, beta1=momentum, weight_decay=weight_decay)

@@ -192,11 +192,22 @@ class CppPrinter(Cpp, KernelPrinter):
         ]
 
     @staticmethod
+    def start(s: Reduce) -> str:
+        """What a sum, or the largest of no values, is."""
+        return "-std::numeric_limits<double>::infinity()" if s.how == "max" else "0"
+
+    @staticmethod
     def accumulator(s: Reduce) -> str:
         # counting in int is exact and twice as wide as in double; no part of a tensor has 2^31 elements
         kind = "int32_t" if s.how == "count" else "double"
-        start = "-std::numeric_limits<double>::infinity()" if s.how == "max" else "0"
-        return f"{kind} r{s.var.index} = {start};"
+        return f"{kind} r{s.var.index} = {CppPrinter.start(s)};"
+
+    @staticmethod
+    def joined(s: Reduce, total: str, part: str) -> str:
+        """The statement that takes a part into a sum, or into the largest."""
+        if s.how == "max":
+            return f"if ({total} < {part}) {total} = {part};"
+        return f"{total} += {part};"
 
     @staticmethod
     def simd(sums: Iterable[Reduce]) -> str:
@@ -286,13 +297,8 @@ class CppPrinter(Cpp, KernelPrinter):
         lines = []
         for n, s in enumerate(sums):
             total = f"s[{s.var.index}]"
-            start = "-std::numeric_limits<double>::infinity()" if s.how == "max" else "0"
-            step = (
-                f"if ({total} < p[{n}]) {total} = p[{n}];"
-                if s.how == "max"
-                else f"{total} += p[{n}];"
-            )
-            lines.append(f"{total} = {start};")
+            step = CppPrinter.joined(s, total, f"p[{n}]")
+            lines.append(f"{total} = {CppPrinter.start(s)};")
             lines.append(f"for (const double* p = {first}; p < {last}; p += PARTS) {step}")
         return lines
 

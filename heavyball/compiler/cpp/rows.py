@@ -148,13 +148,15 @@ class RowPrinter(CppPrinter):
         has_lane = self.frame.has_lane(var.level)
         return not has_lane and self.frame.period in self.frame.runs(var.level)
 
-    def _parts(self, walk: Walk) -> list[Var]:
+    def _parts(self, walk: Walk) -> list[Reduce]:
         """The sums that several rows add to, by level and so by their place in `sums`."""
-        found = [s.var for s in self._arrays_of(walk) if not self._is_complete(s.var)]
-        return sorted(found, key=lambda v: (self.frame.levels.index(v.level), v.index))
+        found = [s for s in self._arrays_of(walk) if not self._is_complete(s.var)]
+        levels = self.frame.levels
+        return sorted(found, key=lambda s: (levels.index(s.var.level), s.var.index))
 
     def _most_parts(self, level: str) -> int:
-        return max([v.level for v in self._parts(w)].count(level) for w in self.kernel.walks)
+        walks = self.kernel.walks
+        return max([s.var.level for s in self._parts(w)].count(level) for w in walks)
 
     # ---- walks
 
@@ -198,10 +200,11 @@ class RowPrinter(CppPrinter):
     def _begin_parts(self, walk: Walk) -> list[str]:
         """Where a block adds up its parts, from zero, and its buffers."""
         lines, place = list[str](), "sums"
-        for v in self._parts(walk):
-            size = self.sizes.level(v.level)
+        for s in self._parts(walk):
+            v, size = s.var, self.sizes.level(s.var.level)
             lines.append(f"    double* __restrict part_{v.index} = {place};")
-            lines.append(f"    for (int64_t c = 0; c < {size}; ++c) part_{v.index}[c] = 0;")
+            start = f"part_{v.index}[c] = {self.start(s)};"
+            lines.append(f"    for (int64_t c = 0; c < {size}; ++c) {start}")
             place = f"part_{v.index} + {size}"
         read = [v for v in walk.elements.arrays if self._repeats(v)]
         sums = [s.var for s in self._arrays_of(walk) if self._repeats(s.var)]
@@ -251,11 +254,12 @@ class RowPrinter(CppPrinter):
             begin = f"double* __restrict l{v.index} = {target};"
             return begin, self.reduce(s, f"l{v.index}[c]"), []
         if self._repeats(v):
-            begin = f"for (int64_t n = 0; n < WIDTH; ++n) b{v.index}[n] = 0;"
-            fold = "fold" if complete else "add_folded"
+            begin = f"for (int64_t n = 0; n < WIDTH; ++n) b{v.index}[n] = {self.start(s)};"
+            fold = f"{'fold' if complete else 'add_folded'}<{str(s.how == 'max').lower()}>"
             end = f"{fold}({target}, b{v.index}, N{self.frame.period}, WIDTH);"
             return begin, self.reduce(s, f"b{v.index}[n]"), [end]
-        end = f"*({target}) {f'= (T)r{v.index}' if complete else f'+= r{v.index}'};"
+        part = f"r{v.index}"
+        end = f"*({target}) = (T){part};" if complete else self.joined(s, f"*({target})", part)
         return self.accumulator(s), self.reduce(s, f"r{v.index}"), [end]
 
     def _row_loop(self, sums: list[Reduce], inner: list[str]) -> list[str]:
@@ -293,13 +297,14 @@ class RowPrinter(CppPrinter):
             *self.summed(self._plain(walk), "parts", "parts + blocks * PARTS"),
         ]
         place = "sums"
-        for v in self._parts(walk):
-            size = self.sizes.level(v.level)
+        for s in self._parts(walk):
+            size = self.sizes.level(s.var.level)
+            step = self.joined(s, "total", f"({place})[b * (SUMS) + c]")
             lines += [
                 f"for (int64_t c = 0; c < {size}; ++c) {{",
-                "    double total = 0;",
-                f"    for (int64_t b = 0; b < blocks; ++b) total += ({place})[b * (SUMS) + c];",
-                f"    (memory + {self.sizes.before(v)})[c] = (T)total;",
+                f"    double total = {self.start(s)};",
+                f"    for (int64_t b = 0; b < blocks; ++b) {step}",
+                f"    (memory + {self.sizes.before(s.var)})[c] = (T)total;",
                 "}",
             ]
             place += f" + {size}"

@@ -196,20 +196,25 @@ static inline void repeat(T* __restrict out, const T* __restrict from, int64_t p
     for (int64_t done = period; done < width; done *= 2)
         std::memcpy(out + done, out, (width - done < done ? width - done : done) * sizeof(T));
 }}
-// Adds up the periods in the first one, by halves, so that the loops stay long.
+// Joins the periods in the first one, by halves, so that the loops stay long.
+template <bool LARGEST>
+static inline double joined(double x, double y) {{ return LARGEST ? (x < y ? y : x) : x + y; }}
+template <bool LARGEST>
 static inline void folded(double* __restrict sums, int64_t period, int64_t width) {{
     for (int64_t count = width / period; count > 1; count -= count / 2) {{
         const int64_t half = count / 2 * period, other = (count - count / 2) * period;
-        for (int64_t n = 0; n < half; ++n) sums[n] += sums[other + n];
+        for (int64_t n = 0; n < half; ++n) sums[n] = joined<LARGEST>(sums[n], sums[other + n]);
     }}
 }}
+template <bool LARGEST>
 static inline void fold(T* __restrict out, double* sums, int64_t period, int64_t width) {{
-    folded(sums, period, width);
+    folded<LARGEST>(sums, period, width);
     for (int64_t n = 0; n < period; ++n) out[n] = (T)sums[n];
 }}
+template <bool LARGEST>
 static inline void add_folded(double* __restrict out, double* sums, int64_t period, int64_t width) {{
-    folded(sums, period, width);
-    for (int64_t n = 0; n < period; ++n) out[n] += sums[n];
+    folded<LARGEST>(sums, period, width);
+    for (int64_t n = 0; n < period; ++n) out[n] = joined<LARGEST>(out[n], sums[n]);
 }}
 """
 ROWS_DRIVER = """\

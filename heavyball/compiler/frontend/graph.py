@@ -474,7 +474,8 @@ class Recorder(TorchDispatchMode):
             return self.graph.add("sqrt", (Ref(total),), level, "float")
         if self.graph.values[source.index].kind == "bool":
             source = Ref(self.graph.add("to_float", (source,), before, "float"))
-        if op in ("amax", "any", "all") and (before, level) != ("element", "scalar"):
+        whole = (before, level) == ("element", "scalar")
+        if (op in ("any", "all") and not whole) or (op == "amax" and before != "element"):
             raise NotPrintableError(f"the operation {name} over some of the axes")
         if op == "amax":
             return self._largest(source, before, level)

@@ -183,23 +183,28 @@ class TritonRowPrinter(TritonPrinter):
             runs, gone = frame.runs(s.var.level), frame.missing(s.var.level, frame.rows)
             place = f"{sizes.place('at', runs, frame.rows)} + {sizes.place('j', gone, frame.rows)}"
             source = f"row_parts + {n} * wide * rows + w * rows + {place}"
-            yield self._joining(s.var, sizes.size(gone), "wide", source)
+            yield self._joining(s.var, sizes.size(gone), "wide", source, how=s.how)
         for n, s in enumerate(self._sums(walk, "lane")):
             runs = frame.runs(s.var.level)
             tile = f"({sizes.place('at', runs, self.group)}) * high + w"
             place = f"({tile}) * cols + {sizes.place('at', runs, (frame.lane,))}"
-            yield self._joining(s.var, "1", "high", f"lane_parts + {n} * tall * cols + {place}")
+            source = f"lane_parts + {n} * tall * cols + {place}"
+            yield self._joining(s.var, "1", "high", source, how=s.how)
         for n, s in enumerate(self._sums(walk, "tile")):
             yield [self.joined(s, f"tile_parts + {n}", "wide * tall", self.memory.tile_sums)]
 
-    def _joining(self, v: Var, inner: str, outer: str, source: str, term: str = "x") -> list[str]:
+    def _joining(
+        self, v: Var, inner: str, outer: str, source: str, term: str = "x", how: str = "add"
+    ) -> list[str]:
+        largest = how == "max"
         text = JOIN.format(
             length=self.sizes.level(v.level),
             block=BLOCK,
             inner=inner,
             outer=outer,
             source=source,
-            term=term,
+            start='float("-inf")' if largest else "0.0",
+            joined=f"larger(total, {term})" if largest else f"total + {term}",
             target=f"m{v.index}",
             kind=self.type,
         )

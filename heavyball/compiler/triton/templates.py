@@ -159,11 +159,11 @@ JOIN = """\
 for b in range(0, {length}, {block}):
     at = b + lane
     mask = at < {length}
-    total = tl.full([{block}], 0.0, tl.float64)
+    total = tl.full([{block}], {start}, tl.float64)
     for j in range(0, {inner}):
         for w in range(0, {outer}):
             x = tl.load({source}, mask, other=0.0)
-            total += {term}
+            total = {joined}
     tl.store({target} + at, total.to({kind}).to(tl.float64), mask)"""
 TILE = """\
 @triton.jit
