@@ -3,6 +3,7 @@
 from typing import Any
 
 from heavyball import chainable, checkpoint, utils
+from heavyball import recipes as recipes
 from heavyball.errors import no_attribute
 from heavyball.linalg.schedule import PrecondSchedule
 from heavyball.memory import MemoryPlan, memory_plan

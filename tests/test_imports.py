@@ -14,6 +14,7 @@ ROOT = Path(heavyball.__file__).parent
 ORDER = (
     "race",
     "integrations",
+    "recipes",
     "memory",
     "presets",
     "checkpoint",

@@ -27,6 +27,7 @@ from heavyball.race.contenders import (
     state_bytes,
 )
 from heavyball.race.tasks import TASKS
+from heavyball.recipes import RECIPES
 
 # Inputs and outputs of the layer that `show` counts the state of.
 EXAMPLE = 256, 128
@@ -45,6 +46,18 @@ def listing() -> Iterator[Table]:
     rows = [(name, first_sentence(fn)) for name, fn in SHAPES.items()]
     yield _table("Schedules: NAME(T, peak=value) in place of a number", rows)
     yield _table("Tasks: --task NAME", [(name, task.summary) for name, task in TASKS.items()])
+
+
+def recipe_listing() -> Iterator[Table]:
+    """A table of the recipes: what each is, its text, its learning rate and its source."""
+    for recipe in RECIPES.values():
+        rows = [
+            ("what", recipe.summary),
+            ("text", recipe.text),
+            ("lr", f"{recipe.lr:g}"),
+            ("source", recipe.source),
+        ]
+        yield _table(f"{recipe.name}: --recipe {recipe.name}", rows)
 
 
 def kernels(text: str) -> Iterator[str]:

@@ -177,6 +177,13 @@ def race_options(command: Callable[..., Any]) -> Callable[..., Any]:
     metavar="CHAIN",
     help="Transforms joined by |, as 'exp_avg | scale_by_adam(betas=(0.9, 0.95))'. Repeatable.",
 )
+@click.option(
+    "--recipe",
+    "recipes",
+    multiple=True,
+    metavar="NAME",
+    help="A chain as published, see `heavyball list --recipes`. Repeatable.",
+)
 @race_options
 @click.pass_context
 def race(context: click.Context, **options: Any) -> None:
@@ -194,13 +201,14 @@ def ablate(context: click.Context, chain: str | None, **options: Any) -> None:
 
 
 @cli.command("list")
-def list_names() -> None:
+@click.option("--recipes", is_flag=True, help="Show the recipes, with their sources, instead.")
+def list_names(recipes: bool) -> None:
     """Show the presets, transforms, combinators and tasks, one line each."""
-    from heavyball.race.catalog import listing
+    from heavyball.race.catalog import listing, recipe_listing
     from heavyball.race.report import console
 
     with clean_errors():
-        for table in listing():
+        for table in recipe_listing() if recipes else listing():
             console().print(table)
 
 

@@ -15,6 +15,7 @@ from heavyball.core.text import parse_chain, parse_optimizer, split_chain
 from heavyball.errors import REFUSALS, ChainError, RaceError, one_line, unknown
 from heavyball.optim.optimizer import ChainOpt
 from heavyball.optim.scheduling import base_and_schedule
+from heavyball.recipes import find
 
 # The learning rate of a chain when no grid is given: that of torch's AdamW.
 CHAIN_LR = 1e-3
@@ -85,6 +86,16 @@ def from_chain(text: str, grid: Sequence[float] = (), label: str = "") -> Conten
     parse_chain(text)
     label = label or _shown(text)
     return Contender(label, "chain", text, _learning_rates(label, tuple(grid) or CHAIN_LR))
+
+
+def from_recipe(name: str, grid: Sequence[float] = ()) -> Contender:
+    """A recipe by its name; at its own learning rate where there is no grid.
+
+    Errors: RaceError for an unknown name, with the nearest.
+    """
+    recipe = find(name)
+    kind: Literal["optimizer", "chain"] = "chain" if recipe.is_chain else "optimizer"
+    return Contender(name, kind, recipe.text, tuple(grid) or (recipe.lr,))
 
 
 def ablations(text: str, grid: Sequence[float] = ()) -> list[Contender]:

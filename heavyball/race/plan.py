@@ -11,7 +11,14 @@ import torch
 
 from heavyball.errors import RaceError, one_line, shown, unknown
 from heavyball.metrics import NAMES, PROBED
-from heavyball.race.contenders import Contender, ablations, distinct, from_chain, from_optimizer
+from heavyball.race.contenders import (
+    Contender,
+    ablations,
+    distinct,
+    from_chain,
+    from_optimizer,
+    from_recipe,
+)
 from heavyball.race.tasks import Task, open_task
 from heavyball.race.training import Settings, rehearse
 
@@ -39,6 +46,7 @@ class Plan:
     data: str | None = None
     optimizers: tuple[str, ...] = ()
     chains: tuple[str, ...] = ()
+    recipes: tuple[str, ...] = ()
     lrs: tuple[float, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2)
     grid_seeds: int | None = None
@@ -54,9 +62,9 @@ class Plan:
 
     def __post_init__(self) -> None:
         self._check_types()
-        if self.kind == "ablate" and (self.optimizers or len(self.chains) != 1):
+        if self.kind == "ablate" and (self.optimizers or self.recipes or len(self.chains) != 1):
             raise RaceError("an ablation needs a chain: heavyball ablate 'exp_avg | sign'")
-        if not self.optimizers and not self.chains:
+        if not (self.optimizers or self.chains or self.recipes):
             raise RaceError("nothing to race: give --optimizer or --chain, once or more")
         if self.steps is not None and self.epochs is not None:
             raise RaceError("--steps and --epochs exclude each other")
@@ -115,6 +123,8 @@ class Plan:
             words += ["--optimizer", text]
         for text in () if self.kind == "ablate" else self.chains:
             words += ["--chain", text]
+        for text in self.recipes:
+            words += ["--recipe", text]
         if self.lrs:
             words += ["--lr", ",".join(map(repr, self.lrs))]
         words += ["--seeds", ",".join(map(str, self.seeds)) + "," * (len(self.seeds) == 1)]
@@ -133,7 +143,8 @@ class Plan:
 
 def flag(name: str) -> str:
     """How an option is written on the command line."""
-    words = {"optimizers": "optimizer", "chains": "chain", "lrs": "lr", "metrics": "metric"}
+    words = {"optimizers": "optimizer", "chains": "chain", "recipes": "recipe", "lrs": "lr"}
+    words |= {"metrics": "metric"}
     return "--" + words.get(name, name).replace("_", "-")
 
 
@@ -179,6 +190,7 @@ TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "data": ("a path", _is_text),
     "optimizers": ("a list of texts", _each(_is_text)),
     "chains": ("a list of texts", _each(_is_text)),
+    "recipes": ("a list of texts", _each(_is_text)),
     "metrics": ("a list of texts", _each(_is_text)),
     "lrs": ("a list of finite numbers", _each(lambda v: _is_number(v) and math.isfinite(v))),
     "seeds": ("a list of whole numbers", _each(_is_whole)),
@@ -286,7 +298,8 @@ def _contenders(plan: Plan) -> list[Contender]:
     if plan.kind == "ablate":
         return distinct(ablations(plan.chains[0], plan.lrs))
     named = [from_optimizer(text, plan.lrs) for text in plan.optimizers]
-    return distinct(named + [from_chain(text, plan.lrs) for text in plan.chains])
+    named += [from_chain(text, plan.lrs) for text in plan.chains]
+    return distinct(named + [from_recipe(name, plan.lrs) for name in plan.recipes])
 
 
 def _settings(plan: Plan, task: Task) -> Settings:
