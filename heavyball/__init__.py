@@ -4,6 +4,7 @@ from typing import Any
 
 from heavyball import chainable, checkpoint, utils
 from heavyball import recipes as recipes
+from heavyball.diagnostics.versions import check_torch
 from heavyball.errors import no_attribute
 from heavyball.linalg.schedule import PrecondSchedule
 from heavyball.memory import MemoryPlan, memory_plan
@@ -11,7 +12,6 @@ from heavyball.optim.fused import FusedBackward, fuse_backward
 from heavyball.presets import NAMES, PRESETS
 from heavyball.presets.create import create
 from heavyball.transforms.scion import scion_init_
-from heavyball.versions import check_torch
 
 __version__ = "0.2.0"
 

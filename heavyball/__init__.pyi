@@ -2,6 +2,7 @@
 
 from heavyball import chainable, checkpoint, utils
 from heavyball import recipes as recipes
+from heavyball.diagnostics.versions import check_torch
 from heavyball.errors import no_attribute
 from heavyball.linalg.schedule import PrecondSchedule
 from heavyball.memory import MemoryPlan, memory_plan
@@ -92,7 +93,6 @@ from heavyball.presets.soap_family import KLShampoo
 from heavyball.presets.soap_family import MOSO
 from heavyball.presets.soap_family import SPlus
 from heavyball.transforms.scion import scion_init_
-from heavyball.versions import check_torch
 from typing import Any
 
 __version__: str

@@ -31,7 +31,6 @@ ORDER = (
     "state",
     "numerics",
     "utils",
-    "versions",
     "errors",
 )
 # Parts of a parameter are stepped and checked as parameters are; what is printed counts the parts here.

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from heavyball.compiler.cpp import toolchain
-from heavyball.versions import TESTED, check_torch
+from heavyball.diagnostics.versions import TESTED, check_torch
 
 ROOT = Path(__file__).parent.parent
 REAL = " ".join(toolchain.compiler())
