@@ -69,8 +69,8 @@ _ALL = (
         "when(scale_by_adam(betas=(0.8, 0.95), eps=1e-10) | scale_lr(factor=0.2), name='*lm_head*'), "
         "otherwise=scale_by_adam(betas=(0.8, 0.95), eps=1e-10) | scale_lr(factor=10.0))",
         0.02,
-        "https://github.com/karpathy/nanochat as first published, October 2025: matrices 0.02, head "
-        "0.004, embeddings 0.2, the last two at a width of 768; without its schedules of lr and momentum",
+        "https://github.com/karpathy/nanochat, October 2025: matrices 0.02, head 0.004, "
+        "embeddings 0.2, the last two at a width of 768; without its schedules of lr and momentum",
     ),
     Recipe(
         "kimi-k2",
