@@ -94,6 +94,9 @@ def fits(name, value):
     return (value is None and default is None) or TYPES[name][1](saved)
 
 
+LISTS = {"optimizers", "chains", "recipes", "metrics"}
+
+
 @pytest.mark.parametrize("name", Plan.__dataclass_fields__)
 def test_an_argument_of_another_type_is_refused_and_the_file_left_as_it_was(name, folder):
     summary = folder / "race.json"
@@ -103,7 +106,7 @@ def test_an_argument_of_another_type_is_refused_and_the_file_left_as_it_was(name
         if not fits(name, value):
             text = json.dumps({**good, "arguments": {**good["arguments"], name: value}})
             summary.write_text(text)
-            flag = {"lrs": "lr", "optimizers": "optimizer", "chains": "chain"}.get(name, name)
+            flag = "lr" if name == "lrs" else name.removesuffix("s") if name in LISTS else name
             assert is_refused(command("race", "--resume", folder), flag.replace("_", "-"))
             assert summary.read_text() == text
             tried += 1

@@ -21,9 +21,7 @@ from heavyball.race.contenders import (
     Contender,
     from_chain,
     from_optimizer,
-    perturbs,
     presets,
-    reads_loss,
     state_bytes,
 )
 from heavyball.race.tasks import TASKS
@@ -87,11 +85,9 @@ def explanation(text: str) -> Group:
     with torch.random.fork_rng(devices=[]):
         layer = nn.Linear(*EXAMPLE)
         optimizer: Any = contender.build(layer, contender.lrs[0])
-        loss = layer(torch.randn(1, EXAMPLE[0])).sum()
-        loss.backward()
-        # with its gradients as they are, where a closure is needed
-        closure = (lambda: None) if perturbs(optimizer) else None
-        optimizer.step(closure, **({"loss": loss} if reads_loss(optimizer) else {}))
+    if not isinstance(optimizer, chainable.ChainOpt):
+        raise RaceError(f"{text} is not made of a chain")
+    optimizer.init_state()
     parts = [Text(contender.label, style="bold")]
     if contender.kind == "optimizer":
         parts.append(Text(first_sentence(type(optimizer))))

@@ -100,7 +100,7 @@ class Plan:
         if not isinstance(saved, dict):
             raise RaceError(f"the saved arguments are {shown(saved)}, expected names with values")
         # of before there was a choice
-        saved = {"device": "cpu", "grid_seeds": None, "metrics": [], **saved}
+        saved = {"device": "cpu", "grid_seeds": None, "metrics": [], "recipes": [], **saved}
         known = {f.name for f in fields(cls)}
         if set(saved) != known:
             names = ", ".join(map(shown, sorted(set(saved) ^ known)))
@@ -111,9 +111,9 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """The arguments as plain values."""
         values = asdict(self)
-        if not self.metrics:  # as before there was a choice, so that races of then can be finished
-            del values["metrics"]
-        return values
+        # as before there was a choice, so that races of then can be finished
+        unasked = {name for name in ("metrics", "recipes") if not values[name]}
+        return {name: value for name, value in values.items() if name not in unasked}
 
     def command(self) -> str:
         """The command line that asks for this race."""
