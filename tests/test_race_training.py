@@ -189,7 +189,8 @@ def test_a_run_counts_the_state_and_times_the_step():
 
 
 @pytest.mark.parametrize("name", sorted(heavyball.PRESETS))
-def test_every_preset_can_race_at_its_own_learning_rate(name):
+def test_every_preset_can_race_at_its_own_learning_rate(name, monkeypatch):
+    monkeypatch.setattr(heavyball.utils, "compile_mode", None)
     contender = from_optimizer(name)
     assert contender.lrs[0] > 0
     rehearse(open_task("digits"), contender, 0, Settings(1, 8, 1))

@@ -161,8 +161,11 @@ def run_and_check(make, run: dict) -> None:
 # ---- finite gradients
 
 
-@pytest.mark.parametrize(("compile", "count"), [("auto", 1), (False, 4)], ids=["kernels", "eager"])
-@pytest.mark.parametrize("case", CASES, ids=repr)
+# Kernels do what plain torch does, as other suites see; one in three is tried here too.
+HOSTILE = [(case, False, 4) for case in CASES] + [(case, "auto", 1) for case in CASES[::3]]
+
+
+@pytest.mark.parametrize(("case", "compile", "count"), HOSTILE, ids=repr)
 def test_finite_gradients_leave_all_finite(case, compile, count):
     layouts = [*LAYOUTS], [*GRADIENT_LAYOUTS]
     given = (SHAPES, *layouts, DTYPES, WEIGHTS, KINDS, KINDS, KINDS)
