@@ -371,7 +371,7 @@ def test_a_checkpoint_of_another_routing_is_refused():
         ),
         (
             C.route(C.when((), min_ndim=2, max_ndim=3), otherwise=()),
-            "route(when(, min_ndim=2, max_ndim=3), otherwise=())",
+            "route(when((), min_ndim=2, max_ndim=3), otherwise=())",
         ),
     ],
     ids=["parallel", "graft", "route", "empty branches"],
