@@ -3,6 +3,7 @@
 import copy
 import io
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -443,6 +444,34 @@ def test_weights_loaded_after_init_state_are_those_that_it_is_for(case):
     train(opt, range(2))
     train(fresh, range(2))
     assert_same_optimizers(opt, fresh)
+
+
+LOOKS = {
+    "planned": lambda opt: opt.plan() and opt,
+    "printed": lambda opt: opt.kernel_sources() and opt,
+    "planned twice": lambda opt: opt.plan() and opt.plan() and opt,
+    "made and planned": lambda opt: opt.init_state().plan() and opt,
+    "made and measured": lambda opt: opt.init_state().metrics() and opt,
+    "made and copied": lambda opt: copy.deepcopy(opt.init_state()),
+    "made and pickled": lambda opt: pickle.loads(pickle.dumps(opt.init_state())),
+}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize("chain", [(C.lookahead,), (C.scale_by_exp_avg_sq, C.schedule_free)])
+def test_weights_loaded_after_a_look_at_the_optimizer_are_those_it_starts_with(look, chain):
+    opt, fresh = (C.ChainOpt(parameters((4, 3)), 1e-3, *chain, compile=True) for _ in "ab")
+    for each in (opt, fresh):
+        fill_gradients(all_params(each), 0)
+    opt = LOOKS[look](opt)
+    for each in (opt, fresh):
+        with torch.no_grad():
+            for p in all_params(each):
+                p.mul_(2).add_(1)
+        train(each, range(2))
+    for p, q in zip(all_params(opt), all_params(fresh), strict=True):
+        assert torch.equal(p, q)
+        assert all(torch.equal(opt.state[p][k], v) for k, v in fresh.state[q].items())
 
 
 @pytest.mark.parametrize("way", ["written into", "replaced"])

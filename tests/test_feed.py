@@ -199,3 +199,13 @@ def test_nothing_of_it_is_saved():
     opt.feed("load", 2.0)
     with pytest.raises(ValueError, match="call feed"):
         pickle.loads(pickle.dumps(opt)).step()
+
+
+def test_asking_for_measures_keeps_what_was_fed():
+    p = leaf(3)
+    opt = stepping(scaled_by, param=p)
+    before = p.detach().clone()
+    opt.feed("load", 2.0)
+    opt.metrics()
+    opt.step()
+    torch.testing.assert_close(p.detach(), before - 1.0)

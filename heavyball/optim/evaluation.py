@@ -135,10 +135,24 @@ class Evaluation:
         self._loading = False
         self.written = {p: _version(p) for group in self._registry.groups for p in group["params"]}
 
+    def note_again(self) -> None:
+        """Remember it anew, if it was remembered."""
+        if self.written is not None:
+            self.note()
+
     def note_one(self, param: Tensor) -> None:
         """Remember it of a parameter that was stepped alone."""
         if self.written is not None:
             self.written[param] = _version(param)
+
+    @contextlib.contextmanager
+    def unwatched(self) -> Iterator[None]:
+        """Write parameters and put them back, after a look for what somebody else has written."""
+        self.notice()
+        try:
+            yield
+        finally:
+            self.note_again()
 
     def notice(self, only: Tensor | None = None) -> None:
         """Look for weights that somebody has written since the last step, and begin at them.

@@ -52,6 +52,11 @@ class Recorder:
         self._written = self._count = 0
         self._last_was_wrong = False
 
+    def on(self, registry: Registry) -> "Recorder":
+        """The same recorder, of parameters that have another registry now."""
+        self._registry = registry
+        return self
+
     def refuse(self, what: str) -> None:
         """Refuse a way of stepping in which no moment has all gradients.
 

@@ -209,7 +209,7 @@ class ChainOpt(Saving):
             with torch.enable_grad():
                 returned = closure()
             if self._perturbation.needed:
-                with self._perturbation.second(self._registry, closure):
+                with self._perturbation.second(self._registry, closure, self._evaluation):
                     self._step_all(loss, returned)
                 return returned
         self._step_all(loss, returned)
@@ -423,7 +423,7 @@ class ChainOpt(Saving):
         from heavyball.compiler.run.engine import sources
 
         with self._inputs.imagined(self.param_groups):
-            return sources(self._registry.jobs(), self._chain.total_keys)
+            return sources(self._registry.looked_at(), self._chain.total_keys)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:

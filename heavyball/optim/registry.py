@@ -282,8 +282,35 @@ class Registry:
         for place in self.places():
             param = place.param
             if param.requires_grad and param.numel() and "step" not in state.get(param, ()):
-                made = Own(self._state_of(place, programs[param]), programs[param])
-                self._fresh[param] = [(tensor, version_of(tensor)) for tensor in made.values()]
+                self._state_of(place, programs[param])
+                self._note_unstepped(place)
+
+    def _note_unstepped(self, place: Place) -> None:
+        """Remember the state of a parameter that no step has touched."""
+        made = Own(self.state[place.param], self._programs[place.param])
+        self._fresh[place.param] = [(tensor, version_of(tensor)) for tensor in made.values()]
+
+    def take_unstepped(self, other: "Registry") -> None:
+        """Know of the state that no step has touched what a registry of the same tensors knows."""
+        self._fresh = other._fresh
+
+    def find_unstepped(self) -> None:
+        """Find state that no step has touched in a copy of parameters and state."""
+        self.programs()
+        for place in self.places():
+            if self.parts is None and float(self.state.get(place.param, {}).get("step", 1)) == 0:
+                self._note_unstepped(place)
+
+    def looked_at(self) -> list[Job]:
+        """The jobs of a step that does not come now; weights may be loaded before it does."""
+        state = self.state
+        unstepped = [p for p in self.places() if "step" not in state.get(p.param, ())]
+        unstepped += [p for p in self.places() if p.param in self._fresh]
+        jobs = self.jobs()
+        for place in unstepped if self.parts is None else ():
+            if "step" in state.get(place.param, ()):
+                self._note_unstepped(place)
+        return jobs
 
     def _drop_untouched(self, param: Tensor, state: dict[str, Tensor]) -> None:
         """Drop untouched state of `init_state`: weights may have been loaded since it was made."""

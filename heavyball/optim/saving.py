@@ -11,7 +11,9 @@ from torch.optim import Optimizer
 from heavyball.core.chain import Chain
 from heavyball.optim.checkpoint import LoadResult, describe, migrate
 from heavyball.optim.evaluation import Evaluation, stamp
+from heavyball.optim.flight import Recorder
 from heavyball.optim.fused import FusedBackward
+from heavyball.optim.inputs import Inputs
 from heavyball.optim.loading import all_or_nothing, fit
 from heavyball.optim.options import Options
 from heavyball.optim.registry import Registry
@@ -29,6 +31,8 @@ class Saving(Optimizer):
     _evaluation: Evaluation
     _fused: FusedBackward
     _steps: Steps
+    _inputs: Inputs
+    _recorder: Recorder
 
     def _set_up(self) -> None:
         """Make everything that belongs to one optimizer and is not saved."""
@@ -45,7 +49,10 @@ class Saving(Optimizer):
         """Make everything anew that was made for the chain; state and numbers of groups stay."""
         self._steps.singles.pending.close(self.param_groups)
         written, measured = self._evaluation.written, self._steps.measured
+        inputs, recorder, before = self._inputs, self._recorder, self._registry
         self._begin(Registry(self, self._chain, self._options.stochastic_rounding))
+        self._inputs, self._recorder = inputs, recorder.on(self._registry)
+        self._registry.take_unstepped(before)
         self._registry.find_parts(self._options)
         self._registry.settle()
         self._registry.programs()
@@ -69,7 +76,7 @@ class Saving(Optimizer):
         registry.settle()
         registry.find_parts(self._options)
         if loaded is None:
-            registry.programs()  # parameters are new tensors after unpickling
+            registry.find_unstepped()  # parameters are new tensors after unpickling
             if self.__dict__.pop("_fuse_backward"):
                 self._fused.attach()
             return

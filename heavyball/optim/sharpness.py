@@ -11,6 +11,7 @@ from heavyball.core.chain import Chain
 from heavyball.core.program import Node
 from heavyball.core.transform import FIRST, keyword_names
 from heavyball.numerics import norm, working
+from heavyball.optim.evaluation import Evaluation
 from heavyball.optim.registry import Registry
 from heavyball.runtime.job import FIRST_KEY
 from heavyball.runtime.place import Place
@@ -39,7 +40,9 @@ class Perturbation:
             )
 
     @contextlib.contextmanager
-    def second(self, registry: Registry, closure: Callable[[], Any]) -> Iterator[None]:
+    def second(
+        self, registry: Registry, closure: Callable[[], Any], evaluation: Evaluation
+    ) -> Iterator[None]:
         """Take the second gradient, if this step has one; the body is the step."""
         found = _found(registry)
         if not found:
@@ -50,7 +53,7 @@ class Perturbation:
             for place, node, _ in found
             if _keeps(node)
         }
-        with self._moved(found), torch.enable_grad():
+        with evaluation.unwatched(), self._moved(found), torch.enable_grad():
             closure()
         for place, node, _ in found:
             if _keeps(node):

@@ -151,17 +151,19 @@ class Singles:
         evaluation = self.evaluation if "train_mode" in place.group else None
         if evaluation is not None:
             evaluation.notice(place.param)
-        if not (training and single.row is not None and self._again(single, single.row)):
-            if single.refusal is not None:
-                raise type(single.refusal)(f"{what}: {single.refusal}")
-            registry.check_training(what)
-            registry.values.check(registry.groups, place.index)
-            if self.pending.node is None:
-                self._anew(single)
-            else:
-                self._anew_with_others(single)
-        if evaluation is not None:
-            evaluation.note_one(place.param)
+        try:
+            if not (training and single.row is not None and self._again(single, single.row)):
+                if single.refusal is not None:
+                    raise type(single.refusal)(f"{what}: {single.refusal}")
+                registry.check_training(what)
+                registry.values.check(registry.groups, place.index)
+                if self.pending.node is None:
+                    self._anew(single)
+                else:
+                    self._anew_with_others(single)
+        finally:
+            if evaluation is not None:
+                evaluation.note_one(place.param)
         place.param.grad = None
         registry.note_step()
 

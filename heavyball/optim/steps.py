@@ -50,11 +50,22 @@ class Steps:
             self._step_all(fused)
 
     def _step_all(self, fused: FusedBackward) -> None:
-        registry, groups = self.registry, self.registry.groups
-        registry.values.check(groups)
+        registry = self.registry
+        registry.values.check(registry.groups)
         evaluation = self.evaluation if "train_mode" in registry.defaults else None
-        if evaluation is not None:
-            evaluation.notice()
+        if evaluation is None:
+            self._step_noticed(fused)
+            return
+        evaluation.notice()
+        try:
+            self._step_noticed(fused)
+        except BaseException:  # it may have stepped some parameters
+            evaluation.note_again()
+            raise
+        evaluation.note()
+
+    def _step_noticed(self, fused: FusedBackward) -> None:
+        registry, groups = self.registry, self.registry.groups
         stepped = with_gradient(groups) if self._chain.measures else set()
         self._rivals.refuse(registry, fused)
         if fused.active:
@@ -78,8 +89,6 @@ class Steps:
         pending.close(groups)
         self.singles.end()
         self.singles.give_up_state()
-        if evaluation is not None:
-            evaluation.note()
         if self._chain.measures:
             self.measured = stepped | fused.stepped
         if fused.active:
@@ -110,7 +119,7 @@ class Steps:
     def described(self) -> StepPlan:
         """How the next step of all parameters runs."""
         registry = self.registry
-        jobs, views = registry.jobs(), [*registry.views()]
+        jobs, views = registry.looked_at(), [*registry.views()]
         names = {here: place.name or str(place.number) for place, here, _ in views}
         keys = self._chain.total_keys
         plan = self.backend.described(jobs, keys, [names[job.param] for job in jobs])
