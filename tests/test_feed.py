@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import heavyball
 from heavyball import chainable as C
 
 
@@ -199,6 +200,18 @@ def test_nothing_of_it_is_saved():
     opt.feed("load", 2.0)
     with pytest.raises(ValueError, match="call feed"):
         pickle.loads(pickle.dumps(opt)).step()
+
+
+def test_a_signal_that_no_parameter_reads_is_refused():
+    model = nn.Linear(4, 6)  # neither queries nor keys, by its names
+    opt = heavyball.MuonClip(model.named_parameters(), lr=0.1, compile=False)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    opt.feed("max_logits", 400.0)
+    weight = model.weight.detach().clone()
+    with pytest.raises(ValueError, match="no parameter has an element that reads it"):
+        opt.step()
+    assert torch.equal(model.weight, weight)
 
 
 def test_asking_for_measures_keeps_what_was_fed():

@@ -1018,6 +1018,7 @@ def test_a_polyak_rate_is_the_loss_over_the_size_of_the_gradient() -> None:
         (lambda: C.scale_by_adam(square="rows"), "square='rows'.*'row'"),
         (lambda: C.outer_nesterov(k=0), "k=0"),
         (lambda: chain(C.scale_by_sm3)([torch.zeros((1,) * 9)]), "more than 8 dimensions"),
+        (lambda: chain(C.maximize, C.sam)([torch.zeros(2)]), "negate the loss instead"),
         (lambda: chain(C.qk_clip(heads=4))([torch.zeros(6, 2)]), "heads=4|blocks=4"),
         (lambda: chain(C.schedule_free, C.qk_clip)([torch.zeros(6, 2)]), "exclude each other"),
         (lambda: chain(C.hyperball, C.pin_radius)([torch.zeros(6, 2)]), "exclude each other"),
@@ -1179,6 +1180,27 @@ def test_perturbed_weights_are_put_back_to_the_bit(options: dict[str, Any]) -> N
             optimizer.step(closure)
         assert not torch.equal(seen[1], before)
         assert torch.equal(param, before)
+
+
+@pytest.mark.parametrize("name", SHARP)
+def test_weights_of_bfloat16_are_perturbed_by_what_they_cannot_hold(name: str) -> None:
+    """On the average: 0.05 / 64 of a weight of 1, of which bfloat16 holds steps of 1 / 128."""
+    weight = torch.nn.Parameter(torch.ones(4096, dtype=torch.bfloat16))
+    option = {} if name == "sam" else {"rho": 0.05}
+    opt = C.ChainOpt([weight], 0.01, C.TRANSFORMS[name](**option), C.exp_avg, compile=False)
+    seen: list[Tensor] = []
+
+    def closure() -> Tensor:
+        seen.append(weight.detach().double())
+        weight.grad = torch.ones_like(weight)
+        return torch.tensor(1.0)
+
+    opt.step(closure)
+    moved = seen[1] - seen[0]
+    assert set(moved.tolist()) == {0.0, 1 / 128}
+    # the mean of 4,096 draws of 1 / 128 with probability 0.1, within five deviations
+    expected = 0.05 / 64 * (1.01 if name == "asam" else 1)
+    assert abs(moved.mean() - expected) < 5 * (0.1 * 0.9 / 4096) ** 0.5 / 128
 
 
 def test_a_second_gradient_needs_a_closure() -> None:

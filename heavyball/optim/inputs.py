@@ -94,19 +94,21 @@ class Inputs:
     def put(self, registry: Registry) -> None:
         """Put what was fed into the groups, for steps inside `backward()` too.
 
-        Errors: ValueError naming a signal of another size than an element expects.
+        Errors: ValueError naming a signal that no parameter's chain reads, or of another size than an
+            element expects.
         """
         if self._fed:
-            self._check_sizes(registry)
+            self._check_fed(registry)
         for group in registry.groups:
             group.update((fed_key(name), value) for name, value in self._fed.items())
 
-    def _check_sizes(self, registry: Registry) -> None:
-        programs = registry.programs()
+    def _check_fed(self, registry: Registry) -> None:
+        programs, unread = registry.programs(), {*self._fed}
         for place in registry.places():
             for t in (node.transform for node in programs[place.param].flat):
                 if t.signal not in self._fed:
                     continue
+                unread.discard(t.signal)
                 shape, count = place.param.shape, self._fed[t.signal].numel()
                 expected = t.refused_fed(shape, count)
                 if expected:
@@ -114,6 +116,11 @@ class Inputs:
                         f"{self._owner}.feed({t.signal!r}): {count} numbers; {t!r} of {place.label} "
                         f"expects {expected}"
                     )
+        if unread:
+            raise ValueError(
+                f"{self._owner}.feed({min(unread)!r}): no parameter has an element that reads it, "
+                "print(opt.routing()) shows what each has and why (parameters need their names)"
+            )
 
     def _checked(self, loss: Any) -> float | Tensor:
         if not self._reads_loss:

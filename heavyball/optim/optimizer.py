@@ -132,8 +132,8 @@ class ChainOpt(Saving):
         """Know nothing of the steps so far."""
         self._registry = registry
         self._inputs = Inputs(self._chain, type(self).__name__)
-        self._perturbation = Perturbation(self._chain, type(self).__name__)
         rounds = self._options.stochastic_rounding
+        self._perturbation = Perturbation(self._chain, type(self).__name__, rounds)
         self._recorder = Recorder(self._chain, registry, ChainOpt, rounds)
         self._steps = Steps(registry, self._options, self._chain, self._advice)
         self._watch(Evaluation(registry))

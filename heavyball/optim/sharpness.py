@@ -10,13 +10,15 @@ from torch import Tensor
 from heavyball.core.chain import Chain
 from heavyball.core.program import Node
 from heavyball.core.transform import FIRST, keyword_names
-from heavyball.numerics import norm, working
+from heavyball.distributed import is_sharded
+from heavyball.numerics import norm, random_bits, round_stochastically, stream, working
 from heavyball.optim.evaluation import Evaluation
 from heavyball.optim.registry import Registry
 from heavyball.runtime.job import FIRST_KEY
 from heavyball.runtime.place import Place
 
 TINY = 1e-12
+SALT = 0x5A4D
 # A parameter, what moves it, and with which numbers.
 Found = tuple[Place, Node, dict[str, float]]
 
@@ -24,8 +26,8 @@ Found = tuple[Place, Node, dict[str, float]]
 class Perturbation:
     """What moves the weights of a chain for its second gradient."""
 
-    def __init__(self, chain: Chain, owner: str):
-        self._owner = owner
+    def __init__(self, chain: Chain, owner: str, rounds: bool):
+        self._owner, self._rounds = owner, rounds
         self.needed = chain.perturbs
 
     def refuse(self, what: str) -> None:
@@ -53,7 +55,7 @@ class Perturbation:
             for place, node, _ in found
             if _keeps(node)
         }
-        with evaluation.unwatched(), self._moved(found), torch.enable_grad():
+        with evaluation.unwatched(), self._moved(registry, found), torch.enable_grad():
             closure()
         for place, node, _ in found:
             if _keeps(node):
@@ -65,9 +67,9 @@ class Perturbation:
                 place.group.pop(FIRST_KEY, None)
 
     @contextlib.contextmanager
-    def _moved(self, found: list[Found]) -> Iterator[None]:
+    def _moved(self, registry: Registry, found: list[Found]) -> Iterator[None]:
         """Move parameters uphill, and put them back to the bit."""
-        directions = []
+        directions, states = [], registry.attributes["state"]
         for each in found:
             directions.append(_metric(each) * working(cast(Tensor, each[0].param.grad)))
         total = sum((float(norm(d)) ** 2 for d in directions), 0.0) ** 0.5
@@ -76,7 +78,10 @@ class Perturbation:
             for each, direction in zip(found, directions, strict=True):
                 param, rho = each[0].param, each[2]["rho"]
                 way = rho / (total + TINY) * _metric(each) * direction
-                param.copy_((working(param) + way).reshape(param.shape))
+                moved = (working(param) + way).reshape(param.shape)
+                if self._rounds and param.dtype == torch.bfloat16 and not is_sharded(param):
+                    moved = _rounded(each[0], moved, states)  # else a short way is lost
+                param.copy_(moved)
             yield
         finally:
             for (place, *_), old in zip(found, kept, strict=True):
@@ -94,6 +99,13 @@ def _found(registry: Registry) -> list[Found]:
         and place.param.grad is not None
         and _is_due(node, states.get(place.param, {}))
     ]
+
+
+def _rounded(place: Place, moved: Tensor, states: Mapping[Tensor, Any]) -> Tensor:
+    """Perturbed weights in bfloat16, without bias; other bits than the step rounds with."""
+    seed, state = place.group["seed"] ^ SALT, states.get(place.param, {})
+    step = torch.as_tensor(state.get("step", 0.0), device=moved.device)
+    return round_stochastically(moved, random_bits(moved, stream(seed, place.number), step))
 
 
 def _is_due(node: Node, state: Mapping[str, Tensor]) -> bool:

@@ -11,6 +11,7 @@ from heavyball.state.declare import zeros
 ROUNDINGS = 128
 ALONE = {
     "accumulate": "a perturbation belongs to one gradient, not to the mean of several",
+    "maximize": "it looks for the worst weights of what is minimized; negate the loss instead",
     "sam": "one perturbation is taken in a step",
     "asam": "one perturbation is taken in a step",
     "looksam": "one perturbation is taken in a step",

@@ -13,11 +13,16 @@ from heavyball.state.declare import State, zeros
 MOST_AXES = 8
 
 
+def _kept(shape: torch.Size) -> list[int]:
+    """The axes with sums; the one number of an axis of size 1 is never the least."""
+    return [k for k, n in enumerate(shape) if n != 1] or [0]
+
+
 def _bound(axis: int) -> State:
     """The largest sum of squares at each place along one axis."""
 
     def init(param: Tensor, options: Mapping[str, Any]) -> Tensor | None:
-        if axis >= max(1, param.ndim):
+        if axis not in _kept(param.shape):
             return None
         return param.new_zeros([n if i == axis else 1 for i, n in enumerate(param.shape)])
 
@@ -44,7 +49,7 @@ def _problem(shape: torch.Size, options: Mapping[str, Any]) -> str | None:
 def scale_by_sm3(
     update: Tensor,
     exp_avg: Tensor | None,
-    axis_0: Tensor,
+    axis_0: Tensor | None,
     axis_1: Tensor | None,
     axis_2: Tensor | None,
     axis_3: Tensor | None,
@@ -63,23 +68,24 @@ def scale_by_sm3(
     a_k <- largest v over the other axes, with beta > 0 at least what it was
     m <- momentum m + (1 - momentum) g / sqrt(v + eps);  u = m, without momentum what it is a mean of
 
-    Shapes: all (*) of up to 8 dimensions; a_k has one number for each place along axis k.
+    Shapes: all (*) of up to 8 dimensions; a_k has one number for each place along axis k, and axes of
+        size 1 have none, which would never be the least.
     Units: the result has none; lr is about 0.1 and falls as Adagrad's does.
     Errors: ValueError for more dimensions.
     Source: Anil et al. 2019, SM3-II, https://arxiv.org/abs/1901.11150.
     """
     given = (axis_0, axis_1, axis_2, axis_3, axis_4, axis_5, axis_6, axis_7)
-    bounds = [x for x in given if x is not None]
-    least = bounds[0]
-    for bound in bounds[1:]:
+    bounds = {k: x for k, x in enumerate(given) if x is not None}
+    first, *others = bounds.values()
+    least = first
+    for bound in others:
         least = torch.minimum(least, bound)
     square = update.square()
     v = torch.where(beta > 0, beta * least + (1 - beta) * square, least + square)
-    axes = range(update.ndim)
     new: list[Tensor | None] = [None] * len(given)
-    for k, old in enumerate(bounds):
-        others = tuple(i for i in axes if i != k)
-        largest = v.amax(others, keepdim=True) if others else v
+    for k, old in bounds.items():
+        rest = tuple(i for i in bounds if i != k)
+        largest = v.amax(rest, keepdim=True) if rest else v
         new[k] = torch.where(beta > 0, torch.maximum(largest, old), largest)
     result = update / (v + eps).sqrt()
     if exp_avg is not None:
