@@ -453,6 +453,67 @@ def test_a_number_that_follows_a_schedule_cannot_be_set():
             train(opt, [p], [3])
 
 
+def entries(group):
+    return {key: value for key, value in group.items() if key != "params"}
+
+
+@pytest.mark.parametrize("how", ["step", "step_parameter", "fused backward"])
+def test_a_schedule_that_is_put_into_a_group_takes_effect_with_the_next_step(how):
+    step = {"step": plainly, "step_parameter": by_hand_and_step, "fused backward": inside_backward}
+    a, b = leaf(), leaf()
+    expected = [moved(a, lambda n: 0.5, steps=6), b.detach().clone()]
+    for n in range(1, 7):
+        rate = 0.5 * C.linear(4)(n - 2) if 2 < n < 6 else 0.5
+        expected[1] = expected[1] - rate * gradient(n, b)
+    groups = [{"params": a}, {"params": b}]
+    opt = C.ChainOpt(groups, 0.5, C.descend, compile=False, fuse_backward=how == "fused backward")
+    group = opt.param_groups[1]
+    plain = entries(group)
+    for n in range(1, 7):
+        if n == 3:
+            group["schedules"] = {"lr": C.linear(4)}
+            assert float(opt.metrics()["group_1/lr"]) == 0.5
+        if n == 6:
+            assert (group["schedule_step"], group["scheduled_lr"]) == (3, 0.25)
+            del group["schedules"]
+            assert float(opt.metrics()["group_1/lr"]) == 0.5
+        step[how](opt, [a, b], n)
+    assert entries(group) == plain
+    for p, e in zip((a, b), expected, strict=True):
+        torch.testing.assert_close(p.detach(), e)
+
+
+def test_what_is_put_into_a_group_is_checked_before_anything_is_changed():
+    p = leaf()
+    opt = C.ChainOpt([p], 0.5, C.exp_avg, compile=False, metrics=True)
+    train(opt, [p], [1])
+    group, before = opt.param_groups[0], p.detach().clone()
+    plain = entries(group)
+    for wrong, message in (
+        ({"nonsense": 3}, r"group 0: schedule\('nonsense', 3\): expected a function"),
+        ({"nonsense": LR}, "group 0: .*nonsense.*no live number"),
+        (None, "group 0: schedules=None: expected a dict"),
+        ({"lr": lambda n: -n}, "group 0: .*the factor of lr=-1"),
+        ({"beta": lambda n: None}, "group 0: .*beta=None"),
+    ):
+        group["schedules"] = wrong
+        assert float(opt.metrics()["group_0/lr"]) == 0.5
+        for step in (plainly, by_hand):
+            with pytest.raises((TypeError, ValueError), match=message):
+                step(opt, [p], 2)
+        assert torch.equal(p, before)
+        assert entries(group) == {**plain, "schedules": wrong}
+    # a step that fails for another reason does not follow it either
+    group["schedules"] = {"beta": (lambda n: 0.25), "lr": C.linear(4)}
+    p.grad = torch.zeros_like(p).to_sparse()
+    with pytest.raises(ValueError, match="sparse"):
+        opt.step()
+    assert entries(group) == {**plain, "schedules": group["schedules"]}
+    p.grad = None
+    train(opt, [p], [2])
+    assert (group["beta"], group["scheduled_lr"], group["schedule_step"]) == (0.25, 0.5, 1)
+
+
 # ---- groups
 
 
@@ -880,3 +941,45 @@ def test_a_function_of_ones_own_is_checked_when_it_is_asked():
         train(opt, [p], [3])
     assert torch.equal(p, before)
     assert opt.param_groups[0]["beta"] == 0.5
+
+
+WRONG_VALUES = {
+    "a negative rate": (
+        "lr",
+        lambda n: (4 - n) / 10,
+        4,
+        "the factor of lr=-0.1: .*step 5 of .*lambda",
+    ),
+    "no rate": ("lr", lambda n: 1 if n < 3 else None, 2, "the factor of lr=None: .*step 3 of"),
+    "a rate that is NaN": ("lr", lambda n: 1 if n < 3 else math.nan, 2, "lr=nan: .*step 3 of"),
+    "an endless rate": ("lr", lambda n: math.inf if n > 1 else 1, 1, "lr=inf: .*step 2 of"),
+    "nothing": ("beta", lambda n: 0.5 if n < 3 else None, 2, "beta=None: .*step 3 of"),
+    "NaN": ("beta", lambda n: 0.5 if n < 3 else math.nan, 2, "beta=nan: .*step 3 of"),
+}
+
+
+@pytest.mark.parametrize("step", [plainly, by_hand])
+@pytest.mark.parametrize("name", WRONG_VALUES)
+def test_a_value_that_a_number_cannot_have_is_refused_in_its_step(name, step):
+    number, fn, last, message = WRONG_VALUES[name]
+    p = leaf()
+    opt = C.ChainOpt([p], 1.0, C.schedule(number, fn), C.exp_avg, compile=False)
+    for n in range(1, last + 1):
+        step(opt, [p], n)
+    before, group = p.detach().clone(), entries(opt.param_groups[0])
+    with pytest.raises((TypeError, ValueError), match=f"parameter group 0: .*{message}"):
+        step(opt, [p], last + 1)
+    assert torch.equal(p, before)
+    after = entries(opt.param_groups[0])
+    assert {k: v for k, v in after.items() if k != "_scheduled"} == {
+        k: v for k, v in group.items() if k != "_scheduled"
+    }
+
+
+def test_a_factor_that_is_below_zero_by_rounding_is_zero():
+    p = leaf()
+    before = p.detach().clone()
+    opt = C.ChainOpt([p], 1.0, C.schedule("lr", lambda n: -1e-17), C.sign, compile=False)
+    train(opt, [p], [1])
+    assert torch.equal(p, before)
+    assert opt.param_groups[0]["scheduled_lr"] == 0

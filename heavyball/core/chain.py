@@ -10,7 +10,7 @@ from torch import Tensor
 
 from heavyball.core.check import check, excluded
 from heavyball.core.combine import Element, Parallel, Route, When, Within, as_chain, chain_repr
-from heavyball.core.hyper import Hyper, LargestLr, Shared, check_live, nonnegative
+from heavyball.core.hyper import Hyper, LargestLr, Shared, check_live, is_real, nonnegative
 from heavyball.core.program import (
     Fork,
     Node,
@@ -27,6 +27,7 @@ from heavyball.core.route import branches_of, every_node, picks_of, reasons_of, 
 from heavyball.core.schedule import (
     COUNT,
     LR,
+    ROUNDING,
     SCHEDULED_LR,
     SCHEDULES,
     Followed,
@@ -154,13 +155,21 @@ class Chain:
         for n in corners(fn):
             value = value_at(fn, n)
             try:
-                if name == LR:
-                    check_live("the factor of lr", value, 0.0, nonnegative)
-                else:
-                    self.hyper[name].check(name, value)
+                self.check_scheduled_value(name, value)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{said}: {error}, in step {n}") from None
         return value_at(fn, 1)
+
+    def check_scheduled_value(self, name: str, value: Any) -> Any:
+        """What a schedule gives to a number in a step, as floats; of `lr` the factor.
+
+        Errors: TypeError or ValueError naming the number and a value that it cannot have.
+        """
+        if name != LR:
+            return self.hyper[name].check(name, value)
+        if is_real(value) and -ROUNDING <= value < 0:
+            return 0.0
+        return check_live("the factor of lr", value, 0.0, nonnegative)
 
     def _unscheduled(self, name: str) -> str | None:
         """Why a number cannot follow a schedule, if it cannot."""

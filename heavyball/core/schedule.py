@@ -20,6 +20,8 @@ SCHEDULED_LR = "scheduled_lr"
 LR = "lr"
 # What `lr` was multiplied from, while a step goes on.
 BASE_LR = "_base_lr"
+# How far below 0 a factor of `lr` may be by rounding; it counts as 0 then.
+ROUNDING = 1e-9
 
 
 class Schedule:
@@ -100,14 +102,26 @@ def schedule(name: str, fn: Scheduled) -> Followed:
     """
     if not isinstance(name, str):
         raise TypeError(f"schedule: name={name!r}: expected that of a live number, such as 'lr'")
-    parts = fn if isinstance(fn, tuple | list) else (fn,)
-    if not any(map(callable, parts)) or not all(callable(p) or _is_number(p) for p in parts):
+    if not follows(fn):
         raise TypeError(f"schedule({name!r}, {fn!r}): expected a function of the group's steps")
     return Followed(name, tuple(fn) if isinstance(fn, list) else fn)
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def follows(fn: Any) -> bool:
+    """Whether a number can follow it: a function, or several with numbers among them."""
+    parts = fn if isinstance(fn, tuple | list) else (fn,)
+    return any(map(callable, parts)) and all(callable(p) or _is_number(p) for p in parts)
+
+
+def last_lr(group: Mapping[str, Any]) -> Any:
+    """The learning rate of a group's last step; `lr` where that followed no schedule."""
+    schedules = group.get(SCHEDULES)
+    is_followed = isinstance(schedules, Mapping) and LR in schedules
+    return group.get(SCHEDULED_LR, group[LR]) if is_followed else group[LR]
 
 
 def is_scheduled(value: Any) -> bool:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from heavyball.core.program import Node, Program
-from heavyball.core.schedule import SCHEDULED_LR, SCHEDULES
+from heavyball.core.schedule import last_lr
 from heavyball.numerics import SCALAR
 from heavyball.transforms.probe import sum_of_squares
 
@@ -53,8 +53,7 @@ def _number(value: Any, device: torch.device) -> Tensor:
 
 
 def _rates(group: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
-    scheduled = "lr" in group.get(SCHEDULES, ())
-    lr = _number(group[SCHEDULED_LR if scheduled else "lr"], device)
+    lr = _number(last_lr(group), device)
     d = group.get("d_step", group.get("d", 1.0))
     return {"lr": lr, "effective_lr": lr * _number(d, device)}
 

@@ -384,7 +384,7 @@ class ChainOpt(Saving):
         """What multiplies each group's updates in the next step: lr d, without `warmup_steps`."""
         estimate, groups = self._steps.estimates()
         entry = estimate.steps_with or estimate.name
-        ahead = map(self._registry.schedules.ahead, groups)
+        ahead = [self._registry.schedules.ahead(i, group) for i, group in enumerate(groups)]
         return [float(group[entry]) * float(group["lr"]) for group in ahead]
 
     @property

@@ -7,7 +7,7 @@ a step takes: what the group holds is the base, which schedulers of torch may wr
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -23,6 +23,7 @@ from heavyball.core.schedule import (
     SCHEDULES,
     Schedule,
     Scheduled,
+    follows,
     is_scheduled,
     largest,
     told,
@@ -41,6 +42,8 @@ CAPTURED = (
 )
 # A group, the name of an entry, and what it held.
 Replaced: TypeAlias = tuple[dict[str, Any], str, Any]
+# A group before it began a step: the entries that this writes, and the numbers that were put there.
+Before: TypeAlias = tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
 
 
 class Schedules(Mapping[str, Scheduled]):
@@ -69,7 +72,12 @@ class Schedules(Mapping[str, Scheduled]):
 
 
 def texts(schedules: Mapping[str, Any] | None) -> dict[str, str]:
-    """Schedules as a state dict has them."""
+    """Schedules as a state dict has them.
+
+    Errors: TypeError for what is no dict of them.
+    """
+    if schedules is not None:
+        _check_mapping("parameter group", schedules)
     return {n: fn if isinstance(fn, str) else told(fn) for n, fn in (schedules or {}).items()}
 
 
@@ -91,10 +99,8 @@ def separated(
     """
     made = dict(group)
     known = made.pop(SCHEDULES, None)
-    if known is not None and not isinstance(known, Mapping):
-        raise TypeError(
-            f"parameter group: {SCHEDULES}={known!r}: expected a dict of schedules by name"
-        )
+    if known is not None:
+        _check_mapping("parameter group", known)
     for name in (COUNT, SCHEDULED_LR, BEGUN, BASE_LR):  # of another optimizer, they begin anew
         made.pop(name, None)
     found = {name: fn for name, fn in inherited.items() if name == LR or name not in made}
@@ -123,7 +129,7 @@ class Scheduling:
         # whether any group has a schedule
         self.active = False
         # by a group's identity: the schedules that were checked, and the numbers that were put there
-        self._known: dict[int, Any] = {}
+        self._known: dict[int, Schedules] = {}
         self._put: dict[int, dict[str, Any]] = {}
         # what is given the largest learning rate, where it is known and nobody has set it
         self._peaks = chain.largest_lr_keys
@@ -131,13 +137,29 @@ class Scheduling:
     def settle(self, index: int, groups: list[dict[str, Any]]) -> None:
         """Bring the numbers of a group to where its count is."""
         group = groups[index]
+        self._forget(group)
+        if SCHEDULES in group:
+            schedules = self._checked(index, group)
+            group[SCHEDULES] = self._known[id(group)] = schedules
+            n = max(1, group.setdefault(COUNT, 0))
+            self._give(group, self._values(index, schedules, n))
+        self.active = any(SCHEDULES in g or BEGUN in g for g in groups)
+
+    def begins(self, groups: Iterable[dict[str, Any]]) -> bool:
+        """Whether a step has schedules to follow; they may have been put into a group since the last."""
+        if not self.active:
+            for group in groups:
+                if SCHEDULES in group:
+                    self.active = True
+        return self.active
+
+    def _forget(self, group: dict[str, Any]) -> None:
+        """Know no schedules of a group, and leave nothing of those that were taken out of it."""
         self._known.pop(id(group), None)
         self._put.pop(id(group), None)
-        if SCHEDULES in group:
-            self._check(index, group)
-            group.setdefault(COUNT, 0)
-            self._give(group, max(1, group[COUNT]))
-        self.active = any(SCHEDULES in group for group in groups)
+        if SCHEDULES not in group:
+            for name in (COUNT, SCHEDULED_LR):
+                group.pop(name, None)
 
     def release(self, group: dict[str, Any], name: str) -> None:
         """Let a number of a group follow no schedule any more."""
@@ -147,12 +169,12 @@ class Scheduling:
             group.pop(SCHEDULED_LR if name == LR else "", None)
             self._put.get(id(group), {}).pop(name, None)
 
-    def ahead(self, group: dict[str, Any]) -> dict[str, Any]:
+    def ahead(self, index: int, group: dict[str, Any]) -> dict[str, Any]:
         """A group as its next step sees it."""
         if SCHEDULES not in group:
             return group
-        n = group.get(COUNT, 0) + (BEGUN not in group)
-        values = {name: value_at(fn, n) for name, fn in group[SCHEDULES].items()}
+        n = self._count(index, group) + (BEGUN not in group)
+        values = self._values(index, self._checked(index, group), n)
         if LR in values:
             values[LR] = _scaled(group.get(LR), values[LR])
         return {**group, **values}
@@ -164,34 +186,31 @@ class Scheduling:
         A step of parameters one at a time begins with the first of them, and ends with a step of all or
         when one of them comes again.
 
-        Errors: ValueError naming a number that was set although it follows a schedule. Where anything
-            raises, the numbers and the counts are as before.
+        Errors: TypeError or ValueError naming the group and what is no schedule, a value that its number
+            cannot have, or a number that was set although it follows a schedule. Where anything raises,
+            the numbers and the counts are as before.
         """
-        here = groups if place is None else [place.group]
-        _refuse_capture(here)
+        here = list(enumerate(groups)) if place is None else [(place.index, place.group)]
+        _refuse_capture(group for _, group in here)
         if self._has_ended(groups, place):
             self._close(groups)
-        begun: list[tuple[dict[str, Any], int, Any]] = []
+        begun: list[Before] = []
         replaced: list[Replaced] = []
         try:
-            new = any(BEGUN not in group for group in here)
+            new = any(BEGUN not in group for _, group in here)
             for index, group in enumerate(groups) if new else ():
                 if BEGUN not in group:
-                    last = group.get(SCHEDULED_LR)
-                    begun.append((group, self._begin(index, group), last))
-            for group in here:
-                if LR in group.get(SCHEDULES, ()):
-                    replaced += self._multiply(group)
+                    begun.append(self._begin(index, group))
+            for index, group in here:
+                # as they were when the step began
+                schedules = self._known.get(id(group), Schedules({}))
+                if LR in schedules:
+                    replaced += self._multiply(index, group, schedules[LR])
             yield
         except BaseException:
             _put_back(replaced)
-            for group, count, last in begun:
-                del group[BEGUN]
-                if SCHEDULES in group:
-                    group[COUNT] = count
-                    self._give(group, max(1, count))
-                if LR in group.get(SCHEDULES, ()):
-                    group[SCHEDULED_LR] = last
+            for before in begun:
+                self._undo(before)
             raise
         _put_back(replaced)
         if place is None:
@@ -212,19 +231,33 @@ class Scheduling:
     def _close(self, groups: list[dict[str, Any]]) -> None:
         for group in groups:
             group.pop(BEGUN, None)
+        self.active = any(SCHEDULES in group for group in groups)
 
-    def _begin(self, index: int, group: dict[str, Any]) -> int:
-        """Count a step of a group and give it the numbers of that; returns the count of before."""
-        count = 0
+    def _begin(self, index: int, group: dict[str, Any]) -> Before:
+        """Count a step of a group and give it the numbers of that; returns what it had before."""
+        put = self._put.get(id(group), {})
+        schedules = self._checked(index, group) if SCHEDULES in group else Schedules({})
+        names = (SCHEDULES, COUNT, SCHEDULED_LR, *schedules)
+        before = group, {name: group[name] for name in names if name in group}, put
         if SCHEDULES in group:
-            if self._known.get(id(group)) is not group[SCHEDULES]:
-                self._check(index, group)
-            self._refuse_set(index, group)
-            count = self._count(index, group)
-            self._give(group, count + 1)
-            group[COUNT] = count + 1
+            self._refuse_set(index, group, schedules)
+            count = self._count(index, group) + 1
+            self._give(group, self._values(index, schedules, count))
+            group[SCHEDULES] = self._known[id(group)] = schedules
+            group[COUNT] = count
+        else:
+            self._forget(group)
         group[BEGUN] = {}
-        return count
+        return before
+
+    def _undo(self, before: Before) -> None:
+        """Leave a group as it was before it began a step."""
+        group, entries, put = before
+        for name in (BEGUN, SCHEDULES, COUNT, SCHEDULED_LR):
+            if name not in entries:
+                group.pop(name, None)
+        group.update(entries)
+        self._put[id(group)] = put
 
     def _count(self, index: int, group: Mapping[str, Any]) -> int:
         count = group.get(COUNT, 0)
@@ -234,55 +267,72 @@ class Scheduling:
             )
         return count
 
-    def _check(self, index: int, group: dict[str, Any]) -> None:
-        """Take the schedules of a group, which may have been put there by hand.
+    def _checked(self, index: int, group: Mapping[str, Any]) -> Schedules:
+        """The schedules of a group, which may have been put there by hand.
 
         Errors: TypeError or ValueError naming the group and what is no schedule.
         """
-        given = group[SCHEDULES]
+        given, known = group[SCHEDULES], self._known.get(id(group))
+        if known is not None and known is given:
+            return known
         owner = f"parameter group {index}"
-        if not isinstance(given, Mapping):
-            raise TypeError(f"{owner}: {SCHEDULES}={given!r}: expected a dict of schedules by name")
+        _check_mapping(owner, given)
         for name, fn in given.items():
-            if not callable(fn) and not is_scheduled(fn):
+            if not follows(fn):
                 raise TypeError(
                     f"{owner}: schedule({name!r}, {fn!r}): expected a function of steps"
                 )
             self._chain.check_schedule(name, fn, owner)
-        group[SCHEDULES] = self._known[id(group)] = Schedules(given)
-        if LR not in given:
-            group.pop(SCHEDULED_LR, None)
-        put = self._put.get(id(group), {})
-        self._put[id(group)] = {name: value for name, value in put.items() if name in given}
+        return Schedules(given)
 
-    def _refuse_set(self, index: int, group: Mapping[str, Any]) -> None:
+    def _refuse_set(self, index: int, group: Mapping[str, Any], schedules: Schedules) -> None:
         for name, value in self._put.get(id(group), {}).items():
+            if name not in schedules:
+                continue
             if name not in group:
                 raise ValueError(f"parameter group {index} has lost its entry {name!r}")
             now = group[name]
             if now is not value and (isinstance(now, Tensor) or frozen(now) != value):
-                follows = told(group[SCHEDULES][name])
                 raise ValueError(
-                    f"parameter group {index}: {name}={now!r} was set, but it follows {follows}: take "
-                    f"it out of group[{SCHEDULES!r}] first; torch's schedulers take cycle_momentum=False"
+                    f"parameter group {index}: {name}={now!r} was set, but it follows "
+                    f"{told(schedules[name])}: take it out of group[{SCHEDULES!r}] first; torch's "
+                    "schedulers take cycle_momentum=False"
                 )
 
-    def _give(self, group: dict[str, Any], n: int) -> None:
-        """Put the numbers of the n-th step into a group: all of them, or none where one raises."""
-        values = {name: value_at(fn, n) for name, fn in group[SCHEDULES].items()}
+    def _values(self, index: int, schedules: Schedules, n: int) -> dict[str, Any]:
+        """The numbers of the n-th step; of `lr` the factor."""
+        return {name: self._value(index, name, fn, n) for name, fn in schedules.items()}
+
+    def _value(self, index: int, name: str, fn: Scheduled, n: int) -> Any:
+        """What a schedule gives in the n-th step, which of a function nobody knew before.
+
+        Errors: TypeError or ValueError naming the group, the number and the step.
+        """
+        try:
+            return self._chain.check_scheduled_value(name, value_at(fn, n))
+        except (TypeError, ValueError) as error:
+            raise type(error)(
+                f"parameter group {index}: {error}, in step {n} of schedule({name!r}, {told(fn)})"
+            ) from None
+
+    def _give(self, group: dict[str, Any], values: dict[str, Any]) -> None:
+        """Put the numbers of a step into a group."""
         if LR in values:
             group[SCHEDULED_LR] = _scaled(group.get(LR), values.pop(LR))
+        else:
+            group.pop(SCHEDULED_LR, None)
         group.update(values)
         self._put[id(group)] = values
 
-    def _multiply(self, group: dict[str, Any]) -> Iterator[Replaced]:
+    def _multiply(self, index: int, group: dict[str, Any], fn: Scheduled) -> Iterator[Replaced]:
         """Put the learning rate of the step into a group; yields what to put back after it."""
-        fn, base = group[SCHEDULES][LR], group.get(LR)
+        base = group.get(LR)
         if not isinstance(base, Tensor) and not is_real(base):
             return  # which is refused where all numbers are
+        factor = self._value(index, LR, fn, group[COUNT])
         yield group, LR, base
         group[BASE_LR] = base
-        group[LR] = group[SCHEDULED_LR] = _scaled(base, value_at(fn, group[COUNT]))
+        group[LR] = group[SCHEDULED_LR] = _scaled(base, factor)
         peak = _peak(group, fn, base) if self._peaks else None
         for key in self._peaks if peak is not None else ():
             if is_real(group.get(key)) and not group[key]:
@@ -290,8 +340,14 @@ class Scheduling:
                 group[key] = peak
 
 
-def _refuse_capture(groups: list[dict[str, Any]]) -> None:
+def _check_mapping(owner: str, schedules: Any) -> None:
+    if not isinstance(schedules, Mapping):
+        raise TypeError(f"{owner}: {SCHEDULES}={schedules!r}: expected a dict of schedules by name")
+
+
+def _refuse_capture(groups: Iterable[dict[str, Any]]) -> None:
     """Refuse to be captured in a CUDA graph, which would keep the values of one step."""
+    groups = list(groups)
     on_cuda = any(p.is_cuda for group in groups for p in group["params"][:1])
     if on_cuda and torch.cuda.is_current_stream_capturing():
         names = sorted({name for group in groups for name in group.get(SCHEDULES, ())})
@@ -345,5 +401,5 @@ def differing(saved: Mapping[str, Any], own: Mapping[str, Any]) -> str | None:
     if there == here:
         return None
     name = next(n for n in (*there, *here) if there.get(n) != here.get(n))
-    follows = [f"follows {s[name]}" if name in s else "follows no schedule" for s in (there, here)]
-    return f"{name} {follows[0]} in the state dict, and {follows[1]} here"
+    said = [f"follows {s[name]}" if name in s else "follows no schedule" for s in (there, here)]
+    return f"{name} {said[0]} in the state dict, and {said[1]} here"

@@ -92,7 +92,7 @@ def _found(registry: Registry) -> list[Found]:
     """The parameters that take a second gradient in this step, and with which numbers."""
     programs, states = registry.programs(), registry.attributes["state"]
     return [
-        (place, node, _values(registry.schedules.ahead(place.group), node))
+        (place, node, _values(registry.schedules.ahead(place.index, place.group), node))
         for place in registry.places()
         for node in programs[place.param].flat
         if node.transform.perturb is not None

@@ -138,7 +138,7 @@ class Singles:
     def step(self, single: Single, what: str) -> None:
         """Step one parameter with its gradient, and free the gradient."""
         schedules = self.registry.schedules
-        if schedules.active:
+        if schedules.begins((single.place.group,)):
             with schedules.during(self.registry.groups, single.place):
                 self._step(single, what)
         else:

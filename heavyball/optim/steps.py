@@ -43,7 +43,7 @@ class Steps:
     def step_all(self, fused: FusedBackward) -> None:
         """Step every parameter that has a gradient."""
         schedules = self.registry.schedules
-        if schedules.active:
+        if schedules.begins(self.registry.groups):
             with schedules.during(self.registry.groups):
                 self._step_all(fused)
         else:
