@@ -68,22 +68,57 @@ if "opt" in globals():
 """
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_the_examples_run_without_a_warning(page: str, tmp_path: Path) -> None:
-    """Each page's examples in order, as a user would type them."""
+# Runs each script in a process of its own, forked where torch has been imported already.
+RUNNER = """
+import os, runpy, sys, traceback
+import torch._dynamo, heavyball
+for script in sys.argv[1:]:
+    child = os.fork()
+    if not child:
+        os.dup2(os.open(script + ".err", os.O_CREAT | os.O_WRONLY), 2)
+        code = 1
+        try:
+            runpy.run_path(script, run_name="__main__")
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(code)
+    with open(script + ".code", "w") as file:
+        file.write(str(os.waitpid(child, 0)[1]))
+"""
+
+
+def script_of(page: str) -> str:
+    """A page's examples in order, as a user would type them."""
     lines = []
     for block in blocks(ROOT / page):
         prompts = [line[4:] for line in block.splitlines() if line.startswith((">>> ", "... "))]
         lines.append("\n".join(prompts) if prompts else block)
-    script = tmp_path / "example.py"  # a transform can only be declared in a file
     tail = TAIL if page not in ("docs/fused_backward.md", "docs/precision.md") else ""
-    script.write_text(HEAD + PAGES[page] + "\n".join(lines) + tail)
+    return HEAD + PAGES[page] + "\n".join(lines) + tail
+
+
+@pytest.fixture(scope="module")
+def run_pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("pages")
+    scripts = {page: folder / f"{Path(page).stem.replace('-', '_')}.py" for page in PAGES}
+    for page, script in scripts.items():  # a transform can only be declared in a file
+        script.write_text(script_of(page))
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     # torch's own deprecations are not the pages'
-    words = [sys.executable, "-W", "error::UserWarning", script]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    words = [sys.executable, "-W", "error::UserWarning", "-c", RUNNER, *scripts.values()]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=folder, env=environment)
     assert done.returncode == 0, done.stderr
-    assert page == "README.md" or "Warning" not in done.stderr
+    return scripts
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_examples_run_without_a_warning(page: str, run_pages: dict[str, Path]) -> None:
+    script = run_pages[page]
+    said = script.with_suffix(".py.err").read_text()
+    assert script.with_suffix(".py.code").read_text() == "0", said
+    assert page == "README.md" or "Warning" not in said
 
 
 def test_the_first_step_of_the_guides_transform_is_of_the_size_of_a_step(tmp_path: Path) -> None:
