@@ -189,6 +189,27 @@ def test_a_preview_is_told_the_loss():
     assert torch.equal(p.detach() - before, change)
 
 
+@pytest.mark.parametrize("element", [C.momo, C.polyak_rate, by_loss], ids=str)
+def test_the_loss_is_given_for_a_step_and_an_entry_of_that_name_is_the_users(element):
+    ours, theirs = leaf(3), leaf(3)
+    groups = [{"params": [ours], "loss": "theirs"}], [{"params": [theirs]}]
+    opt, other = (C.ChainOpt(g, 0.1, element, compile=False) for g in groups)
+    for number in (2.0, 1.5):
+        for p, each in ((ours, opt), (theirs, other)):
+            p.grad = p.detach().clone()
+            each.step(loss=number)
+            each.updates(loss=torch.tensor(0.5))
+        assert torch.equal(ours, theirs)
+    assert opt.param_groups[0]["loss"] == "theirs"
+    assert not {"loss", "_loss"} & {*other.state_dict()["param_groups"][0]}
+    assert not other.load_state_dict(other.state_dict(), strict=False).unexpected_keys
+    entries = {*opt.param_groups[0]}
+    opt.param_groups[0]["lr"] = "fast"
+    with pytest.raises(TypeError, match="lr"):
+        opt.step(loss=7.0)
+    assert {*opt.param_groups[0]} == entries
+
+
 def test_nothing_of_it_is_saved():
     p = leaf(3)
     opt = stepping(scaled_by, param=p)

@@ -37,7 +37,7 @@ from heavyball.core.schedule import (
     told,
     value_at,
 )
-from heavyball.core.transform import DEFAULTS, FED, LOSS, Rules, Transform, transform
+from heavyball.core.transform import DEFAULTS, FED, Rules, Transform, transform
 from heavyball.core.unit import with_units
 from heavyball.core.whole import Whole
 from heavyball.errors import nearest
@@ -428,7 +428,6 @@ RESERVED = (
     "seed",
     "train_mode",
     "differentiable",
-    LOSS,
     SCHEDULES,
     COUNT,
     SCHEDULED_LR,

@@ -33,7 +33,7 @@ from heavyball.errors import nearest
 from heavyball.state.declare import State
 
 Kind = Literal["transform", "decay", "writer", "post", "observer", "rate"]
-# The entry of a group that holds the loss of the step.
+# The loss of the step.
 LOSS = "loss"
 FED = "fed"
 # What a second gradient replaces, see `perturb`.

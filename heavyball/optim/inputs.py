@@ -9,11 +9,10 @@ from torch import Tensor
 
 from heavyball.core.chain import Chain
 from heavyball.core.hyper import is_real
-from heavyball.core.transform import LOSS
 from heavyball.errors import nearest
 from heavyball.numerics import SCALAR
 from heavyball.optim.registry import Registry
-from heavyball.runtime.job import fed_key
+from heavyball.runtime.job import LOSS_KEY, fed_key
 
 
 class Inputs:
@@ -53,11 +52,9 @@ class Inputs:
 
         Errors: TypeError or ValueError naming what is missing or cannot be.
         """
-        groups = registry.groups
+        groups, number = registry.groups, None
         if self._reads_loss or loss is not None:
             number = self._checked(returned if loss is None else loss)
-            for group in groups:
-                group[LOSS] = number
         missing = sorted(n for n, must in self._signals.items() if must and n not in self._fed)
         if missing:
             raise ValueError(
@@ -66,9 +63,12 @@ class Inputs:
             )
         self.put(registry)
         try:
+            for group in groups if self._reads_loss else ():
+                group[LOSS_KEY] = number
             yield
         finally:
             for group in groups:
+                group.pop(LOSS_KEY, None)
                 for name in self._fed:
                     group.pop(fed_key(name), None)
         self._fed = {}
@@ -76,7 +76,7 @@ class Inputs:
     @contextlib.contextmanager
     def imagined(self, groups: list[dict[str, Any]]) -> Iterator[None]:
         """Have something in the place of what a step is told, for who asks how it would run."""
-        names = [LOSS] if self._reads_loss else []
+        names = [LOSS_KEY] if self._reads_loss else []
         names += [fed_key(name) for name, must in self._signals.items() if must]
         put = [(group, name) for group in groups for name in names if name not in group]
         for group, name in put:

@@ -75,6 +75,8 @@ def fed_key(name: str | None) -> str:
     return f"_fed:{name}"
 
 
+# The entry of a group that holds the loss, for the time of a step.
+LOSS_KEY = "_loss"
 # The entry of a group that holds first gradients by the parameters' places, for the time of a step.
 FIRST_KEY = "_first_grads"
 
@@ -190,7 +192,7 @@ class Frame:
         if name in self.job.program.common and name not in self.env:
             return self.job.scalars.get(self.job.group, name, self.job.param.device)
         if name == LOSS:
-            return self.job.scalars.get(self.job.group, LOSS, self.job.param.device)
+            return self.job.scalars.get(self.job.group, LOSS_KEY, self.job.param.device)
         if name == "lr" and "lr" not in self.env:
             return self.env["base_lr"] * self._warmup()
         return self.env[name]

@@ -21,7 +21,7 @@ from heavyball.core.program import Program
 from heavyball.core.rate import Member
 from heavyball.core.transform import LOSS
 from heavyball.numerics import SCALAR, Number, lasting, version_of
-from heavyball.runtime.job import Job, Scalars
+from heavyball.runtime.job import LOSS_KEY, Job, Scalars
 from heavyball.runtime.place import Place
 from heavyball.runtime.sums import Shares, Sums, by_group, stacked
 
@@ -318,9 +318,9 @@ class Together:
             value = _numbers(group[key]) if on_host else scalars.get(group, key, home)
             values[name] = value if index is None else value[index]
         values["lr"] = self._lr(group, home)
-        if LOSS in group:
-            loss = group[LOSS]
-            values[LOSS] = Number(float(loss)) if on_host else scalars.get(group, LOSS, home)
+        if LOSS_KEY in group:
+            on_device = None if on_host else scalars.get(group, LOSS_KEY, home)
+            values[LOSS] = Number(float(group[LOSS_KEY])) if on_host else on_device
         return Member(None if shares is None else shares[:-1], values)
 
     def _lr(self, group: dict[str, Any], home: torch.device) -> Any:
