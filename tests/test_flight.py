@@ -1,5 +1,6 @@
 """The flight recorder: what it writes, when, and that its file computes the step again."""
 
+import contextlib
 import os
 import warnings
 
@@ -13,6 +14,7 @@ from heavyball import chainable as C
 from heavyball.optim.flight import read, replayed
 from heavyball.race.cli import cli
 
+NOTHING = contextlib.nullcontext()
 CHAINS = {
     "adam": lambda r: (C.scale_by_adam, r),
     "rate": lambda r: (C.prodigy_d, C.scale_by_adam, r),
@@ -70,6 +72,99 @@ def test_every_elements_output_is_computed_again_to_the_bit(name, tmp_path):
             last = [t for n, _, t in before["outputs"] if n == number][-1]
             torch.testing.assert_close(last, after["params"][number])
     assert f"{opt.chain!r}" == flight.chain
+
+
+@C.transform()
+def scaled_by(update, *, fed, signal="load"):
+    """u' = u x, x what was fed.
+
+    Shapes: all (*).
+    """
+    return update * fed
+
+
+# Chains whose steps are given more than gradients: the elements, the learning rate, how it is stepped.
+GIVEN = {
+    "lr": (lambda r: (C.scale_by_adam, r), C.cosine(20, peak=0.01), "plain"),
+    "number": (lambda r: (C.scale_by_adam(eps=C.linear(10, peak=1e-3)), r), 0.01, "plain"),
+    "lambda": (lambda r: (C.schedule("weight_decay", lambda n: 0.1 / n), r), 0.01, "plain"),
+    "sam": (lambda r: (C.sam, C.scale_by_adam, r), C.linear(10, peak=0.1), "closure"),
+    "looksam": (lambda r: (C.looksam(k=2), r), 0.01, "closure"),
+    "polyak": (lambda r: (C.polyak_rate, r), 0.5, "loss"),
+    "momo": (lambda r: (r, C.momo), 0.5, "loss"),
+    "fed": (lambda r: (scaled_by, r), 0.5, "feed"),
+}
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_steps_that_are_given_more_than_gradients_are_computed_again_to_the_bit(name, tmp_path):
+    chain, lr, how = GIVEN[name]
+    params = parameters()
+    opt = C.ChainOpt(
+        [{"params": params, "owner": object(), "many": {1: iter(())}}],
+        lr,
+        *chain(C.flight_recorder(tmp_path)),
+    )
+    for number in range(5):
+        ended = float("nan") if number == 4 else 1.0
+
+        def closure(size=ended + number):
+            for p in params:
+                p.grad = p.detach() * size
+            return size
+
+        expected = pytest.warns(RuntimeWarning, match="replay") if number == 4 else NOTHING
+        with expected:
+            if how == "closure":
+                opt.step(closure)
+                continue
+            loss = closure()
+            if how == "feed":
+                opt.feed("load", torch.tensor(loss))
+            opt.step(**({"loss": loss} if how == "loss" else {}))
+    (path,) = tmp_path.glob("*.pt")
+    flight = read(path)
+    for kept in flight.steps:
+        assert kept["outputs"]
+        again = replayed(C.ChainOpt, opt.chain.elements, kept, flight.options)
+        assert [each[:2] for each in again] == [tuple(each[:2]) for each in kept["outputs"]]
+        for (*_, ours), (*_, theirs) in zip(again, kept["outputs"], strict=True):
+            assert torch.equal(ours.nan_to_num(), theirs.nan_to_num())
+    # what was computed again ends in the weights that the step itself has ended in
+    for before, after in zip(flight.steps, flight.steps[1:], strict=False):
+        last = {number: tensor for number, _, tensor in before["outputs"]}
+        for number in (0, 1):
+            torch.testing.assert_close(last[number], after["params"][number])
+            assert not torch.equal(last[number], before["params"][number])
+
+
+def test_a_preview_is_not_recorded(tmp_path):
+    params = parameters()
+    opt = C.ChainOpt(params, 0.01, C.flight_recorder(tmp_path))
+    step(opt, params, 0)
+    params[0].grad.fill_(float("nan"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.updates()
+    assert not list(tmp_path.iterdir())
+    with pytest.warns(RuntimeWarning, match="replay"):
+        opt.step()
+    (path,) = tmp_path.iterdir()
+    assert read(path).count == 2
+
+
+def test_a_refused_step_is_not_recorded(tmp_path):
+    params = parameters()
+    opt = C.ChainOpt(params, 0.01, C.flight_recorder(tmp_path))
+    step(opt, params, 0)
+    opt.param_groups[0]["lr"] = "fast"
+    with pytest.raises(TypeError, match="lr"):
+        step(opt, params, 1)
+    opt.param_groups[0]["lr"] = 0.01
+    with pytest.warns(RuntimeWarning, match="replay"):
+        step(opt, params, 2, float("nan"))
+    (path,) = tmp_path.iterdir()
+    assert (read(path).count, len(read(path).steps)) == (2, 2)
 
 
 def test_a_step_that_is_far_too_large_is_written_and_measured_by_the_usual_ones(tmp_path):

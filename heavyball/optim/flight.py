@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import numbers
 import os
 import statistics
 import warnings
@@ -15,12 +16,14 @@ import torch
 from torch import Tensor
 
 from heavyball.core.chain import Chain
+from heavyball.core.hyper import is_real, is_sequence
+from heavyball.core.schedule import COUNT, SCHEDULED_LR, SCHEDULES
 from heavyball.errors import one_line, warn
 from heavyball.optim.registry import Registry
 from heavyball.runtime.execute import watched
-from heavyball.runtime.job import Job
+from heavyball.runtime.job import FIRST_KEY, LOSS_KEY, Job, fed_key
 
-FORMAT = 1
+FORMAT = 2
 # A change that is so many times the median of those before it is far too large.
 JUMP = 100.0
 USUAL = 50  # how many changes the median is of
@@ -30,7 +33,18 @@ FEWEST = 2
 Build = Callable[..., Any]
 Step = dict[str, Any]
 Output = tuple[int, str, Tensor]
-_replays: list[Any] = []
+# The attributes of optimizers whose steps are not recorded.
+_unrecorded: list[Mapping[str, Any]] = []
+
+
+@contextlib.contextmanager
+def unrecorded(opt: Any) -> Iterator[None]:
+    """Keep no step of an optimizer meanwhile."""
+    _unrecorded.append(vars(opt))
+    try:
+        yield
+    finally:
+        _unrecorded[:] = [own for own in _unrecorded if own is not vars(opt)]
 
 
 class Recorder:
@@ -69,14 +83,18 @@ class Recorder:
 
     @contextlib.contextmanager
     def over_step(self) -> Iterator[None]:
-        """Keep a step, and write the last ones if it goes wrong."""
-        if _replays:
+        """Keep a step, and write the last ones if it goes wrong.
+
+        In it the groups hold the numbers of the step, and what the step was given.
+        """
+        if any(own is self._registry.attributes for own in _unrecorded):
             yield
             return
         if self._registry.parts is not None:
             self.refuse("parameters in parts")
-        self._steps.append(_taken(self._registry))
-        yield
+        taken = _taken(self._registry)
+        yield  # a step that is refused is none
+        self._steps.append(taken)
         self._count += 1
         wrong = self._wrong()
         if wrong and not self._last_was_wrong and self._written < self._keep:
@@ -143,18 +161,27 @@ class Recorder:
 
 
 def _taken(registry: Registry) -> Step:
-    """A copy of all that a step is made of."""
+    """A copy of all that a step is made of, in values that can be read from a file.
+
+    Numbers that follow schedules are those of this step.
+    """
     places = list(registry.places())
     states = registry.state
-    groups = [
-        {name: _copy(value) for name, value in group.items() if name != "params"}
-        for group in registry.groups
-    ]
+    groups = [_copied(group) for group in registry.groups]
     numbers = iter(range(len(places)))
     for group, given in zip(registry.groups, groups, strict=True):
         given["params"] = [next(numbers) for _ in group["params"]]
+    given = {name: value for group in registry.groups for name, value in group.items()}
+    firsts = [group.get(FIRST_KEY, {}) for group in registry.groups]
     return {
         "groups": groups,
+        "loss": _copy(given.get(LOSS_KEY)),
+        "fed": {
+            name: _copy(given[fed_key(name)])
+            for name in registry.chain.signals
+            if fed_key(name) in given
+        },
+        "first_grads": {n: _copy(grad) for first in firsts for n, grad in first.items()},
         "params": {p.number: p.param.detach().clone() for p in places},
         "grads": {p.number: p.param.grad.clone() for p in places if p.param.grad is not None},
         "state": {
@@ -164,12 +191,32 @@ def _taken(registry: Registry) -> Step:
     }
 
 
+def _copied(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a group that a chain reads; others may be anything."""
+    others = ("params", SCHEDULES, COUNT, SCHEDULED_LR)
+    return {
+        name: _copy(value)
+        for name, value in group.items()
+        if name not in others and not name.startswith("_") and _is_plain(value)
+    }
+
+
+def _is_plain(value: Any) -> bool:
+    if value is None or isinstance(value, Tensor | str | bool) or is_real(value):
+        return True
+    return is_sequence(value) and all(map(_is_plain, value))
+
+
 def _copy(value: Any) -> Any:
+    if value is None or isinstance(value, bool):
+        return value
     if isinstance(value, Tensor):
         return value.detach().clone()
-    if isinstance(value, list | tuple):
-        return type(value)(map(_copy, value))
-    return value
+    if isinstance(value, str):
+        return str(value)
+    if is_real(value):
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
+    return [_copy(v) for v in value] if isinstance(value, list) else tuple(map(_copy, value))
 
 
 def replayed(
@@ -185,13 +232,23 @@ def replayed(
 
 def _stepped(opt: Any, params: Mapping[int, Tensor], step: Mapping[str, Any]) -> list[Output]:
     """Make a step with what was kept of it, and note what each element gives."""
-    for group, kept in zip(opt.param_groups, step["groups"], strict=True):
+    for index, (group, kept) in enumerate(zip(opt.param_groups, step["groups"], strict=True)):
+        for name in (SCHEDULES, COUNT, SCHEDULED_LR):
+            group.pop(name, None)
+        opt.registry.schedules.settle(index, opt.param_groups)
         group.update({name: _copy(value) for name, value in kept.items() if name != "params"})
     for number, state in step["state"].items():
         if state:
             opt.state[params[number]] = {key: _copy(value) for key, value in state.items()}
-    for number, grad in step["grads"].items():
-        params[number].grad = grad.clone()
+    for name, value in step["fed"].items():
+        opt.feed(name, value)
+    second: Mapping[int, Tensor] = step["grads"]
+    calls = iter((second | step["first_grads"], second))
+
+    def closure() -> None:
+        for number, grad in next(calls).items():
+            params[number].grad = grad.clone()
+
     numbers = {id(param): number for number, param in params.items()}
     found: list[Output] = []
 
@@ -199,12 +256,8 @@ def _stepped(opt: Any, params: Mapping[int, Tensor], step: Mapping[str, Any]) ->
         if id(job.param) in numbers and isinstance(update, Tensor):
             found.append((numbers[id(job.param)], key, update.detach().clone()))
 
-    with watched(note):
-        _replays.append(opt)  # which is recorded no more
-        try:
-            opt.step()
-        finally:
-            _replays.pop()
+    with watched(note), unrecorded(opt):
+        opt.step(closure, loss=step["loss"])
     return found
 
 

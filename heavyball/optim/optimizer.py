@@ -225,8 +225,7 @@ class ChainOpt(Saving):
 
     def _step_recorded(self) -> None:
         if self._recorder.active:
-            with self._recorder.over_step():
-                self._steps.step_all(self._fused)
+            self._steps.step_all(self._fused, self._recorder.over_step())
         else:
             self._steps.step_all(self._fused)
 

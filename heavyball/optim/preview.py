@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from heavyball.optim.flight import unrecorded
+
 if TYPE_CHECKING:
     from heavyball.optim.optimizer import ChainOpt
 
@@ -27,6 +29,7 @@ def updates(
             before[other.param] = place.name or str(place.number), other.param.detach().clone()
     for name, value in fed.items():
         twin.feed(name, value)
-    twin.step(loss=loss)
+    with unrecorded(twin):
+        twin.step(loss=loss)
     with torch.no_grad():
         return {name: param.detach() - was for param, (name, was) in before.items()}

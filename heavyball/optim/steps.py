@@ -1,6 +1,7 @@
 """Steps an optimizer's parameters: all that have a gradient, or one of them."""
 
 import dataclasses
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor
@@ -40,16 +41,25 @@ class Steps:
         self._rivals.forget()
 
     @without_autocast
-    def step_all(self, fused: FusedBackward) -> None:
-        """Step every parameter that has a gradient."""
+    def step_all(
+        self, fused: FusedBackward, recording: AbstractContextManager | None = None
+    ) -> None:
+        """Step every parameter that has a gradient.
+
+        recording: surrounds the step, when the groups hold its numbers.
+        """
         schedules = self.registry.schedules
         if schedules.begins(self.registry.groups):
             with schedules.during(self.registry.groups):
-                self._step_all(fused)
+                self._step_all(fused, recording)
         else:
-            self._step_all(fused)
+            self._step_all(fused, recording)
 
-    def _step_all(self, fused: FusedBackward) -> None:
+    def _step_all(self, fused: FusedBackward, recording: AbstractContextManager | None) -> None:
+        if recording is not None:
+            with recording:
+                self._step_all(fused, None)
+            return
         registry = self.registry
         registry.values.check(registry.groups)
         evaluation = self.evaluation if "train_mode" in registry.defaults else None

@@ -12,7 +12,8 @@ def flight_recorder(update: Tensor, *, dir: str = "", keep: int = 3) -> Tensor:
 
     A step is written when the change of any parameter is not finite, or 100 times the median of its
     last 50 (of two or more). The file has the state, the gradients and what every element gave, of this
-    step and those before it; `heavyball replay FILE` computes it again, element by element.
+    step and those before it; `heavyball replay FILE` computes it again, element by element. Numbers
+    that follow schedules are in it as they were, and so are a loss, what was fed and first gradients.
 
     dir: the folder for the files, made where it is missing; an empty one keeps and writes nothing.
     keep: how many steps a file has, and how many files an optimizer writes at most. Of steps in a row
