@@ -233,8 +233,7 @@ def replayed(
 def _stepped(opt: Any, params: Mapping[int, Tensor], step: Mapping[str, Any]) -> list[Output]:
     """Make a step with what was kept of it, and note what each element gives."""
     for index, (group, kept) in enumerate(zip(opt.param_groups, step["groups"], strict=True)):
-        for name in (SCHEDULES, COUNT, SCHEDULED_LR):
-            group.pop(name, None)
+        group.pop(SCHEDULES, None)
         opt.registry.schedules.settle(index, opt.param_groups)
         group.update({name: _copy(value) for name, value in kept.items() if name != "params"})
     for number, state in step["state"].items():
