@@ -531,7 +531,7 @@ def orthograd_that_blows_up_noise(right: Wrong) -> Wrong:
     test_parameter_ema.test_the_first_mean_is_the_parameter_and_not_a_thousandth_of_it,
 )
 def a_parameter_mean_with_its_weight_inverted(right: Wrong) -> Wrong:
-    def wrong(u: Any, mean: Any, *, param: Any, beta: Any, step: Any) -> tuple:
+    def wrong(u: Any, mean: Any, *, param: Any, beta: Any, step: Any, **others: Any) -> tuple:
         weight = 1 - (1 - beta) / (1 - beta**step)
         return u, mean + weight * (param - mean)
 
