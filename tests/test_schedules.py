@@ -5,6 +5,7 @@ import io
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -684,6 +685,28 @@ def test_what_is_saved_says_which_schedules_it_had():
     assert group["momentum"] == MOMENTUM(2)
 
 
+def test_the_rate_that_is_loaded_wins_unless_its_schedule_is_kept():
+    p = leaf()
+    opt = heavyball.AdamW([p], C.linear(10, peak=0.5), compile=False)
+    train(opt, [p], [1, 2])
+    opt.param_groups[0]["initial_lr"] = 0.5
+    saved = through_a_file(opt.state_dict())
+    other = heavyball.AdamW([leaf()], C.linear(10, peak=1e-3), compile=False)
+    other.load_state_dict(saved)
+    (group,) = other.param_groups
+    assert (group["lr"], group["initial_lr"], group["scheduled_lr"]) == (0.5, 0.5, 0.45)
+    other = heavyball.AdamW([leaf()], C.linear(10, peak=1e-3), compile=False)
+    left = other.load_state_dict(saved, strict=False)
+    (group,) = other.param_groups
+    assert (group["lr"], group["scheduled_lr"]) == (1e-3, 1e-3 * 0.9)
+    assert "initial_lr" not in group
+    assert sorted(left.unexpected_keys) == ["param_groups.0.initial_lr", "param_groups.0.lr"]
+    # without a schedule here the rate is one number as any other
+    other = heavyball.AdamW([leaf()], 1e-3, compile=False)
+    other.load_state_dict(saved, strict=False)
+    assert other.param_groups[0]["lr"] == 0.5
+
+
 def test_with_and_without_schedules():
     p = leaf()
     plain = C.ChainOpt(
@@ -695,7 +718,7 @@ def test_with_and_without_schedules():
         opt.load_state_dict(plain.state_dict())
     opt.load_state_dict(plain.state_dict(), strict=False)
     (group,) = opt.param_groups
-    assert (group["schedule_step"], group["lr"], group["momentum"]) == (0, 0.25, 0.5)
+    assert (group["schedule_step"], group["lr"], group["momentum"]) == (0, 0.5, 0.5)
     train(opt, [p], [1])
     with pytest.raises(ValueError, match=r"momentum follows ramp.* and follows no schedule here"):
         plain.load_state_dict(opt.state_dict())
@@ -795,6 +818,59 @@ def test_a_schedule_has_a_text_that_reads_back(fn):
     assert repr(element) == f"schedule('lr', {fn!r})"
     assert pickle.loads(pickle.dumps(fn)) == copy.deepcopy(fn) == fn
     assert hash(element.fn) == hash(fn)
+
+
+def test_numbers_of_numpy_become_those_of_python():
+    for fn, plain in (
+        (C.linear(np.int64(10), peak=np.float64(0.1)), C.linear(10, peak=0.1)),
+        (C.cosine(np.float64(10), np.float32(0.1)), C.cosine(10.0, float(np.float32(0.1)))),
+        (C.step((np.int32(3), 5), np.float64(0.5)), C.step((3, 5), 0.5)),
+        (C.step([np.int32(3), 5]), C.step((3, 5))),
+        (C.linear(10).with_peak(np.float32(0.5)), C.linear(10, peak=0.5)),
+        (C.ramp(np.float64(0.5), 1, 2, np.uint8(8), 2), C.ramp(0.5, 1, 2, 8, 2)),
+    ):
+        assert repr(fn) == repr(plain)
+        assert C.parse(f"schedule('lr', {fn!r}) | sign")[0].fn == plain
+        for n in range(1, 12):
+            assert type(fn(n)) is float
+            assert fn(n) == plain(n)
+    element = C.schedule("betas", (C.ramp(0.5, 0.9, 2, 8, 2), np.float64(0.99)))
+    assert C.parse(f"{element!r} | scale_by_adam")[0] == element
+    opt = C.ChainOpt([leaf()], 0.1, C.scale_by_adam(betas=(C.linear(9, peak=0.9), np.float64(0.5))))
+    (group,) = opt.state_dict()["param_groups"]
+    assert group["schedules"] == {"betas": "(linear(T=9, peak=0.9), 0.5)"}
+
+
+def test_a_schedule_that_nobody_knows_has_a_nearest_one():
+    for text in (
+        "AdamW:lr=cosin(10)",
+        "AdamW:betas=(cosin(10), 0.9)",
+        "exp_avg(beta=cosin(10)) | sign",
+        "schedule('lr', cosin(10)) | sign",
+    ):
+        with pytest.raises(ValueError, match=r"no (schedule|transform) 'cosin'; nearest: cosine"):
+            heavyball.create([leaf()], text)
+
+
+def test_a_peak_that_nobody_gave_is_warned_of_where_it_is_hardly_meant(recwarn):
+    p = leaf()
+    for make in (
+        lambda: heavyball.AdamW([p], lr=C.cosine(10)),
+        lambda: heavyball.AdamW([{"params": p, "lr": C.cosine(10)}]),
+        lambda: heavyball.create([p], "Muon:lr=cosine(10)"),
+        lambda: heavyball.AdamW([p], lr=pickle.loads(pickle.dumps(C.cosine(10)))),
+    ):
+        make()
+        (warned,) = recwarn
+        assert "the peak of lr=cosine(T=10) is 1" in str(warned.message)
+        assert warned.filename == __file__
+        recwarn.clear()
+    heavyball.AdamW([p], lr=C.cosine(10, peak=1.0))
+    heavyball.AdamW([p], lr=C.cosine(10).with_peak(0.5))
+    heavyball.AdamW([p], lr=C.ramp(0, 1e-3, 5, 20, 5))
+    heavyball.Prodigy([p], lr=C.cosine(10))
+    C.ChainOpt([p], C.cosine(10), C.sign)
+    assert not recwarn.list
 
 
 def test_a_chain_and_a_class_keep_schedules_as_text():

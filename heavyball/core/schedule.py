@@ -31,6 +31,9 @@ class Schedule:
     by `peak`. corners: the steps at which it may turn, so that its extremes are among them.
     """
 
+    # whether the peak is what somebody asked for
+    is_peak_given = True
+
     def __init__(
         self,
         make: Callable[..., Any],
@@ -71,7 +74,8 @@ class Schedule:
         return f"{self.make.__name__}({shown})"
 
     def __reduce__(self) -> tuple:
-        peak = {} if self.peak is None else {"peak": self.peak}
+        given = self.peak is not None and self.is_peak_given
+        peak = {"peak": self.peak} if given else {}
         return functools.partial(self.make, **self.arguments, **peak), ()
 
     def __deepcopy__(self, memo: dict) -> "Schedule":
@@ -104,7 +108,16 @@ def schedule(name: str, fn: Scheduled) -> Followed:
         raise TypeError(f"schedule: name={name!r}: expected that of a live number, such as 'lr'")
     if not follows(fn):
         raise TypeError(f"schedule({name!r}, {fn!r}): expected a function of the group's steps")
-    return Followed(name, tuple(fn) if isinstance(fn, list) else fn)
+    return Followed(name, tuple(map(plain, fn)) if isinstance(fn, tuple | list) else fn)
+
+
+def plain(value: Any) -> Any:
+    """A number as Python has it, whose text reads back; also several. Others are left as they are."""
+    if isinstance(value, tuple | list):
+        return type(value)(map(plain, value)) if type(value) in (tuple, list) else value
+    if type(value) in (int, float) or not _is_number(value):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def _is_number(value: Any) -> bool:
@@ -158,6 +171,6 @@ def told(fn: Scheduled) -> str:
         inner = ", ".join(map(told, fn))
         return f"({inner},)" if len(fn) == 1 else f"({inner})"
     if isinstance(fn, Schedule) or not callable(fn):
-        return repr(fn)
+        return repr(plain(fn))
     # the address in a function's repr is another one in every process
     return getattr(fn, "__qualname__", None) or type(fn).__qualname__

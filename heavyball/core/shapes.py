@@ -4,14 +4,28 @@ x = (n - 1) / T, from 0 in the first step on and never above 1; a `floor` f make
 torch's schedulers count from 0: their epoch is n - 1.
 """
 
+import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec
 
 from heavyball.core.hyper import Interval, Live, check_live, finite, nonnegative, positive
-from heavyball.core.schedule import Schedule
+from heavyball.core.schedule import Schedule, plain
 
 _SHARE = Interval(0, 1, high_open=False)
+_P = ParamSpec("_P")
+
+
+def _shape(make: Callable[_P, Live]) -> Callable[_P, Live]:
+    """A maker of schedules that makes numbers plain and notes whether a peak was given."""
+
+    @functools.wraps(make)
+    def made(*args: _P.args, **options: _P.kwargs) -> Live:
+        fn = make(*map(plain, args), **{name: plain(value) for name, value in options.items()})  # type: ignore[arg-type]
+        fn.is_peak_given = "peak" in options
+        return fn
+
+    return made
 
 
 def _made(
@@ -55,11 +69,13 @@ def _half_wave(x: float) -> float:
     return (1 + math.cos(math.pi * x)) / 2
 
 
+@_shape
 def constant(*, peak: float = 1.0) -> Live:
     """The same in every step: s(n) = 1."""
     return _made(constant, lambda n: 1.0, (), peak)
 
 
+@_shape
 def linear(T: float, floor: float = 0.0, *, peak: float = 1.0) -> Live:
     """A straight line down: s(n) = 1 - x, the floor from n = T + 1 on.
 
@@ -70,6 +86,7 @@ def linear(T: float, floor: float = 0.0, *, peak: float = 1.0) -> Live:
     return _made(linear, lambda n: _above(floor, 1 - _part(n, T)), (T + 1,), peak, T=T, floor=floor)
 
 
+@_shape
 def cosine(T: float, floor: float = 0.0, *, peak: float = 1.0) -> Live:
     """Half a wave down: s(n) = (1 + cos(pi x)) / 2; a floor of 0.1 is usual.
 
@@ -82,6 +99,7 @@ def cosine(T: float, floor: float = 0.0, *, peak: float = 1.0) -> Live:
     return _made(cosine, fn, (T + 1,), peak, T=T, floor=floor)
 
 
+@_shape
 def rex(T: float, floor: float = 0.0, *, beta: float = 0.5, peak: float = 1.0) -> Live:
     """Late down: s(n) = (1 - x) / (1 - b + b (1 - x)), with b = `beta`; of 0 it is `linear`.
 
@@ -99,6 +117,7 @@ def rex(T: float, floor: float = 0.0, *, beta: float = 0.5, peak: float = 1.0) -
     return _made(rex, fn, (T + 1,), peak, T=T, floor=floor, beta=beta)
 
 
+@_shape
 def polynomial(T: float, q: float = 1.0, floor: float = 0.0, *, peak: float = 1.0) -> Live:
     """A power of what is left: s(n) = (1 - x)^q.
 
@@ -119,6 +138,7 @@ _FALLS: dict[str, Callable[[float], float]] = {
 }
 
 
+@_shape
 def wsd(
     T: float,
     warmup: float,
@@ -158,6 +178,7 @@ def wsd(
     return _made(wsd, fn, turns, peak, T=T, warmup=warmup, decay=decay, shape=shape, floor=floor)
 
 
+@_shape
 def inverse_sqrt(warmup: float, *, peak: float = 1.0) -> Live:
     """Warm up, then fall as the root of the steps: s(n) = min(1, n / w) sqrt(w / max(n, w)).
 
@@ -169,6 +190,7 @@ def inverse_sqrt(warmup: float, *, peak: float = 1.0) -> Live:
     return _made(inverse_sqrt, fn, (warmup,), peak, warmup=warmup)
 
 
+@_shape
 def power(T: float, flat: float, q: float = 1.2, floor: float = 0.0, *, peak: float = 1.0) -> Live:
     """Stay for `flat` steps, then fall as a power of what is left.
 
@@ -187,6 +209,7 @@ def power(T: float, flat: float, q: float = 1.2, floor: float = 0.0, *, peak: fl
     return _made(power, fn, (flat + 1, T + 1), peak, T=T, flat=flat, q=q, floor=floor)
 
 
+@_shape
 def exponential(k: float, *, peak: float = 1.0) -> Live:
     """The same factor in every step: s(n) = k^(n - 1); above 1 for a search of the largest rate.
 
@@ -203,6 +226,7 @@ def exponential(k: float, *, peak: float = 1.0) -> Live:
     return _made(exponential, fn, (), peak, k=k)
 
 
+@_shape
 def step(at: int | tuple[int, ...], factor: float = 0.1, *, peak: float = 1.0) -> Live:
     """A factor after each of some steps: s(n) = factor^(number of those that n is above).
 
@@ -221,6 +245,7 @@ def step(at: int | tuple[int, ...], factor: float = 0.1, *, peak: float = 1.0) -
     return _made(step, fn, turns, peak, at=places, factor=factor)
 
 
+@_shape
 def one_cycle(
     total_steps: int,
     pct_start: float = 0.3,
@@ -263,6 +288,7 @@ def one_cycle(
     )
 
 
+@_shape
 def cosine_restarts(T_0: int, T_mult: int = 1, floor: float = 0.0, *, peak: float = 1.0) -> Live:
     """Half waves down that begin anew, each `T_mult` times as long as the one before.
 
@@ -282,6 +308,7 @@ def cosine_restarts(T_0: int, T_mult: int = 1, floor: float = 0.0, *, peak: floa
     return _made(cosine_restarts, fn, (T_0,), peak, T_0=T_0, T_mult=T_mult, floor=floor)
 
 
+@_shape
 def ramp(lo: float, hi: float, up: float, T: float, down: float) -> Live:
     """From one number to another, and back at the end: the momentum of Muon.
 

@@ -258,7 +258,8 @@ class _Reader:
             raise self.error(f"{what} is not a transform", called)
         combines = called.id in names.combinators
         if not combines and called.id not in names.transforms:
-            known = [*names.transforms, *names.combinators]
+            # as an argument a schedule may be meant
+            known = [*names.transforms, *names.combinators, *(names.values if depth else ())]
             raise self.error(unknown("transform", called.id, known), called)
         if not isinstance(node, ast.Call):
             if combines:
@@ -301,6 +302,8 @@ class _Reader:
         if names is not None and chains and isinstance(node, (ast.Name, ast.Call, ast.BinOp)):
             chain = self.chain(node, names, depth)
             return chain[0] if len(chain) == 1 else chain
+        if names is not None and names.values and isinstance(node, ast.Call) and _called(node):
+            raise self.error(unknown("schedule", _called(node), names.values), node)
         if isinstance(node, ast.Name):
             raise self.error(f"a value is expected, write {node.id!r} for a string", node)
         what = _NODES.get(type(node), "this expression")

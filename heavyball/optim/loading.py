@@ -12,7 +12,7 @@ from torch import Tensor
 from heavyball.core.chain import BOOKKEEPING
 from heavyball.core.combine import plain_names
 from heavyball.core.program import Program
-from heavyball.core.schedule import COUNT, SCHEDULED_LR, SCHEDULES
+from heavyball.core.schedule import COUNT, LR, SCHEDULED_LR, SCHEDULES
 from heavyball.numerics import lasting
 from heavyball.optim import migrations  # noqa: F401  (it registers them)
 from heavyball.optim.checkpoint import (
@@ -412,11 +412,21 @@ def _entries(
         group["train_mode"] = True  # where nothing else was saved
     for key in (WAITING, BEGUN):  # of the state that is replaced
         group.pop(key, None)
+    # the peak of an own schedule is a part of it
+    keeps_base = LR in group.get(SCHEDULES, ()) and saved.get(LR) != group[LR]
     for key, value in saved.items():
         if key in ("params", "param_names") or (key == SCHEDULES and not differing(saved, group)):
             continue
-        known = key != SCHEDULES and (
-            key in group or key in registry.defaults or key in BOOKKEEPING or key.startswith("_")
+        is_base = keeps_base and key in (LR, "initial_lr")
+        known = (
+            key != SCHEDULES
+            and not is_base
+            and (
+                key in group
+                or key in registry.defaults
+                or key in BOOKKEEPING
+                or key.startswith("_")
+            )
         )
         if known and _accepts(registry, index, key, saved):
             group[key] = value

@@ -32,6 +32,7 @@ from heavyball.optim.options import (
 from heavyball.optim.preview import updates
 from heavyball.optim.registry import Registry
 from heavyball.optim.saving import Saving
+from heavyball.optim.scheduling import warn_of_peak
 from heavyball.optim.sharpness import Perturbation
 from heavyball.optim.steps import Steps
 from heavyball.runtime.autocast import without_autocast
@@ -113,6 +114,7 @@ class ChainOpt(Saving):
         storage = Storage(storage_dtype, ecc, param_ecc)
         self._chain = Chain(transforms, owner, storage, MEASURES if metrics else ())
         self._set_up()
+        warn_of_peak(type(self), lr)
         defaults = group_defaults(self._chain, lr, weight_decay, warmup_steps, seed)
         check_capturable(self._chain, unknown.get("capturable"), defaults.get(SCHEDULES, ()))
         super().__init__(as_params(params), defaults)

@@ -6,6 +6,7 @@ a step takes: what the group holds is the base, which schedulers of torch may wr
 """
 
 import contextlib
+import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
@@ -29,12 +30,15 @@ from heavyball.core.schedule import (
     told,
     value_at,
 )
+from heavyball.errors import warn
 from heavyball.numerics import host
 from heavyball.runtime.place import Place
 
 # The entry of a group while a step goes on: the positions of the parameters that were stepped in it one
 # at a time. It is saved and copied with the group.
 BEGUN = "_scheduled"
+# A default learning rate below it says that 1 is hardly meant.
+SMALL_LR = 0.1
 # Why a CUDA graph cannot have schedules.
 CAPTURED = (
     "the schedules of {} are evaluated on the host, so a CUDA graph would keep the values of one step; "
@@ -86,6 +90,26 @@ def base_and_schedule(lr: Any) -> tuple[Any, Schedule | None]:
     if not isinstance(lr, Schedule):
         return lr, None
     return (1.0, lr) if lr.peak is None else (lr.peak, lr.with_peak(1.0))
+
+
+def warn_of_peak(owner: type, lr: Any) -> None:
+    """Warn of a learning rate that follows a schedule up to 1 because nobody gave a peak."""
+    default = default_lr(owner)
+    if isinstance(lr, Schedule) and not lr.is_peak_given and lr.peak and default < SMALL_LR:
+        warn(
+            f"{owner.__name__}: the peak of lr={lr!r} is {lr.peak:g}, where lr is {default:g} by "
+            f"default; give one, such as {lr.with_peak(default)!r}, or peak={lr.peak:g} if that is meant"
+        )
+
+
+def default_lr(owner: type) -> float:
+    """The learning rate of a class of optimizers where none is given; infinite where one must be."""
+    for cls in owner.__mro__:
+        init = vars(cls).get("__init__")
+        parameter = inspect.signature(init).parameters.get(LR) if inspect.isfunction(init) else None
+        if parameter is not None:
+            return parameter.default if is_real(parameter.default) else math.inf
+    return math.inf
 
 
 def separated(

@@ -10,7 +10,7 @@ from heavyball.core.hyper import check_live, finite, frozen, nonnegative
 from heavyball.core.schedule import SCHEDULES
 from heavyball.optim.checks import check_entries, checked_lr, checked_seed
 from heavyball.optim.estimate import check_alike, check_fixed
-from heavyball.optim.scheduling import separated
+from heavyball.optim.scheduling import separated, warn_of_peak
 from heavyball.runtime.rates import Together
 
 
@@ -44,6 +44,7 @@ class Values:
         """
         if not isinstance(group, dict):
             raise TypeError(f"a parameter group must be a dict, got {type(group).__name__}")
+        warn_of_peak(owner, group.get("lr"))
         checked = separated(self._chain, group, defaults.get(SCHEDULES, {}))
         apart = ("train_mode", "differentiable", SCHEDULES)
         known = [key for key in defaults if key not in apart]
