@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from heavyball.core.chain import Chain
+from heavyball.core.combine import chain_repr
 from heavyball.core.hyper import is_real, is_sequence
 from heavyball.core.schedule import COUNT, SCHEDULED_LR, SCHEDULES
 from heavyball.errors import one_line, warn
@@ -141,6 +142,7 @@ class Recorder:
         content = {
             "flight": FORMAT,
             "chain": repr(self._chain),
+            "elements": chain_repr(self._chain.completed),
             "options": options,
             "names": names,
             "wrong": wrong,
@@ -267,9 +269,13 @@ def _given(group: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Flight:
-    """A file of `flight_recorder`; see `heavyball.optim.flight.read`."""
+    """A file of `flight_recorder`; see `heavyball.optim.flight.read`.
+
+    elements: the chain without the schedules at its head, for `replayed`.
+    """
 
     chain: str
+    elements: str
     options: dict[str, Any]
     names: dict[int, str]
     wrong: list[str]

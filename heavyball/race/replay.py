@@ -46,7 +46,7 @@ def tables(path: Path, wanted: Sequence[str] = ()) -> Iterator[Any]:
 def _again(flight: Flight) -> tuple[list[list[Any]], str]:
     """The outputs of each step, computed again; or none, and why."""
     try:
-        elements = parse_chain(flight.chain)
+        elements = parse_chain(flight.elements)
         return [replayed(ChainOpt, elements, s, flight.options) for s in flight.steps], ""
     except REFUSALS as error:  # a chain of a user's own transforms, above all
         return [[] for _ in flight.steps], one_line(error)
