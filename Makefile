@@ -1,5 +1,6 @@
 # make demo    install into .venv and race four optimizers on handwritten digits
-# make test    install into .venv and run the tests
+# make test    install into .venv and run the tests; of those that go over all presets, a part
+# make test-all   every case of every test, before a release
 # make test-cuda   on a machine with a GPU: the shared suites and every kernel there
 # make test-newest   the tests with the newest torch, in .venv-newest (a large download); TESTS=tests/test_x.py for a part
 # make test-frameworks   callbacks and recipes for six frameworks, in .venv-frameworks
@@ -18,7 +19,7 @@ BIN := $(VENV)/bin
 TESTED := OMP_WAIT_POLICY=PASSIVE PYTHONDONTWRITEBYTECODE= $(BIN)/python
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-cuda test-newest test-frameworks test-asan fuzz bench psgd-efficiency bench-peers bench-duels lint docs clean \
+.PHONY: demo test test-all test-cuda test-newest test-frameworks test-asan fuzz bench psgd-efficiency bench-peers bench-duels lint docs clean \
 	comparison comparison-chars comparison-mnist
 
 $(BIN)/python:
@@ -35,6 +36,9 @@ demo: $(VENV)/installed-race
 		--chain "scale_by_adam | cautious" --lr 0.003,0.01,0.03 --seeds 3 --out demo --overwrite
 
 test: $(VENV)/installed-test
+	HEAVYBALL_TESTS=quick $(TESTED) -m pytest --numprocesses 2 --dist worksteal
+
+test-all: $(VENV)/installed-test
 	$(TESTED) -m pytest --numprocesses 2 --dist worksteal
 
 # the kernels' file is no test_*.py, since test_triton.py runs it in Triton's interpreter

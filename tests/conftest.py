@@ -1,5 +1,9 @@
 """What all tests have in common."""
 
+import os
+import zlib
+from collections import defaultdict
+
 import pytest
 
 from heavyball.linalg import orthogonalize
@@ -12,8 +16,41 @@ def any_processor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # Tests of many kernels or runs in a process of their own come first, so that both workers end together.
-LONGEST = ("test_in_the_interpreter", "test_a_run_goes_on_in_a_new_process")
+LONGEST = ("test_in_the_interpreter", "test_a_run_goes_on_in_a_new_process", "test_one_then_two")
+# `make test` runs so many cases of a test that goes over all presets or transforms, and a quarter of
+# them where there are more; which ones differs from test to test, so that each preset meets some of all.
+# `make test-all`, and pytest called by hand, run every case.
+CASES = 24
+QUICK = os.environ.get("HEAVYBALL_TESTS") == "quick"
+# Here every case costs next to nothing, or is another promise.
+WHOLE = {
+    "parse",
+    "public",
+    "validation",
+    "transform",
+    "declarations",
+    "docs",
+    "race_hostile",
+    "view",
+}
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if QUICK and (left := _beyond(items)):
+        config.hook.pytest_deselected(items=left)
+        gone = set(left)
+        items[:] = [item for item in items if item not in gone]
     items.sort(key=lambda item: not item.name.startswith(LONGEST))
+
+
+def _beyond(items: list[pytest.Item]) -> list[pytest.Item]:
+    """The cases that are left to `make test-all`."""
+    cases = defaultdict(list)
+    for item in items:
+        if item.path.stem.removeprefix("test_") not in WHOLE:
+            cases[item.nodeid.partition("[")[0]].append(item)
+    found = []
+    for several in cases.values():
+        several.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
+        found += several[max(CASES, len(several) // 4) :]
+    return found
