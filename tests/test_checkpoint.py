@@ -488,6 +488,25 @@ def test_state_changed_after_init_state_is_kept(way):
     torch.testing.assert_close(opt.state[param]["scale_by_lion.exp_avg"], expected)
 
 
+@pytest.mark.parametrize("look", ["planned", "copied", "pickled"])
+def test_state_changed_after_init_state_is_kept_by_a_look_and_in_copies(look):
+    looks = {
+        "planned": lambda opt: opt.plan() and opt,
+        "copied": copy.deepcopy,
+        "pickled": lambda opt: pickle.loads(pickle.dumps(opt)),
+    }
+    opt = C.ChainOpt(parameters((3,)), 0.01, C.scale_by_lion, compile=False).init_state()
+    for param in all_params(opt):
+        opt.state[param]["scale_by_lion.exp_avg"].fill_(4.0)
+        param.grad = torch.zeros_like(param)
+    opt = looks[look](opt)
+    (param,) = all_params(opt)
+    param.grad = torch.zeros_like(param)
+    opt.step()
+    expected = torch.full((3,), 3.96, device=DEVICE)
+    torch.testing.assert_close(opt.state[param]["scale_by_lion.exp_avg"], expected)
+
+
 @pytest.mark.parametrize("case", [c for c in CASES if averages(c(parameters()))], ids=repr)
 def test_there_is_nothing_to_average_before_the_first_step(case):
     opt = case(parameters()).init_state()

@@ -1203,6 +1203,24 @@ def test_weights_of_bfloat16_are_perturbed_by_what_they_cannot_hold(name: str) -
     assert abs(moved.mean() - expected) < 5 * (0.1 * 0.9 / 4096) ** 0.5 / 128
 
 
+@pytest.mark.parametrize("size", [1e200, 1e-200])
+def test_a_perturbation_is_of_its_length_whatever_the_size_of_the_gradient(size: float) -> None:
+    weights = [torch.nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(2)]
+    opt = C.ChainOpt(weights, 0.0, C.sam(rho=0.5), C.sign, compile=False)
+    seen = []
+
+    def closure() -> Tensor:
+        seen.append(torch.cat([w.detach() for w in weights]))
+        for w in weights:
+            w.grad = torch.full_like(w, size)
+        return torch.tensor(1.0)
+
+    opt.step(closure)
+    # four equal entries; the authors' 1e-12 beside the norm leaves nothing of a tiny gradient
+    expected = 0.25 if size > 1 else 0.0
+    torch.testing.assert_close(seen[1] - seen[0], torch.full((4,), expected, dtype=torch.float64))
+
+
 def test_a_second_gradient_needs_a_closure() -> None:
     _, optimizer, closure, _ = quadratic("sam")
     closure()

@@ -2,7 +2,7 @@
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -294,32 +294,49 @@ class Registry:
         """Know of the state that no step has touched what a registry of the same tensors knows."""
         self._fresh = other._fresh
 
-    def find_unstepped(self) -> None:
-        """Find state that no step has touched in a copy of parameters and state."""
+    def unstepped(self) -> list[int]:
+        """The numbers of the parameters whose state nobody has touched since `init_state`."""
+        state, programs = self.attributes["state"], self._programs
+        return [
+            place.number
+            for place in self.places()
+            if place.param in self._fresh
+            and self._is_untouched(place.param, Own(state[place.param], programs[place.param]))
+        ]
+
+    def note_unstepped(self, numbers: Collection[int]) -> None:
+        """Know it of a copy of parameters and state."""
         self.programs()
-        for place in self.places():
-            if self.parts is None and float(self.state.get(place.param, {}).get("step", 1)) == 0:
+        for place in self.places() if numbers else ():
+            if place.number in numbers:
                 self._note_unstepped(place)
 
     def looked_at(self) -> list[Job]:
         """The jobs of a step that does not come now; weights may be loaded before it does."""
-        state = self.state
-        unstepped = [p for p in self.places() if "step" not in state.get(p.param, ())]
-        unstepped += [p for p in self.places() if p.param in self._fresh]
+        state, untouched = self.state, {*self.unstepped()}
+        places = [
+            place
+            for place in self.places()
+            if place.number in untouched or "step" not in state.get(place.param, ())
+        ]
         jobs = self.jobs()
-        for place in unstepped if self.parts is None else ():
+        for place in places if self.parts is None else ():
             if "step" in state.get(place.param, ()):
                 self._note_unstepped(place)
         return jobs
 
-    def _drop_untouched(self, param: Tensor, state: dict[str, Tensor]) -> None:
-        """Drop untouched state of `init_state`: weights may have been loaded since it was made."""
-        made, present = self._fresh.pop(param), list(state.values())
-        if len(made) == len(present) and all(
+    def _is_untouched(self, param: Tensor, state: Mapping[str, Tensor]) -> bool:
+        made, present = self._fresh[param], list(state.values())
+        return len(made) == len(present) and all(
             tensor is own and version_of(tensor) == version
             for own, (tensor, version) in zip(present, made, strict=True)
-        ):
+        )
+
+    def _drop_untouched(self, param: Tensor, state: dict[str, Tensor]) -> None:
+        """Drop untouched state of `init_state`: weights may have been loaded since it was made."""
+        if self._is_untouched(param, state):
             state.clear()
+        del self._fresh[param]
 
     def views(self) -> Iterator[tuple[Place, Tensor, dict[str, Tensor]]]:
         """Each parameter as this process has it, with its state."""

@@ -1,5 +1,6 @@
 """How an optimizer is saved, loaded, pickled and copied."""
 
+from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
@@ -34,16 +35,17 @@ class Saving(Optimizer):
     _inputs: Inputs
     _recorder: Recorder
 
+    @abstractmethod
     def _set_up(self) -> None:
         """Make everything that belongs to one optimizer and is not saved."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _begin(self, registry: Registry) -> None:
         """Know nothing of the steps so far."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _watch(self, evaluation: Evaluation) -> None:
-        raise NotImplementedError
+        """Have every step tell this one which weights it has written."""
 
     def _rebuild(self) -> None:
         """Make everything anew that was made for the chain; state and numbers of groups stay."""
@@ -62,7 +64,8 @@ class Saving(Optimizer):
         own = ("_chain", "_options", "backward_ends_step")
         kept = {name: value for name, value in vars(self).items() if name in own}
         # hooks belong to the parameters of this optimizer; a copy registers its own
-        return {**super().__getstate__(), **kept, "_fuse_backward": self._fused.active}
+        kept |= {"_fuse_backward": self._fused.active, "_unstepped": self._registry.unstepped()}
+        return {**super().__getstate__(), **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -76,7 +79,7 @@ class Saving(Optimizer):
         registry.settle()
         registry.find_parts(self._options)
         if loaded is None:
-            registry.find_unstepped()  # parameters are new tensors after unpickling
+            registry.note_unstepped(self.__dict__.pop("_unstepped"))
             if self.__dict__.pop("_fuse_backward"):
                 self._fused.attach()
             return

@@ -1,6 +1,7 @@
 """A second gradient in a step, at weights that are moved for it and put back."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
@@ -11,7 +12,7 @@ from heavyball.core.chain import Chain
 from heavyball.core.program import Node
 from heavyball.core.transform import FIRST, keyword_names
 from heavyball.distributed import is_sharded
-from heavyball.numerics import norm, random_bits, round_stochastically, stream, working
+from heavyball.numerics import norm, random_bits, round_stochastically, saturate, stream, working
 from heavyball.optim.evaluation import Evaluation
 from heavyball.optim.registry import Registry
 from heavyball.runtime.job import FIRST_KEY
@@ -71,8 +72,9 @@ class Perturbation:
         """Move parameters uphill, and put them back to the bit."""
         directions, states = [], registry.attributes["state"]
         for each in found:
-            directions.append(_metric(each) * working(cast(Tensor, each[0].param.grad)))
-        total = sum((float(norm(d)) ** 2 for d in directions), 0.0) ** 0.5
+            gradient = saturate(working(cast(Tensor, each[0].param.grad)))
+            directions.append(_metric(each) * gradient)
+        total = math.hypot(*(float(norm(d)) for d in directions))
         kept = [place.param.detach().clone() for place, *_ in found]
         try:
             for each, direction in zip(found, directions, strict=True):
