@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
@@ -16,12 +15,6 @@ from heavyball.compiler.triton.printer import DEVICES, TritonPrinter
 from heavyball.compiler.triton.rows import Memory, TritonRowPrinter
 from heavyball.state.declare import Holds
 from heavyball.state.held import is_root
-
-
-class Printer(Protocol):
-    """Spells one kernel in a language."""
-
-    def source(self) -> str: ...
 
 
 @dataclass(frozen=True)

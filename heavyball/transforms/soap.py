@@ -234,11 +234,9 @@ def to_eigenbasis(
         Departure: a gradient with an entry that is not finite leaves GG's eigenvectors alone.
     """
     working = _view(update, max_precond_dim, merge_dims, split, blocks, axis)
-    # a basis is renewed in this step already
-    turns = _schedule(precondition_frequency, precond_scheduler).fires(count - 1)
-    way = zeroth_power_mode if refresh == "before" and (turns or count == 1) else None
-    early = refresh == "before"
-    return _enter(update, update, gram_, basis, working, count, shampoo_beta, first, early, way)
+    schedule = _schedule(precondition_frequency, precond_scheduler)
+    way = zeroth_power_mode if refresh == "before" else None
+    return _enter(update, update, gram_, basis, working, count, shampoo_beta, first, schedule, way)
 
 
 def _of_grad(
@@ -262,10 +260,9 @@ def _of_grad(
 ) -> tuple[Tensor, Pieces, Pieces, bool, int, Any, Any, Any]:
     """`to_eigenbasis` with gram_of="grad"."""
     working = _view(update, max_precond_dim, merge_dims, split, blocks, axis)
-    turns = _schedule(precondition_frequency, precond_scheduler).fires(count - 1)
-    way = zeroth_power_mode if refresh == "before" and (turns or count == 1) else None
-    early = refresh == "before"
-    return _enter(update, grad, gram_, basis, working, count, shampoo_beta, first, early, way)
+    schedule = _schedule(precondition_frequency, precond_scheduler)
+    way = zeroth_power_mode if refresh == "before" else None
+    return _enter(update, grad, gram_, basis, working, count, shampoo_beta, first, schedule, way)
 
 
 def _of_kl(
@@ -401,27 +398,28 @@ def _enter(
     count: int,
     beta: float,
     first: First,
-    early: bool,
+    schedule: Schedule,
     way: Refresh | None,
 ) -> tuple[Tensor, Pieces, Pieces, bool, int, Any, Any, Any]:
-    """A step of `to_eigenbasis`. way: how the bases are renewed before they are used, if they are."""
+    """A step of `to_eigenbasis`. way: how bases are renewed before they are used; None: they are not."""
+    now = way if count > 1 and schedule.fires(count - 1) else None
     # the order in which the columns would stand, had they been sorted by the last step
-    orders = [_order(g, q) for g, q in zip(gram, basis, strict=True)] if way else []
+    orders = [_order(g, q) for g, q in zip(gram, basis, strict=True)] if now else []
     gram = _averaged(working, seen, gram, beta)
     if count == 1:
         basis = turned_pieces(tuple(None if f is None else eigenbasis(f) for f in gram))
-        if not early:
+        if way is None:
             passed = {"skip": None, "pass": update, "sign": update.sign()}[first]
             opens = passed is not None
             return update, gram, basis, opens, int(opens), None, working if opens else None, passed
-    elif way:
+    elif now:
         basis = tuple(
-            None if f is None or q is None else _renewed(f, q, order, way)
+            None if f is None or q is None else _renewed(f, q, order, now)
             for f, q, order in zip(gram, basis, orders, strict=True)
         )
     bases = turned_pieces(basis)
     turned = each_block(working, update, rotate, bases)
-    return turned, gram, basis, True, count if early else count - 1, bases, working, None
+    return turned, gram, basis, True, count - (way is None), bases, working, None
 
 
 def _order(gram: Tensor | None, basis: Tensor | None) -> Tensor | None:
