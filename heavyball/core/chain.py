@@ -11,6 +11,7 @@ from torch import Tensor
 from heavyball.core.check import check, excluded
 from heavyball.core.combine import Element, Parallel, Route, When, Within, as_chain, chain_repr
 from heavyball.core.hyper import Hyper, LargestLr, Shared, check_live, is_real, nonnegative
+from heavyball.core.loss import KEY, with_loss_gate
 from heavyball.core.program import (
     Fork,
     Node,
@@ -203,7 +204,7 @@ class Chain:
     @property
     def reads_loss(self) -> bool:
         """Whether an element asks for the loss of a step."""
-        return any(n.transform.reads_loss for program in self.programs for n in program.flat)
+        return any(n.transform.reads_loss for n in every_node(self._nodes))
 
     @property
     def perturbs(self) -> bool:
@@ -285,7 +286,11 @@ class Chain:
         count = self._counts[transform.name]
         self._counts[transform.name] += 1
         key = f"{transform.name}.{count}" if count else transform.name
-        if {key, *(f"{key}.{name}" for name in transform.all_states)} & {"step", "train_param"}:
+        if {key, *(f"{key}.{name}" for name in transform.all_states)} & {
+            "step",
+            "train_param",
+            KEY,
+        }:
             raise ValueError(
                 f"a transform cannot be called {transform.name!r}: its state would be the optimizer's"
             )
@@ -347,7 +352,10 @@ class Chain:
             choices = iter(picks)
             nodes = self._complete(tuple(resolved(self._nodes, choices)))
             check(nodes)
-            self._programs[picks] = Program(with_units(nodes), self.storage, self._watchers)
+            nodes = with_units(nodes)
+            if self.reads_loss:  # a step is left out for all parameters, whatever runs for each
+                nodes = with_loss_gate(nodes)
+            self._programs[picks] = Program(nodes, self.storage, self._watchers)
         return self._programs[picks]
 
     def _complete(self, nodes: tuple[Node | Fork, ...]) -> tuple[Node | Fork, ...]:

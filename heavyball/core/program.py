@@ -49,8 +49,8 @@ class RateNode(Node):
 
 
 @dataclass(frozen=True, eq=False)
-class UnitNode(Node):
-    """A node that is no element of the chain: it keeps the unit of what stands behind a gate."""
+class HiddenNode(Node):
+    """A node that is no element of the chain: a gate of it, or the unit of what stands behind one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,7 +221,7 @@ def _shown(node: Node | Fork) -> str:
 def visible(nodes: tuple[Node | Fork, ...]) -> list[Node | Fork]:
     """Leaves out what runs before or behind a transform of whole tensors and prints as part of it, and
     hidden nodes."""
-    nodes = tuple(n for n in nodes if not isinstance(n, UnitNode))
+    nodes = tuple(n for n in nodes if not isinstance(n, HiddenNode))
     whole = {n.key for n in nodes if isinstance(n, WholeNode)}
     return [
         n

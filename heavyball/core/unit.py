@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heavyball.core.program import Fork, Node, RateNode, UnitNode, WholeNode, flatten
+from heavyball.core.program import Fork, HiddenNode, Node, RateNode, WholeNode, flatten
 from heavyball.core.rate import Rate
 from heavyball.core.transform import Rules, Signature, Transform
 from heavyball.state.declare import scalar
@@ -52,7 +52,7 @@ def has_unit(node: Node) -> bool:
     return not isinstance(node, WholeNode) and any(s.holds in ("moment", "square") for s in states)
 
 
-def _unit_node(key: str, rate: Rate) -> UnitNode:
+def _unit_node(key: str, rate: Rate) -> HiddenNode:
     made = Transform(
         "own_unit",
         own_unit,
@@ -64,4 +64,4 @@ def _unit_node(key: str, rate: Rate) -> UnitNode:
         "transform",
         Rules({}, {}, "", False, None, False),
     )
-    return UnitNode(made, key, {})
+    return HiddenNode(made, key, {})

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from heavyball.core.loss import KEY
 from heavyball.core.program import Node, Program
 from heavyball.core.schedule import last_lr
 from heavyball.numerics import SCALAR
@@ -18,6 +19,8 @@ NAMES = (
     *("lr", "effective_lr", "grad_norm", "update_norm", "param_norm", "update_to_param"),
     *("skipped_steps", "d"),
 )
+# Gates that count what they leave out.
+SKIPPING = ("skip_not_finite", KEY)
 PROBED = ("rms", "norm", "max", "cosine", "zeros")
 
 
@@ -85,12 +88,7 @@ def _step(
     measured = not now or any("before_step.grad" in state for state in now)
     if stepped is None or not measured:
         grad_norm = update_norm = torch.full((), float("nan"), dtype=SCALAR, device=device)
-    skipped = [
-        state[node.state_key("skipped")].to(device)
-        for _, program, state in members
-        for node in program.flat
-        if node.transform.name == "skip_not_finite" and node.state_key("skipped") in state
-    ]
+    skipped = [_sum(_skipped(program, state), device) for _, program, state in members]
     return {
         "grad_norm": grad_norm,
         "update_norm": update_norm,
@@ -98,6 +96,11 @@ def _step(
         "update_to_param": update_norm / norm,
         "skipped_steps": torch.stack(skipped).amax() if skipped else _sum([], device),
     }
+
+
+def _skipped(program: Program, state: Mapping[str, Any]) -> list[Tensor]:
+    keys = [n.state_key("skipped") for n in program.flat if n.transform.name in SKIPPING]
+    return [state[key] for key in keys if key in state]
 
 
 def _probes(programs: Any) -> list[str]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from heavyball import chainable
 from heavyball.compiler.frontend.graph import NotPrintableError
-from heavyball.core.program import UnitNode
+from heavyball.core.program import HiddenNode
 from heavyball.core.shapes import SHAPES
 from heavyball.core.text import parse_optimizer
 from heavyball.errors import ChainError, RaceError, unknown
@@ -95,7 +95,7 @@ def explanation(text: str) -> Group:
     parts.append(Text(f"completed: {chain!r}"))
     nodes: dict[str, Any] = {}
     for node in (n for program in chain.programs for n in program.flat):
-        if not isinstance(node, UnitNode) and (node.transform.whole or node.key not in nodes):
+        if not isinstance(node, HiddenNode) and (node.transform.whole or node.key not in nodes):
             nodes[node.key] = node
     for place, node in enumerate(nodes.values(), start=1):
         parts.append(_element(place, node, optimizer.state[layer.weight]))

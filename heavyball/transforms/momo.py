@@ -101,6 +101,8 @@ def momo(
 ) -> tuple[Tensor, Tensor]:
     """Momentum with a Polyak step size, at most `lr`; `step(loss=...)` or a closure gives the loss.
 
+    A step whose loss is not finite changes nothing.
+
     f, d, c = means with beta of the loss, u and <u, p>, begun with the first;  k = 1 + lr weight_decay
     tau = min(lr / rho, max(k (f - rho b - c) + <d, p>, 0) / ||d||^2), rho = 1, b = lower_bound
     p <- (p - tau d) / k; products and norms over all parameters

@@ -14,6 +14,8 @@ from heavyball.transforms.dog import Numbers, for_pools
 
 # The mean of |x| over a standard normal is the inverse.
 NORMAL = math.sqrt(math.pi / 2)
+# What the rate of a gradient of almost nothing ends at, as the d of `prodigy_d`.
+LARGEST = 2.0**40
 
 
 def _shares(update: Tensor, *, grad: Tensor, ahead: Tensor | None) -> tuple[Tensor, ...]:
@@ -26,7 +28,8 @@ def _renew(v: Mapping[str, Any], size: Tensor, along: Tensor) -> Numbers:
     mean = v["polyak_mean"] + (1 - beta) * (NORMAL * size - v["polyak_mean"])
     expected = mean / (1 - beta ** v["polyak_steps"])
     left = (v["loss"] + along).clamp(min=0.0)
-    return {"polyak_mean": mean, "polyak_scale": (left / expected).where(expected > 0, 0.0)}
+    scale = (left / expected).clamp(max=LARGEST).where(expected > 0, 0.0)
+    return {"polyak_mean": mean, "polyak_scale": scale}
 
 
 @rate(
@@ -46,10 +49,11 @@ def polyak_rate(
     """Multiply the learning rate by the loss over the size of the gradient, a Polyak step for Adam.
 
     e_t = plain mean with polyak_beta of sqrt(pi / 2) sum |g|, divided by 1 - polyak_beta^t
-    lr' = lr max(0, loss + <g, beta (z - x)>) / e_t, sums over all parameters;  u' = u
+    lr' = lr min(2^40, max(0, loss + <g, beta (z - x)>) / e_t), sums over all parameters;  u' = u
 
     z, x and beta are those of a `schedule_free` behind it, whose gradients are not taken at x; without
-    one the product is 0. `step(loss=...)` or a closure gives the loss.
+    one the product is 0. `step(loss=...)` or a closure gives the loss; a step whose loss is not finite
+    changes nothing.
 
     Shapes: all (*).
     Units: `lr` is a factor, to be left at 1; the loss must come to 0 where nothing is left to learn.
