@@ -10,6 +10,7 @@ import stubs
 import torch
 
 import heavyball
+from heavyball.core.program import HiddenNode
 
 ROOT = Path(__file__).parent.parent
 CHECKS = tomllib.loads((ROOT / "docs" / "checks.toml").read_text())
@@ -31,7 +32,8 @@ def presets() -> str:
     for name, cls in heavyball.presets.ALL_PRESETS.items():
         opt = cls([torch.zeros(2, 2)])
         summary = (cls.__doc__ or "").split("\n\n")[0].split(";")[0].rstrip(".")
-        names = " → ".join(f"`{node.transform.name}`" for node in opt.chain.programs[0].flat)
+        nodes = [n for n in opt.chain.programs[0].flat if not isinstance(n, HiddenNode)]
+        names = " → ".join(f"`{node.transform.name}`" for node in nodes)
         rows.append((f"`{name}`", summary, names))
     return table(("preset", "what it is", "chain"), rows)
 

@@ -38,6 +38,7 @@ from heavyball.presets.fixed_norm import MuonSphere
 from heavyball.presets.fixed_norm import Muown
 from heavyball.presets.large_batch import LAMB
 from heavyball.presets.large_batch import LARS
+from heavyball.presets.lather import LATHER
 from heavyball.presets.low_rank import APOLLO
 from heavyball.presets.low_rank import APOLLOMini
 from heavyball.presets.memory_savers import CAME
@@ -138,6 +139,7 @@ __all__ = [
     "Muown",
     "LAMB",
     "LARS",
+    "LATHER",
     "APOLLO",
     "APOLLOMini",
     "CAME",

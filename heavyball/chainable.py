@@ -30,6 +30,7 @@ from heavyball.optim.optimizer import ChainOpt
 from heavyball.state.declare import State, copy_of_param, scalar, squares, zeros
 from heavyball.transforms import TRANSFORMS
 from heavyball.transforms.galore import fira, galore
+from heavyball.transforms.lather import lather_precond
 from heavyball.transforms.soap import soap_precond
 
 # every transform by its name; `chainable.pyi` lists them for editors and type checkers
@@ -50,6 +51,7 @@ COMBINATORS = {
     "when": when,
     "schedule": schedule,
     "soap_precond": soap_precond,
+    "lather_precond": lather_precond,
     "galore": galore,
     "fira": fira,
 }
@@ -76,6 +78,7 @@ __all__ = [  # noqa: PLE0604, the keys of TRANSFORMS are strings
     "galore",
     "graft",
     "inverse_sqrt",
+    "lather_precond",
     "linear",
     "one_cycle",
     "optimizer_class",

@@ -18,6 +18,7 @@ from heavyball.optim.optimizer import ChainOpt
 from heavyball.state.declare import State, copy_of_param, scalar, squares, zeros
 from heavyball.transforms import TRANSFORMS
 from heavyball.transforms.galore import fira, galore
+from heavyball.transforms.lather import lather_precond
 from heavyball.transforms.soap import soap_precond
 
 COMBINATORS: dict[str, Callable[..., Any]]
@@ -1019,6 +1020,8 @@ class _PsgdKron(Transform):
         q_dtype: Literal['float32', 'bfloat16'] = 'float32',
         merge_dims: bool = False,
         split: bool = False,
+        blocks: int | Any | Any | None = None,
+        axis: Literal[0, 1] = 0,
     ) -> Self: ...
 
 psgd_kron: _PsgdKron
@@ -1058,6 +1061,8 @@ class _PsgdPro(Transform):
         momentum_into_precond_update: bool = True,
         merge_dims: bool = False,
         split: bool = False,
+        blocks: int | Any | Any | None = None,
+        axis: Literal[0, 1] = 0,
     ) -> Self: ...
 
 psgd_pro: _PsgdPro
@@ -1723,6 +1728,29 @@ class _ToEigenbasis(Transform):
 
 to_eigenbasis: _ToEigenbasis
 
+class _ToPsgdBasis(Transform):
+    """Rotate the update into the eigenvectors of Q_i^T Q_i, with the factors Q_i of `psgd_kron`."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        precond_lr: float | Shared = 0.1,
+        precond_init_scale: int | float = 1,
+        preconditioner_update_probability: float | int | Callable[..., Any] | None = None,
+        decision: Literal['stochastic', 'cumulative', 'deterministic'] = 'stochastic',
+        max_size_triangular: int = 2048,
+        min_ndim_triangular: int = 2,
+        memory_save_mode: Literal['one_diag', 'smart_one_diag', 'all_diag', 'one_triu', None] = None,
+        momentum_into_precond_update: bool = True,
+        store_triu_as_line: bool = True,
+        q_dtype: Literal['float32', 'bfloat16'] = 'float32',
+        merge_dims: bool = False,
+        split: bool = False,
+        blocks: int | Any | Any | None = None,
+        axis: Literal[0, 1] = 0,
+    ) -> Self: ...
+
+to_psgd_basis: _ToPsgdBasis
+
 class _TrustRatio(Transform):
     """Give the update of every tensor the norm of its weights."""
 
@@ -1801,6 +1829,7 @@ __all__ = [
     "galore",
     "graft",
     "inverse_sqrt",
+    "lather_precond",
     "linear",
     "one_cycle",
     "optimizer_class",
@@ -1963,6 +1992,7 @@ __all__ = [
     "stable_adamw",
     "stable_spam",
     "to_eigenbasis",
+    "to_psgd_basis",
     "trust_ratio",
     "trust_region",
     "update_floor",

@@ -270,7 +270,7 @@ def _preset(name: str) -> Case:
         name,
         make,
         idle=PRESET_IDLE.get(name, ()),
-        noisy="PSGD" in name or name in ("Dion", "APOLLO", "APOLLOMini"),
+        noisy="PSGD" in name or name in ("Dion", "APOLLO", "APOLLOMini", "LATHER"),
         per_parameter=not rates and not chain.total_keys,
         still=("p0", "unit", *PRESET_STILL.get(name, ())),
     )

@@ -62,6 +62,7 @@ from heavyball import chainable as C
 from heavyball.core import chain as chain_module
 from heavyball.linalg import basis as basis_module
 from heavyball.linalg.modes import rotate
+from heavyball.transforms import lather as lather_module
 from heavyball.transforms import soap as soap_module
 
 # Tests of transforms may plant mistakes of their own.
@@ -991,7 +992,7 @@ def install(monkeypatch: pytest.MonkeyPatch, name: str, wrong: Wrong) -> None:
     changed = dataclasses.replace(getattr(C, name), update=wrong)
     monkeypatch.setattr(C, name, changed)
     monkeypatch.setitem(C.TRANSFORMS, name, changed)
-    for module in (chain_module, soap_module):
+    for module in (chain_module, soap_module, lather_module):
         if hasattr(module, name):
             monkeypatch.setattr(module, name, changed)
 

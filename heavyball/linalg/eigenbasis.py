@@ -92,6 +92,26 @@ def refreshed(
     return _where(known & _usable(new), new, lambda: _columns(basis, order)), order
 
 
+def followed(factor: Tensor, basis: Tensor) -> Tensor:
+    """A basis nearer to the eigenvectors of Q^T Q, given the factor Q.
+
+    B' = orthogonal factor of Q^T Q B, its columns b by descending ||Q b||, each with the sign that makes
+    its product with the old column at its place positive. A basis stays where B' is not finite.
+
+    Shapes: factor, basis and the result (B, n, n).
+    """
+    # in the unit of the largest entry, since squares of 1e30 would not be finite
+    factor = _over(factor, factor.abs().amax((-2, -1), keepdim=True))
+    image = product(factor.mT, product(factor, basis))
+    known = _usable(image)
+    new = _by_qr(_where(known, image, lambda: basis))
+    sizes = product(factor, new).square().sum(-2)
+    new = _columns(new, sizes.argsort(dim=-1, descending=True, stable=True))
+    same = (basis * new).sum(-2, keepdim=True)
+    new = torch.where(same < 0, -new, new)
+    return _where(known & _usable(new), new, lambda: basis)
+
+
 def carry(x: Tensor, old: Sequence[Tensor | None], new: Sequence[Tensor | None]) -> Tensor:
     """The coordinates in the new bases of what has the coordinates x in the old ones: exact."""
     return rotate(rotate(x, old, back=True), new)

@@ -169,6 +169,8 @@ def working_shape(
     pieces = [cuts(size, most) for size in merged]
     mixed = None
     if blocks is not None:
+        if axis >= len(shape):
+            raise ValueError(f"has blocks={blocks!r} of axis {axis}, which it does not have")
         if merged[: axis + 1] != shape[: axis + 1]:
             raise ValueError(f"has blocks={blocks!r} of axis {axis}, which is merged with others")
         cut = cut_of(blocks, shape[axis], axis)

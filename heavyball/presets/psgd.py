@@ -10,6 +10,7 @@ from heavyball.core.hyper import shared
 from heavyball.core.transform import Transform
 from heavyball.linalg.decisions import Decision
 from heavyball.linalg.kron import MemorySaveMode
+from heavyball.linalg.matrices import Blocks
 from heavyball.presets.base import Preset, PresetOptions, flag
 
 Probability = float | Callable[[int], float] | None
@@ -18,7 +19,7 @@ Probability = float | Callable[[int], float] | None
 Schedule = bool | Decision
 
 
-def _decision(stochastic_schedule: Schedule) -> Any:
+def decision_of(stochastic_schedule: Schedule) -> Any:
     if isinstance(stochastic_schedule, bool):
         return "stochastic" if stochastic_schedule else "cumulative"
     return stochastic_schedule
@@ -101,13 +102,15 @@ class PSGDKron(_PSGD):
         exp_avg_input: bool | None = None,
         precond_init_scale: float = 1.0,
         precond_lr: float = 0.1,
+        blocks: Blocks = None,
+        axis: Literal[0, 1] = 0,
         **options: Unpack[PresetOptions],
     ):
         psgd = C.psgd_kron(
             precond_lr=precond_lr,
             precond_init_scale=precond_init_scale,
             preconditioner_update_probability=preconditioner_update_probability,
-            decision=_decision(stochastic_schedule),
+            decision=decision_of(stochastic_schedule),
             max_size_triangular=max_size_triangular,
             min_ndim_triangular=min_ndim_triangular,
             memory_save_mode=memory_save_mode,
@@ -118,6 +121,8 @@ class PSGDKron(_PSGD):
             q_dtype=q_dtype,
             merge_dims=merge_dims,
             split=split,
+            blocks=blocks,
+            axis=axis,
         )
         self.build_psgd(params, lr, beta, psgd, exp_avg_input, weight_decay, options)
 
@@ -199,7 +204,7 @@ class PSGDLRA(_PSGD):
             rank=rank,
             precond_init_scale=precond_init_scale,
             preconditioner_update_probability=preconditioner_update_probability,
-            decision=_decision(stochastic_schedule),
+            decision=decision_of(stochastic_schedule),
             momentum_into_precond_update=momentum_into_precond_update,
         )
         self.build_psgd(params, lr, beta, psgd, exp_avg_input, weight_decay, options)
@@ -238,6 +243,8 @@ class PSGDPRO(_PSGD):
         precond_lr: float = 0.1,
         beta_load: float = 0.9,
         damping: float = 1e-9,
+        blocks: Blocks = None,
+        axis: Literal[0, 1] = 0,
         **options: Unpack[PresetOptions],
     ):
         psgd = C.psgd_pro(
@@ -246,7 +253,7 @@ class PSGDPRO(_PSGD):
             damping=damping,
             precond_init_scale=precond_init_scale,
             preconditioner_update_probability=preconditioner_update_probability,
-            decision=_decision(stochastic_schedule),
+            decision=decision_of(stochastic_schedule),
             method=method,
             max_size_triangular=max_size_triangular,
             min_ndim_triangular=min_ndim_triangular,
@@ -254,6 +261,8 @@ class PSGDPRO(_PSGD):
             momentum_into_precond_update=momentum_into_precond_update,
             merge_dims=merge_dims,
             split=split,
+            blocks=blocks,
+            axis=axis,
         )
         self.build_psgd(params, lr, beta, psgd, exp_avg_input, weight_decay, options)
 

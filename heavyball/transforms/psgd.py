@@ -13,6 +13,7 @@ from heavyball.core.whole import whole_transform
 from heavyball.linalg import kron, triangles
 from heavyball.linalg.decisions import Decision, checked_probability, occasions
 from heavyball.linalg.device_memory import warn_if_large
+from heavyball.linalg.matrices import Blocks
 from heavyball.linalg.scratch import scratch
 from heavyball.linalg.view import WorkingShape, working_shape
 from heavyball.state.declare import State
@@ -28,6 +29,13 @@ ADVICE = (
     "max_size_triangular (diagonal factors for longer axes), memory_save_mode='one_diag' or 'all_diag', "
     "or split=True (blocks of at most max_size_triangular) take less; so do store_triu_as_line=True "
     "and q_dtype='bfloat16', each by a half"
+)
+
+
+# The options that say how a tensor is seen.
+LAYOUT = (
+    *("max_size_triangular", "min_ndim_triangular", "memory_save_mode", "merge_dims", "split"),
+    *("blocks", "axis"),
 )
 
 
@@ -52,24 +60,25 @@ def layout(
     mode: kron.MemorySaveMode,
     merge_dims: bool,
     split: bool,
+    blocks: Any,
+    axis: int,
 ) -> Layout:
     """How PSGD sees a tensor of this shape."""
-    view = working_shape(shape, "two" if merge_dims else "none", max_size, split)
+    view = working_shape(shape, "two" if merge_dims else "none", max_size, split, blocks, axis)
     axes = tuple(kron.triangular_axes(block, max_size, min_ndim, mode) for block in view.blocks)
     return Layout(view, axes)
 
 
 def layout_of(shape: Sequence[int], options: Mapping[str, Any]) -> Layout:
     """The layout under a transform's options."""
-    names = "max_size_triangular", "min_ndim_triangular", "memory_save_mode", "merge_dims", "split"
-    return layout(tuple(shape), *(options[name] for name in names))
+    return layout(tuple(shape), *(options[name] for name in LAYOUT))
 
 
 def _dtype(param: Tensor, options: Mapping[str, Any]) -> torch.dtype:
     return torch.bfloat16 if options["q_dtype"] == "bfloat16" else param.dtype
 
 
-def _numbers(shape: Sequence[int], options: Mapping[str, Any], line: bool) -> int:
+def numbers(shape: Sequence[int], options: Mapping[str, Any], line: bool) -> int:
     """How many numbers the factors of a tensor hold."""
     plan = layout_of(shape, options)
     return sum(
@@ -80,11 +89,15 @@ def _numbers(shape: Sequence[int], options: Mapping[str, Any], line: bool) -> in
 
 
 def _first_factors(param: Tensor, options: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    count = numbers(param.shape, options, options["store_triu_as_line"])
+    count += numbers(param.shape, options, False) if options["cached"] else 0
+    warn_if_large("psgd_kron", param, count * _dtype(param, options).itemsize, ADVICE)
+    return first_factors(param, options)
+
+
+def first_factors(param: Tensor, options: Mapping[str, Any]) -> tuple[Tensor, ...]:
     """scale^(1/n) times the identity for each of the n axes of each block."""
     plan, dtype = layout_of(param.shape, options), _dtype(param, options)
-    count = _numbers(param.shape, options, options["store_triu_as_line"])
-    count += _numbers(param.shape, options, False) if options["cached"] else 0
-    warn_if_large("psgd_kron", param, count * dtype.itemsize, ADVICE)
     found = []
     for block, axes in zip(plan.view.blocks, plan.triangular, strict=True):
         scale = options["precond_init_scale"] ** (1 / len(block))
@@ -106,18 +119,23 @@ def _first_squares(param: Tensor, options: Mapping[str, Any]) -> tuple[Tensor, .
     return tuple(found)
 
 
-def _problem(shape: torch.Size, options: Mapping[str, Any]) -> str | None:
-    """What is wrong with the options, whatever the shape."""
+def problem(shape: torch.Size, options: Mapping[str, Any]) -> str | None:
+    """What is wrong with the options, or with a shape under them."""
     value = options["preconditioner_update_probability"]
     if value is not None and not callable(value):
         checked_probability(value, "preconditioner_update_probability")
     for name, least in (("max_size_triangular", 0), ("min_ndim_triangular", 0)):
         if options[name] < least:
             raise ValueError(f"{name}={options[name]!r}: expected at least {least}")
+    try:
+        layout_of(shape, options)
+    except ValueError as error:
+        return str(error)
     return None
 
 
-def _opened(factors: Sequence[Tensor], axes: Sequence[bool], line: bool) -> list[Tensor]:
+def opened(factors: Sequence[Tensor], axes: Sequence[bool], line: bool) -> list[Tensor]:
+    """The factors of a block as matrices and diagonals, good until the next ones are opened."""
     lines = [line and full for full in axes]
     sizes = [
         triangles.line_size(q.shape[-1]) for q, kept in zip(factors, lines, strict=True) if kept
@@ -129,14 +147,15 @@ def _opened(factors: Sequence[Tensor], axes: Sequence[bool], line: bool) -> list
     ]
 
 
-def _closed(factors: Sequence[Tensor], axes: Sequence[bool], line: bool) -> list[Tensor]:
+def closed(factors: Sequence[Tensor], axes: Sequence[bool], line: bool) -> list[Tensor]:
+    """The factors of a block as they are kept."""
     return [
         triangles.to_line(q) if full and line else q for q, full in zip(factors, axes, strict=True)
     ]
 
 
 @whole_transform(
-    requires=_problem,
+    requires=problem,
     domains={"precond_lr": positive, "precond_init_scale": positive},
     factors=State(
         _first_factors, "the triangles or diagonals of Q_i, at first the identity", several=True
@@ -166,6 +185,8 @@ def psgd_kron(
     q_dtype: Literal["float32", "bfloat16"] = "float32",
     merge_dims: bool = False,
     split: bool = False,
+    blocks: Blocks = None,
+    axis: Literal[0, 1] = 0,
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...] | None]:
     """Multiply by P = Q^T Q, where Q = Q_1 x ... x Q_n is fitted to make the gradient white.
 
@@ -193,9 +214,11 @@ def psgd_kron(
     merge_dims: see a tensor of more than two dimensions as the more square matrix of
         (all but the last, last) and (first, all but the first).
     split: cut axes longer than `max_size_triangular` into blocks with factors of their own.
+    blocks, axis: pieces of an axis with factors of their own, as in `orthogonalize`.
 
     Shapes: all (*).
     Units: the result has none, its entries are about 1 in size; P is that of 1 / update.
+    Errors: ValueError for blocks that do not add up, or of an axis that is merged with others.
     Source: Li 2015, https://arxiv.org/abs/1512.04202; the Kron optimizer of kron_torch 0.3.3.
         Departures: the noise never reaches the update; an update that is all zero, or a fit that is
         not finite, leaves the factors alone.
@@ -206,6 +229,8 @@ def psgd_kron(
         "memory_save_mode": memory_save_mode,
         "merge_dims": merge_dims,
         "split": split,
+        "blocks": blocks,
+        "axis": axis,
     }
     plan = layout_of(update.shape[1:], options)
     fits = occasions(preconditioner_update_probability, decision).at(count - 1, chance)
@@ -219,17 +244,17 @@ def psgd_kron(
     new_squares: list[Tensor] = []
     for place, axes in enumerate(plan.triangular):
         x, stored, square = inputs[place], old[place], old_squares[place]
-        opened: list[Tensor] = []
+        q: list[Tensor] = []
         if fits or square is None:
-            opened = _opened(stored, axes, store_triu_as_line)
+            q = opened(stored, axes, store_triu_as_line)
         if delayed or not fits:
-            outputs.append(_times_p(x, opened, square))
+            outputs.append(_times_p(x, q, square))
         if fits:
-            q = kron.balanced(opened) if balances else opened
+            q = kron.balanced(q) if balances else q
             v = noise(x.shape, place)
             q = kron.fitted(q, targets[place], v, precond_lr, passing=store_triu_as_line)
-            q = [_rounded(f, q_dtype, noise, ROUND + len(new) + i) for i, f in enumerate(q)]
-            stored = _closed(q, axes, store_triu_as_line)
+            q = [rounded(f, q_dtype, noise, ROUND + len(new) + i) for i, f in enumerate(q)]
+            stored = closed(q, axes, store_triu_as_line)
             square = [_nearest(s, q_dtype) for s in kron.squares(q)] if cached else None
             if not delayed:
                 outputs.append(_times_p(x, q, square))
@@ -244,7 +269,7 @@ def _times_p(x: Tensor, factors: Sequence[Tensor], squares: Sequence[Tensor] | N
     return kron.precondition_with(x, squares)
 
 
-def _rounded(factor: Tensor, q_dtype: str, noise: Any, salt: int) -> Tensor:
+def rounded(factor: Tensor, q_dtype: str, noise: Any, salt: int) -> Tensor:
     """A factor as it can be stored, without bias, so that small changes add up."""
     if q_dtype != "bfloat16":
         return factor

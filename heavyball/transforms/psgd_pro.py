@@ -9,10 +9,11 @@ from torch import Tensor
 from heavyball.core.hyper import Live, positive
 from heavyball.core.whole import whole_transform
 from heavyball.linalg import kron
-from heavyball.linalg.decisions import Decision, checked_probability, occasions
+from heavyball.linalg.decisions import Decision, occasions
 from heavyball.linalg.device_memory import warn_if_large
+from heavyball.linalg.matrices import Blocks
 from heavyball.state.declare import State
-from heavyball.transforms.psgd import BALANCE, BALANCING, Layout, layout_of
+from heavyball.transforms.psgd import BALANCE, BALANCING, Layout, layout_of, problem
 
 Method = Literal["procrustes", "quad"]
 ADVICE = (
@@ -41,13 +42,6 @@ def _first_factors(param: Tensor, options: Mapping[str, Any]) -> tuple[Tensor, .
 def _first_loads(param: Tensor, options: Mapping[str, Any]) -> tuple[Tensor, ...]:
     axes = _axes(layout_of(param.shape, options))
     return tuple(torch.zeros(1, dtype=param.dtype, device=param.device) for _ in axes)
-
-
-def _problem(shape: torch.Size, options: Mapping[str, Any]) -> str | None:
-    value = options["preconditioner_update_probability"]
-    if value is not None and not callable(value):
-        checked_probability(value, "preconditioner_update_probability")
-    return None
 
 
 def _trace(x: Tensor) -> Tensor:
@@ -116,7 +110,7 @@ def _times_p(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
 
 
 @whole_transform(
-    requires=_problem,
+    requires=problem,
     domains={"precond_lr": positive, "precond_init_scale": positive},
     factors=State(_first_factors, "Q_i, square or diagonal, at first the identity", several=True),
     loads=State(_first_loads, "L_i, a number for each axis", several=True),
@@ -143,6 +137,8 @@ def psgd_pro(
     momentum_into_precond_update: bool = True,
     merge_dims: bool = False,
     split: bool = False,
+    blocks: Blocks = None,
+    axis: Literal[0, 1] = 0,
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Multiply by P = Q^T Q with square factors, fitted without a solve.
 
@@ -158,10 +154,11 @@ def psgd_pro(
                 a diagonal q_i <- q_i (1 - precond_lr / 2L (t - c))^2
 
     Which factors are full and which are diagonal is decided as in `psgd_kron`; the steps with a fit,
-    and balancing, too.
+    and balancing, too; so are `blocks` and `axis`.
 
     Shapes: all (*).
     Units: the result has none; P is that of 1 / update.
+    Errors: ValueError for blocks that do not add up, or of an axis that is merged with others.
     Source: the methods Q0.5EQ1.5 and QUAD of psgd_torch; Li 2015, https://arxiv.org/abs/1512.04202.
         Departure: the norm is bounded as in `psgd_kron`, not by a random subspace.
     """
@@ -171,6 +168,8 @@ def psgd_pro(
         "memory_save_mode": memory_save_mode,
         "merge_dims": merge_dims,
         "split": split,
+        "blocks": blocks,
+        "axis": axis,
     }
     plan = layout_of(update.shape[1:], options)
     fits = occasions(preconditioner_update_probability, decision).at(count - 1, chance)

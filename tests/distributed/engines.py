@@ -160,6 +160,7 @@ OPTIMIZERS: dict[str, Callable[..., Any]] = {
     "SOAP": _preset("SOAP", lr=1e-2, precondition_frequency=3),
     "PrecondSchedulePaLMSOAP": _preset("PrecondSchedulePaLMSOAP", lr=1e-2),
     "PSGDKron": _preset("PSGDKron", lr=1e-2),
+    "LATHER": _preset("LATHER", lr=1e-2),
     "Muon": _preset("Muon", lr=1e-2),
     "NorMuon": _preset("NorMuon", lr=1e-2),
     "Shampoo": _preset("Shampoo", lr=1e-2),

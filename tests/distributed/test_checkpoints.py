@@ -69,7 +69,7 @@ def _never_stopped(names: list[str], steps: int) -> dict[str, Any]:
 # those whose state is of another kind than that of one before
 KINDS = (
     *("AdamW", "SFAdamW", "FactoredAdamW", "ADOPT", "Prodigy", "ProdigyPlusScheduleFree", "SOAP"),
-    *("PSGDKron", "Muon", "NorMuon", "Shampoo", "8-bit AdamW"),
+    *("PSGDKron", "LATHER", "Muon", "NorMuon", "Shampoo", "8-bit AdamW"),
 )
 
 
