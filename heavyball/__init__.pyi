@@ -78,6 +78,7 @@ from heavyball.presets.rate_free import DoWG
 from heavyball.presets.rate_free import LDoG
 from heavyball.presets.rate_free import MoMo
 from heavyball.presets.rate_free import MoMoAdam
+from heavyball.presets.scion import Scion
 from heavyball.presets.sharpness import MSAM
 from heavyball.presets.soap import PaLMSOAP
 from heavyball.presets.soap import PrecondSchedulePaLMSOAP
@@ -179,6 +180,7 @@ __all__ = [
     "COCOB",
     "MoMo",
     "MoMoAdam",
+    "Scion",
     "MSAM",
     "SOAP",
     "PaLMSOAP",

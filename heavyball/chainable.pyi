@@ -1344,6 +1344,7 @@ class _ScaleByGradientRms(Transform):
         beta2: float | Shared = 0.95,
         eps: float | Shared = 1e-10,
         correct_bias: bool = False,
+        factored: bool = False,
     ) -> Self: ...
 
 scale_by_gradient_rms: _ScaleByGradientRms

@@ -43,10 +43,11 @@ OTHERS = {
         memory_plan scion_init_ utils
     """,
     "heavyball.chainable": """
-        COMBINATORS ChainOpt Interval Live Member Rate State TRANSFORMS Transform Whole beta_of_batch
-        beta_of_half_life constant copy_of_param cosine cosine_restarts exponential fira galore graft
-        inverse_sqrt lather_precond linear one_cycle optimizer_class parallel parse polynomial power ramp rate rex route
-        scalar schedule shared soap_precond squares step transform when whole_transform within wsd zeros
+        COMBINATORS ChainOpt Interval Live Member Rate State TRANSFORMS Transform Whole
+        beta_of_batch beta_of_half_life constant copy_of_param cosine cosine_restarts exponential
+        fira galore graft inverse_sqrt lather_precond linear one_cycle optimizer_class parallel
+        parse polynomial power ramp rate rex route scalar schedule shared soap_precond squares step
+        transform when whole_transform within wsd zeros
     """,
     "heavyball.presets": "CLIPPINGS DEFAULTS PRESETS Preset PresetOptions",
     "heavyball.utils": "compile_mode set_torch zeroth_power_mode",

@@ -1,7 +1,7 @@
 """Muon and its relatives, with AdamW for the parameters that are not matrices in their sense."""
 
 import fnmatch
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypedDict, Unpack
 
@@ -178,9 +178,7 @@ class RoutedPreset(Preset):
         eps = shared("adamw_eps", chosen["adamw_eps"])
         adam = C.scale_by_adam(betas=betas, eps=eps)
         scaled = C.scale_lr(factor=shared("adamw_lr_scale", ratio))
-        matrices = _chosen_rule(chosen)
-        if isinstance(matrices, IsHidden) and (model := model_of(params)) is not None:
-            matrices = replace(matrices, kinds=tuple(kinds_of(model).items()))
+        matrices = which_are_hidden(params, chosen, ("adamw_names", "use_muon"))
         matrices = matrices if narrowed is None else narrowed(matrices)
         hidden = C.when(*elements, predicate=matrices)
         last = (
@@ -197,17 +195,25 @@ class RoutedPreset(Preset):
         )
 
 
-def _chosen_rule(chosen: dict[str, Any]) -> Predicate:
-    names, predicate = chosen["adamw_names"], chosen["use_muon"]
+def which_are_hidden(params: Any, chosen: Mapping[str, Any], options: tuple[str, str]) -> Predicate:
+    """Which parameters are hidden matrices, by two options: patterns of others' names, and a function.
+
+    Errors: ValueError or TypeError naming the option.
+    """
+    names, predicate = (chosen[option] for option in options)
     if names is not None and predicate is not None:
-        raise ValueError(f"adamw_names={names!r} has no effect with use_muon; give one of them")
+        raise ValueError(
+            f"{options[0]}={names!r} has no effect with {options[1]}; give one of them"
+        )
     if predicate is not None:
         return predicate
-    if names is None:
-        return IsHidden()
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"adamw_names={names!r}: expected a tuple of patterns such as '*embed*'")
-    return IsHidden(tuple(names))
+    if names is not None and (
+        isinstance(names, str) or not all(isinstance(name, str) for name in names)
+    ):
+        raise TypeError(f"{options[0]}={names!r}: expected a tuple of patterns such as '*embed*'")
+    hidden = IsHidden() if names is None else IsHidden(tuple(names))
+    model = model_of(params)
+    return hidden if model is None else replace(hidden, kinds=tuple(kinds_of(model).items()))
 
 
 class Muon(RoutedPreset):

@@ -111,6 +111,8 @@ class Muon2(RoutedPreset):
 
     Which parameters are for AdamW, and the options for it, are those of `Muon`.
 
+    factored: keep the gradient's mean squares as means of rows and columns (Muon^2-F).
+
     Units: with scale="original", `lr` is about the spectral norm of a step; 0.02 to 0.1 is used.
     Source: https://arxiv.org/abs/2604.09967.
     """
@@ -127,12 +129,13 @@ class Muon2(RoutedPreset):
         eps: float = 1e-10,
         scale: Scale = "original",
         products: Products = "auto",
+        factored: bool = False,
         weight_decay: float = 0.0,
         **options: Unpack[RoutedOptions],
     ):
         rule = (
             C.muon_momentum(momentum=momentum),
-            C.scale_by_gradient_rms(beta2=beta2, eps=eps),
+            C.scale_by_gradient_rms(beta2=beta2, eps=eps, factored=factored),
             C.orthogonalize(method=method, steps=ns_steps, scale=scale, products=products),
         )
         self.build_routed(params, lr, rule, options, weight_decay=weight_decay)

@@ -25,12 +25,16 @@ def _full_residual(param: Tensor, options: Mapping[str, Any]) -> Tensor | None:
     return _full(param, options) if param.ndim > 1 else None
 
 
+# What the factored axes are called.
+NAMES = ("last", "second last")
+
+
 @transform(
-    row=mean_state(0, _axes),
-    col=mean_state(1, _axes),
+    row=mean_state(0, _axes, NAMES),
+    col=mean_state(1, _axes, NAMES),
     exp_avg_sq=State(_full, "zeros like the parameter, if not factored", holds="square"),
-    residual_row=mean_state(0, _axes),
-    residual_col=mean_state(1, _axes),
+    residual_row=mean_state(0, _axes, NAMES),
+    residual_col=mean_state(1, _axes, NAMES),
     residual_sq=State(_full_residual, "the same for two or more dimensions", holds="square"),
     exp_avg=zeros,
     domains={"threshold": positive},

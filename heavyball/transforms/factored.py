@@ -39,8 +39,10 @@ def _axes(param: Tensor, options: Mapping[str, Any]) -> tuple[int, int] | None:
 Axes = Callable[[Tensor, Mapping[str, Any]], tuple[int, int] | None]
 
 
-def mean_state(which: int, axes_of: Axes = _axes) -> State:
-    """Means over the first (0) or the second (1) of the factored axes."""
+def mean_state(
+    which: int, axes_of: Axes = _axes, names: tuple[str, str] = ("largest", "second largest")
+) -> State:
+    """Means over the first (0) or the second (1) of the factored axes, which are called so."""
 
     def init(param: Tensor, options: Mapping[str, Any]) -> Tensor | None:
         axes = axes_of(param, options)
@@ -49,7 +51,6 @@ def mean_state(which: int, axes_of: Axes = _axes) -> State:
         shape = [1 if axis == axes[which] else n for axis, n in enumerate(param.shape)]
         return torch.zeros(shape, dtype=param.dtype, device=param.device)
 
-    names = ("largest", "second largest") if axes_of is _axes else ("last", "second last")
     return State(init, f"means over the {names[which]} axis, if factored", holds="square")
 
 

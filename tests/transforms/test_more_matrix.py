@@ -1227,7 +1227,7 @@ def a_second_moment_of_an_update_that_is_lost(right: Wrong) -> Wrong:
 
 @mutant("scale_by_gradient_rms", *golden_of("scale_by_gradient_rms"))
 def the_square_of_the_momentum(right: Wrong) -> Wrong:
-    return lambda u, square, *, grad, **kw: right(u, square, grad=u, **kw)
+    return lambda u, *squares, grad, **kw: right(u, *squares, grad=u, **kw)
 
 
 @mutant("adagrad_norm_rate", *golden_of("adagrad_norm_rate"))
