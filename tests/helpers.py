@@ -241,6 +241,8 @@ PRESET_IDLE = {
     "Rprop": ("lr", "warmup_steps", "step_sizes[0]", "step_sizes[1]"),
     "Adafactor": ("beta2", "momentum"),
     **{name: ("betas[1]",) for name in heavyball.PRESETS if "PaLM" in name},
+    # the test model's matrices have no names, and are hidden
+    "Scion": ("head_radius", "embedding_radius"),
     # half of infinity; what acts on d alone, one step later, or where d has moved
     "Prodigy": ("growth_rate",),
     "PrecondScheduleProdigySOAP": ("growth_rate", "d_coef"),
