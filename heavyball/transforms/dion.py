@@ -9,7 +9,7 @@ from torch import Tensor
 
 from heavyball.core.hyper import Fixed, Interval, Live, fraction, positive
 from heavyball.core.whole import whole_transform
-from heavyball.linalg.low_rank import matrix_shape
+from heavyball.linalg.matrices import Blocks, Matrices, matrices, matrices_of
 from heavyball.linalg.orthogonalize import Products
 from heavyball.state.declare import State, zeros
 from heavyball.transforms.muon import Method, needs_matrix, orthogonal
@@ -17,29 +17,40 @@ from heavyball.transforms.muon import Method, needs_matrix, orthogonal
 share = Interval(0, 1, low_open=True, high_open=False)
 
 
-def rank_of(shape: Any, options: Mapping[str, Any]) -> int:
-    """The rank of an update: as given, or a share of the shorter side, rounded up to a multiple."""
-    least = min(matrix_shape(shape))
-    if options["rank"] is not None:
-        return options["rank"]
-    multiple = options["rank_multiple"]
-    wanted = math.ceil(options["rank_fraction"] * least / multiple) * multiple
-    return min(wanted, least)
+def ranks_of(view: Matrices, options: Mapping[str, Any]) -> list[int]:
+    """The rank of every block's update: as given, or a share of the shorter side, rounded up."""
+    rank, multiple = options["rank"], options["rank_multiple"]
+    found = []
+    for sizes in view.sizes:
+        wanted = math.ceil(options["rank_fraction"] * min(sizes) / multiple) * multiple
+        found.append(min(wanted, min(sizes)) if rank is None else rank)
+    return found
+
+
+def _shapes(view: Matrices, options: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """The shape of every block's Q."""
+    ranks = ranks_of(view, options)
+    return [(min(sizes), rank) for sizes, rank in zip(view.sizes, ranks, strict=True)]
 
 
 def _directions(param: Tensor, options: Mapping[str, Any]) -> Tensor:
-    return param.new_zeros(min(matrix_shape(param.shape)), rank_of(param.shape, options))
+    shapes = _shapes(matrices_of(param.shape, options), options)
+    if len(shapes) == 1:
+        return param.new_zeros(shapes[0])
+    return param.new_zeros(sum(map(math.prod, shapes)))
 
 
 def _problem(shape: torch.Size, options: Mapping[str, Any]) -> str | None:
     rank = options["rank"]
     if rank is not None and rank < 1:
         raise ValueError(f"rank={rank!r}: expected at least 1, or None")
-    if len(shape) < 2:
-        return needs_matrix(shape, options)
-    least = min(matrix_shape(shape))
+    wrong = needs_matrix(shape, options)
+    if wrong is not None:
+        return wrong
+    least = min(min(sizes) for sizes in matrices_of(shape, options).sizes)
     if rank is not None and rank > least:
-        return f"has rank={rank}, which is larger than the shorter side of the matrix, {least}"
+        what = "the matrix" if options["blocks"] is None else "a block"
+        return f"has rank={rank}, which is larger than the shorter side of {what}, {least}"
     return None
 
 
@@ -65,6 +76,8 @@ def dion(
     rank_multiple: int = 1,
     momentum: Live = 0.95,
     eps: Live = 1e-8,
+    blocks: Blocks = None,
+    axis: Literal[0, 1] = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Orthonormalize a low-rank approximation of the momentum by one power iteration per step.
 
@@ -73,19 +86,45 @@ def dion(
     u = sqrt(R / C) W Q^T;  where M = 0: u = 0, and Q stays
 
     rank: None is `rank_fraction` of the shorter side, rounded up to a multiple of `rank_multiple`.
+    blocks, axis: as in `orthogonalize`; rank and Q are those of a block.
 
-    Shapes: two or more dimensions, R x C as (size of axis 0, rest); Q: shorter side x rank.
+    Shapes: two or more dimensions, R x C as (size of axis 0, rest); Q: shorter side x rank, and with
+        blocks a vector that has all of them.
     Units: the result has none; lr is about 0.01.
     Errors: ValueError for a rank that is larger than the matrix, and for fewer than two dimensions.
     Source: Ahn et al. 2025, Algorithm 1, https://arxiv.org/abs/2504.05295; microsoft/dion.
     """
-    rows, columns = matrix_shape(update.shape[1:])
-    turned = rows < columns
-    m = (momentum_buffer + update).reshape(len(update), rows, columns)
-    b = m.mT if turned else m
+    options = {"rank": rank, "rank_fraction": rank_fraction, "rank_multiple": rank_multiple}
+    view = matrices(update.shape[1:], False, blocks, axis)
+    shapes = _shapes(view, options)
     if count == 1:
-        given = directions.flatten(1).any(1)[:, None, None]
-        directions = torch.where(given, directions, noise(tuple(directions.shape)))
+        fresh = [noise((len(update), *shape), k).flatten(1) for k, shape in enumerate(shapes)]
+        given = directions.flatten(1).any(1).reshape(-1, *[1] * (directions.ndim - 1))
+        drawn = torch.cat(fresh, 1).reshape(directions.shape)
+        directions = torch.where(given, directions, drawn)
+    lengths = [math.prod(shape) for shape in shapes]
+    held = directions.flatten(1).split(lengths, 1)
+    moved = view.batches(momentum_buffer + update)
+    results, kept, new = [], [], [torch.empty(0)] * len(shapes)
+    for numbers, m in zip(view.of, moved, strict=True):
+        shape = shapes[numbers[0]]
+        q = torch.cat([held[k].reshape(-1, *shape) for k in numbers])
+        result, left, q = _iterated(m, q, momentum, eps)
+        results.append(result)
+        kept.append(left)
+        for k, part in zip(numbers, q.split(len(update)), strict=True):
+            new[k] = part.flatten(1)
+    directions = torch.cat(new, 1).reshape(directions.shape)
+    return view.whole(results, update), view.whole(kept, update), directions
+
+
+def _iterated(
+    m: Tensor, directions: Tensor, momentum: Tensor, eps: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The updates of momenta (n, R, C), what is left of these, and the new Q."""
+    rows, columns = m.shape[-2:]
+    turned = rows < columns
+    b = m.mT if turned else m
     usable = torch.isfinite(b).all(-1, keepdim=True).all(-2, keepdim=True)
     w = torch.linalg.qr(torch.where(usable, b, 0.0) @ directions)[0]
     z = b.mT @ w
@@ -94,8 +133,7 @@ def dion(
     moves = b.flatten(1).any(1)[:, None, None]
     result = torch.where(moves, (rows / columns) ** 0.5 * (w @ new.mT), 0.0)
     result, left = (x.mT if turned else x for x in (result, left))
-    shape = update.shape
-    return result.reshape(shape), left.reshape(shape), torch.where(moves, new, directions)
+    return result, left, torch.where(moves, new, directions)
 
 
 @whole_transform(
@@ -119,6 +157,8 @@ def partial_orthogonalize(
     steps: int = 5,
     eps: Live = 1e-7,
     products: Products = "auto",
+    blocks: Blocks = None,
+    axis: Literal[0, 1] = 0,
 ) -> tuple[Tensor, Tensor]:
     """Orthogonalize only some slices of a growing momentum, and let only those decay.
 
@@ -126,23 +166,38 @@ def partial_orthogonalize(
     1-norm, or at random;  O = NS(M[slices]);  M[slices] <- momentum M[slices]
     u = sqrt(R / C) O in these slices, 0 elsewhere
 
-    method, steps, eps, products: as in `orthogonalize`.
+    method, steps, eps, products, blocks, axis: as in `orthogonalize`; every block has slices of its own.
 
     Shapes: two or more dimensions, R x C as (size of axis 0, rest).
     Units: the result has none; lr is about 0.01.
     Errors: ValueError for a parameter of fewer than two dimensions.
     Source: https://arxiv.org/abs/2512.16928; dion2.py of microsoft/dion.
     """
-    rows, columns = matrix_shape(update.shape[1:])
-    m = (momentum_buffer + update).reshape(len(update), rows, columns)
-    x = m if rows <= columns else m.mT
-    number = math.ceil(fraction * x.shape[1])
-    scores = noise((len(x), x.shape[1])) if select == "random" else x.abs().sum(-1)
-    index = scores.topk(number, dim=-1).indices[..., None].expand(-1, -1, x.shape[2])
-    chosen = x.gather(1, index)
-    part = orthogonal(chosen, method, steps, eps, "none", products) * (rows / columns) ** 0.5
-    result = torch.zeros_like(x).scatter(1, index, part)
-    kept = x.scatter(1, index, (momentum * chosen).to(x.dtype))
-    if rows > columns:
-        result, kept = result.mT, kept.mT
-    return result.reshape(update.shape), kept.reshape(update.shape)
+    view = matrices(update.shape[1:], False, blocks, axis)
+    random = iter(_random_scores(view, len(update), noise)) if select == "random" else None
+
+    def taken(m: Tensor) -> tuple[Tensor, Tensor]:
+        rows, columns = m.shape[-2:]
+        x = m if rows <= columns else m.mT
+        number = math.ceil(fraction * x.shape[1])
+        scores = x.abs().sum(-1) if random is None else next(random)
+        index = scores.topk(number, dim=-1).indices[..., None].expand(-1, -1, x.shape[2])
+        chosen = x.gather(1, index)
+        part = orthogonal(chosen, method, steps, eps, "none", products) * (rows / columns) ** 0.5
+        result = torch.zeros_like(x).scatter(1, index, part)
+        kept = x.scatter(1, index, (momentum * chosen).to(x.dtype))
+        return (result, kept) if rows <= columns else (result.mT, kept.mT)
+
+    made = [taken(m) for m in view.batches(momentum_buffer + update)]
+    results, kept = zip(*made, strict=True)
+    return view.whole(results, update), view.whole(kept, update)
+
+
+def _random_scores(view: Matrices, count: int, noise: Any) -> list[Tensor]:
+    """A number for every slice of the shorter side, in the batches of `view`."""
+    found = []
+    for numbers in view.of:
+        rows, columns = view.sizes[numbers[0]]
+        drawn = [noise((count, min(rows, columns)), k) for k in numbers]
+        found.append(torch.cat(drawn))
+    return found

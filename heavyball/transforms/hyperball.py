@@ -8,9 +8,10 @@ from torch import Tensor
 
 from heavyball.core.transform import Transform, transform
 from heavyball.core.whole import whole_transform
+from heavyball.linalg.matrices import Blocks, matrices, matrices_of
 from heavyball.numerics import norm
 from heavyball.state.declare import State
-from heavyball.transforms.muon import size_of
+from heavyball.transforms.muon import size_of, wrong_blocks
 
 NO_DECAY = "on a sphere a decay only turns the step: leave it out"
 EXCLUDED = {
@@ -44,10 +45,57 @@ def _problem(shape: torch.Size, options: Mapping[str, Any]) -> str | None:
         raise ValueError(f"radius={radius!r}: expected 'initial', 'spectral', or a number above 0")
     if len(shape) < 2:
         return "is for two dimensions or more; route the parameter to another chain"
-    return None
+    return wrong_blocks(shape, options)
 
 
 TARGET = State(_first_norm, "the norm of the first weights, or `radius`", is_number=True, low=0.0)
+
+
+def _first_norms(param: Tensor, options: Mapping[str, Any]) -> Tensor:
+    """The same of every block."""
+    view, radius = matrices_of(param.shape, options), options["radius"]
+    found = param.new_zeros(1, *view.number_shape)
+    if param.is_meta or not param.numel():
+        return found[0]
+    if not isinstance(radius, str):
+        return found[0] + radius
+    how = 2 if radius == "spectral" else "fro"
+    values = [
+        torch.linalg.matrix_norm(x, how, keepdim=True)  # type: ignore[call-overload]
+        for x in view.batches(param[None])
+    ]
+    found = view.whole(values, found)[0]
+    if not (found > 0).all():
+        raise ValueError(
+            f"hyperball: a block of a parameter of shape {tuple(param.shape)} is all zero, so it has no "
+            "sphere: give it other first weights, or a number as radius"
+        )
+    return found
+
+
+def _on_spheres(
+    update: Tensor,
+    target_norm: Tensor,
+    *,
+    param: Tensor,
+    lr: Tensor,
+    radius: Literal["initial", "spectral"] | float = "initial",
+    blocks: Blocks = None,
+    axis: Literal[0, 1] = 0,
+) -> tuple[Tensor, Tensor]:
+    """`hyperball` whose blocks have spheres of their own."""
+    view = matrices(update.shape[1:], False, blocks, axis)
+    rate = lr.reshape(-1, *[1] * len(view.number_shape)).expand(-1, *view.number_shape)
+
+    def step(p: Tensor, u: Tensor, target: Tensor, rate: Tensor) -> Tensor:
+        size = size_of(u)
+        moved = p - rate * target * u / size.clamp(min=1e-12)
+        now = torch.linalg.matrix_norm(moved, 2, keepdim=True) if spectral else size_of(moved)
+        return torch.where(size == 0, p, moved * (target / now.clamp(min=1e-12)))
+
+    spectral = radius == "spectral"
+    given = update, target_norm, rate.to(param.dtype)
+    return view.map(step, param, more=given), target_norm
 
 
 def _on_spectral_sphere(
@@ -62,19 +110,20 @@ def _on_spectral_sphere(
     return torch.where(size == 0, x, moved).to(param.dtype).reshape(param.shape), target_norm
 
 
-# a tuple, because a transform at the top of a module is found by its name
-SPECTRAL = (
-    whole_transform(
-        kind="writer",
-        target_norm=TARGET,
-        excludes=EXCLUDED,
-        requires=_problem,
-    )(_on_spectral_sphere),
-)
+DECLARED: dict[str, Any] = {"kind": "writer", "excludes": EXCLUDED, "requires": _problem}
+# in a mapping, because a transform at the top of a module is found by its name
+VARIANTS = {
+    "spectral": whole_transform(target_norm=TARGET, **DECLARED)(_on_spectral_sphere),
+    "blocks": whole_transform(
+        target_norm=State(_first_norms, "the norms of the first blocks, or `radius`"), **DECLARED
+    )(_on_spheres),
+}
 
 
 def _instead(options: Mapping[str, Any]) -> Transform | None:
-    return SPECTRAL[0] if options["radius"] == "spectral" else None
+    if options["blocks"] is not None:
+        return VARIANTS["blocks"]
+    return VARIANTS["spectral"] if options["radius"] == "spectral" else None
 
 
 @transform(
@@ -91,6 +140,8 @@ def hyperball(
     param: Tensor,
     lr: Tensor,
     radius: Literal["initial", "spectral"] | float = "initial",
+    blocks: Blocks = None,
+    axis: Literal[0, 1] = 0,
 ) -> tuple[Tensor, Tensor]:
     """Step by a share of the norm that the weights began with, and return to that norm.
 
@@ -98,10 +149,11 @@ def hyperball(
 
     radius: "initial" is R as above, a number is R itself, "spectral" takes the largest singular value
         in place of the norm of p.
+    blocks, axis: as in `orthogonalize`; every block has a sphere of its own.
 
     The size of u is no matter, and a decay would only turn it: the chain has none.
 
-    Shapes: two or more dimensions; norms over the whole tensor.
+    Shapes: two or more dimensions; norms over the whole tensor, or a block.
     Units: lr is the angle of a step, 0.005 to 0.02, and falls to 0 over the run.
     Errors: ValueError for fewer than two dimensions, and for weights that are all zero at first.
     Source: https://arxiv.org/abs/2606.16899, section 2. Departures: R is kept, where records of
