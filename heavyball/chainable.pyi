@@ -133,6 +133,8 @@ class _Apollo(Transform):
         scale_type: Literal['channel', 'tensor'] = 'channel',
         betas: tuple[float, ...] | Shared = (0.9, 0.999),
         eps: float | Shared = 1e-06,
+        blocks: int | Any | Any | None = None,
+        axis: Literal[0, 1] = 0,
     ) -> Self: ...
 
 apollo: _Apollo
@@ -384,6 +386,8 @@ class _Dion(Transform):
         rank_multiple: int = 1,
         momentum: float | Shared = 0.95,
         eps: float | Shared = 1e-08,
+        blocks: int | Any | Any | None = None,
+        axis: Literal[0, 1] = 0,
     ) -> Self: ...
 
 dion: _Dion
@@ -524,6 +528,8 @@ class _Hyperball(Transform):
     def __call__(  # type: ignore[override]
         self,
         radius: Literal['initial', 'spectral'] | float = 'initial',
+        blocks: int | Any | Any | None = None,
+        axis: Literal[0, 1] = 0,
     ) -> Self: ...
 
 hyperball: _Hyperball
@@ -869,6 +875,8 @@ class _PartialOrthogonalize(Transform):
         steps: int = 5,
         eps: float | Shared = 1e-07,
         products: Literal['auto', 'full', 'bfloat16'] = 'auto',
+        blocks: int | Any | Any | None = None,
+        axis: Literal[0, 1] = 0,
     ) -> Self: ...
 
 partial_orthogonalize: _PartialOrthogonalize

@@ -1,15 +1,19 @@
 """Muon and NorMuon: who gets Muon, who AdamW, and with what."""
 
+import inspect
 import itertools
 import pickle
 
 import pytest
 import torch
+from helpers import one_step
 from torch import nn
 
 import heavyball
 from heavyball import chainable as C
+from heavyball.presets import ALL_PRESETS
 from heavyball.presets.muon import IsHidden
+from heavyball.runtime import serve
 
 PRESETS = (heavyball.Muon, heavyball.NorMuon)
 
@@ -108,3 +112,57 @@ def test_it_can_be_pickled_and_its_default_lr_may_be_zero_or_a_tensor():
     again = pickle.loads(pickle.dumps(opt))
     assert chains(again) == chains(opt)
     assert heavyball.Muon([torch.zeros(2, 2)], 0.0).param_groups[0]["adamw_lr_scale"] == 1.0
+
+
+def takes_blocks(preset):
+    return "blocks" in {*inspect.signature(preset.__init__).parameters, *preset.more_options}
+
+
+CUT = [name for name, preset in ALL_PRESETS.items() if takes_blocks(preset)]
+
+
+def test_the_presets_that_take_blocks_are_those_of_transforms_that_do():
+    found = set()
+    for name, preset in ALL_PRESETS.items():
+        chain = preset([torch.ones(4, 4)], lr=0.1, compile=False).chain
+        elements = (n.transform for program in chain.programs for n in program.flat)
+        found |= {name for t in elements if "blocks" in t.options}
+    assert set(CUT) == found
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_blocks_reach_the_transforms_of_a_preset(name):
+    """A matrix in blocks steps as its blocks do, and one without a match is whole."""
+    made = torch.Generator().manual_seed(0)
+    begin, grads = torch.randn(4, 4, generator=made), torch.randn(4, 4, 4, generator=made)
+    options = {"compile": False} | ({"rank": 1} if "APOLLO" in name or name == "Dion" else {})
+
+    def ended(named, **more):
+        params = [(n, nn.Parameter(begin[rows].clone())) for n, rows in named]
+        opt = ALL_PRESETS[name](params, lr=0.1, **options, **more)
+        for g in grads:
+            for (_, p), (_, rows) in zip(params, named, strict=True):
+                p.grad = g[rows].clone()
+            one_step(opt)
+        return opt, [p.detach() for _, p in params]
+
+    whole, half = slice(None), slice(0, 2)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(
+            serve.Noise, "__call__", lambda self, shape, salt=0: torch.ones(shape).cumsum(-1)
+        )
+        _, (cut, plain) = ended([("a", whole), ("b", whole)], blocks={"a": 2})
+        _, (first, *_) = ended([("a", half)])
+        _, (alone,) = ended([("b", whole)])
+    torch.testing.assert_close(plain, alone)
+    if name not in ACROSS:
+        torch.testing.assert_close(cut[:2], first, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(cut, plain)
+    chain = ALL_PRESETS[name]([begin], lr=0.1, blocks=2, **options).chain
+    assert "blocks=2" in str(chain)
+    assert str(C.ChainOpt([begin], 0.1, *C.parse(str(chain))).chain) == str(chain)
+
+
+# What is of the whole matrix there: sizes of steps and rows, queries of a name, and PSGD's clips.
+ACROSS = {"AdaGO", "Muown", "SPlus", "MuonClip", "Shampoo", "AdaMuon"}
+ACROSS |= {name for name in CUT if "PSGD" in name or name == "PurePSGD"}

@@ -164,10 +164,15 @@ def _state(t: Transform, name: str, enter: Transform | None) -> State:
     shape_of = enter.inner_shape
 
     def init(param: Tensor, options: Mapping[str, Any]) -> Any:
-        shape = shape_of(tuple(param.shape), enter.options)
+        shape = shape_of(tuple(param.shape), _own(enter, options))
         return declared.init(param.new_zeros(shape), t.options)
 
     return replace(declared, init=init, needed_by=None)
+
+
+def _own(enter: Transform, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The entrance's options, whose names it has first, with what a parameter's name has decided."""
+    return {name: options.get(name, value) for name, value in enter.options.items()}
 
 
 def _problem(
@@ -176,11 +181,12 @@ def _problem(
     shape: torch.Size,
     options: Mapping[str, Any],
 ) -> str | None:
-    why = enter.rules.requires(shape, enter.options) if enter.rules.requires else None
+    mine = _own(enter, options)
+    why = enter.rules.requires(shape, mine) if enter.rules.requires else None
     assert isinstance(enter, Whole)
     if why is not None or enter.inner_shape is None:
         return why
-    other = torch.Size(enter.inner_shape(tuple(shape), enter.options))
+    other = torch.Size(enter.inner_shape(tuple(shape), mine))
     for t in inner:
         why = t.rules.requires(other, t.options) if t.rules.requires else None
         if why is not None:

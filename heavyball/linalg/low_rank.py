@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from heavyball.linalg.matrices import Matrices, matrices_of
+
 # By so much a step may be longer than the one before.
 GROWTH = 1.01
 
@@ -22,6 +24,17 @@ def image_shape(shape: Sequence[int], rank: int) -> tuple[int, int]:
     return (rank, columns) if rows < columns else (rows, rank)
 
 
+def image_shapes(view: Matrices, rank: int) -> list[tuple[int, int]]:
+    """The shape of every block's image."""
+    return [image_shape(sizes, rank) for sizes in view.sizes]
+
+
+def images_shape(shape: Sequence[int], options: Mapping[str, Any]) -> tuple[int, ...]:
+    """The shape of what holds the images of all blocks: that of one, or a vector for several."""
+    shapes = image_shapes(matrices_of(shape, options), options["rank"])
+    return shapes[0] if len(shapes) == 1 else (sum(map(math.prod, shapes)),)
+
+
 def wrong_rank(shape: torch.Size, options: Mapping[str, Any]) -> str | None:
     """Why a parameter of this shape has no image of the rank that is asked for."""
     rank = options["rank"]
@@ -30,9 +43,14 @@ def wrong_rank(shape: torch.Size, options: Mapping[str, Any]) -> str | None:
             "is for two dimensions or more; route the parameter to another chain: "
             "route(when(apollo, min_ndim=2), otherwise=scale_by_adam)"
         )
-    least = min(matrix_shape(shape))
+    try:
+        sizes = matrices_of(shape, options).sizes
+    except ValueError as error:
+        return str(error)
+    least = min(map(min, sizes))
     if rank > least:
-        return f"has rank={rank}, which is larger than the shorter side of the matrix, {least}"
+        what = "the matrix" if options["blocks"] is None else "a block"
+        return f"has rank={rank}, which is larger than the shorter side of {what}, {least}"
     return None
 
 

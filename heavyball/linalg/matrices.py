@@ -202,6 +202,18 @@ def matrices_of(shape: Sequence[int], options: Mapping[str, Any]) -> Matrices:
     return matrices(tuple(shape), *(options.get(n, default) for n, default in names.items()))
 
 
+def packed(parts: Sequence[Tensor], like: Tensor | None = None) -> Tensor:
+    """Tensors (B, ...) of several shapes as one (B, numbers), or in the shape of `like`."""
+    flat = torch.cat([part.flatten(1) for part in parts], 1)
+    return flat if like is None else flat.reshape(like.shape)
+
+
+def unpacked(x: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """The inverse of `packed`: tensors (B, *shape)."""
+    parts = x.flatten(1).split([math.prod(shape) for shape in shapes], 1)
+    return [part.reshape(-1, *shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
 def _per(what: str) -> Callable[..., State]:
     def declare(holds: Holds = "values", start: float = 0.0) -> State:
         def init(param: Tensor, options: Mapping[str, Any]) -> Tensor:

@@ -5,6 +5,7 @@ from typing import Any, Literal, Unpack
 from torch import Tensor
 
 from heavyball import chainable as C
+from heavyball.linalg.matrices import Blocks
 from heavyball.linalg.orthogonalize import Products
 from heavyball.presets.muon import RoutedOptions, RoutedPreset
 from heavyball.transforms.muon import Method
@@ -15,7 +16,7 @@ class Dion(RoutedPreset):
 
     Which parameters are for AdamW, and the options for it, are those of `Muon`.
 
-    rank, rank_fraction, rank_multiple: as in `dion`.
+    rank, rank_fraction, rank_multiple, blocks, axis: as in `dion`; `blocks` may be given by names.
 
     Units: `lr` times sqrt(rows / columns) is the spectral norm of a step; about 0.01.
     Source: Ahn et al. 2025, https://arxiv.org/abs/2504.05295.
@@ -31,6 +32,8 @@ class Dion(RoutedPreset):
         rank_multiple: int = 1,
         momentum: float = 0.95,
         eps: float = 1e-8,
+        blocks: Blocks = None,
+        axis: Literal[0, 1] = 0,
         weight_decay: float = 0.01,
         **options: Unpack[RoutedOptions],
     ):
@@ -40,6 +43,8 @@ class Dion(RoutedPreset):
             rank_multiple=rank_multiple,
             momentum=momentum,
             eps=eps,
+            blocks=blocks,
+            axis=axis,
         )
         self.build_routed(params, lr, rule, options, weight_decay=weight_decay)
 
@@ -49,7 +54,7 @@ class Dion2(RoutedPreset):
 
     Which parameters are for AdamW, and the options for it, are those of `Muon`.
 
-    fraction, select: as in `partial_orthogonalize`.
+    fraction, select, blocks, axis: as in `partial_orthogonalize`; `blocks` may be given by names.
 
     Units: `lr` times sqrt(rows / columns) is the spectral norm of a step; about 0.01.
     Source: https://arxiv.org/abs/2512.16928.
@@ -67,6 +72,8 @@ class Dion2(RoutedPreset):
         method: Method = "polar_express",
         eps: float = 1e-7,
         products: Products = "auto",
+        blocks: Blocks = None,
+        axis: Literal[0, 1] = 0,
         weight_decay: float = 0.01,
         **options: Unpack[RoutedOptions],
     ):
@@ -78,5 +85,7 @@ class Dion2(RoutedPreset):
             method=method,
             eps=eps,
             products=products,
+            blocks=blocks,
+            axis=axis,
         )
         self.build_routed(params, lr, rule, options, weight_decay=weight_decay)

@@ -1,10 +1,11 @@
 """Optimizers that keep the norms of matrices, with AdamW for everything else."""
 
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 from torch import Tensor
 
 from heavyball import chainable as C
+from heavyball.linalg.matrices import Blocks
 from heavyball.linalg.orthogonalize import Products
 from heavyball.presets.muon import RoutedOptions, RoutedPreset
 from heavyball.transforms.muon import Method
@@ -16,6 +17,8 @@ class AdamH(RoutedPreset):
     Which parameters are for AdamW, and the options for it, are those of `Muon`. Weights that are all
     zero have no sphere and are refused. A decay has no effect on a sphere, so there is none.
 
+    blocks, axis: pieces with norms of their own, as in `hyperball`; `blocks` may be given by names.
+
     Units: `lr` is the angle of a step, 0.005 to 0.02.
     Source: https://arxiv.org/abs/2606.16899; record 4 of modded-nanogpt's third track.
     """
@@ -26,10 +29,13 @@ class AdamH(RoutedPreset):
         lr: float | Tensor = 0.018,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
+        *,
+        blocks: Blocks = None,
+        axis: Literal[0, 1] = 0,
         **options: Unpack[RoutedOptions],
     ):
         rule = C.scale_by_adam(betas=betas, eps=eps)
-        self.build_routed(params, lr, rule, options, writer=C.hyperball)
+        self.build_routed(params, lr, rule, options, writer=C.hyperball(blocks=blocks, axis=axis))
 
 
 class MuonH(RoutedPreset):
@@ -37,6 +43,9 @@ class MuonH(RoutedPreset):
 
     Which parameters are for AdamW, and the options for it, are those of `Muon`. Weights that are all
     zero have no sphere and are refused. A decay has no effect on a sphere, so there is none.
+
+    blocks, axis: pieces with norms and products of their own, as in `orthogonalize`; `blocks` may be
+        given by names.
 
     Units: `lr` is the angle of a step, 0.005 to 0.02.
     Source: https://arxiv.org/abs/2606.16899; record 5 of modded-nanogpt's third track.
@@ -53,6 +62,8 @@ class MuonH(RoutedPreset):
         method: Method = "quintic",
         eps: float = 1e-7,
         products: Products = "auto",
+        blocks: Blocks = None,
+        axis: Literal[0, 1] = 0,
         **options: Unpack[RoutedOptions],
     ):
         rule = C.muon(
@@ -62,8 +73,10 @@ class MuonH(RoutedPreset):
             method=method,
             eps=eps,
             products=products,
+            blocks=blocks,
+            axis=axis,
         )
-        self.build_routed(params, lr, rule, options, writer=C.hyperball)
+        self.build_routed(params, lr, rule, options, writer=C.hyperball(blocks=blocks, axis=axis))
 
 
 class MuonSphere(RoutedPreset):
@@ -71,6 +84,9 @@ class MuonSphere(RoutedPreset):
 
     Which parameters are for AdamW, and the options for it, are those of `Muon`. The first step puts the
     matrices on their spheres: scaler sqrt(rows / columns). A decay would be undone, so there is none.
+
+    blocks, axis: pieces with spheres of their own, as in `orthogonalize`; `blocks` may be given by
+        names.
 
     Units: `lr` is the share of the norm that a step has, about 0.02.
     Source: https://arxiv.org/abs/2601.08393.
@@ -84,10 +100,12 @@ class MuonSphere(RoutedPreset):
         momentum: float = 0.9,
         nesterov: bool = True,
         scaler: float = 1.0,
+        blocks: Blocks = None,
+        axis: Literal[0, 1] = 0,
         **options: Unpack[RoutedOptions],
     ):
         rule = C.muon_momentum(momentum=momentum, nesterov=nesterov)
-        writer = C.spectral_sphere(scaler=scaler, solve=False)
+        writer = C.spectral_sphere(scaler=scaler, solve=False, blocks=blocks, axis=axis)
         self.build_routed(params, lr, rule, options, writer=writer)
 
 
@@ -96,6 +114,8 @@ class Muown(RoutedPreset):
 
     Which parameters are for AdamW, and the options for it, are those of `Muon`. `weight_decay` is of the
     row norms, behind the step.
+
+    blocks, axis: as in `muown`; `blocks` may be given by names.
 
     Units: `lr` is that of the row norms, about 3e-4.
     Source: https://arxiv.org/abs/2605.10797.
@@ -113,6 +133,8 @@ class Muown(RoutedPreset):
         ns_steps: int = 5,
         method: Method = "quintic-5",
         products: Products = "auto",
+        blocks: Blocks = None,
+        axis: Literal[0, 1] = 0,
         **options: Unpack[RoutedOptions],
     ):
         writer = C.muown(
@@ -122,6 +144,8 @@ class Muown(RoutedPreset):
             steps=ns_steps,
             method=method,
             products=products,
+            blocks=blocks,
+            axis=axis,
             weight_decay=weight_decay,
         )
         self.build_routed(params, lr, (), options, writer=writer)

@@ -1,24 +1,45 @@
 """APOLLO: moments of a low-rank image of the gradient, with AdamW for everything that has none."""
 
+import fnmatch
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar, Literal, Unpack
 
 from torch import Tensor
 
 from heavyball import chainable as C
-from heavyball.linalg.low_rank import matrix_shape
+from heavyball.linalg.matrices import Blocks, matrices
 from heavyball.presets.muon import Predicate, RoutedOptions, RoutedPreset
 
 
 @dataclass(frozen=True)
 class HasRank:
-    """Which of the parameters that another rule picks have an image of so many dimensions."""
+    """Which of the parameters that another rule picks have an image of so many dimensions.
+
+    blocks, axis: the pieces that have images of their own.
+    """
 
     rule: Predicate
     rank: int
+    blocks: Any = None
+    axis: Literal[0, 1] = 0
+
+    def __repr__(self) -> str:
+        cut = "" if self.blocks is None else f", blocks={self.blocks!r}, axis={self.axis}"
+        return f"HasRank(rule={self.rule!r}, rank={self.rank}{cut})"
 
     def __call__(self, name: str | None, param: Tensor) -> bool:
-        return self.rule(name, param) and min(matrix_shape(param.shape)) >= self.rank
+        if not self.rule(name, param):
+            return False
+        blocks = self.blocks
+        if isinstance(blocks, Mapping):
+            fitting = (v for k, v in blocks.items() if name and fnmatch.fnmatchcase(name, k))
+            blocks = next(fitting, None)
+        try:
+            view = matrices(tuple(param.shape), False, blocks, self.axis)
+        except ValueError:  # the rule says what is wrong with the blocks
+            return True
+        return min(map(min, view.sizes)) >= self.rank
 
 
 class APOLLO(RoutedPreset):
@@ -28,7 +49,7 @@ class APOLLO(RoutedPreset):
     shorter than `rank` are for AdamW too. A matrix keeps 2 rank numbers per column or row of its longer
     side in place of Adam's two per entry.
 
-    rank, gap, scale: as in `apollo`.
+    rank, gap, scale, blocks, axis: as in `apollo`; `blocks` may be given by names.
 
     Units: `lr` is about 0.01.
     Source: Zhu et al. 2024, https://arxiv.org/abs/2412.05270.
@@ -47,10 +68,19 @@ class APOLLO(RoutedPreset):
         rank: int = 256,
         gap: int = 200,
         scale: float = 1.0,
+        blocks: Blocks = None,
+        axis: Literal[0, 1] = 0,
         **options: Unpack[RoutedOptions],
     ):
         rule = C.apollo(
-            rank=rank, gap=gap, scale=scale, scale_type=self.scale_type, betas=betas, eps=eps
+            rank=rank,
+            gap=gap,
+            scale=scale,
+            scale_type=self.scale_type,
+            betas=betas,
+            eps=eps,
+            blocks=blocks,
+            axis=axis,
         )
         self.build_routed(
             params,
@@ -58,7 +88,7 @@ class APOLLO(RoutedPreset):
             rule,
             options,
             weight_decay=weight_decay,
-            narrowed=lambda rule: HasRank(rule, rank),
+            narrowed=lambda rule: HasRank(rule, rank, blocks, axis),
         )
 
 
@@ -85,8 +115,20 @@ class APOLLOMini(APOLLO):
         rank: int = 1,
         gap: int = 200,
         scale: float = 128.0,
+        blocks: Blocks = None,
+        axis: Literal[0, 1] = 0,
         **options: Unpack[RoutedOptions],
     ):
         super().__init__(
-            params, lr, betas, eps, weight_decay, rank=rank, gap=gap, scale=scale, **options
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            rank=rank,
+            gap=gap,
+            scale=scale,
+            blocks=blocks,
+            axis=axis,
+            **options,
         )

@@ -1,7 +1,7 @@
 """What came after Muon, with AdamW for the parameters that are not matrices in its sense."""
 
 from collections.abc import Mapping
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 from torch import Tensor
 
@@ -17,7 +17,8 @@ QK_NAMES = ("*q_proj*", "*k_proj*", "*query*", "*key*")
 class AdaMuon(RoutedPreset):
     """Muon of the momentum's sign, over its running second moment; AdamW for the rest.
 
-    Which parameters are for AdamW, and the options for it, are those of `Muon`.
+    Which parameters are for AdamW, and the options for it, are those of `Muon`;
+    so are `blocks` and `axis`.
 
     Units: an update has the root mean square 0.2, as AdamW's, so that lr and weight decay are AdamW's.
         0.001 to 0.02 is used.
@@ -37,6 +38,8 @@ class AdaMuon(RoutedPreset):
         method: Method = "quintic",
         eps: float = 1e-8,
         products: Products = "auto",
+        blocks: Blocks = None,
+        axis: Literal[0, 1] = 0,
         weight_decay: float = 0.01,
         **options: Unpack[RoutedOptions],
     ):
@@ -49,6 +52,8 @@ class AdaMuon(RoutedPreset):
             method=method,
             eps=eps,
             products=products,
+            blocks=blocks,
+            axis=axis,
         )
         self.build_routed(params, lr, rule, options, weight_decay=weight_decay)
 
@@ -56,7 +61,8 @@ class AdaMuon(RoutedPreset):
 class MuonClip(RoutedPreset):
     """Muon with query and key weights that shrink where attention logits grow; AdamW for the rest.
 
-    Which parameters are for AdamW, and the options for it, are those of `Muon`. Before a step,
+    Which parameters are for AdamW, and the options for it, are those of `Muon`;
+    so are `blocks` and `axis`. Before a step,
     `feed("max_logits", S)` gives the largest logit of every head; a step without it is Muon's. Weights
     are told by their names, so pass a model or `model.named_parameters()`.
 
@@ -83,6 +89,8 @@ class MuonClip(RoutedPreset):
         scale: Scale = "match_rms_adamw",
         eps: float = 1e-7,
         products: Products = "auto",
+        blocks: Blocks = None,
+        axis: Literal[0, 1] = 0,
         heads: Blocks = 1,
         tau: float = 100.0,
         exponent: float = 0.5,
@@ -99,6 +107,8 @@ class MuonClip(RoutedPreset):
             scale=scale,
             eps=eps,
             products=products,
+            blocks=blocks,
+            axis=axis,
         )
         clip = C.qk_clip(heads=heads, tau=tau, exponent=exponent, signal=signal)
         clipped = C.when(clip, predicate=IsNamed(tuple(qk_names)))
@@ -109,7 +119,8 @@ class MuonClip(RoutedPreset):
 class Muon2(RoutedPreset):
     """Muon of the momentum over the root mean square of the gradient; AdamW for the rest.
 
-    Which parameters are for AdamW, and the options for it, are those of `Muon`.
+    Which parameters are for AdamW, and the options for it, are those of `Muon`;
+    so are `blocks` and `axis`.
 
     factored: keep the gradient's mean squares as means of rows and columns (Muon^2-F).
 
@@ -129,6 +140,8 @@ class Muon2(RoutedPreset):
         eps: float = 1e-10,
         scale: Scale = "original",
         products: Products = "auto",
+        blocks: Blocks = None,
+        axis: Literal[0, 1] = 0,
         factored: bool = False,
         weight_decay: float = 0.0,
         **options: Unpack[RoutedOptions],
@@ -136,7 +149,14 @@ class Muon2(RoutedPreset):
         rule = (
             C.muon_momentum(momentum=momentum),
             C.scale_by_gradient_rms(beta2=beta2, eps=eps, factored=factored),
-            C.orthogonalize(method=method, steps=ns_steps, scale=scale, products=products),
+            C.orthogonalize(
+                method=method,
+                steps=ns_steps,
+                scale=scale,
+                products=products,
+                blocks=blocks,
+                axis=axis,
+            ),
         )
         self.build_routed(params, lr, rule, options, weight_decay=weight_decay)
 
@@ -144,7 +164,8 @@ class Muon2(RoutedPreset):
 class AdaGO(RoutedPreset):
     """Muon with a step size from the accumulated norms of the gradient; AdamW for the rest.
 
-    Which parameters are for AdamW, and the options for it, are those of `Muon`.
+    Which parameters are for AdamW, and the options for it, are those of `Muon`;
+    so are `blocks` and `axis`.
 
     Units: `lr` is the spectral norm of the first step, `eps` that of the smallest; 0.01 to 0.1 is used.
     Source: Zhang et al. 2025, Algorithm 1, https://arxiv.org/abs/2509.02981.
@@ -161,12 +182,16 @@ class AdaGO(RoutedPreset):
         ns_steps: int = 5,
         method: Method = "quintic",
         products: Products = "auto",
+        blocks: Blocks = None,
+        axis: Literal[0, 1] = 0,
         weight_decay: float = 0.0,
         **options: Unpack[RoutedOptions],
     ):
         rule = (
             C.muon_momentum(momentum=momentum, nesterov=False),
-            C.orthogonalize(method=method, steps=ns_steps, products=products),
+            C.orthogonalize(
+                method=method, steps=ns_steps, products=products, blocks=blocks, axis=axis
+            ),
             C.adagrad_norm_rate(gamma=gamma, eps=eps),
         )
         self.build_routed(params, lr, rule, options, weight_decay=weight_decay)

@@ -69,7 +69,7 @@ class PSGDKron(_PSGD):
     stochastic_schedule: how the probability becomes steps with a fit: True "stochastic", False
         "cumulative", or the name of a decision, see `heavyball.linalg.decisions.Occasions`.
     delayed, cached: None is what the preset's name says.
-    The others, and what they cost: see `psgd_kron`.
+    The others, and what they cost: see `psgd_kron`; `blocks` may be given by names.
 
     Units: the update has entries of about 1, at most 1.1 in root mean square (`update_clipping=None`
         takes that bound away), so `lr` is about the size of a step in weight units.
@@ -216,7 +216,7 @@ class PSGDPRO(_PSGD):
     beta: of the momentum, which is what is preconditioned. exp_avg_input=False: no momentum.
     method: "procrustes" (Q0.5EQ1.5) or "quad", see `psgd_pro`.
     stochastic_schedule, max_size_triangular, min_ndim_triangular, memory_save_mode: as in PSGDKron; an
-        axis that has a triangular factor there has a square one here.
+        axis that has a triangular factor there has a square one here. blocks, axis: as in `psgd_pro`.
 
     Units: as in PSGDKron.
     Source: the methods Q0.5EQ1.5 and QUAD of psgd_torch; Li 2015, https://arxiv.org/abs/1512.04202.
@@ -276,7 +276,7 @@ class Shampoo(Preset):
     precondition_frequency: steps between two computations of the roots.
     start_preconditioning_step: the first step that goes in Shampoo's direction; before it the other
         optimizer's updates are taken, while the matrices gather.
-    max_precond_dim, merge_dims, split: see `shampoo`.
+    max_precond_dim, merge_dims, split, blocks, axis: see `shampoo`; `blocks` may be given by names.
 
     Units: those of the optimizer that gives the size; `lr` is meant for "adam" and "rmsprop".
     Source: Gupta, Koren and Singer 2018, https://arxiv.org/abs/1802.09568; grafting: Agarwal et al.
@@ -299,6 +299,8 @@ class Shampoo(Preset):
         grafting_eps: float = 1e-8,
         merge_dims: bool = False,
         split: bool = False,
+        blocks: Blocks = None,
+        axis: Literal[0, 1] = 0,
         **options: Unpack[PresetOptions],
     ):
         b = shared("betas", betas)
@@ -311,6 +313,8 @@ class Shampoo(Preset):
                 max_precond_dim=max_precond_dim,
                 merge_dims=merge_dims,
                 split=split,
+                blocks=blocks,
+                axis=axis,
             ),
         )
         graft_betas = shared("grafting_betas", grafting_betas)

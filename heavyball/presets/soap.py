@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar, Literal, Unpack
 
 from torch import Tensor
 
@@ -12,6 +12,7 @@ from heavyball.core.hyper import Shared, shared
 from heavyball.core.transform import Transform
 from heavyball.linalg.basis import MergeDims
 from heavyball.linalg.eigenbasis import Refresh, checked_refresh
+from heavyball.linalg.matrices import Blocks
 from heavyball.linalg.schedule import Schedule
 from heavyball.numerics import EpsPlacement
 from heavyball.presets.base import Preset, PresetOptions, split_options
@@ -29,6 +30,8 @@ class BasisOptions(PresetOptions, total=False):
         `zeroth_power_mode` is `heavyball.utils.zeroth_power_mode` if it is not given.
     max_precond_dim, merge_dims, split: which axes have a basis, as in `to_eigenbasis`.
     normalize_grads: give the update, rotated back, the root mean square 1.
+    blocks, axis: pieces with bases of their own, as in `orthogonalize`; `blocks` may be given by names,
+        {"*.in_proj_weight": 3}.
     """
 
     precondition_frequency: int
@@ -41,6 +44,8 @@ class BasisOptions(PresetOptions, total=False):
     zeroth_power_mode: Refresh
     rotate_second_moment: bool
     spread_refreshes: bool
+    blocks: Blocks
+    axis: Literal[0, 1]
 
 
 class RuleOptions(BasisOptions, total=False):
@@ -61,6 +66,8 @@ BASIS_DEFAULTS: dict[str, Any] = {
     "zeroth_power_mode": "qr",
     "rotate_second_moment": False,
     "spread_refreshes": False,
+    "blocks": None,
+    "axis": 0,
 }
 
 

@@ -1,11 +1,12 @@
 """What came after SOAP and Shampoo."""
 
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 from torch import Tensor
 
 from heavyball import chainable as C
 from heavyball.core.hyper import shared
+from heavyball.linalg.matrices import Blocks
 from heavyball.presets.base import Preset, PresetOptions
 from heavyball.presets.soap import BasisOptions, BasisPreset
 
@@ -58,6 +59,8 @@ class KLShampoo(Preset):
 
     The first gradient only sets up the bases: the parameters do not move at the first step.
 
+    blocks, axis: as in `orthogonalize`; `blocks` may be given by names.
+
     Units: `lr` is about the size of a step in weight units; 1e-4 to 1e-3 is used.
     Source: https://arxiv.org/abs/2509.03378.
     """
@@ -73,6 +76,8 @@ class KLShampoo(Preset):
         *,
         precondition_frequency: int = 10,
         eigenvalue_init: float = 0.1,
+        blocks: Blocks = None,
+        axis: Literal[0, 1] = 0,
         **options: Unpack[PresetOptions],
     ):
         rule = C.kl_shampoo(
@@ -81,12 +86,16 @@ class KLShampoo(Preset):
             eps=eps,
             precondition_frequency=precondition_frequency,
             eigenvalue_init=eigenvalue_init,
+            blocks=blocks,
+            axis=axis,
         )
         self.build(params, lr, (rule,), options, beta1=betas[0], weight_decay=weight_decay)
 
 
 class MOSO(Preset):
     """RMSprop of the momentum in the eigenbasis of its own smaller side.
+
+    blocks, axis: as in `orthogonalize`; `blocks` may be given by names.
 
     Units: the first step is 1 / sqrt(1 - rms_beta) times larger than later ones; `lr` about 3e-4.
     Source: NVIDIA's Emerging-Optimizers, whose second moment does not follow the sorting of the columns.
@@ -102,6 +111,8 @@ class MOSO(Preset):
         shampoo_beta: float = 0.95,
         eps: float = 1e-8,
         weight_decay: float = 0.01,
+        blocks: Blocks = None,
+        axis: Literal[0, 1] = 0,
         **options: Unpack[PresetOptions],
     ):
         basis = C.soap_precond(
@@ -110,6 +121,8 @@ class MOSO(Preset):
             sides="smaller",
             precondition_frequency=1,
             refresh="before",
+            blocks=blocks,
+            axis=axis,
         )
         chain: tuple[Any, ...] = (C.muon_momentum(momentum=momentum, nesterov=False), basis)
         self.build(params, lr, chain, options, beta1=momentum, weight_decay=weight_decay)
@@ -119,6 +132,8 @@ class ASGO(Preset):
     """Momentum over the root of the gradients' covariance along the smaller side.
 
     The first update of a matrix is its polar factor.
+
+    blocks, axis: as in `orthogonalize`; `blocks` may be given by names.
 
     Units: `lr` is the spectral norm of the first step; about 0.01.
     Source: An et al. 2025, https://arxiv.org/abs/2503.20762.
@@ -131,12 +146,23 @@ class ASGO(Preset):
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        *,
+        blocks: Blocks = None,
+        axis: Literal[0, 1] = 0,
         **options: Unpack[PresetOptions],
     ):
         b = shared("betas", betas)
         chain = (
             C.exp_avg(beta=b[0]),
-            C.shampoo(beta2=b[1], eps=eps, sides="smaller", order=2, max_precond_dim=10000),
+            C.shampoo(
+                beta2=b[1],
+                eps=eps,
+                sides="smaller",
+                order=2,
+                max_precond_dim=10000,
+                blocks=blocks,
+                axis=axis,
+            ),
         )
         self.build(params, lr, chain, options, beta1=b[0], weight_decay=weight_decay)
 
@@ -146,6 +172,8 @@ class SPlus(Preset):
 
     Call `eval()` before evaluating or saving the model, `train()` before training on. `weight_decay` has
     the learning rate of its parameter, 2 lr / (R + C), and comes before the step.
+
+    blocks, axis: as in `orthogonalize`; `blocks` may be given by names.
 
     Units: `lr` is about 0.1, whatever the width.
     Source: Frans, Levine and Abbeel 2025, https://arxiv.org/abs/2506.07254.
@@ -161,6 +189,9 @@ class SPlus(Preset):
         weight_decay: float = 0.01,
         max_dim: int = 10000,
         nonstandard_constant: float = 0.001,
+        *,
+        blocks: Blocks = None,
+        axis: Literal[0, 1] = 0,
         **options: Unpack[PresetOptions],
     ):
         rule = C.splus(
@@ -168,6 +199,8 @@ class SPlus(Preset):
             inverse_every=inverse_every,
             max_dim=max_dim,
             nonstandard_constant=nonstandard_constant,
+            blocks=blocks,
+            axis=axis,
         )
         mean = C.parameter_ema(beta=shared("ema_rate", ema_rate))
         self.build(

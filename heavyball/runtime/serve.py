@@ -92,8 +92,19 @@ def _kind(call: Call) -> Any:
     shapes = tuple(None if t is None else t.shape for old in call.old for t in _flat(old))
     rotating = len(call.vectors), len(call.squares)
     missing = tuple(name for name, value in call.context.items() if value is None)
+    # what another transform has handed on is of the parameters that were called together there
+    handed = tuple(id(v.value) for v in call.context.values() if isinstance(v, Batch))
     where = (id(call.node), call.after, id(call.job.group), call.count)
-    return (*where, call.shape, call.dtype, call.job.param.device, shapes, rotating, missing)
+    return (
+        *where,
+        call.shape,
+        call.dtype,
+        call.job.param.device,
+        shapes,
+        rotating,
+        missing,
+        handed,
+    )
 
 
 def _flat(pieces: Pieces) -> tuple[Tensor | None, ...]:

@@ -7,26 +7,112 @@ import torch
 from torch import Tensor
 
 from heavyball.core.hyper import Live, positive
+from heavyball.core.transform import Transform
 from heavyball.core.whole import whole_transform
-from heavyball.linalg.low_rank import channels, image_shape, limited, matrix_shape, wrong_rank
+from heavyball.linalg.low_rank import (
+    channels,
+    image_shapes,
+    images_shape,
+    limited,
+    matrix_shape,
+    wrong_rank,
+)
+from heavyball.linalg.matrices import Blocks, matrices, packed, per_matrix, unpacked
 from heavyball.numerics import lerp
 from heavyball.state.declare import Holds, State, scalar
 
 
 def _image(holds: Holds) -> State:
     def init(param: Tensor, options: Mapping[str, Any]) -> Tensor:
-        return param.new_zeros(image_shape(param.shape, options["rank"]))
+        return param.new_zeros(images_shape(param.shape, options))
 
     return State(init, "zeros like the image", holds=holds)
 
 
+def _scaled(
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    last: Tensor,
+    s: Tensor,
+    scale_type: str,
+    betas: Any,
+    eps: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients (n, R, C) with scaled channels, the new means, and how long they are."""
+    wide = g.shape[-2] < g.shape[-1]
+    z = s @ g if wide else g @ s
+    m = lerp(m, z, 1 - betas[0])
+    v = lerp(v, z.square(), 1 - betas[1])
+    normed = m / (v.sqrt() + eps)
+    ratio = channels(normed, wide, scale_type) / (channels(z, wide, scale_type) + 1e-8)
+    w, size = limited(g * ratio, last)
+    return w, m, v, size
+
+
+def _noise_shape(sizes: tuple[int, int], rank: int) -> tuple[int, int]:
+    rows, columns = sizes
+    return (rank, rows) if rows < columns else (columns, rank)
+
+
+def _of_blocks(
+    update: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    last: Tensor,
+    *,
+    step: Tensor,
+    noise: Any,
+    rank: int = 256,
+    gap: int = 200,
+    scale: Live = 1.0,
+    scale_type: Literal["channel", "tensor"] = "channel",
+    betas: Live = (0.9, 0.999),
+    eps: Live = 1e-6,
+    blocks: Blocks = None,
+    axis: Literal[0, 1] = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`apollo` of each block; the images are kept one behind the other."""
+    view = matrices(update.shape[1:], False, blocks, axis)
+    shapes = image_shapes(view, rank)
+    m, v = unpacked(exp_avg, shapes), unpacked(exp_avg_sq, shapes)
+    results, lengths = [], []
+    batches = zip(view.of, view.batches(update), view.batches(last), strict=True)
+    for numbers, g, before in batches:
+        shape = _noise_shape(view.sizes[numbers[0]], rank)
+        s = torch.cat([noise((len(update), *shape), k) for k in numbers]) / rank**0.5
+        one, two = (torch.cat([x[k] for k in numbers]) for x in (m, v))
+        w, *new, size = _scaled(g, one, two, before, s, scale_type, betas, eps)
+        for x, made in zip((m, v), new, strict=True):
+            for k, part in zip(numbers, made.split(len(update)), strict=True):
+                x[k] = part
+        results.append(w)
+        lengths.append(size.to(last.dtype).reshape(-1, 1, 1))
+    bias = (1 - betas[1] ** step).sqrt() / (1 - betas[0] ** step)
+    u = view.whole(results, update) * (scale.sqrt() * bias)
+    return u, packed(m, exp_avg), packed(v, exp_avg_sq), view.whole(lengths, last)
+
+
+MEAN, SQUARE = _image("moment"), _image("square")
+DECLARED: dict[str, Any] = {
+    "requires": wrong_rank,
+    "domains": {"rank": positive, "gap": positive},
+    "noise_every": "gap",
+}
+# a tuple, because a transform at the top of a module is found by its name
+OF_BLOCKS = (
+    whole_transform(exp_avg=MEAN, exp_avg_sq=SQUARE, last=per_matrix("values"), **DECLARED)(
+        _of_blocks
+    ),
+)
+
+
+def _instead(options: Mapping[str, Any]) -> Transform | None:
+    return None if options["blocks"] is None else OF_BLOCKS[0]
+
+
 @whole_transform(
-    exp_avg=_image("moment"),
-    exp_avg_sq=_image("square"),
-    last=scalar(0.0, low=0.0),
-    requires=wrong_rank,
-    domains={"rank": positive, "gap": positive},
-    noise_every="gap",
+    exp_avg=MEAN, exp_avg_sq=SQUARE, last=scalar(0.0, low=0.0), instead=_instead, **DECLARED
 )
 def apollo(
     update: Tensor,
@@ -42,6 +128,8 @@ def apollo(
     scale_type: Literal["channel", "tensor"] = "channel",
     betas: Live = (0.9, 0.999),
     eps: Live = 1e-6,
+    blocks: Blocks = None,
+    axis: Literal[0, 1] = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Scale each channel of the gradient as Adam would in a random image of it.
 
@@ -51,6 +139,9 @@ def apollo(
     s = ||N|| / (||Z|| + 1e-8) per channel, or one for the tensor;  w = g s
     q = max(||w|| / (last + 1e-8), 1.01) / 1.01, 1 at first;  w <- w / q;  last = ||w||
     u = sqrt(scale) w sqrt(1 - betas[1]^t) / (1 - betas[0]^t)
+
+    blocks, axis: as in `orthogonalize`; every block has an image and a limiter of its own, and m and v
+        are vectors that hold all images.
 
     APOLLO-mini is rank=1, scale_type="tensor", scale=128. A clip of the norm right behind works against
     the limiter.
@@ -62,15 +153,7 @@ def apollo(
     """
     rows, columns = matrix_shape(update.shape[1:])
     g = update.reshape(len(update), rows, columns)
-    wide = rows < columns
-    side = min(rows, columns)
-    shape = (len(g), rank, side) if wide else (len(g), side, rank)
-    s = noise(shape) / rank**0.5
-    z = s @ g if wide else g @ s
-    m = lerp(exp_avg, z, 1 - betas[0])
-    v = lerp(exp_avg_sq, z.square(), 1 - betas[1])
-    normed = m / (v.sqrt() + eps)
-    ratio = channels(normed, wide, scale_type) / (channels(z, wide, scale_type) + 1e-8)
-    w, size = limited(g * ratio, last)
+    s = noise((len(g), *_noise_shape((rows, columns), rank))) / rank**0.5
+    w, m, v, size = _scaled(g, exp_avg, exp_avg_sq, last, s, scale_type, betas, eps)
     bias = (1 - betas[1] ** step).sqrt() / (1 - betas[0] ** step)
     return (w * (scale.sqrt() * bias)).reshape(update.shape), m, v, size.to(torch.float64)

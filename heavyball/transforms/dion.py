@@ -9,7 +9,7 @@ from torch import Tensor
 
 from heavyball.core.hyper import Fixed, Interval, Live, fraction, positive
 from heavyball.core.whole import whole_transform
-from heavyball.linalg.matrices import Blocks, Matrices, matrices, matrices_of
+from heavyball.linalg.matrices import Blocks, Matrices, matrices, matrices_of, packed, unpacked
 from heavyball.linalg.orthogonalize import Products
 from heavyball.state.declare import State, zeros
 from heavyball.transforms.muon import Method, needs_matrix, orthogonal
@@ -98,24 +98,19 @@ def dion(
     view = matrices(update.shape[1:], False, blocks, axis)
     shapes = _shapes(view, options)
     if count == 1:
-        fresh = [noise((len(update), *shape), k).flatten(1) for k, shape in enumerate(shapes)]
+        fresh = [noise((len(update), *shape), k) for k, shape in enumerate(shapes)]
         given = directions.flatten(1).any(1).reshape(-1, *[1] * (directions.ndim - 1))
-        drawn = torch.cat(fresh, 1).reshape(directions.shape)
-        directions = torch.where(given, directions, drawn)
-    lengths = [math.prod(shape) for shape in shapes]
-    held = directions.flatten(1).split(lengths, 1)
-    moved = view.batches(momentum_buffer + update)
-    results, kept, new = [], [], [torch.empty(0)] * len(shapes)
-    for numbers, m in zip(view.of, moved, strict=True):
-        shape = shapes[numbers[0]]
-        q = torch.cat([held[k].reshape(-1, *shape) for k in numbers])
+        directions = torch.where(given, directions, packed(fresh, directions))
+    new = unpacked(directions, shapes)
+    results, kept = [], []
+    for numbers, m in zip(view.of, view.batches(momentum_buffer + update), strict=True):
+        q = torch.cat([new[k] for k in numbers])
         result, left, q = _iterated(m, q, momentum, eps)
         results.append(result)
         kept.append(left)
         for k, part in zip(numbers, q.split(len(update)), strict=True):
-            new[k] = part.flatten(1)
-    directions = torch.cat(new, 1).reshape(directions.shape)
-    return view.whole(results, update), view.whole(kept, update), directions
+            new[k] = part
+    return view.whole(results, update), view.whole(kept, update), packed(new, directions)
 
 
 def _iterated(

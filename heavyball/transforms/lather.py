@@ -204,6 +204,11 @@ class Lather(Within):
         inner = () if self.chain is ADAM else map(repr, self.chain)
         return f"{self.name}({', '.join([*inner, *(f'{n}={chosen[n]!r}' for n in given)])})"
 
+    def __reduce__(self) -> tuple:
+        chosen = {**self.enter.options, **self.enter.hyper}
+        given = {n: value for n, value in chosen.items() if n in self.enter.given}
+        return _lather, (() if self.chain is ADAM else self.chain, given)
+
 
 # a tuple, because a transform at the top of a module is found by its name
 ADAM = (scale_by_adam,)
@@ -215,6 +220,10 @@ def lather_precond(*inner: Any, **options: Any) -> Within:
     `lather_precond()` is LATHER, `lather_precond(scale_by_laprop)` is LaProp in that basis. The options
     are those of `to_psgd_basis`.
     """
+    return _lather(inner, options)
+
+
+def _lather(inner: tuple[Any, ...], options: dict[str, Any]) -> Within:
     if len(inner) == 1 and isinstance(inner[0], tuple | list):
         inner = tuple(inner[0])
     chain = as_chain(inner, "lather_precond") if inner else ADAM

@@ -33,6 +33,7 @@ from torch import Tensor
 import heavyball
 from heavyball import chainable as C
 from heavyball.linalg.orthogonalize import newton_schulz, table
+from heavyball.runtime import serve
 
 
 def inputs(n: int, m: int, steps: int) -> tuple[Tensor, list[Tensor]]:
@@ -1165,6 +1166,123 @@ def test_bases_of_blocks_are_those_of_parameters_of_their_own(blocks: Any) -> No
                 alone = updates([make()], [c[k].contiguous() for c in cut])
                 for ours, single in zip(together, alone, strict=True):
                     close(pieces(ours, blocks, axis)[k], single, atol=1e-8)
+
+
+# Methods that draw random numbers, by the parameter's place and the block's.
+DRAWING: dict[str, tuple[Callable[..., Any], float]] = {
+    "dion": (lambda **k: C.dion(rank_fraction=0.5, **k), 1e-10),
+    "dion, rank": (lambda **k: C.dion(rank=1, **k), 1e-10),
+    "partial": (lambda **k: C.partial_orthogonalize(fraction=0.5, **k), 1e-13),
+    "partial, random": (
+        lambda **k: C.partial_orthogonalize(fraction=0.5, select="random", **k),
+        1e-13,
+    ),
+    "apollo": (lambda **k: C.apollo(rank=1, **k), 1e-13),
+    "apollo, tensor": (lambda **k: C.apollo(rank=1, gap=2, scale_type="tensor", **k), 1e-13),
+    "galore": (lambda **k: C.galore(rank=1, gap=2, **k), 1e-9),
+    "fira": (lambda **k: C.fira(rank=1, gap=2, **k), 1e-9),
+    "fira, sign": (lambda **k: C.fira(C.sign, rank=1, **k), 1e-9),
+    "psgd_kron": (lambda **k: C.psgd_kron(**k), 1e-12),
+    "psgd_kron, cached": (lambda **k: C.psgd_kron(cached=True, delayed=True, **k), 1e-12),
+    "psgd_pro": (lambda **k: C.psgd_pro(**k), 1e-12),
+    "lather": (lambda **k: C.lather_precond(**k), 1e-9),
+}
+
+
+def alike(self: Any, shape: tuple[int, ...], salt: int = 0) -> Tensor:
+    """In place of noise: numbers that depend on the shape and the step alone."""
+    index = torch.arange(torch.Size(shape[1:]).numel(), dtype=torch.float64)
+    return torch.cos(1 + (index + 2 * self._group[0].count) ** 2).reshape(shape[1:]).expand(shape)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("blocks", CUTS, ids=str)
+@pytest.mark.parametrize("name", DRAWING)
+def test_a_block_that_draws_as_a_parameter_is_one(
+    monkeypatch: pytest.MonkeyPatch, name: str, blocks: Any, axis: int
+) -> None:
+    monkeypatch.setattr(serve.Noise, "__call__", alike)
+    grads = [g for (g,) in gradients(4, [(6, 6)])]
+    make, atol = DRAWING[name]
+    together = updates([make(blocks=blocks, axis=axis)], grads)
+    cut = [pieces(g, blocks, axis) for g in grads]
+    for k in range(len(cut[0])):
+        alone = updates([make()], [c[k].contiguous() for c in cut])
+        for ours, single in zip(together, alone, strict=True):
+            close(pieces(ours, blocks, axis)[k], single, atol=atol)
+
+
+@pytest.mark.parametrize("radius", ["initial", "spectral", 2.0])
+@pytest.mark.parametrize("blocks", [2, (1, 3), ("interleaved", 2, (1, 1))], ids=str)
+def test_blocks_on_hyperballs_have_norms_of_their_own(blocks: Any, radius: Any) -> None:
+    (start,), grads = starts([(4, 4)]), [g for (g,) in gradients(3, [(4, 4)])]
+    for axis in (0, 1):
+        together = walked((C.hyperball(radius=radius, blocks=blocks, axis=axis),), start, grads)
+        for k, piece in enumerate(pieces(start, blocks, axis)):
+            cut = [pieces(g, blocks, axis)[k].contiguous() for g in grads]
+            alone = walked((C.hyperball(radius=radius),), piece.contiguous(), cut)
+            for ours, single in zip(together, alone, strict=True):
+                close(pieces(ours, blocks, axis)[k], single, atol=1e-13)
+
+
+BY_NAME = {
+    "dion": C.dion(rank=1, blocks={"a": 2}),
+    "apollo": C.apollo(rank=1, blocks={"a": 2}),
+    "galore": C.galore(rank=1, blocks={"a": 2}),
+    "fira": C.fira(rank=1, blocks={"a": 2}),
+    "psgd_kron": C.psgd_kron(blocks={"a": 2}),
+    "lather": C.lather_precond(blocks={"a": 2}),
+    "hyperball": C.hyperball(blocks={"a": 2}),
+    "partial_orthogonalize": C.partial_orthogonalize(blocks={"a": 2}),
+}
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_blocks_by_names_are_those_of_a_chain_for_each(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(serve.Noise, "__call__", alike)
+    begin, grads = starts([(4, 4)])[0], [g for (g,) in gradients(3, [(4, 4)])]
+    params = [torch.nn.Parameter(begin.clone()) for _ in "ab"]
+    opt = C.ChainOpt(list(zip("ab", params, strict=True)), 0.01, BY_NAME[name], foreach=False)
+    alone = []
+    for blocks in (2, None):
+        if name in ("galore", "fira"):
+            t = getattr(C, name)(rank=1, **({} if blocks is None else {"blocks": blocks}))
+        elif name == "lather":
+            t = C.lather_precond(blocks=blocks)
+        else:
+            t = getattr(C, name)(
+                blocks=blocks, **({"rank": 1} if name in ("dion", "apollo") else {})
+            )
+        alone.append(walked((t,), begin, grads, lr=0.01))
+    for i, g in enumerate(grads):
+        for p in params:
+            p.grad = g.clone()
+        opt.step()
+        for p, path in zip(params, alone, strict=True):
+            close(p.detach(), path[i], atol=1e-12)
+    again = pickle.loads(pickle.dumps(opt))
+    assert str(again.chain) == str(opt.chain)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_rank_of_a_block_is_at_most_its_shorter_side(axis: int) -> None:
+    for t in (C.dion, C.apollo, C.galore, C.fira):
+        with pytest.raises(
+            ValueError, match=r"rank=3, which is larger than the shorter side of a block, 2"
+        ):
+            C.ChainOpt([torch.zeros(6, 6)], 0.1, t(rank=3, blocks=(2, 4), axis=axis))
+        with pytest.raises(ValueError, match="has blocks=5, but axis"):
+            C.ChainOpt([torch.zeros(6, 6)], 0.1, t(rank=1, blocks=5, axis=axis))
+    for t in (C.psgd_kron, C.psgd_pro, C.lather_precond, C.partial_orthogonalize, C.hyperball):
+        with pytest.raises(ValueError, match="has blocks=5, but axis"):
+            C.ChainOpt([torch.ones(6, 6)], 0.1, t(blocks=5, axis=axis))
+    for t in (C.psgd_kron, C.psgd_pro, C.lather_precond, C.soap_precond, C.shampoo):
+        with pytest.raises(ValueError, match="has blocks=2 of axis 1, which it does not have"):
+            C.ChainOpt([torch.ones(6)], 0.1, t(blocks=2, axis=1))
+    with pytest.raises(ValueError, match="which is merged with others"):
+        C.ChainOpt([torch.ones(4, 2, 2)], 0.1, C.psgd_kron(blocks=2, axis=1, merge_dims=True))
 
 
 def test_blocks_of_stacked_matrices_are_those_of_each() -> None:
