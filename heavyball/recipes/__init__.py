@@ -69,20 +69,19 @@ _ALL = (
         "when(scale_by_adam(betas=(0.8, 0.95), eps=1e-10) | scale_lr(factor=0.2), name='*lm_head*'), "
         "otherwise=scale_by_adam(betas=(0.8, 0.95), eps=1e-10) | scale_lr(factor=10.0))",
         0.02,
-        "https://github.com/karpathy/nanochat, read at commit cf587ac of 1 November 2025: matrices 0.02, "
-        "head 0.004, embeddings 0.2, the last two at a width of 768 and with its root elsewhere; betas "
-        "(0.8, 0.95), eps 1e-10, no decay; without its schedules of lr and momentum and its clip of all "
-        "gradients' norm at 1. In July 2026 it has head 0.008, embeddings 0.3, and rows of one size",
+        "https://github.com/karpathy/nanochat, read at commit cf587ac, 1 November 2025: matrices 0.02, "
+        "head 0.004, embeddings 0.2, the last two at a width of 768 and over its root elsewhere; betas "
+        "(0.8, 0.95), eps 1e-10, no decay; without its schedules of lr and momentum and its clip of the "
+        "norm at 1. In July 2026 it has head 0.008, embeddings 0.3, and Muon's rows of one size",
     ),
     Recipe(
         "kimi-k2",
         "Muon of AdamW's size with clipped queries and keys",
         "MuonClip:weight_decay=0.1",
         2e-4,
-        "Kimi K2, https://arxiv.org/abs/2507.20534, section 2.5 as read: lr 2e-4 behind a warm-up of 500 "
-        "steps, weight decay 0.1; tau 100, momentum 0.95 as in its Algorithm 1; without its cosine to 2e-5 "
-        "behind 10T of 15.5T tokens; AdamW's betas and lr beside it are Muon's here. Give `heads`, and feed "
-        "max_logits before every step",
+        "Kimi K2, https://arxiv.org/abs/2507.20534, section 2.5 as read: lr 2e-4 behind a warm-up of "
+        "500 steps, weight decay 0.1; tau 100; without its cosine to 2e-5 behind 10T of 15.5T tokens. "
+        "Momentum and AdamW's numbers are Muon's. Give `heads`, and feed max_logits before every step",
     ),
     Recipe(
         "deepseek-v4",
@@ -94,11 +93,11 @@ _ALL = (
     ),
     Recipe(
         "scion-gpt",
-        "Spectral steps for the blocks, signs for the head that is the embedding too, inside their balls",
+        "Spectral steps for the blocks and signs for the head and embedding, inside of their balls",
         "Scion:radius=50.0, head_radius=3000.0, embedding_radius=3000.0, alpha=0.1",
         2.0**-12,
-        "https://github.com/LIONS-EPFL/scion, read at commit f58a393: nanoGPT with weight sharing; begin "
-        "with `scion_init_`; without its schedule of lr",
+        "https://github.com/LIONS-EPFL/scion, read at commit f58a393: nanoGPT with weight sharing; "
+        "without a schedule of lr, and without `scion_init_`",
     ),
 )
 # By name.
