@@ -1406,7 +1406,7 @@ def a_size_of_one(right: Wrong) -> Wrong:
 
 @mutant("hyperball", *golden_of("hyperball, adam"))
 def a_sphere_that_is_left(right: Wrong) -> Wrong:
-    def wrong(u: Any, norm: Any, *, param: Any, lr: Any, radius: Any) -> Any:
+    def wrong(u: Any, norm: Any, *, param: Any, lr: Any, **kw: Any) -> Any:
         return param - lr * norm * u / u.norm(), norm
 
     return wrong
@@ -1449,6 +1449,25 @@ def a_momentum_without_feedback(right: Wrong) -> Wrong:
 @mutant("partial_orthogonalize", *golden_of("partial_orthogonalize"))
 def slices_that_do_not_decay(right: Wrong) -> Wrong:
     return lambda u, m, *, momentum, **kw: right(u, m, momentum=torch.ones(()), **kw)
+
+
+def cut_in_two(name: str) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        test_a_block_that_draws_as_a_parameter_is_one(patched, name, 2, 0)
+
+
+@mutant("partial_orthogonalize", lambda: cut_in_two("partial"))
+def slices_of_the_whole_matrix(right: Wrong) -> Wrong:
+    return lambda *args, blocks, **kw: right(*args, blocks=None, **kw)
+
+
+@mutant("dion", lambda: cut_in_two("dion, rank"))
+def scales_of_the_whole_matrix(right: Wrong) -> Wrong:
+    def wrong(u: Any, *args: Any, blocks: Any, **kw: Any) -> Any:
+        update, *rest = right(u, *args, blocks=blocks, **kw)
+        return update * (1.0 if blocks is None else 2**0.5), *rest
+
+    return wrong
 
 
 @mutant("sinkhorn_normalize", *golden_of("sinkhorn_normalize"))
