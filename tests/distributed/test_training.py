@@ -1,5 +1,6 @@
 """What trainers do around a step: backward, clipping, scaling; low precision, and own chains."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -184,3 +185,39 @@ def test_what_no_kernel_does_is_stepped_by_an_owner() -> None:
             for several, others in zip(of[name], expected, strict=True):
                 for a, b in zip(several, others, strict=True):
                     torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12, msg=name)
+
+
+READING: dict[str, Make] = {
+    "MoMo": lambda p: heavyball.MoMo(p, lr=0.1),
+    "MoMoAdam": lambda p: heavyball.MoMoAdam(p, lr=0.1),
+    "ScheduleFreePlus": lambda p: heavyball.ScheduleFreePlus(p, lr=0.1),
+    "blocks": lambda p: heavyball.APOLLO(p, lr=0.1, rank=1, blocks={"first.weight": 2}),
+}
+LOSSES = (2.0, math.nan, 1.5, -math.inf, 0.5)
+
+
+def _with_losses(make: Make, losses: tuple[float, ...], sharded: bool) -> list[Tensor]:
+    """Gradients go with the losses that are numbers."""
+    model = Model()
+    if sharded:
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    opt, good = make(list(model.named_parameters())), 0
+    for loss in losses:
+        give(model, good)
+        opt.step(**({"loss": loss} if opt.chain.reads_loss else {}))
+        good += math.isfinite(loss)
+    return [whole(p) for p in model.parameters()]
+
+
+def _reading(rank: int, losses: tuple[float, ...]) -> dict[str, list[Tensor]]:
+    return {name: _with_losses(make, losses, True) for name, make in READING.items()}
+
+
+def test_what_reads_a_loss_or_has_blocks_steps_as_on_one_process() -> None:
+    good = tuple(loss for loss in LOSSES if math.isfinite(loss))
+    for losses in (LOSSES, good):
+        for found in processes.run(2, _reading, losses):
+            for name, make in READING.items():
+                expected = _with_losses(make, losses if name == "blocks" else good, False)
+                for one, other in zip(found[name], expected, strict=True):
+                    torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
