@@ -1,6 +1,7 @@
 """Writes the generated parts of the documentation; `--check` only says whether they are current."""
 
 import ast
+import inspect
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -45,6 +46,25 @@ def transforms() -> str:
         for name, t in heavyball.chainable.TRANSFORMS.items()
     ]
     return table(("transform", "what it does"), rows)
+
+
+def with_blocks() -> str:
+    """What takes `blocks`: transforms, combinators by their entrances, and presets."""
+    known = heavyball.chainable.TRANSFORMS.items()
+    combinators = [
+        name
+        for name in ("galore", "fira")
+        if "blocks" in getattr(heavyball.chainable, name)().enter.options
+    ]
+    found = sorted([*(name for name, t in known if "blocks" in t.options), *combinators])
+    classes = heavyball.presets.ALL_PRESETS.items()
+    taking = [
+        name
+        for name, cls in classes
+        if "blocks" in {*inspect.signature(cls.__init__).parameters, *cls.more_options}
+    ]
+    lines = [f"Transforms: {', '.join(f'`{n}`' for n in found)}.\n"]
+    return "\n".join([*lines, f"Presets: {', '.join(f'`{n}`' for n in sorted(taking))}."])
 
 
 def details() -> Iterator[str]:
@@ -136,7 +156,7 @@ def build() -> dict[Path, str]:
     precond, package = ROOT / "docs" / "precond_schedule.md", ROOT / "heavyball"
     text = fill(names.read_text(), "presets", presets())
     return {
-        names: fill(text, "transforms", transforms()),
+        names: fill(fill(text, "transforms", transforms()), "blocks", with_blocks()),
         page: fill(page.read_text(), "details", "\n".join(details())),
         precond: fill(precond.read_text(), "schedule", schedule()),
         package / "chainable.pyi": stubs.chainable(imports_of(package / "chainable.py")),
