@@ -206,3 +206,10 @@ def test_a_gate_that_lets_all_through_is_noticed(monkeypatch: pytest.MonkeyPatch
         test_training_goes_on_as_if_the_step_had_not_been("MoMo", False)
     with pytest.raises(AssertionError):
         test_a_step_with_a_loss_that_is_none_changes_counts_alone("ScheduleFreePlus", math.nan)
+
+
+def test_steps_inside_backward_say_who_reads_the_loss() -> None:
+    for name, words in (("a user's", ": by_loss reads what"), ("in one route", "reads what step")):
+        opt = made(name, parameters(*SHAPES), compile=False)
+        with pytest.raises(ValueError, match=words):
+            opt.fuse_backward()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from heavyball.core.program import Program
+from heavyball.core.program import HiddenNode, Program
 from heavyball.core.transform import FED
 from heavyball.diagnostics.advice import Advice
 from heavyball.optim.backend import Backend
@@ -243,10 +243,12 @@ class Singles:
 
 def sums_in(program: Program) -> ValueError | None:
     """What to raise where a parameter's step needs the other parameters' gradients."""
-    given = [n.key for n in program.flat if n.transform.reads_loss or FED in n.transform.context]
+    given = [n for n in program.flat if n.transform.reads_loss or FED in n.transform.context]
     if given and not program.total_keys:
+        # where only others' chains read the loss, the gate is what waits for it
+        shown = [n.key for n in given if not isinstance(n, HiddenNode)] or ["the gate of the loss"]
         return ValueError(
-            f"{' and '.join(given)} reads what step() is given, so no parameter can be stepped before "
+            f"{' and '.join(shown)} reads what step() is given, so no parameter can be stepped before "
             f"that is called; the chain is {program!r}"
         )
     if not program.total_keys:
