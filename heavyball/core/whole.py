@@ -26,6 +26,7 @@ class Whole(Transform):
     noise_every: str | None = None
     inner_shape: Callable[..., tuple[int, ...]] | None = None
     fed_numbers: Callable[..., int] | None = None
+    rounds: Callable[..., tuple[torch.dtype | None, torch.dtype | None]] | None = None
 
     whole: ClassVar[bool] = True
 
@@ -71,6 +72,7 @@ def whole_transform(
     noise_every: str | None = None,
     inner_shape: Callable[..., tuple[int, ...]] | None = None,
     fed_numbers: Callable[..., int] | None = None,
+    rounds: Callable[..., tuple[torch.dtype | None, torch.dtype | None]] | None = None,
     perturb: Callable[..., Tensor] | None = None,
     perturb_every: str = "",
     **states: State,
@@ -99,6 +101,9 @@ def whole_transform(
     noise_every: the option that says for how many steps `noise` stays the same.
     inner_shape: `fn(shape, options)`, the shape in which the chain `within` works and keeps its states.
     fed_numbers: `fn(shape, options)`, of which a multiple can be `fed`; else any tensor.
+    rounds: `fn(shape, options, dtype, device)`, the dtypes of fewer bits to which the function rounds
+        the update before anything else, and in which its result is exact, or None for each. Between
+        processes they travel so.
     perturb: as in `transform`. The function may ask for `first_grad`, the gradient at the weights as
         they are, which is None in steps that take no second.
     perturb_every: the option k that says in which steps there is a second gradient: 1, k + 1, 2k + 1, ..
@@ -126,6 +131,7 @@ def whole_transform(
             noise_every=noise_every,
             inner_shape=inner_shape,
             fed_numbers=fed_numbers,
+            rounds=rounds,
             perturb=perturb,
             perturb_every=perturb_every,
         )

@@ -2,11 +2,21 @@
 
 What goes where follows from the layouts alone, so every process knows the sizes of what it sends and of
 what it receives, and takes part also where it has nothing to send.
+
+Where there are R copies of S parts each (HSDP), an owner gets its pieces from its own copy alone. What
+it has made goes back in two hops: to the parts of its own copy, and from each of these to the same part
+of the other copies. So no process sends a piece to two others of one copy, what crosses between copies
+leaves from S processes instead of one, and everything is received once:
+
+    there (S - 1) / S,  back (S - 1) / S,  to the other copies R - 1  of a matrix's bytes
+
+which is (N + S - 2) / (N S) of them for each of N = R S processes, 2 (N - 1) / N^2 with one copy.
+Nothing less is enough while one process makes a result that N need a part of.
 """
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,13 +28,24 @@ from heavyball.distributed.shard import Box, Group, Layout, inside, numel, overl
 
 @dataclass(frozen=True, eq=False)
 class Move:
-    """A tensor on its way: how it lies now, how it shall lie, and what of it is here, if anything."""
+    """A tensor on its way: how it lies now, how it shall lie, and what of it is here, if anything.
+
+    dtype: in which it travels. by: how it lies in between, where it takes two hops.
+    """
 
     source: Layout
     target: Layout
     part: Tensor | None
     dtype: torch.dtype
     device: torch.device
+    by: Layout | None = None
+
+
+def back(
+    layout: Layout, owner: int, whole: Tensor | None, dtype: torch.dtype, device: torch.device
+) -> Move:
+    """The move of what an owner has made to all that hold parts of it, through its own copy."""
+    return Move(layout.at(owner), layout, whole, dtype, device, layout.copy_at(owner))
 
 
 # What one process gets from another: its rank, and the box.
@@ -35,18 +56,19 @@ Piece = tuple[int, Box]
 def _pieces(source: Layout, target: Layout, rank: int) -> tuple[Piece, ...]:
     """Where each piece of what a process shall hold comes from.
 
-    What it has itself it takes from there. Of several that hold the same, each serves another one: of
-    copies of the whole set, every process turns to its own copy.
+    What it has itself it takes from there. Of several that hold the same, every process turns to the one
+    of its own copy.
     """
-    wanted, own = target.boxes[rank], source.boxes[rank]
+    wanted = target.boxes[rank]
     if not numel(wanted):
         return ()
-    copy = source.holders[own].index(rank) if numel(own) else rank
+    copy = source.copy_of(rank)
     found = []
     for box, holders in source.holders.items():
         common = overlap(box, wanted)
         if common is not None:
-            sender = rank if rank in holders else holders[copy % len(holders)]
+            near = (holder for holder in holders if source.copy_of(holder) == copy)
+            sender = rank if rank in holders else next(near, holders[copy % len(holders)])
             found.append((sender, common))
     return tuple(found)
 
@@ -60,7 +82,8 @@ class Route:
 
 
 @functools.lru_cache(maxsize=4096)
-def _route(layouts: tuple[tuple[Layout, Layout], ...]) -> Route:
+def route(layouts: tuple[tuple[Layout, Layout], ...]) -> Route:
+    """What this process sends and receives to bring tensors from one layout each to another."""
     group = layouts[0][0].group
     sent: list[list[tuple[int, Box]]] = [[] for _ in range(group.size)]
     received: list[list[tuple[int, Box]]] = [[] for _ in range(group.size)]
@@ -82,7 +105,7 @@ class Exchange:
     def __init__(self, moves: Sequence[Move]):
         self._moves, first = moves, moves[0]
         self._group: Group = first.source.group
-        self._route = _route(tuple((move.source, move.target) for move in moves))
+        self._route = route(tuple((move.source, move.target) for move in moves))
         self._work: Any = None
         self._received: Tensor | None = None
         if self._group.size == 1:
@@ -137,7 +160,7 @@ class Exchange:
         return made
 
 
-class Exchanges:
+class _Hop:
     """Moves of several groups and dtypes, begun together in an order that all processes share."""
 
     def __init__(self, moves: Sequence[Move]):
@@ -148,11 +171,42 @@ class Exchanges:
         self._begun = [(found, Exchange([moves[i] for i in found])) for found in kinds.values()]
 
     def wait(self) -> list[Tensor]:
-        """What this process holds of each tensor now, in the order of the moves."""
         found = dict[int, Tensor]()
         for numbers, exchange in self._begun:
             found.update(zip(numbers, exchange.wait(), strict=True))
         return [found[number] for number in range(self._size)]
+
+
+class Exchanges:
+    """Moves that are under way, each in one hop or in two."""
+
+    def __init__(self, moves: Sequence[Move]):
+        self._moves = moves
+        self._near: list[Tensor] = []
+        self._last: _Hop | None = None
+        self._first = _Hop([m if m.by is None else replace(m, target=m.by) for m in moves])
+        self._twice = [number for number, move in enumerate(moves) if move.by is not None]
+
+    def relay(self) -> None:
+        """Begin the second hop of those that take two, when the first is done."""
+        if self._last is not None or not self._twice:
+            return
+        self._near = self._first.wait()
+        moves = []
+        for number in self._twice:
+            move = self._moves[number]
+            assert move.by is not None
+            moves.append(replace(move, source=move.by, part=self._near[number]))
+        self._last = _Hop(moves)
+
+    def wait(self) -> list[Tensor]:
+        """What this process holds of each tensor now, in the order of the moves."""
+        self.relay()
+        if self._last is None:
+            return self._first.wait()
+        found = dict(enumerate(self._near))
+        found.update(zip(self._twice, self._last.wait(), strict=True))
+        return [found[number] for number in range(len(self._moves))]
 
 
 def moved(moves: Sequence[Move]) -> list[Tensor]:

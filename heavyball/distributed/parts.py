@@ -14,7 +14,7 @@ from heavyball.distributed.evaluate import first_of_slice
 from heavyball.distributed.layout import WEIGHTS, Beginning, Kept, kept_states, shown
 from heavyball.distributed.recipe import Recipe, recipe
 from heavyball.distributed.shard import Layout, local
-from heavyball.numerics import Origin
+from heavyball.numerics import Origin, compute_dtype
 from heavyball.runtime.place import Place
 from heavyball.runtime.state import add_missing_state
 from heavyball.state.held import main_of
@@ -104,6 +104,13 @@ class Part:
         here = local(self.param)
         if here.data_ptr() != self.here.data_ptr() or here.shape != self.here.shape:
             self.here = here.detach()
+
+    @functools.cached_property
+    def rounded(self) -> dict[int, torch.dtype]:
+        """The values of the step that travel in fewer bits than they are computed in."""
+        if self.step is None:
+            return {}
+        return self.step.rounded(compute_dtype(self.here.dtype), self.here.device)
 
     @property
     def cost(self) -> float:

@@ -46,6 +46,8 @@ class Recipe:
     outputs: the node of each tensor that is written. until: at how many answers each of them is known.
     owned: the keys of the state that only the owner has. there, back: values for each element that
     travel to the owner and back; numbers: those that every process needs of what the owner computes.
+    only: the question that alone needs a value of `there`, as its update, or that a value of `back` is
+    the answer to.
     """
 
     graph: Graph
@@ -60,6 +62,7 @@ class Recipe:
     there: list[int] = field(default_factory=list)
     back: list[int] = field(default_factory=list)
     numbers: list[int] = field(default_factory=list)
+    only: dict[int, int] = field(default_factory=dict)
     # the values on shards for which a node is the last to need them, and those that are only sent
     frees: dict[int, tuple[int, ...]] = field(default_factory=dict)
     spent: list[int] = field(default_factory=list)
@@ -67,6 +70,18 @@ class Recipe:
     def owns(self, key: str) -> bool:
         """Whether a state is at the owner only."""
         return main_of(key) in self.owned
+
+    def rounded(self, dtype: torch.dtype, device: torch.device) -> dict[int, torch.dtype]:
+        """The dtypes of fewer bits in which values travel without a loss, instead of `dtype`."""
+        found = {}
+        for index, k in self.only.items():
+            transform = self.questions[k].node.transform
+            if transform.rounds is not None:
+                given = torch.Size(self.layout.shape), transform.options, dtype, device
+                narrow = transform.rounds(*given)[index in self.back]
+                if narrow is not None:
+                    found[index] = narrow
+        return found
 
     @property
     def is_plain(self) -> bool:
@@ -189,6 +204,21 @@ class _Cutter:
         made.before = self._phase([i for i in sums if i not in self.late], roots, known)
         made.behind = self._phase([i for i in sums if i in self.late], rest, known)
         made.frees = self._frees(made)
+        made.only = self._only(made, mine)
+
+    def _only(self, made: Recipe, mine: list[int]) -> dict[int, int]:
+        """The values that travel for one question alone, or as one answer, and the number of that."""
+        found: dict[int, int] = {}
+        needed = [*mine, *(a for order in made.at_owner for i in order for a in self._arguments(i))]
+        told = [i for question in self.questions for i in _inputs(question)]
+        for k, question in enumerate(self.questions):
+            update = question.update
+            if update in made.there and told.count(update) == 1 and update not in needed:
+                found[update] = k
+            for index in made.back:
+                if _named(self.graph.values[index]) == f"whole.{k}.update":
+                    found[index] = k
+        return found
 
     def _frees(self, made: Recipe) -> dict[int, tuple[int, ...]]:
         """For each node on the shards what it is the last to need; numbers take no room."""

@@ -73,16 +73,24 @@ def inside(box: Box, frame: Box) -> tuple[slice, ...]:
 class Layout:
     """Which part of a tensor each process of a group holds.
 
-    shape: of the whole tensor. boxes: one for each process; several may hold the same.
+    shape: of the whole tensor. boxes: one for each process; several may hold the same. copies: which
+    complete copy of the tensor each process has a part of; None where that is not known.
     """
 
     shape: tuple[int, ...]
     boxes: tuple[Box, ...]
     group: Group
+    copies: tuple[int, ...] | None = None
 
     @property
     def mine(self) -> Box:
         return self.boxes[self.group.me]
+
+    def copy_of(self, rank: int) -> int:
+        """The number of the copy that a process has a part of."""
+        if self.copies is not None:
+            return self.copies[rank]
+        return self.holders.get(self.boxes[rank], [rank]).index(rank)
 
     @functools.cached_property
     def holders(self) -> dict[Box, list[int]]:
@@ -115,6 +123,10 @@ class Layout:
     def at(self, owner: int) -> "Layout":
         """The same tensor, all of it at one process."""
         return _at(self.shape, self.group, owner)
+
+    def copy_at(self, rank: int) -> "Layout | None":
+        """The parts of a process's own copy alone; None if there is no other, or it has all of it."""
+        return _copy_at(self, rank)
 
     def everywhere(self) -> "Layout":
         """The same tensor, all of it at every process."""
@@ -190,6 +202,19 @@ def _at(shape: tuple[int, ...], group: Group, owner: int) -> Layout:
     return Layout(shape, boxes, group)
 
 
+@functools.lru_cache(maxsize=65536)
+def _copy_at(layout: Layout, rank: int) -> Layout | None:
+    copies = [layout.copy_of(other) for other in range(layout.group.size)]
+    if len({*copies}) == 1 or copies.count(copies[rank]) == 1:
+        return None
+    nothing: Box = ((0,) * len(layout.shape), (0,) * len(layout.shape))
+    boxes = tuple(
+        box if copy == copies[rank] else nothing
+        for copy, box in zip(copies, layout.boxes, strict=True)
+    )
+    return Layout(layout.shape, boxes, layout.group)
+
+
 def alone(tensor: Tensor) -> Layout:
     """The layout of a tensor that has nothing to do with other processes."""
     return replicated(tuple(tensor.shape), ALONE)
@@ -224,11 +249,14 @@ def planned(shape: Sequence[int], mesh: tuple[int, ...], group: Group) -> Layout
 def _placed(
     shape: tuple[int, ...], mesh: tuple[int, ...], placements: tuple[Any, ...], group: Group
 ) -> Layout:
-    boxes = []
-    for place in itertools.product(*map(range, mesh)):
+    boxes, copies = [], dict[tuple[int, ...], list[int]]()
+    for rank, place in enumerate(itertools.product(*map(range, mesh))):
         sizes, offset = _compute_local_shape_and_global_offset(shape, mesh, list(place), placements)
         boxes.append((tuple(map(int, offset)), tuple(map(int, sizes))))
-    return Layout(shape, tuple(boxes), group)
+        repeated = tuple(k for k, p in zip(place, placements, strict=True) if p.is_replicate())
+        copies.setdefault(repeated, []).append(rank)
+    copy = {rank: number for number, ranks in enumerate(copies.values()) for rank in ranks}
+    return Layout(shape, tuple(boxes), group, tuple(copy[rank] for rank in range(len(boxes))))
 
 
 def check_placements(label: str, tensor: DTensor) -> None:

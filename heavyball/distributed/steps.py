@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from heavyball.core.program import Node, Program
 from heavyball.distributed import is_sharded
 from heavyball.distributed.evaluate import Values
-from heavyball.distributed.exchange import Move, moved
+from heavyball.distributed.exchange import Move, back, moved
 from heavyball.distributed.layout import saved, saving, taken
 from heavyball.distributed.parts import (
     Held,
@@ -488,8 +488,8 @@ class Sharded:
         (whole,) = moved([Move(part.layout, there, trained.detach(), *kind)])
         if part.is_mine:
             whole = average(node, whole, part.held, group, Scalars()).to(trained.dtype)
-        (back,) = moved([Move(there, part.layout, whole, *kind)])
-        return back.reshape(trained.shape)
+        (here,) = moved([back(part.layout, part.owner, whole if part.is_mine else None, *kind)])
+        return here.reshape(trained.shape)
 
     # ---- saving and loading
 
@@ -669,6 +669,7 @@ def _plan_of(part: Part) -> str:
     has = part.param.grad is not None
     return repr(
         (part.place.number, layout.shape, part.here.dtype, layout.boxes, part.mode, part.owner)
+        + (sorted((i, str(dtype)) for i, dtype in part.rounded.items()),)
         + (repr(part.program), recipes, part.param.requires_grad, has)
     )
 

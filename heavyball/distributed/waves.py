@@ -1,9 +1,10 @@
 """Steps of parameters whose programs need other processes: in waves, of which several are under way.
 
-A wave goes through three phases. It starts: what lies before the owner's work is computed on the shards
-and sent to the owners. In the middle the owners work and send back. It ends: what lies behind is
-computed on the shards, and all is written. Every process goes through the same phases with the same
-sizes, whether or not it has elements of a parameter.
+A wave goes through these phases. It starts: what lies before the owner's work is computed on the shards
+and sent to the owners. In the middle the owners work and send back; where there are several copies of
+the parts, what has come back to one is relayed to the others. It ends: what lies behind is computed on
+the shards, and all is written. Every process goes through the same phases with the same sizes, whether
+or not it has elements of a parameter.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,13 +16,13 @@ from torch import Tensor
 
 from heavyball.compiler.frontend.graph import Opaque, Question
 from heavyball.distributed.evaluate import Values
-from heavyball.distributed.exchange import Exchanges, Move
+from heavyball.distributed.exchange import Exchanges, Move, back
 from heavyball.distributed.parts import Part
 from heavyball.distributed.recipe import Phase, Recipe, is_share
 from heavyball.distributed.shard import ALONE, Layout, replicated
 from heavyball.distributed.sums import SHARES, Term
 from heavyball.linalg.scratch import reused
-from heavyball.numerics import SCALAR, compute_dtype
+from heavyball.numerics import SCALAR
 from heavyball.runtime.execute import rotating
 from heavyball.runtime.job import Answer, Call, Job
 from heavyball.runtime.serve import due, serve
@@ -125,16 +126,17 @@ class CutWave:
         fresh = [run for run in self._asking if run.fresh]
         moves = [self._move(run, run.part.here) for run in fresh]
         for run in self._asking:
-            moves += [self._move(run, run.values.element(i)) for i in run.recipe.there]
+            moves += [self._move(run, run.values.element(i), i) for i in run.recipe.there]
         self._fresh, self._sent = fresh, Exchanges(moves) if moves else None
         del moves
         for run in self._asking:
             run.values.forget(run.recipe.spent)
 
     @staticmethod
-    def _move(run: Run, tensor: Tensor) -> Move:
+    def _move(run: Run, tensor: Tensor, index: int | None = None) -> Move:
         layout, part = run.part.layout, tensor.reshape(run.part.layout.mine[1])
-        return Move(layout, layout.at(run.part.owner), part, tensor.dtype, tensor.device)
+        dtype = tensor.dtype if index is None else run.part.rounded.get(index, tensor.dtype)
+        return Move(layout, layout.at(run.part.owner), part, dtype, tensor.device)
 
     # ---- at the owner
 
@@ -168,7 +170,8 @@ class CutWave:
         run.owned = Owned(whole, there)
         run.whole.known.update({i: v for i, v in run.values.known.items() if v.ndim == 0})
         for index, tensor in zip(recipe.there, tensors, strict=True):
-            run.whole.known[index] = tensor.reshape(part.shape or (1,))
+            dtype = run.whole.dtype if index in part.rounded else tensor.dtype
+            run.whole.known[index] = tensor.to(dtype).reshape(part.shape or (1,))
 
     def _ask(self, k: int, mine: Sequence[Run]) -> None:
         asking = [run for run in mine if not run.ended and k < len(run.recipe.questions)]
@@ -237,14 +240,14 @@ class CutWave:
         moves, known = [], []
         for run in self._asking:
             recipe, part = run.recipe, run.part
-            there, dtype = part.layout.at(part.owner), compute_dtype(part.here.dtype)
             for index in recipe.back:
+                dtype = part.rounded.get(index, run.values.dtype)
                 tensor = None
                 if part.is_mine:
                     tensor = torch.zeros(part.shape, dtype=dtype, device=part.here.device)
                     if not (run.ended or run.absent):
                         tensor = run.whole.element(index).reshape(part.shape)
-                moves.append(Move(there, part.layout, tensor, dtype, part.here.device))
+                moves.append(back(part.layout, part.owner, tensor, dtype, part.here.device))
             told = [0.0] * (len(recipe.numbers) + 1)
             if part.is_mine and not run.absent:
                 told[0] = float(-1 - run.answered if run.ended else run.answered)
@@ -291,12 +294,16 @@ class CutWave:
 
     # ---- behind
 
+    def relay(self) -> None:
+        if self._back is not None:
+            self._back.relay()
+
     def end(self) -> None:
         arrived = iter(self._back.wait() if self._back is not None else ())
         for run in self._asking:
             for index in run.recipe.back:
                 shape = run.part.layout.mine[1] or (1,)
-                run.values.known[index] = next(arrived).reshape(shape)
+                run.values.known[index] = next(arrived).to(run.values.dtype).reshape(shape)
         advance([(run.values, run.recipe.behind) for run in self._asking], self._complete)
         for run in self.runs:
             if not run.absent:
@@ -385,7 +392,7 @@ class EntireWave:
             param, place = params.get(id(run)), (part.here.dtype, part.here.device)
             if param is None and part.is_mine:  # it stays as it is
                 param = torch.zeros(part.shape, dtype=place[0], device=place[1])
-            moves.append(Move(part.layout.at(part.owner), part.layout, param, *place))
+            moves.append(back(part.layout, part.owner, param, *place))
         self._back = Exchanges(moves)
         if any(
             run.part.program.rate and run.part.program.rate.transform.gives for run in self.runs
@@ -393,6 +400,9 @@ class EntireWave:
             found = spread_shares(self.runs, given, self._complete)
             for run, of in zip(self.runs, found, strict=True):
                 run.shares = of
+
+    def relay(self) -> None:
+        self._back.relay()
 
     def end(self) -> None:
         for run, tensor in zip(self.runs, self._back.wait(), strict=True):
@@ -432,6 +442,9 @@ Wave = CutWave | EntireWave
 def in_flight(waves: Sequence[Wave], meanwhile: Callable[[], None]) -> None:
     """Run waves, each phase of one beside the next phase of the wave before it.
 
+    In every turn one wave is sent to the owners before they work on the one sent in the turn before, and
+    what they had sent back by then goes on its way to other copies beside that work.
+
     meanwhile: what else is to do, while the first exchange is under way.
     """
     for turn in range(len(waves) + 2):
@@ -439,6 +452,8 @@ def in_flight(waves: Sequence[Wave], meanwhile: Callable[[], None]) -> None:
             waves[turn].start()
         if turn == 0:
             meanwhile()
+        if 0 <= turn - 2 < len(waves):
+            waves[turn - 2].relay()
         if 0 <= turn - 1 < len(waves):
             waves[turn - 1].middle()
         if 0 <= turn - 2 < len(waves):

@@ -1,6 +1,7 @@
 """The orthogonal factor of matrices: Newton-Schulz iterations, and the exact one from an SVD."""
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -112,10 +113,11 @@ def newton_schulz(
     restart: the steps, counted from 0, before which the Gram form begins anew; None for (2,) up to five
         steps and for every second step of more: at a condition of 1e5 float32 then stays within ten
         times the error of the products with X. () never does.
-    products: "full" multiplies in the dtype of x; "bfloat16" in bfloat16, as the authors do, which puts
-        the result off by up to 0.035 per entry; "auto" takes bfloat16 for float32 where there are units
-        for it, and "full" elsewhere. They are ten times faster on CUDA; on a CPU with AMX up to three
-        times, from 256 rows and columns on and unless the Gram form has less to do.
+    products: "full" multiplies in the dtype of x; "bfloat16" in bfloat16, to which x is rounded first,
+        as the authors do; that puts the result off by up to 0.035 per entry; "auto" takes bfloat16 for
+        float32 where there are units for it, and "full" elsewhere. They are ten times faster on CUDA;
+        on a CPU with AMX up to three times, from 256 rows and columns on and unless the Gram form has
+        less to do.
 
     Shapes: (..., m, n); norms and products are per matrix.
     """
@@ -127,19 +129,22 @@ def newton_schulz(
         return newton_schulz(x[0], coefficients, steps, eps, scale, products, restart, normalize)[
             None
         ]
+    rows = table(coefficients, steps)
+    few = bool(rows) and in_bfloat16(x.shape, x.dtype, x.device, products)
+    (unit,) = scratch("unit", x, x.shape)
+    if few:
+        (narrow,) = scratch("narrow", x.new_empty(0, dtype=torch.bfloat16), x.shape)
+        x = unit.copy_(narrow.copy_(x))
     if normalize == "aol":
         norm = _almost_orthogonal(x, eps)
     else:
         norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + eps
-    rows = table(coefficients, steps)
     if not rows:
         return x * (scale / norm)
     a, b, c = rows[-1]  # takes the scale, which saves a pass over the result
     rows = (*rows[:-1], (scale * a, scale * b, scale * c))
-    (unit,) = scratch("unit", x, x.shape)
     torch.div(x, norm, out=unit)
-    if products == "bfloat16" or (products == "auto" and _is_faster_narrow(x)):
-        (narrow,) = scratch("unit", x.new_empty(0, dtype=torch.bfloat16), x.shape)
+    if few:
         return plain_form(narrow.copy_(unit), rows).to(x.dtype)  # squaring takes too many digits
     short, long = sorted(x.shape[-2:])
     if long >= ELONGATED * short:
@@ -154,14 +159,19 @@ def _almost_orthogonal(x: Tensor, eps: float | Tensor) -> Tensor:
     return size.mT if _is_tall(x) else size
 
 
-def _is_faster_narrow(x: Tensor) -> bool:
-    """Whether products in bfloat16 take less time than in float32: a matter of the machine alone."""
-    if x.dtype != torch.float32:
-        return False
-    if x.is_cuda:
-        return torch.cuda.get_device_capability(x.device)[0] >= 8
-    short, long = sorted(x.shape[-2:])
-    return x.device.type == "cpu" and short >= 256 and long < 8 * short and has_amx()
+def in_bfloat16(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device, products: Products
+) -> bool:
+    """Whether the products of matrices (..., m, n) are computed in bfloat16.
+
+    With "auto" where that takes less time than in float32: a matter of the machine and the sizes.
+    """
+    if products != "auto" or dtype != torch.float32:
+        return products == "bfloat16"
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    short, long = sorted(shape[-2:])
+    return device.type == "cpu" and short >= 256 and long < 8 * short and has_amx()
 
 
 @functools.cache

@@ -11,7 +11,13 @@ from heavyball.core.hyper import Live, fraction, is_real
 from heavyball.core.transform import transform
 from heavyball.core.whole import whole_transform
 from heavyball.linalg.matrices import Blocks, matrices, matrices_of, per_row
-from heavyball.linalg.orthogonalize import Normalize, Products, newton_schulz, polar_factor
+from heavyball.linalg.orthogonalize import (
+    Normalize,
+    Products,
+    in_bfloat16,
+    newton_schulz,
+    polar_factor,
+)
 from heavyball.numerics import lerp
 from heavyball.state.declare import zeros
 
@@ -123,12 +129,37 @@ def orthogonal(
     return result * (size_of(x) / size_of(result).clamp(min=torch.finfo(x.dtype).tiny))
 
 
+def of_products(
+    shape: torch.Size, options: Mapping[str, Any], dtype: torch.dtype, device: torch.device
+) -> torch.dtype | None:
+    """The dtype to which a parameter's matrices are rounded for products, if that is not their own.
+
+    It is None too where the matrices are needed as they are besides.
+    """
+    if options["method"] == "svd" or not options["steps"] or options["scale"] == "graft":
+        return None
+    view, products = matrices_of(shape, options), options["products"]
+    rounded = all(in_bfloat16(size, dtype, device, products) for size in view.sizes)
+    return torch.bfloat16 if rounded else None
+
+
+def rounds_both(*given: Any) -> tuple[torch.dtype | None, torch.dtype | None]:
+    """What `rounds` says of a transform whose result is that of the products."""
+    dtype = of_products(*given)
+    return dtype, dtype
+
+
+def rounds_update(*given: Any) -> tuple[torch.dtype | None, torch.dtype | None]:
+    """What `rounds` says of a transform that goes on with the result of the products."""
+    return of_products(*given), None
+
+
 def size_of(x: Tensor) -> Tensor:
     """The Frobenius norm of every matrix of a batch."""
     return torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
 
 
-@whole_transform(requires=needs_matrix)
+@whole_transform(requires=needs_matrix, rounds=rounds_both)
 def orthogonalize(
     update: Tensor,
     *,
@@ -199,7 +230,7 @@ def muon_momentum(
     return (lerp(update, buffer, momentum) if nesterov else buffer), buffer
 
 
-@whole_transform(requires=needs_matrix, lead=muon_momentum)
+@whole_transform(requires=needs_matrix, lead=muon_momentum, rounds=rounds_both)
 def muon(
     update: Tensor,
     *,
@@ -233,6 +264,7 @@ def muon(
 @whole_transform(
     requires=needs_matrix,
     lead=muon_momentum,
+    rounds=rounds_update,
     row_square=per_row("square"),
 )
 def scale_by_normuon(

@@ -162,6 +162,8 @@ OPTIMIZERS: dict[str, Callable[..., Any]] = {
     "PSGDKron": _preset("PSGDKron", lr=1e-2),
     "LATHER": _preset("LATHER", lr=1e-2),
     "Muon": _preset("Muon", lr=1e-2),
+    "Muon, products in bfloat16": _preset("Muon", lr=1e-2, products="bfloat16"),
+    "NorMuon, products in bfloat16": _preset("NorMuon", lr=1e-2, products="bfloat16"),
     "NorMuon": _preset("NorMuon", lr=1e-2),
     "Shampoo": _preset("Shampoo", lr=1e-2),
     "8-bit AdamW": _preset("AdamW", lr=1e-2, storage_dtype="8bit"),

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from heavyball import chainable as C
 from heavyball.linalg import orthogonalize
+from heavyball.linalg.matrices import matrices_of
 from heavyball.linalg.orthogonalize import TABLES, newton_schulz, polar_factor, table
 
 METHODS = ("quintic", "quintic-5", "polar_express", "svd")
@@ -347,6 +348,43 @@ def test_products_in_bfloat16_are_those_of_torchs_muon() -> None:
 def test_an_exact_factor_has_no_products() -> None:
     with pytest.raises(ValueError, match="no products to make in bfloat16"):
         C.ChainOpt([torch.zeros(3, 3)], 0.1, C.muon(method="svd", products="bfloat16"))
+
+
+SAID: list[dict] = [
+    {"products": "bfloat16"},
+    {"products": "bfloat16", "method": "cubic", "normalize": "aol"},
+    {"products": "bfloat16", "scale": "graft"},
+    {"products": "bfloat16", "blocks": 2},
+    {"products": "bfloat16", "steps": 0},
+    {"products": "full"},
+    {"method": "svd"},
+]
+
+
+@pytest.mark.parametrize("made", [C.orthogonalize, C.muon, C.scale_by_normuon], ids=str)
+@pytest.mark.parametrize("options", SAID, ids=str)
+def test_an_update_may_arrive_in_the_dtype_that_is_said_of_it(made, options: dict) -> None:
+    transform, shape = made(**options), torch.Size((12, 8))
+    given = shape, transform.options, torch.float32, torch.device("cpu")
+    there, back = transform.rounds(*given)
+    narrow = options.get("products") == "bfloat16" and options.get("steps", 5) > 0
+    assert (there is not None) == (narrow and options.get("scale") != "graft")
+    assert (back is not None) == (there is not None and made is not C.scale_by_normuon)
+
+    def answer(x: Tensor) -> Tensor:
+        named = {k: v for k, v in transform.options.items() if k != "nesterov"}
+        if made is not C.scale_by_normuon:
+            return transform.update(x, **named, eps=1e-7)
+        row_square = matrices_of(shape, named).row_shape
+        live = {"eps": 1e-7, "beta2": 0.95, "row_eps": 1e-10}
+        return transform.update(x, torch.ones(1, *row_square), **named, **live)[0]
+
+    torch.manual_seed(0)
+    x = torch.randn(1, *shape)
+    arrived = x if there is None else x.to(there).to(x.dtype)
+    assert torch.equal(answer(x), answer(arrived))
+    result = answer(x)
+    assert back is None or torch.equal(result.to(back).to(result.dtype), result)
 
 
 def test_a_processor_with_units_for_bfloat16_uses_them_for_large_matrices(monkeypatch) -> None:
