@@ -44,17 +44,20 @@ def print_kernel(
     holds: Callable[[str], Holds | None],
     random: bool,
     device: torch.device,
+    early: bool = True,
 ) -> Printed:
     """Print a simplified graph for tensors of these dtypes on a device.
 
-    holds: what a state holds. random: whether bfloat16 and codes are rounded stochastically.
+    holds: what a state holds. random: whether bfloat16 and codes are rounded stochastically. early:
+    whether state may be stored before the last walk.
 
     Errors: NotPrintableError with the reason.
     """
     on_device, flat = device.type in DEVICES, graph.starts is None
     roots = frozenset(name for name in graph.tensors if is_root(dtypes[name], holds(name)))
     # programs that walk over rows divide a slice among them: it is read before others write
-    plan = schedule(graph, dtypes, compute, slices_wait=flat or not on_device)
+    exact = dtypes if early else {}
+    plan = schedule(graph, exact, compute, slices_wait=flat or not on_device)
     kernel = lower(graph, plan, dtypes, compute, random, roots, late=not on_device)
     verify(kernel)
     if not on_device:

@@ -12,7 +12,7 @@ from heavyball.compiler.frontend.graph import NotPrintableError, record
 from heavyball.core.program import Program
 from heavyball.distributed.evaluate import first_of_slice
 from heavyball.distributed.layout import WEIGHTS, Beginning, Kept, kept_states, shown
-from heavyball.distributed.recipe import Recipe, recipe
+from heavyball.distributed.recipe import Recipe, recipe, staged
 from heavyball.distributed.shard import Layout, local
 from heavyball.numerics import Origin, compute_dtype
 from heavyball.runtime.place import Place
@@ -167,10 +167,13 @@ def whole_state(
     return found
 
 
-def part_of(place: Place, program: Program, layout: Layout, totals: bool) -> Part:
+def part_of(
+    place: Place, program: Program, layout: Layout, totals: bool, compiled: bool = False
+) -> Part:
     """How a parameter is stepped, decided from the whole of it.
 
-    totals: whether the chain has sums over all parameters, for which each must say its share.
+    totals: whether the chain has sums over all parameters, for which each must say its share. compiled:
+    whether kernels may compute what is computed on shards.
     """
     here, group = local(place.param).detach(), place.group
     expected = whole_state(program, torch.Size(layout.shape), here.dtype, group, False)
@@ -196,6 +199,12 @@ def part_of(place: Place, program: Program, layout: Layout, totals: bool) -> Par
         assert kept is not None
         return Part(place, program, layout, here, "entire", None, {}, kept)
     mode = "local" if not totals and _is_local(step, program, here, expected, group) else "cut"
+    if mode == "cut" and compiled and here.device.type == "cpu":
+        step, *rest = (
+            r if r.questions or r.graph.every is not None else staged(r, program)
+            for r in (step, *shares.values())
+        )
+        shares = dict(zip(shares, rest, strict=True))
     return Part(place, program, layout, here, mode, step, shares, kept)
 
 

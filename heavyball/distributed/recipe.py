@@ -6,6 +6,7 @@ moments in SOAP's basis, is the owner's. Everything else is computed on the shar
 elements are completed over the processes, in rounds.
 """
 
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,7 @@ from heavyball.compiler.frontend.graph import (
     trace,
     whole_keys,
 )
+from heavyball.compiler.passes.algebra import simplified
 from heavyball.compiler.passes.axes import is_along
 from heavyball.compiler.passes.segments import check_branches
 from heavyball.compiler.passes.stages import REDUCTIONS
@@ -47,7 +49,8 @@ class Recipe:
     owned: the keys of the state that only the owner has. there, back: values for each element that
     travel to the owner and back; numbers: those that every process needs of what the owner computes.
     only: the question that alone needs a value of `there`, as its update, or that a value of `back` is
-    the answer to.
+    the answer to. stages: after how many walks of a kernel each sum is known; None of a recipe that
+    torch computes.
     """
 
     graph: Graph
@@ -63,6 +66,7 @@ class Recipe:
     back: list[int] = field(default_factory=list)
     numbers: list[int] = field(default_factory=list)
     only: dict[int, int] = field(default_factory=dict)
+    stages: dict[int, int] | None = None
     # the values on shards for which a node is the last to need them, and those that are only sent
     frees: dict[int, tuple[int, ...]] = field(default_factory=dict)
     spent: list[int] = field(default_factory=list)
@@ -82,6 +86,25 @@ class Recipe:
                 if narrow is not None:
                     found[index] = narrow
         return found
+
+    @functools.cached_property
+    def is_hasty(self) -> bool:
+        """Whether a kernel writes something before the first sum over processes is complete.
+
+        It writes elements in its last walk, and values along some axes where they are known.
+        """
+        stages = self.stages
+        if not self.before.rounds or not stages:
+            return False
+        first, written = stages[self.before.rounds[0][1][0]], []
+        for name, index in self.outputs.items():
+            needed = self.graph.needed([index]) & stages.keys()
+            if name in self.graph.tensors:
+                known = max((stages[i] for i in needed), default=0)
+                written.append((self.graph.tensors[name], known))
+        last = max(stages.values()) - 1
+        last = max([last, *(known for _, known in written)])
+        return any((known if is_along(level) else last) < first for level, known in written)
 
     @property
     def is_plain(self) -> bool:
@@ -131,6 +154,22 @@ def recipe(
     made = Recipe(graph, questions, outputs, until, frozenset(owned), layout)
     cutter.place(made)
     return made
+
+
+def staged(made: Recipe, program: Program) -> Recipe:
+    """The same for a kernel, of a program without whole transforms: sums are completed between its walks.
+
+    A walk ends where a sum over elements is known, also one of which no process lacks a term.
+    """
+    graph = made.graph.copy()
+    graph.outputs = dict(made.outputs)
+    graph = simplified(graph, program)
+    outputs = graph.outputs
+    found = Recipe(graph, [], outputs, dict.fromkeys(outputs, 0), frozenset(), made.layout)
+    cutter = _Cutter(graph, [], outputs)
+    found.stages = cutter.stages()
+    cutter.place(found)
+    return found
 
 
 def _check_shapes(graph: Graph, shape: torch.Size, state: Mapping[str, Tensor]) -> None:
@@ -201,8 +240,9 @@ class _Cutter:
         early = [i for i in rest if i not in self.late and self._level(i) == "scalar"]
         roots = [*made.there, *scalars, *first, *early]
         sums = self._sums(self._reached([*roots, *rest], boundary), made.layout)
-        made.before = self._phase([i for i in sums if i not in self.late], roots, known)
-        made.behind = self._phase([i for i in sums if i in self.late], rest, known)
+        depth = self._depth(sums) if made.stages is None else made.stages
+        made.before = self._phase([i for i in sums if i not in self.late], depth, roots, known)
+        made.behind = self._phase([i for i in sums if i in self.late], depth, rest, known)
         made.frees = self._frees(made)
         made.only = self._only(made, mine)
 
@@ -278,15 +318,26 @@ class _Cutter:
         known.update(found)
         return found
 
-    def _phase(self, sums: list[int], roots: list[int], known: set[int]) -> Phase:
-        rounds: dict[int, list[int]] = {}
+    def stages(self) -> dict[int, int]:
+        """How many sums follow each other up to each sum, as `passes/stages.py` counts them."""
+        values = self.graph.values
+        reductions = [i for i, value in enumerate(values) if value.op in REDUCTIONS]
+        return self._depth(reductions)
+
+    def _depth(self, sums: list[int]) -> dict[int, int]:
+        """How many of these sums follow each other up to each of them, itself counted."""
         depth: dict[int, int] = {}
         for index in range(len(self.graph.values)):
-            below = max((depth.get(a, 0) for a in self._arguments(index)), default=0)
-            if index in sums:
-                rounds.setdefault(below, []).append(index)
-                below += 1
-            depth[index] = below
+            below = max((depth[a] for a in self._arguments(index)), default=0)
+            depth[index] = below + (index in sums)
+        return {index: depth[index] for index in sums}
+
+    def _phase(
+        self, sums: list[int], depth: Mapping[int, int], roots: list[int], known: set[int]
+    ) -> Phase:
+        rounds: dict[int, list[int]] = {}
+        for index in sums:
+            rounds.setdefault(depth[index], []).append(index)
         found = []
         for _, several in sorted(rounds.items()):
             order = self._order([a for i in several for a in self._arguments(i)], known)

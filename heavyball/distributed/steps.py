@@ -37,6 +37,7 @@ from heavyball.distributed.shard import (
     local,
     replicated,
 )
+from heavyball.distributed.staged import Staging
 from heavyball.distributed.sums import Term, completed, over_stages
 from heavyball.distributed.waves import CutWave, EntireWave, Run, Shares, Wave, advance, in_flight
 from heavyball.numerics import SCALAR, lasting, version_of
@@ -67,6 +68,7 @@ class Sharded:
         self._registry = weakref.proxy(registry)
         self._options = options
         self._backend = Backend(options)
+        self._staging = Staging(options.compile)
         self._foreach, self._rounds = options.foreach, options.stochastic_rounding
         self._replicas = as_group("replicas", options.replicas)
         self._stages = as_group("stages", options.stages)
@@ -157,9 +159,10 @@ class Sharded:
             if declared.needed_by in node.transform.hyper or declared.until is not None
         )
         none = tuple(group.get(name) is None for name in self._registry.chain.hyper)
-        key = id(program), layout, place.param.dtype, wanted, none
+        on = self._staging.is_on, place.param.device.type
+        key = id(program), layout, place.param.dtype, wanted, none, on
         if key not in self._known:
-            self._known[key] = part_of(place, program, layout, totals)
+            self._known[key] = part_of(place, program, layout, totals, self._staging.is_on)
         return another(self._known[key], place)
 
     def _number(self, places: Sequence[Place]) -> None:
@@ -229,7 +232,12 @@ class Sharded:
             self._drop_untouched(part)
         self._bare = {part for part in cut if "step" not in part.held}
         totals = self._totals(cut, roll, together)
-        waves = self._waves([self._run(part, totals, roll) for part in cut], roll, totals)
+        runs = [self._run(part, totals, roll) for part in cut]
+        on_shards = [run for run in runs if run.part.mode == "cut" and not run.recipe.questions]
+        given = [(run.part, run.recipe, run.job, run.values) for run in on_shards]
+        for run, row in zip(on_shards, self._staging.rows(given, totals), strict=True):
+            run.row = row
+        waves = self._waves(runs, roll, totals)
         if not waves or not waves[0].sums_first:
             roll.finish()
         here = [part for part in candidates if not self._is_cut(part)]
@@ -396,8 +404,14 @@ class Sharded:
         for run in cut:
             recipe = run.part.shares[key]
             run.values = Values(recipe, run.job, run.part.layout, totals)
-        advance([(run.values, run.part.shares[key].before) for run in cut], roll.complete)
+        given = [(run.part, run.part.shares[key], run.job, run.values) for run in cut]
+        for run, row in zip(cut, self._staging.rows(given, totals), strict=True):
+            run.row = row
+        advance([(run.worker, run.part.shares[key].before) for run in cut], roll.complete)
         for run in cut:
+            if run.row is not None:
+                found[id(run)] = run.row.finish()
+                continue
             run.values.compute(run.part.shares[key].before.rest)
             outputs = run.part.shares[key].outputs
             names = sorted(outputs, key=lambda name: int(name.rsplit(":", 1)[1]))

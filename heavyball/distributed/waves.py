@@ -20,6 +20,7 @@ from heavyball.distributed.exchange import Exchanges, Move, back
 from heavyball.distributed.parts import Part
 from heavyball.distributed.recipe import Phase, Recipe, is_share
 from heavyball.distributed.shard import ALONE, Layout, replicated
+from heavyball.distributed.staged import Row
 from heavyball.distributed.sums import SHARES, Term
 from heavyball.linalg.scratch import reused
 from heavyball.numerics import SCALAR
@@ -59,6 +60,12 @@ class Run:
     pending: dict[str, Tensor] = field(default_factory=dict)
     hooks: list[Call] = field(default_factory=list)
     shares: Shares | None = None
+    row: Row | None = None  # where a kernel computes what `values` would
+
+    @property
+    def worker(self) -> "Values | Row":
+        """Who computes what is computed on the shard."""
+        return self.values if self.row is None else self.row
 
     @property
     def recipe(self) -> Recipe:
@@ -78,7 +85,7 @@ class Run:
         return self.owned.job
 
 
-def advance(runs: Sequence[tuple[Values, Phase]], complete: Completes) -> None:
+def advance(runs: Sequence[tuple[Values | Row, Phase]], complete: Completes) -> None:
     """Go through the rounds of a phase, all parameters together."""
     for k in range(max((len(phase.rounds) for _, phase in runs), default=0)):
         several = [(v, *phase.rounds[k]) for v, phase in runs if k < len(phase.rounds)]
@@ -113,13 +120,14 @@ class CutWave:
 
     @property
     def sums_first(self) -> bool:
-        """Whether the wave begins with a sum over processes."""
-        return any(run.recipe.before.rounds for run in self.runs)
+        """Whether the wave begins with a sum over processes, before anything is written."""
+        first = [run.recipe for run in self.runs]
+        return any(r.before.rounds for r in first) and not any(r.is_hasty for r in first)
 
     # ---- before
 
     def start(self) -> None:
-        advance([(run.values, run.recipe.before) for run in self.runs], self._complete)
+        advance([(run.worker, run.recipe.before) for run in self.runs], self._complete)
         self._asking = [run for run in self.runs if run.recipe.questions]
         for run in self._asking:
             run.values.compute(run.recipe.before.rest)
@@ -306,7 +314,10 @@ class CutWave:
                 run.values.known[index] = next(arrived).to(run.values.dtype).reshape(shape)
         advance([(run.values, run.recipe.behind) for run in self._asking], self._complete)
         for run in self.runs:
-            if not run.absent:
+            if run.row is not None:
+                run.shares = run.row.finish() or None
+                torch.autograd.graph.increment_version(run.part.here)
+            elif not run.absent:
                 recipe = run.recipe
                 run.values.compute((recipe.behind if recipe.questions else recipe.before).rest)
                 self._write(run)

@@ -72,14 +72,18 @@ class Stages:
     def _values(self, s: Reduce) -> Tensor | list[Tensor]:
         if s.var.level == "scalar":
             return self.numbers[:, s.var.index]  # type: ignore[index]
-        found = []
-        for row, array in zip(self.table.rows, self.arrays, strict=True):
-            low, size = self._place(row, s)
-            found.append(array[low : low + size])
-        return found
+        return [self.at(row, s.var.index) for row in range(len(self.arrays))]  # type: ignore[arg-type]
 
-    def _place(self, row: list[int], s: Reduce) -> tuple[int, int]:
-        """Where a tensor's array of sums begins, and how many it has."""
+    def at(self, row: int, node: int) -> Tensor:
+        """The number of a node for one tensor, or its array, which is one that something later reads."""
+        kept = [v.index for v in self.form.kept]
+        if node not in kept:
+            return self.numbers[row, node]
+        low, size = self._place(self.table.rows[row], node)
+        return self.arrays[row][low : low + size]
+
+    def _place(self, row: list[int], node: int) -> tuple[int, int]:
+        """Where a tensor's array of values begins, and how many it has."""
         frame, leading = self.form.frame, len(self.form.leading)
         assert frame is not None
         later = row[leading - len(frame.later) : leading]
@@ -87,7 +91,7 @@ class Stages:
         low = 0
         for v in self.form.kept:
             size = math.prod(runs[k] for k in frame.runs(v.level))
-            if v.index == s.var.index:
+            if v.index == node:
                 return low, size
             low += size
-        raise KeyError(s.var)
+        raise KeyError(node)
