@@ -18,7 +18,8 @@ class KernelLaunch:
     device: where; parameters: their names, or their numbers where they have none; elements: of all.
     passes: how often it walks over the elements. bytes_moved: what the passes read and write of
         parameters, gradients, state and temporary tensors.
-    wave: the number of the wave that it belongs to; None outside of waves.
+    wave: the number of the wave that it belongs to; None outside of waves. processes: how many complete
+        its sums between two passes.
     """
 
     purpose: str
@@ -28,6 +29,7 @@ class KernelLaunch:
     passes: int
     bytes_moved: int
     wave: int | None = None
+    processes: int = 1
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,26 @@ class EagerStep:
 
 
 @dataclass(frozen=True)
+class OwnedStep:
+    """Parameters of which other processes have parts, and that one process works on.
+
+    owner: which of the `processes` that is, counted from 0. calls: the keys of the transforms of whole
+    tensors that it runs, while what lies around them is computed on the parts; () for the whole step.
+    """
+
+    parameters: tuple[str, ...]
+    owner: int
+    processes: int
+    calls: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class StepPlan:
     """How the next step runs, for the parameters that have a gradient.
 
     chain: what steps them. kernels: as they are launched, in order. eager: what no kernel steps.
     reordered: parameters of which a copy in another order is made in each step, or of their gradients.
-    without_gradient: parameters that the step leaves alone.
+    without_gradient: parameters that the step leaves alone. owned: where processes share work out.
     """
 
     chain: str
@@ -65,6 +81,7 @@ class StepPlan:
     eager: tuple[EagerStep, ...] = ()
     reordered: tuple[str, ...] = ()
     without_gradient: tuple[str, ...] = ()
+    owned: tuple[OwnedStep, ...] = ()
 
     @property
     def bytes_moved(self) -> int:
@@ -91,9 +108,14 @@ def _lines(plan: StepPlan) -> Iterable[str]:
         yield (
             f"  {kernel.purpose}{where} on {kernel.device}: {_named(kernel.parameters)}, "
             f"{kernel.elements:,} elements, {passes}, {kernel.bytes_moved:,} bytes"
+            + (f", sums over {kernel.processes} processes" if kernel.processes > 1 else "")
         )
     for number, wave in enumerate(plan.waves):
         yield f"wave {number}: {', '.join(wave.calls)} for {_named(wave.parameters)}"
+    for part in plan.owned:
+        what = ", ".join(part.calls) or "the whole step"
+        where = f"process {part.owner} of {part.processes}"
+        yield f"at {where}: {what} for {_named(part.parameters)}"
     for each in plan.eager:
         yield f"eagerly: {_named(each.parameters)}: {each.reason}"
     if plan.reordered:

@@ -157,7 +157,7 @@ def recipe(
 
 
 def staged(made: Recipe, program: Program) -> Recipe:
-    """The same for a kernel, of a program without whole transforms: sums are completed between its walks.
+    """The same for a kernel whose sums are completed between its walks; there are no whole transforms.
 
     A walk ends where a sum over elements is known, also one of which no process lacks a term.
     """

@@ -1,10 +1,11 @@
-"""Steps shards through kernels, one walk at a time, so that sums are completed over processes in between.
+"""Steps shards through kernels, one walk at a time: sums are completed over processes in between.
 
 Which sums are completed when follows from the recipe alone, so a process that has no kernel for a shard,
 or an empty one, computes the same recipe with torch and takes part in the same collectives. Nothing is
 written before the last sum is complete but values along some axes (`Recipe.is_hasty`).
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -64,10 +65,14 @@ class Row:
         """What this process adds to a sum."""
         assert self.recipe.stages is not None
         self.walks.until(self.recipe.stages[index])
-        value, layout = self.recipe.graph.values[index], self.values.layout
-        kept = layout.along(axes_of_level(value.level, layout))
+        nodes, layout = self.recipe.graph.values, self.values.layout
+        value = nodes[index]
+        kept, summed = (
+            layout.along(axes_of_level(level, layout))
+            for level in (value.level, nodes[value.args[0].index].level)
+        )
         part = self.walks.stages.at(self.row, index)
-        return Term(value.op, kept, part, layout.is_first)
+        return Term(value.op, kept, part, summed.is_first)
 
     def take(self, index: int, total: Tensor) -> None:
         """Put a sum in its place that all processes have completed."""
@@ -133,8 +138,8 @@ class Staging:
                 found[number] = row
         return found
 
-    def why_not(self, part: Part, recipe: Recipe, job: Job) -> str:
-        """Why a shard is stepped with torch's operations, or "" if a kernel steps it."""
+    def kernel(self, part: Part, recipe: Recipe, job: Job) -> Kernel | str:
+        """The kernel of a shard, or why it is stepped with torch's operations."""
         if self._mode is False:
             return "compile=False"
         if not self.is_on:
@@ -142,8 +147,7 @@ class Staging:
         made = self._printed(part, recipe, job)
         if made.printed is None:
             return made.reason
-        kernel = self._kernel(made.printed)
-        return kernel if isinstance(kernel, str) else ""
+        return self._kernel(made.printed)
 
     def _printed(self, part: Part, recipe: Recipe, job: Job) -> _Made:
         reason = _unfit(part, recipe, job)
@@ -222,7 +226,7 @@ def _table(
         if not any(job.group is group for group in groups):
             groups.append(job.group)
         place = next(i for i, group in enumerate(groups) if group is job.group)
-        table.add(number, job, place, lambda name, v=values: _address(v, name))
+        table.add(number, job, place, functools.partial(_address, values))
     table.finish()
     sums = {key: totals[key].item() for key in kernel.totals}
     walks = Walks(table, hyper_values(kernel, groups, sums))

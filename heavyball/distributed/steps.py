@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from heavyball.core.program import Node, Program
+from heavyball.diagnostics.plan import StepPlan
 from heavyball.distributed import is_sharded
+from heavyball.distributed.described import described
 from heavyball.distributed.evaluate import Values
 from heavyball.distributed.exchange import Move, back, moved
 from heavyball.distributed.layout import saved, saving, taken
@@ -579,6 +581,17 @@ class Sharded:
         for part in ready:
             part.begin(None)
         return [self._job(part, part.held) for part in ready]
+
+    def described(self, names: Mapping[Tensor, str]) -> StepPlan:
+        """How the parameters are stepped that `jobs` leaves out; names are those of what is here."""
+        ready = [p for p in self.parts().values() if p.param.grad is not None and self._is_cut(p)]
+        return described(ready, self._staging, self._imagined, names)
+
+    def _imagined(self, part: Part) -> Job:
+        """The job of a step that does not come now; nothing is begun by it."""
+        state = part.held if "step" in part.held else {}
+        part.begin(None, state)
+        return self._job(part, state)
 
     def renewed(self, registry: "Registry") -> "Sharded":
         """The same for a registry of the same parameters; owners stay who they are."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from heavyball.core.chain import Chain
 from heavyball.core.rate import Estimate
 from heavyball.diagnostics.advice import Advice
-from heavyball.diagnostics.plan import EagerStep, StepPlan
+from heavyball.diagnostics.plan import StepPlan
 from heavyball.metrics.totals import with_gradient
 from heavyball.optim.backend import Backend
 from heavyball.optim.evaluation import Evaluation
@@ -135,8 +135,11 @@ class Steps:
         plan = self.backend.described(jobs, keys, [names[job.param] for job in jobs])
         idle = [names[here] for place, here, _ in views if place.param.grad is None]
         if registry.parts is not None:
-            known = {*idle, *(names[job.param] for job in jobs)}
-            others = tuple(name for name in names.values() if name not in known)
-            step = EagerStep(others, repr(self._chain), "other processes take part in their steps")
-            plan = dataclasses.replace(plan, eager=(*plan.eager, *([step] if others else [])))
+            more = registry.parts.described(names)
+            plan = dataclasses.replace(
+                plan,
+                kernels=(*plan.kernels, *more.kernels),
+                eager=(*plan.eager, *more.eager),
+                owned=more.owned,
+            )
         return dataclasses.replace(plan, chain=repr(self._chain), without_gradient=tuple(idle))

@@ -143,7 +143,7 @@ class Plan:
             parameters=tuple(names[index] for index in members),
             elements=sum(self.params[index].numel() for index in members),
             passes=len(walks),
-            bytes_moved=sum(_size(self.jobs[i], name) for i in members for name in moved),
+            bytes_moved=sum(bytes_of(self.jobs[i], name) for i in members for name in moved),
             wave=wave,
         )
 
@@ -213,7 +213,7 @@ class Given:
     members: set[int]
 
 
-def _size(job: Job, name: str) -> int:
+def bytes_of(job: Job, name: str) -> int:
     """The bytes of a tensor of a kernel."""
     tensor = {"param": job.param, "grad": job.grad, **job.state}.get(name)
     if tensor is None:  # a temporary one

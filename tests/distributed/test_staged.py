@@ -1,0 +1,187 @@
+"""Kernels step shards walk by walk; sums are completed over the processes in between."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import heavyball
+from distributed import processes
+from distributed.engines import ENGINES, OPTIMIZERS, Model, give, on_one, whole
+from heavyball import chainable as C
+from heavyball.distributed.staged import Staging
+
+STEPS = 3
+ROUNDING = 1e-9  # as in test_engines.py
+CHAINS: dict[str, Callable[..., Any]] = {
+    **{
+        name: OPTIMIZERS[name]
+        for name in ("cautious AdamW", "stable_adamw", "FactoredAdamW", "AGC", "global clip")
+    },
+    "Prodigy": OPTIMIZERS["Prodigy"],
+    "metrics": lambda p, **o: heavyball.AdamW(p, lr=1e-2, metrics=True, caution=True, **o),
+    "Adafactor": lambda p, **o: heavyball.Adafactor(p, lr=1e-2, **o),
+    "CAME": lambda p, **o: heavyball.CAME(p, lr=1e-2, **o),
+    "largest": lambda p, **o: C.ChainOpt(p, 1e-2, C.scale_by_adamax, C.stable_adamw, **o),
+}
+
+
+def _compare(rank: int, engine: str, expected: dict[str, Any], without: int | None) -> dict:
+    """What each chain has done, and by whom; process `without` has no compiler."""
+    put, world = ENGINES[engine]
+    found = {}
+    if rank == without:
+        Staging._kernel = lambda self, printed: "it has no compiler"  # type: ignore[method-assign]
+    for name in expected:
+        model = Model()
+        options = put(model, world)
+        opt = CHAINS[name](list(model.named_parameters()), **options)
+        with processes.recorded() as collectives:
+            for step in range(STEPS):
+                give(model, step)
+                opt.step()
+        give(model, STEPS)
+        plan, params = opt.plan(), [whole(p) for p in model.parameters()]
+        here = [p for p in model.parameters() if p.to_local().numel()]  # type: ignore[operator]
+        stepped = {n for k in plan.kernels if k.purpose == "step" for n in k.parameters}
+        found[name] = params, processes.order(collectives), len(stepped), len(here), str(plan)
+    return found
+
+
+def _wrong(found: list[Tensor], expected: list[list[Tensor]]) -> float:
+    first, last, _ = expected
+    moved = max(float((a - b).abs().max()) for a, b in zip(last, first, strict=True))
+    return max(float((a - b).abs().max()) for a, b in zip(found, last, strict=True)) / moved
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, list[list[Tensor]]]:
+    return {name: on_one(make, STEPS, torch.float64) for name, make in CHAINS.items()}
+
+
+FEW = ("cautious AdamW", "CAME", "metrics", "Prodigy")
+
+
+@pytest.mark.parametrize(
+    ("engine", "without", "names"),
+    [
+        ("fsdp2-uneven", None, CHAINS),
+        ("fsdp2-and-tensor-parallel", None, CHAINS),
+        ("columns", 1, FEW),
+        ("hsdp", 2, FEW),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_they_give_the_results_of_one_process(
+    engine: str, without: int | None, names: Any, alone: dict[str, list[list[Tensor]]]
+) -> None:
+    given = {name: alone[name] for name in names}
+    found = processes.run(ENGINES[engine][1], _compare, engine, given, without)
+    for name, expected in given.items():
+        orders = [of[name][1] for of in found]
+        assert all(order == orders[0] for order in orders), name
+        for rank, of in enumerate(found):
+            params, _, stepped, here, plan = of[name]
+            assert _wrong(params, expected) < ROUNDING, (name, rank)
+            if rank == without:
+                assert not stepped and "it has no compiler" in plan
+            else:
+                assert stepped == here > 0, (name, rank, plan)
+
+
+def _said(rank: int) -> list[heavyball.diagnostics.plan.StepPlan]:
+    plans = []
+    for dtype, make in (
+        (torch.float32, CHAINS["cautious AdamW"]),
+        (torch.float32, lambda p: heavyball.AdamW(p, lr=1e-2, caution=True, compile=False)),
+        (torch.float32, OPTIMIZERS["ProdigyPlusScheduleFree"]),
+        (torch.bfloat16, CHAINS["cautious AdamW"]),
+        (torch.float32, OPTIMIZERS["Muon"]),
+    ):
+        model = Model(dtype)
+        ENGINES["fsdp2-even"][0](model, 2)
+        opt = make(list(model.named_parameters()))
+        give(model, 0, dtype)
+        plans.append(opt.plan())
+    return plans
+
+
+def test_a_plan_says_what_runs_where() -> None:
+    compiled, eager, sliced, rounded, muon = processes.run(2, _said)[0]
+    (kernel,) = compiled.kernels
+    assert (kernel.purpose, kernel.processes, kernel.passes) == ("step", 2, 2)
+    assert "2 passes" in str(compiled) and "sums over 2 processes" in str(compiled)
+    assert len(kernel.parameters) == 7 and not compiled.eager
+    assert {*eager.reasons.values()} == {"compile=False"} and len(eager.reasons) == 7
+    assert {*sliced.reasons.values()} == {
+        "sums over every k-th element of a tensor that is in parts"
+    }
+    assert {*rounded.reasons.values()} == {
+        "random bits are counted by the place in the whole tensor"
+    }
+    matrices = {"first.weight", "second.weight", "third.weight"}
+    assert {name for part in muon.owned for name in part.parameters} == matrices
+    assert {part.owner for part in muon.owned} == {0, 1}
+    assert {part.calls for part in muon.owned} == {("muon",)}
+    assert "at process 1 of 2: muon for" in str(muon)
+
+
+def _one_lacks(rank: int, name: str) -> tuple[str, bool]:
+    model = Model()
+    ENGINES["fsdp2-even"][0](model, 2)
+    opt = CHAINS[name](list(model.named_parameters()))
+    for step in range(2):
+        give(model, step)
+        opt.step()
+    before = [p.detach().to_local().clone() for p in model.parameters()]
+    states = [{k: whole(t) for k, t in opt.state[p].items()} for p in model.parameters()]
+    give(model, 2)
+    if rank == 0:
+        model.third.weight.grad = None
+    try:
+        opt.step()
+    except ValueError as error:
+        said = str(error)
+    same = all(
+        torch.equal(p.to_local(), b) for p, b in zip(model.parameters(), before, strict=True)
+    )
+    for p, state in zip(model.parameters(), states, strict=True):
+        same &= all(torch.equal(whole(t), state[k]) for k, t in opt.state[p].items())
+    return said, same
+
+
+@pytest.mark.parametrize("name", ["cautious AdamW", "FactoredAdamW", "metrics", "global clip"])
+def test_nothing_is_written_before_all_gradients_are_known(name: str) -> None:
+    for said, same in processes.run(2, _one_lacks, name):
+        assert "a gradient on 1 of the 2 processes" in said and "third.weight" in said
+        assert same
+
+
+def _halves(rank: int, name: str) -> list[Tensor]:
+    """Weights of which one has no gradient on any process in a step."""
+    model = Model(torch.float32)
+    ENGINES["fsdp2-even"][0](model, 2)
+    opt = CHAINS[name](list(model.named_parameters()))
+    for step in range(3):
+        give(model, step, torch.float32)
+        if step == 1:
+            model.second.weight.grad = None
+        opt.step()
+    return [whole(p) for p in model.parameters()]
+
+
+@pytest.mark.parametrize("name", ["cautious AdamW", "FactoredAdamW"])
+def test_float32_and_a_step_without_a_gradient(name: str) -> None:
+    model = Model(torch.float32)
+    opt = CHAINS[name](list(model.named_parameters()))
+    for step in range(3):
+        give(model, step, torch.float32)
+        if step == 1:
+            model.second.weight.grad = None
+        opt.step()
+    for of in processes.run(2, _halves, name):
+        for found, expected in zip(of, model.parameters(), strict=True):
+            # a few roundings of weights of about 0.3; sums of multiples of 2^-20 are nearly exact
+            torch.testing.assert_close(found, expected.detach(), rtol=0, atol=8 * 2**-24)
