@@ -14,8 +14,9 @@ which is (N + S - 2) / (N S) of them for each of N = R S processes, 2 (N - 1) / 
 Nothing less is enough while one process makes a result that N need a part of.
 """
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -128,6 +129,12 @@ class Exchange:
             async_op=True,
         )
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What is here of what is sent, and the memory for what arrives."""
+        parts = (move.part for move in self._moves)
+        return [t for t in (*parts, self._received) if t is not None]
+
     def _part(self, number: int, box: Box) -> Tensor:
         move = self._moves[number]
         assert move.part is not None
@@ -170,6 +177,11 @@ class _Hop:
             kinds.setdefault((move.source.group, move.dtype, move.device.type), []).append(number)
         self._begun = [(found, Exchange([moves[i] for i in found])) for found in kinds.values()]
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What is sent, and the memory for what arrives."""
+        return [tensor for _, exchange in self._begun for tensor in exchange.tensors]
+
     def wait(self) -> list[Tensor]:
         found = dict[int, Tensor]()
         for numbers, exchange in self._begun:
@@ -177,11 +189,45 @@ class _Hop:
         return [found[number] for number in range(self._size)]
 
 
+class Beside:
+    """A stream of a device for what is relayed, so that products do not wait until it has arrived."""
+
+    def __init__(self, device: torch.device):
+        self._stream = torch.cuda.Stream(device)
+
+    @contextlib.contextmanager
+    def __call__(self, used: Iterable[Tensor]) -> Iterator[None]:
+        """Work on this stream; `used` are tensors of the stream that computes."""
+        for tensor in used:
+            tensor.record_stream(self._stream)
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def join(self, made: Iterable[Tensor]) -> None:
+        """Let the present stream use what was made on this one."""
+        present = torch.cuda.current_stream(self._stream.device)
+        present.wait_stream(self._stream)
+        for tensor in made:
+            tensor.record_stream(present)
+
+
+@functools.lru_cache
+def beside(device: torch.device) -> Beside | None:
+    """The stream for what is relayed on a device; the CPU has none."""
+    return Beside(device) if device.type == "cuda" else None
+
+
 class Exchanges:
-    """Moves that are under way, each in one hop or in two."""
+    """Moves that are under way, each in one hop or in two.
+
+    Nothing waits on the host where the device is a GPU: the all-to-alls run on the streams of their
+    groups, and what is relayed on one beside the stream that computes.
+    """
 
     def __init__(self, moves: Sequence[Move]):
         self._moves = moves
+        devices = [move.device for move in moves if move.device.type != "cpu"]
+        self._beside = beside((devices or [moves[0].device])[0])
         self._near: list[Tensor] = []
         self._last: _Hop | None = None
         self._first = _Hop([m if m.by is None else replace(m, target=m.by) for m in moves])
@@ -191,6 +237,13 @@ class Exchanges:
         """Begin the second hop of those that take two, when the first is done."""
         if self._last is not None or not self._twice:
             return
+        if self._beside is None:
+            self._forward()
+        else:
+            with self._beside(self._first.tensors):
+                self._forward()
+
+    def _forward(self) -> None:
         self._near = self._first.wait()
         moves = []
         for number in self._twice:
@@ -204,6 +257,8 @@ class Exchanges:
         self.relay()
         if self._last is None:
             return self._first.wait()
+        if self._beside is not None:
+            self._beside.join([*self._near, *self._last.tensors])
         found = dict(enumerate(self._near))
         found.update(zip(self._twice, self._last.wait(), strict=True))
         return [found[number] for number in range(len(self._moves))]

@@ -88,6 +88,13 @@ class Recipe:
         return found
 
     @functools.cached_property
+    def may_end(self) -> bool:
+        """Whether a step may end before its last question, which only the owner finds out."""
+        return any(
+            q.gate is not None or "gate" in q.node.transform.provides for q in self.questions
+        )
+
+    @functools.cached_property
     def is_hasty(self) -> bool:
         """Whether a kernel writes something before the first sum over processes is complete.
 

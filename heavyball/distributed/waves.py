@@ -99,15 +99,16 @@ def advance(runs: Sequence[tuple[Values | Row, Phase]], complete: Completes) -> 
                 values.take(index, next(totals))
 
 
-def numbers(found: Sequence[tuple[Layout, bool, list[float]]], device: torch.device) -> list[Term]:
-    """Terms that give every process of a group what one of them knows."""
+def numbers(
+    found: Sequence[tuple[Layout, bool, Sequence[float | Tensor]]], device: torch.device
+) -> list[Term]:
+    """Terms that give every process of a group what one of them knows; a device is not waited for."""
+
+    def placed(values: Sequence[float | Tensor]) -> Tensor:
+        return torch.stack([_number(value, device).to(device, SCALAR) for value in values])
+
     return [
-        Term(
-            "sum",
-            replicated((len(values),), layout.group),
-            torch.tensor(values, dtype=SCALAR, device=device),
-            adds,
-        )
+        Term("sum", replicated((len(values),), layout.group), placed(values), adds)
         for layout, adds, values in found
     ]
 
@@ -245,7 +246,7 @@ class CutWave:
     # ---- back
 
     def _send_back(self) -> None:
-        moves, known = [], []
+        moves, known, telling = [], [], []
         for run in self._asking:
             recipe, part = run.recipe, run.part
             for index in recipe.back:
@@ -256,23 +257,28 @@ class CutWave:
                     if not (run.ended or run.absent):
                         tensor = run.whole.element(index).reshape(part.shape)
                 moves.append(back(part.layout, part.owner, tensor, dtype, part.here.device))
-            told = [0.0] * (len(recipe.numbers) + 1)
+            told: list[float | Tensor] = [0.0] * (recipe.may_end + len(recipe.numbers))
             if part.is_mine and not run.absent:
-                told[0] = float(-1 - run.answered if run.ended else run.answered)
-                for place, index in enumerate(recipe.numbers, start=1):
-                    told[place] = float(run.whole.known.get(index, 0.0))
-            known.append((part.layout, part.is_mine, told))
+                told = [run.whole.known.get(index, 0.0) for index in recipe.numbers]
+                if recipe.may_end:
+                    told.insert(0, float(-1 - run.answered if run.ended else run.answered))
+            if told:
+                known.append((part.layout, part.is_mine, told))
+                telling.append(run)
+            run.answered = run.answered if recipe.may_end else len(recipe.questions)
         self._back = Exchanges(moves) if moves else None
         device = self.runs[0].part.here.device if self.runs else torch.device("cpu")
         heard = self._complete(numbers(known, device)) if known else []
-        for run, of in zip(self._asking, heard, strict=True):
+        for run, of in zip(telling, heard, strict=True):
             self._learn(run, of)
 
-    def _learn(self, run: Run, told: Tensor) -> None:
+    @staticmethod
+    def _learn(run: Run, told: Tensor) -> None:
         recipe = run.recipe
-        first = int(told[0])
-        run.ended, run.answered = first < 0, -1 - first if first < 0 else first
-        for index, number in zip(recipe.numbers, told[1:], strict=True):
+        if recipe.may_end:  # the host must know
+            first, told = int(told[0]), told[1:]
+            run.ended, run.answered = first < 0, -1 - first if first < 0 else first
+        for index, number in zip(recipe.numbers, told, strict=True):
             kind = recipe.graph.values[index].kind
             run.values.known[index] = number != 0 if kind == "bool" else number
 
