@@ -127,7 +127,7 @@ class Staging:
         toolchain.prepare(fresh, FUNCTION)
         tables: dict[Any, list[int]] = {}
         for number, ((_, recipe, _, _), made) in enumerate(zip(given, asked, strict=True)):
-            if made.printed is not None and not isinstance(self._kernel(made.printed), str):
+            if made.printed is not None and not isinstance(self.built(made.printed), str):
                 sums = tuple(tuple(several) for _, several in recipe.before.rounds)
                 tables.setdefault((_place(made.printed), sums), []).append(number)
         for (place, _), numbers in tables.items():
@@ -147,7 +147,7 @@ class Staging:
         made = self._printed(part, recipe, job)
         if made.printed is None:
             return made.reason
-        return self._kernel(made.printed)
+        return self.built(made.printed)
 
     def _printed(self, part: Part, recipe: Recipe, job: Job) -> _Made:
         reason = _unfit(part, recipe, job)
@@ -163,7 +163,7 @@ class Staging:
                 self._made[key] = _Made(None, str(error))
         return self._made[key]
 
-    def _kernel(self, printed: Printed) -> Kernel | str:
+    def built(self, printed: Printed) -> Kernel | str:
         """The kernel, or why it could not be built."""
         place = _place(printed)
         if place not in self._kernels:

@@ -17,6 +17,7 @@ import heavyball
 from distributed import processes
 from distributed.engines import placed_as
 from heavyball.distributed.exchange import route
+from heavyball.distributed.memory import parts_on
 from heavyball.distributed.shard import Group, numel, planned
 
 SIDES = (24, 16, 20, 12, 28, 16, 24, 20)
@@ -144,6 +145,19 @@ def test_no_process_sends_a_piece_twice_to_one_copy(dims: tuple[int, ...], rows:
     assert sum(sent) == sum(6 * (2 * (rows - own) + (n // s - 1) * rows) for own in owned)
     if rows % s == 0:
         assert {*sent} == {round(_least(dims) * n * rows * 6)}
+
+
+@pytest.mark.parametrize("dims", [(2,), (4,), (2, 2)], ids=str)
+def test_work_is_shared_out_by_cost(dims: tuple[int, ...]) -> None:
+    """Of five matrices a process or more, none has over a tenth more to do than the mean."""
+    opt = heavyball.Muon(list(Matrices().named_parameters()), lr=1e-3)
+    given = opt.registry.places(), opt.registry.programs()
+    parts = [part for part in parts_on(dims, *given, False) if part.needs_owner]
+    loads = [0.0] * math.prod(dims)
+    assert len(parts) >= 5 * len(loads)
+    for part in parts:
+        loads[part.owner] += part.cost
+    assert max(loads) <= 1.10 * sum(loads) / len(loads)
 
 
 def test_matrix_state_is_spread_out() -> None:
