@@ -85,7 +85,7 @@ def main(processes: int, steps: int, width: int, layers: int, out: Path | None) 
     elements = sum(p.numel() for p in Layers(width, layers).parameters())
     text = f"""## Shards with sums
 
-- command: `python -m benchmarks.staged --out docs/measurements.md`
+- command: `python -m benchmarks.staged --steps {steps} --out docs/measurements.md`
 - {processes} processes on gloo with one thread each, {elements:,} elements, {steps} steps by turns
 - torch {torch.__version__}, {os.cpu_count()} cores, load {load:.1f} before the run
 

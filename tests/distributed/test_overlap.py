@@ -110,5 +110,6 @@ def test_what_is_relayed_is_on_a_stream_beside_the_products() -> None:
         # before its results are used behind the products of the wave after it
         assert said.count("join") == WAVES
         first = said.index("join")
-        assert said[:first].count("products") == 2 and said[:first].count("back") == 1
+        assert said[:first].count("products") == 2
+        assert said[:first].count("back") == 1
         assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))
