@@ -58,13 +58,18 @@ test-newest: $(NEWEST)/installed
 	OMP_WAIT_POLICY=PASSIVE $(NEWEST)/bin/python -m pytest --numprocesses 2 --dist worksteal $(TESTS)
 
 FRAMEWORKS := .venv-frameworks
-$(FRAMEWORKS)/installed: pyproject.toml
+$(FRAMEWORKS)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(FRAMEWORKS)
-	$(FRAMEWORKS)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[frameworks]'
+	$(FRAMEWORKS)/bin/python -m pip install --quiet --disable-pip-version-check \
+		$(shell grep '^torch==' constraints.txt) --editable '.[frameworks]'
+	$(FRAMEWORKS)/bin/python -m pip install --quiet --disable-pip-version-check \
+		--no-deps --target $(FRAMEWORKS)/torchtune torchao==0.15.0
 	@touch $@
 
+# torchtune needs an older torchao than peft takes, so it is tested in a process of its own
 test-frameworks: $(FRAMEWORKS)/installed
 	$(FRAMEWORKS)/bin/python -m pytest tests/frameworks
+	PYTHONPATH=$(CURDIR)/$(FRAMEWORKS)/torchtune $(FRAMEWORKS)/bin/python -m pytest tests/frameworks/test_torchtune.py
 
 SEED := 0
 SECONDS := 300
