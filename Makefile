@@ -3,7 +3,7 @@
 # make test-all   every case of every test, before a release
 # make test-cuda   on a machine with a GPU: the shared suites and every kernel there
 # make test-newest   the tests with the newest torch, in .venv-newest (a large download); TESTS=tests/test_x.py for a part
-# make test-frameworks   callbacks and recipes for six frameworks, in .venv-frameworks
+# make test-frameworks   callbacks and recipes for ten frameworks, in .venv-frameworks
 # make test-asan   the kernel suites with sanitizers in the kernels: memory and undefined behaviour
 # make bench   measure optimizer steps, write docs/measurements.md (on a quiet machine)
 # make bench-peers   the same for other libraries, installed into .venv-peers

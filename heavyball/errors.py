@@ -9,7 +9,16 @@ from types import FrameType
 
 # Packages whose lines a user has not written: this one, and what calls it on a user's behalf.
 INNER = frozenset(
-    {"heavyball", "torch", "contextlib", "functools", "threading", "concurrent", "importlib"}
+    {
+        "heavyball",
+        "torch",
+        "contextlib",
+        "functools",
+        "threading",
+        "concurrent",
+        "importlib",
+        "typing_extensions",  # around what torch has deprecated
+    }
 )
 # How many names a message lists.
 MOST_NAMES = 60

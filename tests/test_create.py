@@ -108,6 +108,14 @@ def test_a_chain_in_any_form_is_that_chain(what):
         assert repr(opt.chain) == repr(other.chain)
 
 
+def test_a_class_of_a_chain_has_the_lr_of_a_chain():
+    made = C.optimizer_class("scale_by_adam | cautious", name="Mine")
+    opt = heavyball.create(Net(), made)
+    assert type(opt) is made
+    assert opt.param_groups[0]["lr"] == heavyball.create(Net(), "sign").param_groups[0]["lr"]
+    assert heavyball.create(Net(), made, lr=0.5).param_groups[0]["lr"] == 0.5
+
+
 @pytest.mark.parametrize(
     ("what", "near"),
     [
@@ -157,6 +165,31 @@ def test_auto_takes_decay_from_norms_embeddings_and_vectors_of_a_model():
     decayed = {"head.weight", *(f"blocks.{i}.fc.weight" for i in range(3))}
     assert {n for n, value in decay.items() if value} == decayed
     assert set(decay.values()) == {0.0, 0.3}
+
+
+@pytest.mark.parametrize("wrap", [None, "compile", "DataParallel"])
+def test_auto_takes_decay_from_what_a_model_names(wrap):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token = nn.Parameter(torch.zeros(1, 2, 3))
+            self.blocks = nn.ModuleList([nn.Linear(3, 3) for _ in range(2)])
+            self.table = nn.Parameter(torch.zeros(3, 3))
+
+        def no_weight_decay(self):
+            return {"token", "*.1.weight"}
+
+    model = Named()
+    if wrap is not None:
+        model = torch.compile(model) if wrap == "compile" else nn.DataParallel(model)
+    opt = heavyball.create(model, "AdamW", no_decay="auto", weight_decay=0.1)
+    bare = {
+        name.rpartition("module.")[2].removeprefix("_orig_mod.")
+        for group in opt.param_groups
+        for name in group["param_names"]
+        if group["weight_decay"] == 0
+    }
+    assert bare == {"token", "blocks.0.bias", "blocks.1.bias", "blocks.1.weight"}
 
 
 @pytest.mark.parametrize("named", [True, False])

@@ -267,6 +267,58 @@ def test_what_is_no_sequence_of_numbers_is_refused(wrong):
         run(opt, opt.param_groups[0]["params"][0], 1)
 
 
+# Options that are tuples, nested too, and elements: as Python has them, and configurations.
+OPTIONS = {
+    "blocks": (heavyball.Muon, {"blocks": {"*": (1, 1)}}),
+    "interleaved": (heavyball.Muon, {"blocks": {"*": ("interleaved", 1, (1, 1))}}),
+    "table": (heavyball.Muon, {"method": ((3.4, -4.7, 2.0), (3.0, -4.0, 2.0))}),
+    "pair": (heavyball.PrecondScheduleSOAP, {"precond_scheduler": (0.3, 9)}),
+    "elements": (C.ChainOpt, {"transforms": ("exp_avg", C.scale_by_adam), "lr": 0.1}),
+    "element with a chain": (
+        lambda p, chain: C.ChainOpt(p, 0.1, C.graft(C.sign, chain)),
+        {"chain": (C.exp_avg, C.scale_by_adam)},
+    ),
+    "rotated chain": (
+        lambda p, chain: C.ChainOpt(p, 0.1, C.soap_precond(chain)),
+        {"chain": (C.exp_avg, C.scale_by_adam)},
+    ),
+    "routed chain": (
+        lambda p, chain: C.ChainOpt(p, 0.1, C.route(C.when(chain, min_ndim=2))),
+        {"chain": (C.exp_avg, C.scale_by_adam)},
+    ),
+    "projected chain": (
+        lambda p, chain: C.ChainOpt(p, 0.1, C.galore(chain, rank=1)),
+        {"chain": (C.exp_avg, C.scale_by_adam)},
+    ),
+    "created": (heavyball.create, {"what": ("exp_avg", "scale_by_adam")}),
+    "class": (
+        lambda p, what: C.optimizer_class(what, name="Mine")(p, 0.1),
+        {"what": ("exp_avg", "scale_by_adam")},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ["list", "config", "user list"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_any_sequence_is_taken_for_an_option_and_for_elements(name, kind):
+    make, options = OPTIONS[name]
+
+    def remade(value):
+        if isinstance(value, dict):
+            return {key: remade(part) for key, part in value.items()}
+        return KINDS[kind](list(map(remade, value))) if isinstance(value, tuple) else value
+
+    def trained(given):
+        p = torch.nn.Parameter(torch.linspace(-1, 1, 12).reshape(2, 6))
+        opt = make([("layer.weight", p)], **given)
+        run(opt, p, 3)
+        return p.detach(), repr(opt.chain)
+
+    (found, text), (right, wanted) = trained(remade(options)), trained(options)
+    assert torch.equal(found, right)
+    assert text == wanted
+
+
 def test_numbers_of_numpy_are_numbers():
     opt = heavyball.PSGDLRA([weights()], lr=np.float32(0.5), rank=np.int64(2), seed=np.int32(3))
     group = opt.param_groups[0]

@@ -45,6 +45,34 @@ def trained(text):
     return torch.cat([(p.detach() - s).flatten() for p, s in zip(params, start, strict=True)])
 
 
+# How far release 3.2.1 of the PyPI package goes with its defaults in the steps of the test, and 2.3.1
+# to 3e-8. It has this library's import name, so it cannot run here.
+PYPI = {
+    "AdamW": (-0.00617516, 0.00684952, -0.00648407, -0.00709845, -0.00679832, 0.00617516),
+    "LaProp": (-0.00890290, 0.00918352, -0.00902444, -0.00929240, -0.00916093, 0.00890290),
+    "SFAdamW": (-0.00364363, 0.00388312, -0.00374954, -0.00397734, -0.00386399, 0.00364363),
+    "AdEMAMix": (-0.00247192, 0.00274306, -0.00259684, -0.00284531, -0.00272238, 0.00247192),
+    "NAdam": (-0.00388550, 0.00423866, -0.00404530, -0.00437441, -0.00421124, 0.00388550),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PYPI)
+def test_what_has_its_numbers(name):
+    rows = {there: here for there, here, note in ROWS if note.strip() == "its defaults and numbers"}
+    assert len(rows) == len(PYPI)
+    start = torch.linspace(-1, 1, 6).reshape(2, 3)
+    p = torch.nn.Parameter(start.clone())
+    opt = built(rows[f"Foreach{name}(params)"], [p])
+    slope = torch.tensor([[1.0, -2.0, 0.5], [0.25, 3.0, -1.0]])
+    for t in range(8):
+        p.grad = 0.1 * p.detach() + slope * (-1.0) ** (t // 3) * (1 + 0.5 * t)
+        opt.step()
+    # eight additions to numbers of up to 1 in float32, on both sides
+    torch.testing.assert_close(
+        (p.detach() - start).flatten(), torch.tensor(PYPI[name]), rtol=0, atol=16 * 2**-24
+    )
+
+
 def test_the_page_has_rows_of_all_it_names():
     assert len(ROWS) >= 50
     assert len(SAME) >= 14

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from heavyball.core.check import check, excluded
 from heavyball.core.combine import Element, Parallel, Route, When, Within, as_chain, chain_repr
-from heavyball.core.hyper import Hyper, LargestLr, Shared, check_live, is_real, nonnegative
+from heavyball.core.hyper import (
+    Hyper,
+    LargestLr,
+    Shared,
+    check_live,
+    is_real,
+    is_sequence,
+    nonnegative,
+)
 from heavyball.core.loss import KEY, with_loss_gate
 from heavyball.core.program import (
     Fork,
@@ -55,7 +63,7 @@ class Chain:
         storage: Storage | None = None,
         around: tuple[Transform, ...] = (),
     ):
-        given = elements if isinstance(elements, tuple | list) else (elements,)
+        given = elements if is_sequence(elements) else (elements,)
         # what numbers of the groups follow, and what happens to the gradient
         self.followed = tuple(e for e in given if isinstance(e, Followed))
         self.elements = as_chain(tuple(e for e in given if not isinstance(e, Followed)), owner)

@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from heavyball.core.hyper import Live, check_scheduled, finite, nonnegative
+from heavyball.core.hyper import Live, check_scheduled, finite, is_sequence, nonnegative
 from heavyball.core.schedule import Followed, is_scheduled
 from heavyball.core.transform import Transform, transform
 from heavyball.numerics import norm
@@ -188,7 +188,7 @@ def chain_repr(chain: Iterable[Element]) -> str:
 
 def as_chain(chain: Any, owner: str, allow_empty: bool = False) -> tuple[Element, ...]:
     """One element or a sequence of them as a checked tuple; errors name `owner` and the position."""
-    elements = tuple(chain) if isinstance(chain, (tuple, list)) else (chain,)
+    elements = tuple(chain) if is_sequence(chain) else (chain,)
     if not elements and not allow_empty:
         raise ValueError(f"{owner}: an empty chain; give at least one transform")
     for position, element in enumerate(elements):
@@ -264,7 +264,7 @@ def when(
     ndim, min_ndim, max_ndim: the number of dimensions.
     predicate: `fn(name, parameter) -> bool`; the name is the plain one, None where there is none.
     """
-    if len(chain) == 1 and isinstance(chain[0], (tuple, list)):
+    if len(chain) == 1 and is_sequence(chain[0]):
         chain = tuple(chain[0])
     rule = When(as_chain(chain, "when", True), name, ndim, min_ndim, max_ndim, predicate)
     if (name, ndim, min_ndim, max_ndim, predicate) == (None,) * 5:

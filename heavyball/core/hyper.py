@@ -155,6 +155,17 @@ def is_sequence(value: Any) -> TypeGuard[Sequence[Any]]:
     return ordered and not isinstance(value, _NO_SEQUENCES) and getattr(value, "ndim", 1) > 0
 
 
+def in_tuples(value: Any) -> Any:
+    """A value of an option with every sequence in it as a tuple, whatever it was read from."""
+    if isinstance(value, Mapping):
+        return {key: in_tuples(part) for key, part in value.items()}
+    if hasattr(value, "tolist") and not isinstance(value, Tensor):
+        value = value.tolist()
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray):
+        return tuple(map(in_tuples, value))
+    return value
+
+
 def check_live(
     name: str, value: Any, like: Any, domain: Intervals, index: int | None = None
 ) -> Any:
@@ -227,6 +238,8 @@ def check_option(name: str, value: Any, default: Any, annotation: Any) -> Any:
     if isinstance(value, bool) and accepted not in (bool, (bool,)):
         raise TypeError(f"{name}={value!r}: expected {annotation}, got a bool")
     names = accepted if isinstance(accepted, tuple) else (accepted,)
+    if tuple in names or dict in names:
+        value = in_tuples(value)
     if not isinstance(value, accepted):
         if str in names and isinstance(value, os.PathLike):
             return os.fspath(value)
@@ -235,8 +248,6 @@ def check_option(name: str, value: Any, default: Any, annotation: Any) -> Any:
             return int(value)
         if float in names and is_real(value):
             return float(value)
-        if tuple in names and is_sequence(value):
-            return tuple(value.tolist() if hasattr(value, "tolist") else value)
         expected = " or ".join(getattr(t, "__name__", str(t)) for t in names)
         raise TypeError(f"{name}={value!r}: expected {expected}, got {type(value).__name__}")
     return value

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from heavyball.core.hyper import is_sequence
 from heavyball.core.shapes import SHAPES, beta_of_batch, beta_of_half_life
 from heavyball.errors import REFUSALS, ChainError, one_line, unknown
 
@@ -106,7 +107,7 @@ def read_elements(given: Any) -> tuple[Any, ...]:
     given: an element, a text, or a sequence of both.
     Errors: ChainError as for `parse_chain`.
     """
-    several = given if isinstance(given, tuple | list) else (given,)
+    several = given if is_sequence(given) else (given,)
     parts = (parse_chain(part) if isinstance(part, str) else (part,) for part in several)
     return tuple(element for part in parts for element in part)
 

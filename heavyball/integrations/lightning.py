@@ -1,11 +1,12 @@
 """Callbacks for Lightning."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from heavyball.integrations import averaging, plain_metrics, unwrapped
+from heavyball.integrations import averaging, plain_metrics
 
 
 class AveragedWeights(Callback):
@@ -16,6 +17,11 @@ class AveragedWeights(Callback):
     after the training gives y back. Several optimizers, manual optimization and optimizers of others
     beside ours are fine; those are left alone.
     """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # a callback's `on_save_checkpoint` is not called for a checkpoint of the weights alone
+        if getattr(trainer.save_checkpoint, "func", None) is not _save_averaged:
+            trainer.save_checkpoint = partial(_save_averaged, trainer, trainer.save_checkpoint)
 
     def on_train_batch_start(self, trainer: Trainer, *more: Any) -> None:
         for opt in averaging(trainer.optimizers):
@@ -33,29 +39,18 @@ class AveragedWeights(Callback):
         for opt in averaging(trainer.optimizers):
             opt.eval()
 
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Save x in the model, and the optimizers as they are in evaluation mode."""
-        ours = list(averaging(trainer.optimizers))
-        if not ours or ("optimizer_states" not in checkpoint and "state_dict" not in checkpoint):
-            return
-        trained = [opt for opt in ours if all(g["train_mode"] for g in opt.param_groups)]
-        try:
-            for opt in ours:
-                opt.eval()
-            if "state_dict" in checkpoint:
-                weights = trainer.strategy.lightning_module_state_dict()
-                checkpoint["state_dict"] = {
-                    key: value.detach().clone() if isinstance(value, torch.Tensor) else value
-                    for key, value in weights.items()
-                }
-            for number, opt in enumerate(trainer.optimizers):
-                if unwrapped(opt) in ours and "optimizer_states" in checkpoint:
-                    checkpoint["optimizer_states"][number] = trainer.strategy.optimizer_state(opt)
-        finally:
-            for opt in trained:
-                opt.train()
+
+def _save_averaged(trainer: Trainer, save: Callable[..., None], *args: Any, **options: Any) -> None:
+    """Save a checkpoint with x in the model, and the optimizers as they are in evaluation mode."""
+    ours = list(averaging(trainer.optimizers))
+    trained = [opt for opt in ours if all(g["train_mode"] for g in opt.param_groups)]
+    try:
+        for opt in ours:
+            opt.eval()
+        save(*args, **options)
+    finally:
+        for opt in trained:
+            opt.train()
 
 
 class Metrics(Callback):

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from heavyball.core.chain import Chain
+from heavyball.core.hyper import is_sequence
 from heavyball.core.text import read_elements
 from heavyball.optim.optimizer import ChainOpt
 
@@ -30,6 +31,10 @@ def optimizer_class(what: Any, name: str = "ChainOptimizer") -> type[ChainOpt]:
     """
     if not isinstance(name, str) or not name.isidentifier():
         raise TypeError(f"optimizer_class: name={name!r}, expected a name such as 'CautiousAdam'")
+    if is_sequence(what):
+        what = tuple(
+            what
+        )  # a configuration's list would need its library where the class is unpickled
     known = _made.get((what, name)) if isinstance(what, str) else None
     if known is not None:
         return known

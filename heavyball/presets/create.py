@@ -1,5 +1,7 @@
 """`heavyball.create`: an optimizer by name, with groups for decay and depth."""
 
+import fnmatch
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -11,6 +13,7 @@ from heavyball.core.hyper import Interval, check_live
 from heavyball.core.text import known_names, parse_optimizer
 from heavyball.errors import unknown
 from heavyball.optim.arguments import GroupsOf, kinds_of
+from heavyball.optim.classes import ChainClass
 from heavyball.optim.optimizer import ChainOpt
 
 # The lr of a chain that is given none; presets have their own.
@@ -34,10 +37,12 @@ def create(
     lr: left out, the preset's own; 1e-3 for a chain.
     no_decay: "auto" gives weights of norms and embeddings, and everything of one dimension or fewer,
         a group of their own with a weight decay of 0. Norms and embeddings are known by the types of
-        a model's modules; without a model it goes by dimensions alone.
+        a model's modules, and a model that has `no_weight_decay()`, as timm's do, names more; without a
+        model it goes by dimensions alone.
     layer_decay: lr times `layer_decay ** (blocks + 1 - layer)`, with layer 0 for the embedding, i + 1
-        for block i and blocks + 1 for what is behind them, as in timm. It is part of each group's `lr`,
-        which schedules scale. Blocks are what names count: "blocks.0.", "encoder.layer.0.".
+        for block i and blocks + 1 for what is behind them, as in BEiT. It is part of each group's `lr`,
+        which schedules scale. Blocks are what names count: "blocks.0.", "encoder.layer.0."; a model of
+        timm says its layers itself, so its factors are those of timm's `param_groups_layer_decay`.
     options: those of the preset, or of `ChainOpt`.
 
     Errors: ValueError for a name that nobody knows and TypeError for an option, with the nearest;
@@ -84,7 +89,7 @@ def chosen(what: Any, owner: str) -> tuple[Callable[..., ChainOpt], dict[str, An
     if isinstance(what, type):
         if not issubclass(what, ChainOpt):
             raise TypeError(f"{owner}: {what.__name__} is no optimizer of heavyball")
-        return what, {}
+        return functools.partial(what, lr=LR) if isinstance(what, ChainClass) else what, {}
     return _of_chain(what), {}
 
 
@@ -136,19 +141,56 @@ def _split(
         )
     plain = names if None in names else plain_names(names)  # type: ignore[arg-type]
     kinds = {} if model is None else kinds_of(model)
-    layers = iter([None] * len(names) if factor is None else _powers(plain, kinds))  # type: ignore[arg-type]
+    kept = _kept(model)
+    powers = None if factor is None else _own_powers(model, plain) or _powers(plain, kinds)  # type: ignore[arg-type]
+    layers = iter([None] * len(names) if powers is None else powers)
     found: dict[Kind, list[Named]] = {}
     numbered = [(i, pair) for i, group in enumerate(groups) for pair in group["params"]]
     for (index, pair), name in zip(numbered, plain, strict=True):
         power = next(layers)
         scale = 1.0 if power is None else factor**power  # type: ignore[operator]
-        undecayed = bare and (pair[1].ndim <= 1 or name in kinds)
+        undecayed = bare and (pair[1].ndim <= 1 or name in kinds or _is_kept(name, kept))
         found.setdefault((index, scale, undecayed), []).append(pair)
     made = []
     for (index, _, _), pairs in found.items():
         params = pairs if None not in names else [param for _, param in pairs]
         made.append({**groups[index], "params": params})
     return made, [scale for _, scale, _ in found], [undecayed for *_, undecayed in found]
+
+
+def _inside(model: nn.Module | None) -> nn.Module | None:
+    """The model itself, whatever wraps it."""
+    while model is not None:
+        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+        if not isinstance(inner, nn.Module) or len(list(model.children())) > 1:
+            break
+        model = inner
+    return model
+
+
+def _kept(model: nn.Module | None) -> tuple[str, ...]:
+    """Patterns of names that a model wants without decay, as timm's models name them."""
+    own = getattr(_inside(model), "no_weight_decay", None)
+    return tuple(own()) if callable(own) else ()
+
+
+def _is_kept(name: str | None, patterns: tuple[str, ...]) -> bool:
+    return name is not None and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _own_powers(model: nn.Module | None, names: Sequence[str]) -> list[int] | None:
+    """For each parameter how many layers are behind its own, of a model that timm groups."""
+    inner = _inside(model)
+    matcher = getattr(inner, "group_matcher", None)
+    if not callable(matcher):
+        return None
+    try:
+        from timm.models import group_parameters
+    except ImportError:  # a model of somebody else
+        return None
+    found = group_parameters(inner, matcher(coarse=False), reverse=True)
+    layers = dict(zip(plain_names(list(found)), found.values(), strict=True))
+    return [max(layers.values()) - layers[name] for name in names]
 
 
 def _as_groups(given: Any) -> list[dict[str, Any]]:

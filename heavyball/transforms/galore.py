@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from heavyball.core.combine import Within, as_chain
-from heavyball.core.hyper import Live, positive, shared
+from heavyball.core.hyper import Live, is_sequence, positive, shared
 from heavyball.core.transform import Transform
 from heavyball.core.whole import whole_transform
 from heavyball.errors import nearest
@@ -189,7 +189,7 @@ class LowRank(Within):
 def _low_rank(name: str, inner: tuple[Any, ...], options: dict[str, Any]) -> Within:
     enter = {n: options[n] for n in ENTER if n in options}
     leave = {n: v for n, v in options.items() if n not in enter}
-    if len(inner) == 1 and isinstance(inner[0], tuple | list):
+    if len(inner) == 1 and is_sequence(inner[0]):
         inner = tuple(inner[0])
     chain = as_chain(inner, name) if inner else DEFAULTS[name]
     for unknown in leave.keys() - {"scale"}:

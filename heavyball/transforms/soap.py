@@ -9,7 +9,7 @@ from torch import Tensor
 
 from heavyball import utils
 from heavyball.core.combine import Within, as_chain, leaves
-from heavyball.core.hyper import Fixed, Live, fraction, positive
+from heavyball.core.hyper import Fixed, Live, fraction, is_sequence, positive
 from heavyball.core.transform import Transform
 from heavyball.core.whole import whole_transform
 from heavyball.linalg import basis as pieces_of
@@ -510,7 +510,7 @@ def soap_precond(*inner: Any, normalize_grads: bool = False, **options: Any) -> 
     # a schedule that cannot be is refused here rather than at the first step
     _schedule(enter.options["precondition_frequency"], enter.options["precond_scheduler"])
     leave = from_eigenbasis(normalize_grads=True) if normalize_grads else from_eigenbasis
-    if len(inner) == 1 and isinstance(inner[0], tuple | list):
+    if len(inner) == 1 and is_sequence(inner[0]):
         inner = tuple(inner[0])
     chain = as_chain(inner, "soap_precond") if inner else ADAM
     if enter.options["refresh"] == "before":

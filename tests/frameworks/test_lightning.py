@@ -98,6 +98,33 @@ def test_a_resume_is_bit_identical(tmp_path):
         assert torch.equal(p, q)
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_weights_saved_alone_between_steps_are_the_average(tmp_path, several):
+    """Lightning calls no callback for these files."""
+    averages = {}
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, trainer, module, *more):
+            with trainer.optimizers[0].averaged():
+                averages[trainer.global_step] = copy.deepcopy(module.state_dict())
+
+    module = Module(several)
+    files = pl.callbacks.ModelCheckpoint(
+        dirpath=tmp_path / "alone",
+        save_top_k=-1,
+        every_n_train_steps=4 if several else 2,  # both optimizers count
+        filename="{step}",
+        save_weights_only=True,
+    )
+    fit(tmp_path, module, 2, callbacks=[Look(), files])
+    saved = sorted((tmp_path / "alone").glob("*.ckpt"))
+    assert len(saved) >= 4
+    for path in saved:
+        found = torch.load(path, weights_only=False)["state_dict"]
+        for name, x in averages[int(path.stem.partition("=")[2])].items():
+            assert torch.equal(found[name], x), (path, name)
+
+
 def test_metrics_are_logged(tmp_path):
     module = Module()
     trainer = fit(tmp_path, module, 1, callbacks=[Metrics(every=1)])

@@ -1,25 +1,13 @@
 """Recipes of docs/frameworks.md for averaged weights, as they stand there (`make test-frameworks`)."""
 
-import re
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
+from pages import recipe
 from torch import nn
 
 import heavyball
-
-PAGE = (Path(__file__).parent.parent.parent / "docs" / "frameworks.md").read_text()
-
-
-def recipe(framework):
-    """The names that the code of a framework's paragraph defines."""
-    pytest.importorskip(framework)
-    (block,) = re.findall(rf"\*\*{framework}\.\*\*.*?```py\n(.*?)```", PAGE, re.DOTALL)
-    names = {"torch": torch}
-    exec(block, names)
-    return names
 
 
 class Seen(nn.Module):
