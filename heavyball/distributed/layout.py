@@ -203,6 +203,11 @@ def saving(param: Tensor, where: Kept, part: Tensor | None, device: torch.device
     return Move(where.layout, target, part, where.dtype, device)
 
 
+def travels(where: Kept) -> bool:
+    """Whether a state must be brought into another layout to be saved."""
+    return where.at_owner or not (where.is_number or where.aligned or where.layout.is_whole)
+
+
 def saved(param: Tensor, where: Kept, part: Tensor) -> Tensor:
     """What a checkpoint gets of a state that has arrived there."""
     if isinstance(param, DTensor) and where.shape:
@@ -220,8 +225,8 @@ def taken(part: "Part", saved: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     moves: list[Move] = []
     names: list[str] = []
-    for key, value in entries.items():
-        where = part.kept.get(key)
+    for key in sorted(entries):  # in an order that all processes share
+        value, where = entries[key], part.kept.get(key)
         if where is None or not isinstance(value, Tensor) or _is_number(where, value):
             if where is None or not where.at_owner or part.is_mine:
                 found[key] = local(value) if isinstance(value, Tensor) else value
@@ -267,7 +272,7 @@ def _in_formats(part: "Part", saved: Mapping[str, Any]) -> Mapping[str, Any]:
         key: torch.empty(where.shape, dtype=where.dtype, device="meta")
         for key, where in part.kept.items()
     }
-    mains = [key for key in tensors if not is_companion(key) and key in expected]
+    mains = [key for key in sorted(tensors) if not is_companion(key) and key in expected]
     other = [key for key in mains if _codes(tensors, key) != _codes(expected, key)]
     if not other:
         return saved

@@ -1,7 +1,7 @@
 """A parameter in parts: what this process has of it, and how it is stepped."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +44,19 @@ class Held(dict[str, Tensor]):
     def clear(self) -> None:
         for key in list(self):
             del self[key]
+        for key in self._part.kept:  # of the owner's
+            self.shown.pop(key, None)
+
+    def show_owned(self, keys: Iterable[str]) -> None:
+        """Let `optimizer.state` have an entry without elements for what the owner has, and it alone.
+
+        What reads the keys there, as `torch.distributed.checkpoint` does, finds the same everywhere.
+        """
+        device = self._part.here.device
+        for key in keys:
+            if key not in self.shown:
+                kind = self._part.kept[key].dtype
+                self._states[self._part.param][key] = torch.empty(0, dtype=kind, device=device)
 
     def follow(self) -> None:
         """Take what was put into `optimizer.state` by hand."""
@@ -51,7 +64,7 @@ class Held(dict[str, Tensor]):
         for key in [key for key in self if key not in shown]:
             super().__delitem__(key)
         for key, value in shown.items():
-            if key not in self._part.kept:
+            if key not in self._part.kept or self._part.is_elsewhere(key):
                 continue  # others may keep what they like beside it
             here = local(value) if isinstance(value, Tensor) else value
             if here is not self.get(key):
@@ -127,16 +140,24 @@ class Part:
             return None
         return Origin(*where.layout.mine, where.shape)
 
+    def is_elsewhere(self, key: str) -> bool:
+        """Whether another process holds all of a state, as the parameter's owner."""
+        return self.kept[key].at_owner and not self.is_mine
+
     def saved_keys(self) -> list[str]:
         """What all processes have of the state together."""
-        lazy = self.program.lazy_keys
+        shown = self.held.shown
         return [
-            k for k, where in self.kept.items() if k in self.held or self._elsewhere(k, where, lazy)
+            key
+            for key in self.kept
+            if key in self.held or (key in shown and self.is_elsewhere(key))
         ]
 
-    @staticmethod
-    def _elsewhere(key: str, where: Kept, lazy: set[str]) -> bool:
-        return where.at_owner and key not in lazy
+    def show_owned(self) -> None:
+        """Show what the owner has, where that is another process; see `Held.show_owned`."""
+        if "step" in self.held and any(map(self.is_elsewhere, self.kept)):
+            wanted = whole_state(self.program, self.shape, self.here.dtype, self.place.group, False)
+            self.held.show_owned(key for key in wanted if self.is_elsewhere(key))
 
     def begin(self, whole: Tensor | None, state: dict[str, Tensor] | None = None) -> None:
         """Create what this process's part of the state lacks.
@@ -155,6 +176,8 @@ class Part:
         kept = {key: where for key, where in self.kept.items() if key in wanted}
         first = functools.partial(first_of_slice, self.layout)
         Beginning(self.program, self.here, whole, first).add(state, kept)
+        if state is self.held:
+            self.held.show_owned(key for key in kept if self.is_elsewhere(key))
 
 
 def whole_state(

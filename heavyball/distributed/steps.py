@@ -1,9 +1,10 @@
 """Steps the parameters of an optimizer of which other processes hold parts."""
 
 import contextlib
-import hashlib
+import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,10 +15,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from heavyball.core.program import Node, Program
 from heavyball.diagnostics.plan import StepPlan
 from heavyball.distributed import is_sharded
+from heavyball.distributed.agreement import Ballot, Entry, compare, form_of
 from heavyball.distributed.described import described
 from heavyball.distributed.evaluate import Values
 from heavyball.distributed.exchange import Move, back, moved
-from heavyball.distributed.layout import saved, saving, taken
+from heavyball.distributed.layout import Kept, saved, saving, taken, travels
 from heavyball.distributed.parts import (
     Held,
     Part,
@@ -58,6 +60,27 @@ if TYPE_CHECKING:
 
 # The most elements of a wave, counted whole; a wave has at least a parameter for each process.
 WAVE = 2**24
+# What a process adds to the first number of a roll call: an error, or that it has other parameters now.
+ERROR, CHANGED = 2.0**20, 1.0
+PLAN = (
+    "step: another process has refused a parameter or its gradient, see its error; nothing has been "
+    "changed",
+    "the processes of a group of {size} have different numbers of parameters there, here {here}: build "
+    "the optimizer alike on all of them",
+    "would be stepped otherwise on another process: its shape, dtype, placements, transforms, or "
+    "whether it has a gradient differ; nothing has been changed",
+)
+LOADING = (
+    "another process could not load its state dict, see its error",
+    "the processes of a group of {size} load different numbers of parameters, here {here}",
+    "would get other state on another process: the entries, shapes, dtypes or placements of its state "
+    "dict differ there; load the same on all processes",
+)
+SAVING = (
+    "state_dict: another process could not say what it has, see its error",
+    "the processes of a group of {size} have different numbers of parameters there, here {here}",
+    "has other state on another process: change opt.state alike on all of them",
+)
 
 
 class Sharded:
@@ -84,6 +107,9 @@ class Sharded:
         self._fresh: dict[Tensor, list[tuple[Tensor, int | None]]] = {}
         self._offsets: list[int] = []
         self._compared = self._refused = False
+        self._first: First | None = None  # how the steps of the plan begin
+        self._silent = False  # whether a step has begun that no other process has heard of
+        self._ballot: Ballot | None = None
         self._bare: set[Part] = set()  # without state, before this step
         self._local_states: dict[Tensor, Held] = {}
         self._local_groups: list[dict[str, Any]] = []
@@ -123,7 +149,10 @@ class Sharded:
             if declared.needed_by in node.transform.hyper or declared.until is not None
         ]
         missing = [group.get(name) is None for group in groups.values() for name in hyper]
-        return [(id(p.param), id(p.group), id(programs[p.param])) for p in places], wanted, missing
+        known = [
+            (id(p.param), id(p.group), id(programs[p.param]), p.param.requires_grad) for p in places
+        ]
+        return known, wanted, missing
 
     def _make(self, places: Sequence[Place], programs: Mapping[Tensor, Program]) -> None:
         self._parts = {}
@@ -185,14 +214,19 @@ class Sharded:
             self._offsets.append(int(before) - own)
             own += len(group["params"])
 
-    def _compare(self, parts: Sequence[Part]) -> None:
+    def _compare(self, parts: Sequence[Part], error: Exception | None = None) -> None:
         """Refuse to go on if other processes would do something else.
 
         Errors: ValueError on every process, naming the first parameter that differs.
         """
-        for group in {part.layout.group: None for part in parts}:
-            if group.size > 1:
-                _compare(group, [part for part in parts if part.layout.group is group])
+        asked: dict[Group, list[Entry]] = {}
+        for part in parts:
+            asked.setdefault(part.layout.group, []).append((part.place.label, _plan_of(part)))
+        compare(asked, self._devices(parts), PLAN, error)
+
+    @staticmethod
+    def _devices(parts: Sequence[Part]) -> dict[Group, torch.device]:
+        return {part.layout.group: part.here.device for part in reversed(parts)}
 
     def _follow(self) -> None:
         """Take what was done to state by hand, and find parameters that have moved."""
@@ -213,18 +247,46 @@ class Sharded:
         """Step every parameter that has a gradient."""
         parts = list(self.parts().values())
         self._compare_once(parts)
-        self._step(parts, RollCall(parts), together)
+        self._step(parts, RollCall(parts, self._begins), together)
 
     def step_one(self, param: Tensor, together: Any) -> None:
         """Step one parameter, of which every process has the gradient now."""
         parts = self.parts()
         self._compare_once(list(parts.values()))
-        self._step([parts[param]], RollCall(()), together)
+        self._step([parts[param]], RollCall((), self._begins), together)
 
     def _compare_once(self, parts: Sequence[Part]) -> None:
-        if not self._compared:
-            self._compare(parts)
-            self._compared = True
+        if self._compared:
+            return
+        self._silent = False
+        if self._first is not None:  # others may go by the plan of before
+            first, self._first = self._first, None
+            for group, count in first.say(CHANGED):
+                if count != CHANGED * group.size:
+                    refuse_told(count)
+        self._compare(parts)
+        self._compared = True
+
+    @contextlib.contextmanager
+    def heard(self) -> Iterator[None]:
+        """A step, of which others hear if it ends before the first exchange: they wait in that."""
+        self._silent = True
+        try:
+            yield
+        except Exception as error:
+            if self._silent and self._first is not None:
+                self._first.say(ERROR)
+            elif self._silent and not self._compared:
+                self._compare(list(self._parts.values()), error)
+            raise
+        finally:
+            self._silent = False
+
+    def _begins(self, first: "First") -> None:
+        """Note how the first exchange of a step looks, which now comes."""
+        self._silent = False
+        if self._first is None:
+            self._first = first
 
     def _step(self, parts: Sequence[Part], roll: "RollCall", together: Any) -> None:
         self._refused = roll.check(parts, self._check)
@@ -516,17 +578,21 @@ class Sharded:
 
         numbers: the parameters by what they are called in `state`.
         """
-        parts, moves, places = self.parts(), [], []
-        for number, param in numbers.items():
-            part = parts[param]
-            for key in part.saved_keys() if "step" in part.held else ():
-                where = part.kept[key]
-                if where.at_owner or not (
-                    where.is_number or where.aligned or where.layout.is_whole
-                ):
-                    own = part.held.get(key)
-                    moves.append(saving(param, where, own, part.here.device))
-                    places.append((number, key, param, where))
+        with self._agreeing(SAVING, travels) as ballot:
+            parts, moves, places = self.parts(), [], []
+            asked: dict[Group, list[Entry]] = {}
+            for number, param in numbers.items():
+                part = parts[param]
+                keys = part.saved_keys() if "step" in part.held else []
+                entry = part.place.label, repr(sorted(keys))
+                asked.setdefault(part.layout.group, []).append(entry)
+                for key in keys:
+                    where = part.kept[key]
+                    if travels(where):
+                        own = None if where.at_owner and not part.is_mine else part.held[key]
+                        moves.append(saving(param, where, own, part.here.device))
+                        places.append((number, key, param, where))
+            ballot.vote(asked)
         found = {number: dict(state[number]) for number in numbers if number in state}
         for (number, key, param, where), tensor in zip(
             places, moved(moves) if moves else (), strict=True
@@ -537,28 +603,52 @@ class Sharded:
             known = {key: entries[key] for key in kept if key in entries}
             state[number] = {**known, **{k: v for k, v in entries.items() if k not in kept}}
 
-    def taken(self, param: Tensor, saved: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        """What is here of a parameter, and of the state that was saved for it."""
-        part = self.parts()[param]
-        return part.here, taken(part, saved)
+    def taken(
+        self, several: Sequence[tuple[Tensor, str, Mapping[str, Any]]]
+    ) -> list[tuple[Tensor, dict[str, Any]]]:
+        """What is here of parameters, and of the state that was saved for them.
+
+        several: each with what errors call it, and its state, of which all processes must have the same.
+        """
+        parts = self.parts()
+        if self._ballot is not None:
+            asked: dict[Group, list[Entry]] = {}
+            for param, label, state in several:
+                asked.setdefault(parts[param].layout.group, []).append((label, form_of(state)))
+            self._ballot.vote(asked)
+        return [(parts[param].here, taken(parts[param], state)) for param, _, state in several]
 
     @contextlib.contextmanager
     def agreeing(self) -> Iterator[None]:
         """What raises in this block on one process raises on all; each must come to its end."""
+        with self._agreeing(LOADING, lambda where: True) as ballot:
+            self._ballot = ballot
+            try:
+                yield
+            finally:
+                self._ballot = None
+            ballot.vote()
+
+    @contextlib.contextmanager
+    def _agreeing(
+        self, words: tuple[str, str, str], asks: Callable[[Kept], bool]
+    ) -> Iterator[Ballot]:
+        """Where the processes agree that hold parts of parameters whose state asks for it."""
         error = None
         try:
-            yield
+            self.parts()
         except Exception as raised:
             error = raised
-        others = False
-        for group, device in {p.layout.group: p.here.device for p in self.parts().values()}.items():
-            count = torch.tensor([float(error is not None)], dtype=SCALAR, device=device)
-            term = Term("sum", replicated((1,), group), count, True)
-            others |= bool(completed([term])[0] > 0)
-        if error is not None:
-            raise error
-        if others:
-            raise ValueError("another process could not load its state dict, see its error")
+        several = [p for p in self._parts.values() if any(map(asks, p.kept.values()))]
+        ballot = Ballot(self._devices(several), words)
+        try:
+            if error is not None:
+                raise error
+            yield ballot
+        except Exception as raised:
+            if not ballot.closed:
+                ballot.vote(error=raised)
+            raise
 
     def put_state(self, loaded: Mapping[Tensor, dict[str, Any]]) -> None:
         """Take the state of parameters, as this process shall have it."""
@@ -571,6 +661,7 @@ class Sharded:
                     part.held[key] = value
                 else:
                     states.setdefault(param, {})[key] = value
+            part.show_owned()
         self._shown = -1
 
     def jobs(self, params: Sequence[Tensor] | None = None) -> list[Job]:
@@ -606,7 +697,8 @@ class RollCall:
     The numbers ride with the first sums of a step: nothing has been changed before they are known.
     """
 
-    def __init__(self, parts: Sequence[Part]):
+    def __init__(self, parts: Sequence[Part], begins: "Callable[[First], None]"):
+        self._begins = begins
         groups = {p.layout.group: None for p in parts if p.mode != "local"}
         self._members = {
             group: [p for p in parts if p.layout.group is group]
@@ -645,7 +737,9 @@ class RollCall:
         if not self._open:
             return completed(terms)
         self._open = False
-        found = completed([*terms, *map(self._call, self._members)])
+        calls = [*map(self._call, self._members)]
+        self._begins(First.of([*terms, *calls], calls))
+        found = completed([*terms, *calls])
         for parts, counts in zip(self._members.values(), found[len(terms) :], strict=True):
             self._read(parts, counts.tolist())
         for run in self.waiting:
@@ -659,7 +753,10 @@ class RollCall:
 
     def _call(self, group: Group) -> Term:
         parts = self._members[group]
-        here = [float(self._error is not None), *(float(p.param.grad is not None) for p in parts)]
+        here = [
+            ERROR * (self._error is not None),
+            *(float(p.param.grad is not None) for p in parts),
+        ]
         device = parts[0].here.device
         part = torch.tensor(here, dtype=SCALAR, device=device)
         return Term("sum", replicated((len(here),), group), part, True)
@@ -667,11 +764,7 @@ class RollCall:
     def _read(self, parts: Sequence[Part], counts: list[float]) -> None:
         if self._error is not None:
             raise self._error
-        if counts[0]:
-            raise ValueError(
-                "step: another process has refused a parameter or its gradient, see its error; nothing "
-                "has been changed"
-            )
+        refuse_told(counts[0])
         for part, count in zip(parts, counts[1:], strict=True):
             size = part.layout.group.size
             if count not in (0, size):
@@ -681,13 +774,6 @@ class RollCall:
                 )
             if not count:
                 self.absent.add(part)
-
-
-# ---- what all processes must agree on
-
-
-def _digest(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
 
 
 def _plan_of(part: Part) -> str:
@@ -701,32 +787,59 @@ def _plan_of(part: Part) -> str:
     )
 
 
-def _compare(group: Group, parts: Sequence[Part]) -> None:
-    found = [_digest(_plan_of(part)) for part in parts]
-    device = parts[0].here.device
-    own = torch.tensor([len(parts), _digest(repr(found))], dtype=torch.int64, device=device)
-    if not _differ(group, own):
-        return
-    counts = torch.tensor([len(parts)], dtype=torch.int64, device=device)
-    if _differ(group, counts):
+def refuse_told(count: float) -> None:
+    """Refuse a step of which another process has said that it cannot be.
+
+    Errors: ValueError for the sum of what the processes of a group have said, if that is not 0.
+    """
+    if count >= ERROR:
+        raise ValueError(PLAN[0])
+    if count:
         raise ValueError(
-            f"the processes of a group of {group.size} have different numbers of parameters there, here "
-            f"{len(parts)}: build the optimizer alike on all of them"
+            "step: the parameters in the groups, or which of them require a gradient, have changed on "
+            f"{round(count)} of the processes that share a group: change them alike on all of them"
         )
-    for part, digest in zip(parts, found, strict=True):
-        if _differ(group, torch.tensor([digest], dtype=torch.int64, device=device)):
-            raise ValueError(
-                f"{part.place.label} would be stepped otherwise on another process: its shape, dtype, "
-                "placements, transforms, or whether it has a gradient differ; nothing has been changed"
-            )
-    raise ValueError("the processes do not agree on their parameters")
 
 
-def _differ(group: Group, numbers: Tensor) -> bool:
-    """Whether the same numbers are other ones on some process; every process gets the same answer."""
-    found = [torch.empty_like(numbers) for _ in range(group.size)]
-    dist.all_gather(found, numbers, group=group.handle)
-    return any(not torch.equal(other, found[0]) for other in found)
+@dataclass(frozen=True)
+class First:
+    """The first sums of a step: who takes part, how, of how many numbers, and where the calls begin."""
+
+    sums: tuple[tuple[Group, str, torch.device, int, int | None], ...]
+
+    @staticmethod
+    def of(terms: Sequence[Term], calls: Sequence[Term]) -> "First":
+        """How `completed` adds up these terms, of which the calls are the last."""
+        kinds: dict[Any, list[Term]] = {}
+        for term in terms:
+            place = term.layout.group, term.op, term.part.device.type
+            kinds.setdefault(place, []).append(term)
+        sums = []
+        for (group, op, _), several in kinds.items():
+            size = sum(math.prod(term.layout.shape) for term in several)
+            called = size - several[-1].part.numel() if several[-1] in calls else None
+            sums.append((group, op, several[0].part.device, size, called))
+        return First(tuple(sums))
+
+    def say(self, what: float) -> list[tuple[Group, float]]:
+        """Take part in it, adding nothing but this; returns what all have said, group by group."""
+        told = []
+        for group, op, device, size, called in self.sums:
+            # up to the call, its first number, and the rest of it
+            sizes = (size, 0, 0) if called is None else (called, 1, size - called - 1)
+            terms = [
+                Term(
+                    op,
+                    replicated((n,), group),
+                    torch.full((n,), what, dtype=SCALAR, device=device),
+                    place == 1,
+                )
+                for place, n in enumerate(sizes)
+            ]
+            found = completed(terms)
+            if called is not None:
+                told.append((group, float(found[1])))
+        return told
 
 
 def as_group(name: str, given: Any) -> Group:

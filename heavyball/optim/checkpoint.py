@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from heavyball.core.chain import Chain
-from heavyball.core.combine import Parallel, Route, When, Within
+from heavyball.core.combine import Parallel, Route, When, Within, plain_names
 from heavyball.core.program import Fork, Node, Program, visible
 from heavyball.core.schedule import SCHEDULES
 from heavyball.core.transform import Transform
@@ -202,10 +202,24 @@ def _own(state_dict: Mapping[str, Any]) -> dict[str, Any]:
         n: {k: _number(v) for k, v in s.items()} if isinstance(s, Mapping) else s
         for n, s in state_dict["state"].items()
     }
-    found["param_groups"] = [dict(group) for group in state_dict["param_groups"]]
+    found["param_groups"] = [_named(group) for group in state_dict["param_groups"]]
     if isinstance(found.get(DESCRIPTION), dict):
         found[DESCRIPTION] = dict(found[DESCRIPTION])
     return found
+
+
+def _named(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a group; where its parameters are names by themselves, those are their names.
+
+    `torch.distributed.checkpoint` makes groups anew, as those of the optimizer that loads, and leaves
+    them the names that another group or another order had.
+    """
+    made = dict(group)
+    if made.get("params") and all(isinstance(n, str) for n in made["params"]):
+        names = made.pop("param_names", None)
+        if names is not None and set(plain_names(names)) == set(plain_names(made["params"])):
+            made["param_names"] = list(made["params"])
+    return made
 
 
 def _number(value: Any) -> Any:

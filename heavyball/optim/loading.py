@@ -351,6 +351,7 @@ def _matches(
     numbers: dict[str, Any] = {}
     for names, saved_group in zip(saved_names or (), loading["param_groups"], strict=False):
         numbers.update(zip(names, saved_group["params"], strict=True))
+    found: list[tuple[Any, ...]] = []
     for index, (group, source) in enumerate(zip(registry.groups, sources, strict=True)):
         saved_group = loading["param_groups"][source]
         values = {**registry.defaults, **saved_group}
@@ -361,11 +362,20 @@ def _matches(
                 known = by_name[index][position] is not None
                 place = numbers.get(own_names[index][position]) if known else None  # type: ignore[index]
             label, short = describe(name, index, position, param), name or str(number)
-            found, here, parts = state.get(place, {}) if known else {}, param, registry.parts
-            if parts is not None:
-                here, found = parts.taken(param, found)
-            yield Match(label, short, param, programs[param], values, known, found, here, parts)
+            saved = _present(state.get(place, {}) if known else {}, programs[param])
+            found.append((label, short, param, programs[param], values, known, saved))
             number += 1
+    parts = registry.parts
+    here = [(param, saved) for _, _, param, _, _, _, saved in found]
+    if parts is not None:
+        here = parts.taken([(param, label, saved) for label, _, param, *_, saved in found])
+    for (*match, _), (part, saved) in zip(found, here, strict=True):
+        yield Match(*match, saved, part, parts)
+
+
+def _present(saved: Mapping[str, Any], program: Program) -> dict[str, Any]:
+    """The state that was saved, without dicts that torch puts where a flat dict has no entry."""
+    return {k: v for k, v in saved.items() if not (isinstance(v, Mapping) and program.owns((k,)))}
 
 
 # ---- what matches

@@ -126,12 +126,13 @@ class Saving(Optimizer):
             Whatever is raised, nothing has been changed then.
         """
         if not isinstance(state_dict, Mapping):
-            check_form(state_dict)
+            with self._registry.agreeing():
+                check_form(state_dict)
         results = []
 
         def capture(_: Optimizer, loading: dict[str, Any]) -> dict[str, Any]:
-            check_form(loading)
             with self._registry.agreeing():
+                check_form(loading)
                 fitted = fit(self._registry, migrate(loading), strict)
             self._loading = fitted.states
             results.append(fitted.left)

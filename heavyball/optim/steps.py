@@ -1,5 +1,6 @@
 """Steps an optimizer's parameters: all that have a gradient, or one of them."""
 
+import contextlib
 import dataclasses
 from contextlib import AbstractContextManager
 from typing import Any
@@ -48,6 +49,13 @@ class Steps:
 
         recording: surrounds the step, when the groups hold its numbers.
         """
+        parts = self.registry.parts
+        with contextlib.nullcontext() if parts is None else parts.heard():
+            self._step_scheduled(fused, recording)
+
+    def _step_scheduled(
+        self, fused: FusedBackward, recording: AbstractContextManager | None
+    ) -> None:
         schedules = self.registry.schedules
         if schedules.begins(self.registry.groups):
             with schedules.during(self.registry.groups):

@@ -79,7 +79,8 @@ def _check_group_form(index: int, group: Any) -> list[Any]:
     if names is not None:
         if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
             raise _malformed(f"'param_names' of {place}", names, "a list of strings")
-        if len(names) != len(numbers):
+        # numbers that are names by themselves go first, see `migrate`
+        if len(names) != len(numbers) and not all(isinstance(n, str) for n in numbers):
             raise ValueError(
                 f"load_state_dict: 'param_names' of {place} has {len(names)} names for "
                 f"{len(numbers)} parameters"
