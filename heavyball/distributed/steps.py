@@ -44,7 +44,7 @@ from heavyball.distributed.shard import (
 from heavyball.distributed.staged import Staging
 from heavyball.distributed.sums import Term, completed, over_stages
 from heavyball.distributed.waves import CutWave, EntireWave, Run, Shares, Wave, advance, in_flight
-from heavyball.numerics import SCALAR, lasting, version_of
+from heavyball.numerics import SCALAR, Origin, lasting, version_of
 from heavyball.optim.backend import Backend
 from heavyball.optim.checks import check_gradient
 from heavyball.optim.options import Options
@@ -506,6 +506,46 @@ class Sharded:
         if sums:
             together.renew(groups, {id(groups[index]): shares for index, shares in sums.items()})
 
+    def norm(self, params: Sequence[Tensor], known: Mapping[Tensor, Tensor]) -> float:
+        """The Euclidean norm of tensors like these parameters, all together, on all processes.
+
+        params: those that every process asks about. known: the tensors of those that have a gradient.
+
+        Errors: ValueError on every process where only some have one, naming the parameter.
+        """
+        parts, terms = self.parts(), []
+        for param in params:
+            part = parts[param]
+            square = torch.zeros((), dtype=SCALAR, device=part.here.device)
+            if param in known and part.layout.is_first:
+                square = local(known[param]).to(SCALAR).square().sum()
+            has = square.new_full((), float(param in known))
+            both = torch.stack((square, has))
+            terms.append(Term("sum", replicated((2,), part.layout.group), both, True))
+        total = torch.zeros((), dtype=SCALAR, device="cpu")
+        for param, found in zip(params, completed(terms), strict=True):
+            refuse_some(parts[param], float(found[1]))
+            total = total + found[0].cpu()
+        if self._stages is not ALONE:
+            device = params[0].device if params else torch.device("cpu")
+            total = over_stages({0: (total,)}, 1, self._stages, device)[0][0].cpu()
+        return float(total.sqrt())
+
+    def at_owners(self, params: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Copies of tensors like these parameters, whole at whoever owns each, and empty elsewhere."""
+        parts, moves = self.parts(), []
+        for param, tensor in zip(params, tensors, strict=True):
+            part, here = parts[param], local(tensor).clone()
+            there = part.layout.at(part.owner)
+            moves.append(Move(part.layout, there, here, here.dtype, here.device))
+        return moved(moves) if moves else []
+
+    def counted(self, place: Place) -> tuple[int, Origin | None]:
+        """A parameter's number among those of all stages, and where what is here of it begins."""
+        part = self.parts()[place.param]
+        number = place.number + self._offsets[place.index]
+        return number, None if part.layout.is_whole else part.origin("param")
+
     # ---- state
 
     def init_state(self) -> None:
@@ -766,12 +806,7 @@ class RollCall:
             raise self._error
         refuse_told(counts[0])
         for part, count in zip(parts, counts[1:], strict=True):
-            size = part.layout.group.size
-            if count not in (0, size):
-                raise ValueError(
-                    f"{part.place.label} has a gradient on {int(count)} of the {size} processes that "
-                    "hold it, expected all or none; nothing has been changed"
-                )
+            refuse_some(part, count)
             if not count:
                 self.absent.add(part)
 
@@ -785,6 +820,19 @@ def _plan_of(part: Part) -> str:
         + (sorted((i, str(dtype)) for i, dtype in part.rounded.items()),)
         + (repr(part.program), recipes, part.param.requires_grad, has)
     )
+
+
+def refuse_some(part: Part, count: float) -> None:
+    """Refuse a gradient that this many processes have, unless those are all or none.
+
+    Errors: ValueError naming the parameter.
+    """
+    size = part.layout.group.size
+    if count not in (0, size):
+        raise ValueError(
+            f"{part.place.label} has a gradient on {int(count)} of the {size} processes that "
+            "hold it, expected all or none; nothing has been changed"
+        )
 
 
 def refuse_told(count: float) -> None:

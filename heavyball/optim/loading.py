@@ -140,7 +140,7 @@ def fit(registry: Registry, loading: Mapping[str, Any], strict: bool) -> Fitted:
     _refuse_other_groups(counts[0], counts[1], strict)
     by_name = _by_name(registry, loading, counts, strict)
     sources = _sources(registry, loading, by_name)
-    matches = list(_matches(registry, loading, by_name, sources))
+    matches = _matches(registry, loading, by_name, sources)
     for match in matches:
         match.compare(_same_chain(registry, loading))
     for match in matches:
@@ -345,13 +345,13 @@ def _matches(
     loading: Mapping[str, Any],
     by_name: list[list[int | None]] | None,
     sources: list[int],
-) -> Iterator[Match]:
+) -> list[Match]:
     programs, state, number = registry.programs(), loading["state"], 0
     saved_names, own_names = _names(loading["param_groups"], True), _names(registry.groups, False)
     numbers: dict[str, Any] = {}
     for names, saved_group in zip(saved_names or (), loading["param_groups"], strict=False):
         numbers.update(zip(names, saved_group["params"], strict=True))
-    found: list[tuple[Any, ...]] = []
+    matches, parts = list[Match](), registry.parts
     for index, (group, source) in enumerate(zip(registry.groups, sources, strict=True)):
         saved_group = loading["param_groups"][source]
         values = {**registry.defaults, **saved_group}
@@ -362,15 +362,15 @@ def _matches(
                 known = by_name[index][position] is not None
                 place = numbers.get(own_names[index][position]) if known else None  # type: ignore[index]
             label, short = describe(name, index, position, param), name or str(number)
-            saved = _present(state.get(place, {}) if known else {}, programs[param])
-            found.append((label, short, param, programs[param], values, known, saved))
+            program = programs[param]
+            found = _present(state.get(place, {}) if known else {}, program)
+            matches.append(Match(label, short, param, program, values, known, found, param, parts))
             number += 1
-    parts = registry.parts
-    here = [(param, saved) for _, _, param, _, _, _, saved in found]
     if parts is not None:
-        here = parts.taken([(param, label, saved) for label, _, param, *_, saved in found])
-    for (*match, _), (part, saved) in zip(found, here, strict=True):
-        yield Match(*match, saved, part, parts)
+        asked = [(match.param, match.label, match.saved) for match in matches]
+        for match, (here, taken) in zip(matches, parts.taken(asked), strict=True):
+            match.here, match.saved = here, taken
+    return matches
 
 
 def _present(saved: Mapping[str, Any], program: Program) -> dict[str, Any]:

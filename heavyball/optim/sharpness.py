@@ -11,8 +11,16 @@ from torch import Tensor
 from heavyball.core.chain import Chain
 from heavyball.core.program import Node
 from heavyball.core.transform import FIRST, keyword_names
-from heavyball.distributed import is_sharded
-from heavyball.numerics import norm, random_bits, round_stochastically, saturate, stream, working
+from heavyball.distributed import local
+from heavyball.numerics import (
+    Origin,
+    norm,
+    random_bits,
+    round_stochastically,
+    saturate,
+    stream,
+    working,
+)
 from heavyball.optim.evaluation import Evaluation
 from heavyball.optim.registry import Registry
 from heavyball.runtime.job import FIRST_KEY
@@ -47,20 +55,21 @@ class Perturbation:
         self, registry: Registry, closure: Callable[[], Any], evaluation: Evaluation
     ) -> Iterator[None]:
         """Take the second gradient, if this step has one; the body is the step."""
-        found = _found(registry)
+        asked = _asked(registry)
+        found = [each for each in asked if each[0].param.grad is not None]
+        directions = [_direction(each) for each in found]
+        total = _length(registry, asked, found, directions)
         if not found:
             yield
             return
-        first = {
-            place.number: cast(Tensor, place.param.grad).detach().clone()
-            for place, node, _ in found
-            if _keeps(node)
-        }
-        with evaluation.unwatched(), self._moved(registry, found), torch.enable_grad():
+        keeping = [place for place, node, _ in found if _keeps(node)]
+        first = _first(registry, keeping)
+        moved = self._moved(registry, found, directions, total)
+        del directions
+        with evaluation.unwatched(), moved, torch.enable_grad():
             closure()
-        for place, node, _ in found:
-            if _keeps(node):
-                place.group.setdefault(FIRST_KEY, {})[place.number] = first[place.number]
+        for place, gradient in zip(keeping, first, strict=True):
+            place.group.setdefault(FIRST_KEY, {})[_counted(registry, place)[0]] = gradient
         try:
             yield
         finally:
@@ -68,46 +77,73 @@ class Perturbation:
                 place.group.pop(FIRST_KEY, None)
 
     @contextlib.contextmanager
-    def _moved(self, registry: Registry, found: list[Found]) -> Iterator[None]:
+    def _moved(
+        self, registry: Registry, found: list[Found], directions: list[Tensor], total: float
+    ) -> Iterator[None]:
         """Move parameters uphill, and put them back to the bit."""
-        directions, states = [], registry.attributes["state"]
-        for each in found:
-            gradient = saturate(working(cast(Tensor, each[0].param.grad)))
-            directions.append(_metric(each) * gradient)
-        total = math.hypot(*(float(norm(d)) for d in directions))
-        kept = [place.param.detach().clone() for place, *_ in found]
+        kept = [local(place.param).detach().clone() for place, *_ in found]
         try:
             for each, direction in zip(found, directions, strict=True):
                 param, rho = each[0].param, each[2]["rho"]
                 way = rho / (total + TINY) * _metric(each) * direction
-                moved = (working(param) + way).reshape(param.shape)
-                if self._rounds and param.dtype == torch.bfloat16 and not is_sharded(param):
-                    moved = _rounded(each[0], moved, states)  # else a short way is lost
-                param.copy_(moved)
+                moved = local((working(param) + way).reshape(param.shape))
+                if self._rounds and param.dtype == torch.bfloat16:
+                    moved = _rounded(registry, each[0], moved)  # else a short way is lost
+                local(param).copy_(moved)
             yield
         finally:
             for (place, *_), old in zip(found, kept, strict=True):
-                place.param.copy_(old)
+                local(place.param).copy_(old)
 
 
-def _found(registry: Registry) -> list[Found]:
-    """The parameters that take a second gradient in this step, and with which numbers."""
+def _asked(registry: Registry) -> list[Found]:
+    """The parameters that take a second gradient in this step if they have a first; their numbers."""
     programs, states = registry.programs(), registry.attributes["state"]
     return [
         (place, node, _values(registry.schedules.ahead(place.index, place.group), node))
         for place in registry.places()
         for node in programs[place.param].flat
         if node.transform.perturb is not None
-        and place.param.grad is not None
+        and (place.param.requires_grad or place.param.grad is not None)
         and _is_due(node, states.get(place.param, {}))
     ]
 
 
-def _rounded(place: Place, moved: Tensor, states: Mapping[Tensor, Any]) -> Tensor:
+def _direction(found: Found) -> Tensor:
+    gradient = saturate(working(cast(Tensor, found[0].param.grad)))
+    return _metric(found) * gradient
+
+
+def _length(
+    registry: Registry, asked: list[Found], found: list[Found], directions: list[Tensor]
+) -> float:
+    """The norm of all directions together, of all processes."""
+    if registry.parts is None:
+        return math.hypot(*(float(norm(d)) for d in directions))
+    known = {each[0].param: d for each, d in zip(found, directions, strict=True)}
+    return registry.parts.norm([place.param for place, *_ in asked], known)
+
+
+def _first(registry: Registry, places: list[Place]) -> list[Tensor]:
+    """Copies of the first gradients, each where the second is worked on."""
+    gradients = [cast(Tensor, place.param.grad).detach() for place in places]
+    if registry.parts is None:
+        return [gradient.clone() for gradient in gradients]
+    return registry.parts.at_owners([place.param for place in places], gradients)
+
+
+def _counted(registry: Registry, place: Place) -> tuple[int, Origin | None]:
+    """The number by which a step knows a parameter, and where what is here of it begins."""
+    return (place.number, None) if registry.parts is None else registry.parts.counted(place)
+
+
+def _rounded(registry: Registry, place: Place, moved: Tensor) -> Tensor:
     """Perturbed weights in bfloat16, without bias; other bits than the step rounds with."""
-    seed, state = place.group["seed"] ^ SALT, states.get(place.param, {})
+    seed, state = place.group["seed"] ^ SALT, registry.attributes["state"].get(place.param, {})
     step = torch.as_tensor(state.get("step", 0.0), device=moved.device)
-    return round_stochastically(moved, random_bits(moved, stream(seed, place.number), step))
+    number, origin = _counted(registry, place)
+    bits = random_bits(moved, stream(seed, number), step, origin)
+    return round_stochastically(moved, bits)
 
 
 def _is_due(node: Node, state: Mapping[str, Tensor]) -> bool:
