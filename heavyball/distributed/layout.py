@@ -231,7 +231,9 @@ def taken(part: "Part", saved: Mapping[str, Any]) -> dict[str, Any]:
             if where is None or not where.at_owner or part.is_mine:
                 found[key] = local(value) if isinstance(value, Tensor) else value
         elif tuple(value.shape) != where.shape:
-            found[key] = gathered(value.detach())[None]
+            whole = gathered(value.detach())
+            # a part's shape is no reason to take it for one
+            found[key] = whole[None] if tuple(whole.shape) == where.sizes else whole
         else:
             move = _loading(part.param, where, value.detach(), part.here.device)
             if isinstance(move, Move):
