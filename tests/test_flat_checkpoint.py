@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from distributed.engines import OPTIMIZERS, Model, give
 from helpers import eager  # noqa: F401, kernels are tried where they matter
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -14,7 +15,6 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 import heavyball
-from distributed.engines import OPTIMIZERS, Model, give
 from heavyball import chainable as C
 
 STEPS = 3
@@ -88,7 +88,9 @@ def test_groups_with_entries_of_their_own(name: str, flat: bool) -> None:
     scheduler.step()
     saved = get_optimizer_state_dict(model, opt, options=options)
     other = _copied(model)
-    groups = [{k: v for k, v in g.items() if k in ("params", "owner", "lr")} for g in _groups(other)]
+    groups = [
+        {k: v for k, v in g.items() if k in ("params", "owner", "lr")} for g in _groups(other)
+    ]
     if name == "Prodigy":
         groups = [{k: v for k, v in g.items() if k != "lr"} for g in groups]
     again = MAKE[name](groups).init_state()

@@ -272,7 +272,7 @@ def test_a_function_of_a_user_that_fails_on_one_process() -> None:
 def _averages(rank: int) -> list[str]:
     said = []
     for name in ("cautious LaProp", "ProdigyPlusScheduleFree"):
-        model, opt = _begun(name, 1)
+        _, opt = _begun(name, 1)
         if rank and name.startswith("Prodigy"):
             opt.eval()
         elif rank:
@@ -284,4 +284,3 @@ def _averages(rank: int) -> list[str]:
 def test_one_process_in_evaluation_mode() -> None:
     for said in processes.run(2, _averages, limit=LIMIT):
         assert all(said), said
-
