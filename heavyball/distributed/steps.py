@@ -3,7 +3,7 @@
 import contextlib
 import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -723,6 +723,10 @@ class Sharded:
         state = part.held if "step" in part.held else {}
         part.begin(None, state)
         return self._job(part, state)
+
+    def keep_owners(self, params: Sequence[Tensor], owners: Collection[int]) -> None:
+        """Let these own the parameters, which have not been looked at yet."""
+        self._owners.update(zip(params, owners, strict=True))
 
     def renewed(self, registry: "Registry") -> "Sharded":
         """The same for a registry of the same parameters; owners stay who they are."""

@@ -70,6 +70,18 @@ class Registry:
 
             self.parts = Sharded(self, options)
 
+    def owners(self) -> list[int]:
+        """Who owns each parameter, if there are parts; state of owners is with them in a copy too."""
+        if self.parts is None:
+            return []
+        known = self.parts.parts()
+        return [known[place.param].owner for place in self.places()]
+
+    def keep_owners(self, owners: Collection[int]) -> None:
+        """Let them be those of the optimizer that this one is a copy of."""
+        if self.parts is not None and owners:
+            self.parts.keep_owners([place.param for place in self.places()], owners)
+
     def renewed(self, owner: Optimizer) -> "Registry":
         """A registry of the same parameters, whose groups and state have been replaced."""
         renewed = Registry(owner, self.chain, self._rounds)
@@ -201,7 +213,9 @@ class Registry:
         for param, place in changed.items():
             label = labels[param]
             program = programs[param] = self._resolved(label, place.name, param)
-            if "step" in state.get(param, ()) and is_sharded(param):
+            if is_sharded(param) and "step" in state.get(param, ()):
+                if param not in self._made_for:
+                    continue  # of a copy, or put there by hand: each step looks at its shapes
                 raise ValueError(
                     f"{label} was redistributed or given another dtype, and its state is as before: "
                     "save a state dict first, make the optimizer anew, and load it"

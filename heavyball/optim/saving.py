@@ -65,6 +65,7 @@ class Saving(Optimizer):
         kept = {name: value for name, value in vars(self).items() if name in own}
         # hooks belong to the parameters of this optimizer; a copy registers its own
         kept |= {"_fuse_backward": self._fused.active, "_unstepped": self._registry.unstepped()}
+        kept["_owners"] = self._registry.owners()
         return {**super().__getstate__(), **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -78,6 +79,7 @@ class Saving(Optimizer):
         registry = self._registry
         registry.settle()
         registry.find_parts(self._options)
+        registry.keep_owners(self.__dict__.pop("_owners", ()))
         if loaded is None:
             registry.note_unstepped(self.__dict__.pop("_unstepped"))
             if self.__dict__.pop("_fuse_backward"):

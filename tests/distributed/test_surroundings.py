@@ -179,3 +179,30 @@ def test_warnings_are_those_of_one_process() -> None:
     alone = _warned(0, 1)
     for found in processes.run(2, _warned, 2):
         assert found == alone
+
+
+def _grown(rank: int) -> bool:
+    model, other = Model(), Model()
+    mesh = init_device_mesh("cpu", (2,))
+    fully_shard(model, mesh=mesh)
+    fully_shard(other, mesh=mesh)
+    opt = OPTIMIZERS["SOAP"](list(model.third.named_parameters()))
+    give(model, 0)
+    opt.step()
+    opt.add_param_group({"params": [("a", other.first.weight), ("b", other.second.weight)]})
+    give(model, 1)
+    give(other, 1)
+    opt.step()
+    changes = opt.updates().values()
+    params = [p for group in opt.param_groups for p in group["params"]]
+    before = [whole(p) for p in params]
+    opt.step()
+    return all(
+        torch.allclose(whole(change), whole(p) - b, rtol=1e-9, atol=1e-12)
+        for change, p, b in zip(changes, params, before, strict=True)
+    )
+
+
+def test_a_copy_has_the_owners_of_what_it_is_a_copy_of() -> None:
+    """Parameters that came later are not who decides who owns those of before."""
+    assert processes.run(2, _grown) == [True, True]
