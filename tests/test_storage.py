@@ -12,6 +12,7 @@ from torch import nn
 
 import heavyball
 from heavyball.optim.checkpoint import expected_state
+from heavyball.runtime.state import packed_shape
 from heavyball.runtime.step import working_param
 from heavyball.state.held import CORRECTION, SCALE, held
 
@@ -57,8 +58,9 @@ def train(params, opt, steps, first=0):
 
 
 def value_of(opt, p, key):
-    state = opt.state[p]
-    return held(state, key, opt.registry.programs()[p].holds_of(key)).load(torch.float32)
+    state, program = opt.state[p], opt.registry.programs()[p]
+    shape = packed_shape(program, key, p, state)
+    return held(state, key, program.holds_of(key), shape).load(torch.float32)
 
 
 # ---- what is held

@@ -10,6 +10,7 @@ from heavyball.core.program import Node, Program
 from heavyball.optim.checkpoint import plain
 from heavyball.optim.optimizer import ChainOpt
 from heavyball.runtime.place import Place
+from heavyball.runtime.state import packed_shape
 from heavyball.state.held import held
 
 # What a group of each of torch's optimizers holds, where the chain does not say otherwise.
@@ -152,7 +153,8 @@ def _state(program: Program, place: Place, state: Mapping[str, Tensor]) -> dict[
 
     def kept(key: str) -> Tensor:
         holds = program.holds_of(key)
-        return held(state, key, holds).load(torch.float64)
+        shape = packed_shape(program, key, place.param, state)
+        return held(state, key, holds, shape).load(torch.float64)
 
     def is_there(node: Node, name: str) -> bool:
         return node.state_key(name) in state

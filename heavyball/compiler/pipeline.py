@@ -14,7 +14,7 @@ from heavyball.compiler.passes.stages import schedule
 from heavyball.compiler.triton.printer import DEVICES, TritonPrinter
 from heavyball.compiler.triton.rows import Memory, TritonRowPrinter
 from heavyball.state.declare import Holds
-from heavyball.state.held import is_root
+from heavyball.state.held import SCALE, is_root
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,11 @@ def print_kernel(
     Errors: NotPrintableError with the reason.
     """
     on_device, flat = device.type in DEVICES, graph.starts is None
-    roots = frozenset(name for name in graph.tensors if is_root(dtypes[name], holds(name)))
+    roots = frozenset(
+        name
+        for name in graph.tensors
+        if is_root(dtypes[name], holds(name), dtypes.get(name + SCALE))
+    )
     # programs that walk over rows divide a slice among them: it is read before others write
     exact = dtypes if early else {}
     plan = schedule(graph, exact, compute, slices_wait=flat or not on_device)

@@ -115,6 +115,8 @@ class Program:
         self.numbers = ("step", *(n.state_key(k) for n, k, s in self.states if s.is_number))
         # the shape and dtype of each state, by shape and dtype of the parameter, see `optim/checks.py`
         self.expected: dict[Any, dict[str, Any]] = {}
+        # the shape of the values of a state, by key, shape and dtype of the parameter
+        self.shapes: dict[Any, torch.Size] = {}
         self._owned: set[str] = set()  # keys that were found to be the optimizer's own
         # what each state holds, numbers excepted
         self.holds: dict[str, Holds] = {

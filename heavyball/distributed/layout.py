@@ -23,7 +23,19 @@ from heavyball.distributed.shard import (
     spread,
 )
 from heavyball.numerics import working
-from heavyball.state.held import COMPANIONS, SCALE, fault, held, is_companion, main_of, recode
+from heavyball.runtime.state import value_shape
+from heavyball.state import four_bit
+from heavyball.state.held import (
+    COMPANIONS,
+    SCALE,
+    fault,
+    held,
+    is_companion,
+    is_packed,
+    main_of,
+    recode,
+)
+from heavyball.state.held import layout as dtypes_of
 from heavyball.state.packing import BLOCK
 
 if TYPE_CHECKING:
@@ -47,7 +59,8 @@ class Kept:
 
     of: the parameter's shape. shape, dtype: those of the whole state. layout: where its parts are.
     at_owner: whether it is whole at the parameter's owner and nowhere else. aligned: whether it has the
-    parameter's placements.
+    parameter's placements. values: the shape of the whole's values where tensors of other shapes hold
+    them.
     """
 
     of: tuple[int, ...]
@@ -57,6 +70,7 @@ class Kept:
     at_owner: bool
     is_number: bool
     aligned: bool = False
+    values: tuple[int, ...] | None = None
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -70,26 +84,45 @@ def kept_states(
     expected: Mapping[str, Tensor],
     owns: Callable[[str], bool],
     owner: int,
+    dtype: torch.dtype,
 ) -> dict[str, Kept] | None:
     """How each state is kept; None where the shards cannot have it, so that an owner must have it all.
 
-    expected: the state of the whole tensor.
+    expected: the state of the whole tensor. dtype: the parameter's.
     """
     found: dict[str, Kept] = {}
     weights = torch.empty(layout.shape, device="meta")
     for key, tensor in {**expected, WEIGHTS: weights}.items():
         shape = tuple(tensor.shape)
         kind = layout.shape, shape, tensor.dtype
-        number = key in program.numbers
-        place, aligned = (None, False) if owns(key) else _place(program, layout, key, shape)
+        number, values = key in program.numbers, None
+        if is_packed(expected, key):
+            values = tuple(value_shape(program, key, weights.to(dtype)))
+        if owns(key):
+            place, aligned = None, False
+        elif is_packed(expected, main_of(key)):
+            place, aligned = _packed_place(program, layout, key, expected, dtype), False
+        else:
+            place, aligned = _place(program, layout, key, shape)
         if place is not None:
-            found[key] = Kept(*kind, place, False, number, aligned)
+            found[key] = Kept(*kind, place, False, number, aligned, values)
         elif owns(key) or layout.group.size == 1:
             there = replicated(shape, layout.group).at(owner)
-            found[key] = Kept(*kind, there, True, number)
+            found[key] = Kept(*kind, there, True, number, False, values)
         else:
             return None
     return found
+
+
+def _packed_place(
+    program: Program, layout: Layout, key: str, expected: Mapping[str, Tensor], dtype: torch.dtype
+) -> Layout | None:
+    """Where the parts of a packed state are: those of whole blocks of codes; None if it has none."""
+    main, like = main_of(key), torch.empty(layout.shape, dtype=dtype, device="meta")
+    of_param = tuple(value_shape(program, main, like)) == layout.shape
+    if main + SCALE not in expected or not of_param or layout.cuts_blocks(four_bit.BLOCK):
+        return None
+    return layout.flat(four_bit.BLOCK if key.endswith(SCALE) else 2)
 
 
 def _place(
@@ -148,7 +181,8 @@ class Beginning:
                 where = kept[key + part]
                 sizes = where.sizes
                 state[key + part] = torch.zeros(sizes, dtype=where.dtype, device=value.device)
-        held(state, key, self._program.holds_of(key)).store(value.reshape(state[key].shape))
+        shape = value.shape if is_packed(state, key) else state[key].shape
+        held(state, key, self._program.holds_of(key), shape).store(value.reshape(shape))
 
     def _value(self, key: str, where: Kept) -> Tensor:
         if where.at_owner:
@@ -157,6 +191,8 @@ class Beginning:
         k = slices_of(self._program).get(key)
         if k is not None:
             return self._init(key, self._here.flatten()[self._first(k) :])
+        if where.values is not None:  # whole blocks of a shard
+            return self._init(key, self._here)
         sizes = where.layout.mine[1]
         if not where.is_number and math.prod(sizes) == 0:
             return torch.zeros(sizes, device=self._here.device)
@@ -285,11 +321,14 @@ def _in_formats(part: "Part", saved: Mapping[str, Any]) -> Mapping[str, Any]:
             for end in ("", *COMPANIONS)
             if key + end in tensors
         }
-        if fault(whole, key) is None:
+        values = part.kept[key].values
+        shape = torch.Size(part.kept[key].shape if values is None else values)
+        if fault(whole, key, shape) is None:
             recode(
                 whole,
                 {k: v for k, v in expected.items() if main_of(k) == key},
                 part.program.holds_of,
+                lambda key, shape=shape: shape,  # type: ignore[misc]
             )
         for end in ("", *COMPANIONS):
             made.pop(key + end, None)
@@ -298,5 +337,6 @@ def _in_formats(part: "Part", saved: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _codes(state: Mapping[str, Tensor], key: str) -> Any:
-    """Whether a state is kept as codes, and which: only these are in blocks."""
-    return state[key].dtype if key + SCALE in state else None
+    """Whether a state is kept as codes or packed, and how: only these are in blocks."""
+    in_blocks = key + SCALE in state or is_packed(state, key)
+    return dtypes_of(state, key) if in_blocks else None

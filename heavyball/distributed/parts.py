@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -138,6 +138,8 @@ class Part:
         where = self.kept.get(key)
         if where is None or where.is_number or where.at_owner:
             return None
+        if where.values is not None:
+            return Origin(*self.layout.mine, self.layout.shape)
         return Origin(*where.layout.mine, where.shape)
 
     def is_elsewhere(self, key: str) -> bool:
@@ -202,7 +204,7 @@ def part_of(
     expected = whole_state(program, torch.Size(layout.shape), here.dtype, group, False)
     full = whole_state(program, torch.Size(layout.shape), here.dtype, group, True)
     if layout.group.size == 1 and not totals:
-        kept = kept_states(program, layout, full, lambda key: False, 0)
+        kept = kept_states(program, layout, full, lambda key: False, 0, here.dtype)
         assert kept is not None
         return Part(place, program, layout, here, "local", None, {}, kept)
     args = layout, here.dtype, expected, group
@@ -210,7 +212,7 @@ def part_of(
     try:
         step = recipe(program, *args)
         shares = {key: recipe(program, *args, key) for key in program.total_keys}
-        kept = kept_states(program, layout, full, step.owns, 0)
+        kept = kept_states(program, layout, full, step.owns, 0, here.dtype)
         if any(
             r.graph.every and layout.flat(r.graph.every) is None for r in (step, *shares.values())
         ):
@@ -218,7 +220,7 @@ def part_of(
     except NotPrintableError:
         kept = None
     if kept is None:
-        kept = kept_states(program, layout, full, _entirely, 0)
+        kept = kept_states(program, layout, full, _entirely, 0, here.dtype)
         assert kept is not None
         return Part(place, program, layout, here, "entire", None, {}, kept)
     mode = "local" if not totals and _is_local(step, program, here, expected, group) else "cut"
@@ -304,9 +306,7 @@ def keep_at_owner(part: Part) -> None:
     for key, where in part.kept.items():
         if where.at_owner:
             whole = where.layout.everywhere()
-            part.kept[key] = Kept(
-                where.of, where.shape, where.dtype, whole.at(part.owner), True, where.is_number
-            )
+            part.kept[key] = replace(where, layout=whole.at(part.owner))
 
 
 def is_owned(part: Part, key: str) -> bool:

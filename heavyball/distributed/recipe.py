@@ -30,6 +30,7 @@ from heavyball.compiler.passes.stages import REDUCTIONS
 from heavyball.core.program import Program
 from heavyball.distributed.shard import Layout
 from heavyball.runtime.execute import SHARE, rotating
+from heavyball.runtime.state import packed_shape
 from heavyball.state.held import main_of
 
 
@@ -151,7 +152,7 @@ def recipe(
         for name in outputs
     }
     until |= {"step": 0} if "step" in until else {}
-    _check_shapes(graph, shape, state)
+    _check_shapes(program, graph, torch.empty(shape, dtype=dtype, device="meta"), state)
     cutter = _Cutter(graph, questions, outputs)
     owned = cutter.owned | {main_of(key) for key in whole_keys(program, state)}
     for question in questions:
@@ -179,10 +180,15 @@ def staged(made: Recipe, program: Program) -> Recipe:
     return found
 
 
-def _check_shapes(graph: Graph, shape: torch.Size, state: Mapping[str, Tensor]) -> None:
+def _check_shapes(
+    program: Program, graph: Graph, param: Tensor, state: Mapping[str, Tensor]
+) -> None:
     """Refuse state whose elements are those of the parameter in another shape."""
     for name, level in graph.tensors.items():
-        if name in state and level != "slice" and state[name].ndim != len(shape):
+        if name not in state or level == "slice":
+            continue
+        shape = packed_shape(program, name, param, state) or state[name].shape
+        if len(shape) != param.ndim:
             raise NotPrintableError(f"{name} has not the parameter's axes")
 
 

@@ -595,6 +595,18 @@ class Sharded:
             if not (where := part.kept[key]).at_owner or part.is_mine
         }
 
+    def value_shapes(self, param: Tensor) -> Callable[[str], torch.Size]:
+        """Gives the shape of the values that this process should have of each state, by key."""
+        part = self.parts()[param]
+
+        def shape(key: str) -> torch.Size:
+            where = part.kept[key]
+            if where.values is None:
+                return torch.Size(where.sizes)
+            return torch.Size(where.values if where.at_owner else part.here.shape)
+
+        return shape
+
     def average(self, node: Node, param: Tensor, trained: Tensor) -> Tensor:
         """The weights to evaluate with, of what is here; all processes ask for the same parameter."""
         part = self.parts()[param]

@@ -19,8 +19,16 @@ from heavyball.core.schedule import SCHEDULES
 from heavyball.core.transform import Transform
 from heavyball.optim.scheduling import BEGUN, texts
 from heavyball.runtime.rates import WAITING
-from heavyball.runtime.state import add_missing_state
-from heavyball.state.held import fault, is_companion, is_real, layout, main_of, recode
+from heavyball.runtime.state import add_missing_state, value_shape
+from heavyball.state.held import (
+    fault,
+    is_companion,
+    is_packed,
+    is_real,
+    layout,
+    main_of,
+    recode,
+)
 
 VERSION = 2
 DESCRIPTION = "heavyball"
@@ -266,11 +274,13 @@ def misfits(
     expected: Mapping[str, Tensor],
     program: Program,
     param: Tensor,
+    shapes: Callable[[str], torch.Size],
     full: Mapping[str, Tensor] | None = None,
 ) -> tuple[list[str], list[str], list[str]]:
     """Keys that are missing, keys that are too many, and what is wrong with the others.
 
-    full: what state there could be under other values of the group.
+    shapes: of the values, by key, see `value_shapes`. full: what state there could be under other values
+    of the group.
     """
     lazy = program.lazy_keys
     # a tensor in another format is brought into this one, so its companions are no keys of their own
@@ -291,20 +301,41 @@ def misfits(
             continue
         if not isinstance(tensor, Tensor):
             wrong.append(f"{key!r} is a {type(tensor).__name__}, expected a tensor")
-        elif tensor.shape != like.shape:
-            wrong.append(
-                f"{key!r} has the shape {tuple(tensor.shape)}, expected {tuple(like.shape)}"
-            )
-        elif broken := fault(found, key):
+            continue
+        shape = like.shape if key == SAVED_WEIGHTS or is_companion(key) else shapes(key)
+        if not is_packed(found, key) and tensor.shape != shape:
+            wrong.append(f"{key!r} has the shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+        elif not is_companion(key) and (broken := fault(found, key, shape)):
             wrong.append(broken)
         elif key != SAVED_WEIGHTS and not _convertible(found, known, key):
             wrong.append(f"{key!r} is {tensor.dtype}, expected {like.dtype}")
     return missing, extra, wrong
 
 
-def convert(state: dict[str, Tensor], expected: Mapping[str, Tensor], program: Program) -> None:
-    """Give every tensor the dtype, or the format of fewer bits, that is expected of it."""
-    recode(state, expected, program.holds_of)
+def convert(
+    state: dict[str, Tensor],
+    expected: Mapping[str, Tensor],
+    program: Program,
+    shapes: Callable[[str], torch.Size],
+) -> None:
+    """Give every tensor the dtype, or the format of fewer bits, that is expected of it.
+
+    shapes: of the values, by key.
+    """
+    recode(state, expected, program.holds_of, shapes)
+
+
+def value_shapes(
+    program: Program, param: Tensor, expected: Mapping[str, Tensor]
+) -> Callable[[str], torch.Size]:
+    """Gives the shape of the values of each state that is expected of a parameter, by key."""
+
+    def shape(key: str) -> torch.Size:
+        if is_packed(expected, key):
+            return value_shape(program, key, param)
+        return expected[key].shape
+
+    return shape
 
 
 def _convertible(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], key: str) -> bool:

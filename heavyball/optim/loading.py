@@ -3,10 +3,11 @@
 import contextlib
 import copy
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from heavyball.core.chain import BOOKKEEPING
@@ -24,6 +25,7 @@ from heavyball.optim.checkpoint import (
     expected_state,
     misfits,
     structure,
+    value_shapes,
 )
 from heavyball.optim.checks import labelled
 from heavyball.optim.registry import Registry
@@ -65,10 +67,11 @@ class Match:
         self.expected = self.expecting()
         if self.saved:
             full = self.expecting(all_lazy=True)
-            for fault in impossible(self.saved, full, self.program, self.here):
+            shapes = self.shapes({**full, **self.expected})
+            for fault in impossible(self.saved, full, self.program, self.here, shapes):
                 raise ValueError(f"load_state_dict: of the state saved for {self.label}, {fault}")
             own = {k: v for k, v in self.saved.items() if self.program.owns((k,)) or not same_chain}
-            found = misfits(own, self.expected, self.program, self.here, full)
+            found = misfits(own, self.expected, self.program, self.here, shapes, full)
             self.missing, self.extra, self.wrong = found
 
     def expecting(
@@ -79,6 +82,12 @@ class Match:
         if self.parts is not None:
             return self.parts.expected_state(self.param, group, all_lazy)
         return expected_state(self.program, self.param, group, all_lazy)
+
+    def shapes(self, expected: Mapping[str, Tensor]) -> Callable[[str], torch.Size]:
+        """Gives the shape of the values that this process should have of each state, by key."""
+        if self.parts is not None:
+            return self.parts.value_shapes(self.param)
+        return value_shapes(self.program, self.param, expected)
 
     def lacks_weights(self) -> bool:
         """Whether the parameters hold an average and nothing holds what it is an average of."""
@@ -191,7 +200,8 @@ def _ready(match: Match, state: Mapping[str, Any], group: Mapping[str, Any]) -> 
         else copy.deepcopy(value)
         for key, value in state.items()
     }
-    convert(made, match.expecting(group), match.program)
+    expected = match.expecting(group)
+    convert(made, expected, match.program, match.shapes(expected))
     return made
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from heavyball.core.program import Program
-from heavyball.optim.checkpoint import by_transform, expected_state, misfits
+from heavyball.optim.checkpoint import by_transform, expected_state, misfits, value_shapes
 
 
 def refuse_replaced(
@@ -45,7 +45,8 @@ def fitting_state(
     """
     expected = expected_state(program, param, group)
     own = {key: value for key, value in state.items() if program.owns((key,))}
-    missing, extra, wrong = misfits(own, expected, program, param)
+    shapes = value_shapes(program, param, expected)
+    missing, extra, wrong = misfits(own, expected, program, param, shapes)
     if missing or extra:
         wrong.append(f"missing: {by_transform(missing)}; has no place: {by_transform(extra)}")
     if wrong:

@@ -15,7 +15,7 @@ from heavyball.core.program import Program
 from heavyball.distributed import check_parts, is_sharded
 from heavyball.numerics import lasting, version_of
 from heavyball.optim.arguments import routed_name
-from heavyball.optim.checkpoint import convert
+from heavyball.optim.checkpoint import convert, value_shapes
 from heavyball.optim.checks import check_gradient, check_shape, check_state, labelled, overlaps
 from heavyball.optim.estimate import warn_of_half
 from heavyball.optim.options import Options
@@ -223,7 +223,8 @@ class Registry:
             if "step" in state.get(param, ()):
                 expected[param] = fitting_state(label, program, param, place.group, state[param])
         for param, tensors in expected.items():
-            convert(state[param], tensors, programs[param])
+            shapes = value_shapes(programs[param], param, tensors)
+            convert(state[param], tensors, programs[param], shapes)
         unlike = labels if self._programs else {}  # in a copy they are as they were
         for param in gone:
             del self._programs[param], self._made_for[param]

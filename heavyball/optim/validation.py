@@ -4,7 +4,7 @@ Every function raises ValueError that names the entry, before anything has been 
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,18 @@ from heavyball.numerics import compute_dtype
 from heavyball.optim.checkpoint import DESCRIPTION, SAVED_WEIGHTS
 from heavyball.optim.checks import checked_seed
 from heavyball.optim.scheduling import BEGUN, check_saved
-from heavyball.state.held import CORRECTION, SCALE, fault, held, is_companion, main_of
+from heavyball.state.held import (
+    COLUMNS,
+    CORRECTION,
+    SCALE,
+    SIGNS,
+    fault,
+    held,
+    is_companion,
+    layout,
+    main_of,
+    mixture,
+)
 
 # A schedule may end a rounding error below zero.
 LEAST_LR = -1e-6
@@ -174,9 +185,16 @@ def _check_common(key: str, value: Any, is_count: bool) -> None:
 
 
 def impossible(
-    saved: Mapping[str, Any], expected: Mapping[str, Tensor], program: Program, param: Tensor
+    saved: Mapping[str, Any],
+    expected: Mapping[str, Tensor],
+    program: Program,
+    param: Tensor,
+    shapes: Callable[[str], torch.Size],
 ) -> Iterator[str]:
-    """What of a parameter's state cannot be: no tensors, no counts, negative squares."""
+    """What of a parameter's state cannot be: no tensors, no counts, negative squares.
+
+    shapes: of the values, by key.
+    """
     bounds = {n.state_key(name): s.low for n, name, s in program.states if s.is_number}
     readable = {k: v for k, v in saved.items() if k in expected or k == SAVED_WEIGHTS}
     readable |= {k: v for k, v in saved.items() if is_companion(k) and main_of(k) in expected}
@@ -185,13 +203,18 @@ def impossible(
             yield f"{key!r} {reason}"
             return
     for key, value in readable.items():
-        if is_companion(key) or fault(readable, key):
+        if is_companion(key):
             continue
         if key == "step" or key in bounds:
             if value.numel() == 1 and (reason := _no_number(key, float(value), bounds)):
                 yield f"{key!r} {reason}"
-        elif value.shape == (param if key == SAVED_WEIGHTS else expected[key]).shape:
-            yield from _unusable(key, readable, program, param)
+        elif reason := mixture(layout(readable, key), key, program.holds_of(key)):
+            yield f"{key!r} {reason}"
+        elif key == SAVED_WEIGHTS:
+            if value.shape == param.shape:
+                yield from _unusable(key, readable, program, param, param.shape)
+        elif not fault(readable, key, shapes(key)):
+            yield from _unusable(key, readable, program, param, shapes(key))
 
 
 def _unreadable(key: str, value: Any) -> str | None:
@@ -201,7 +224,10 @@ def _unreadable(key: str, value: Any) -> str | None:
         return f"is {value.layout} of {value.dtype} on {value.device}, expected a dense real tensor"
     if key.endswith(CORRECTION) and value.dtype not in (torch.int8, torch.int16):
         return f"is {value.dtype}, expected torch.int8 or torch.int16"
-    if (key.endswith(SCALE) or key == SAVED_WEIGHTS) and not value.is_floating_point():
+    if key.endswith(SIGNS) and value.dtype != torch.uint8:
+        return f"is {value.dtype}, expected torch.uint8"
+    real = key.endswith((SCALE, COLUMNS)) or key == SAVED_WEIGHTS
+    if real and not value.is_floating_point():
         return f"is {value.dtype}, expected a floating-point dtype"
     return None
 
@@ -217,7 +243,11 @@ def _no_number(key: str, value: float, bounds: Mapping[str, float]) -> str | Non
 
 
 def _unusable(
-    key: str, saved: Mapping[str, Tensor], program: Program, param: Tensor
+    key: str,
+    saved: Mapping[str, Tensor],
+    program: Program,
+    param: Tensor,
+    shape: torch.Size,
 ) -> Iterator[str]:
     value, wide = saved[key], compute_dtype(param.dtype)
     if (
@@ -226,7 +256,7 @@ def _unusable(
     ):
         yield f"{key!r} has numbers beyond the range of {wide}"
     if program.holds_of(key) == "square" and value.numel():
-        squares = held(saved, key, "square").load(torch.float64)
+        squares = held(saved, key, "square", shape).load(torch.float64)
         if not (squares >= 0).all() or not squares.isfinite().all():
             yield f"{key!r} has a square that is {_worst(squares)}, expected finite ones from 0"
 

@@ -14,14 +14,19 @@ from torch import Tensor
 
 from heavyball.core.program import Program
 from heavyball.numerics import lasting
-from heavyball.runtime.state import add_missing_state
-from heavyball.state.held import CORRECTION, PARAM, SCALE, fault, is_companion, is_real, main_of
+from heavyball.runtime.state import PLAIN, add_missing_state
+from heavyball.state.held import (
+    CORRECTION,
+    PARAM,
+    fault,
+    is_companion,
+    is_packed,
+    is_real,
+    layout,
+    main_of,
+    mixture,
+)
 
-# The dtypes of a tensor with a companion, and those of the companion.
-FORMATS = {
-    CORRECTION: ((torch.bfloat16, torch.float16), (torch.int8, torch.int16)),
-    SCALE: ((torch.int8, torch.uint8), (torch.bfloat16,)),
-}
 _PLAIN = Tensor.__torch_dispatch__
 
 
@@ -88,8 +93,12 @@ def check_state_memory(
         if is_companion(key):
             continue
         shape, real = expected[key]
-        reason = None
-        if tensor.shape != shape and not (key in program.numbers and tensor.numel() == 1):
+        reason, packed = None, is_packed(state, key)
+        if (
+            not packed
+            and tensor.shape != shape
+            and not (key in program.numbers and tensor.numel() == 1)
+        ):
             reason = f"has the shape {tuple(tensor.shape)}, expected {tuple(shape)}"
         elif key in program.numbers:
             if tensor.is_complex() or tensor.dtype == torch.bool:
@@ -97,22 +106,15 @@ def check_state_memory(
         elif is_real(state, key) != real or tensor.is_complex():
             reason = f"is {tensor.dtype}, expected {'real' if real else 'whole'} numbers"
         else:
-            reason = fault(state, key) or _mixed(state, key, tensor)
+            holds = program.holds_of(key)
+            reason = mixture(layout(state, key), key, holds) or fault(state, key, shape)
         if reason is not None:
             raise ValueError(f"{label}: its state {key!r} {reason}")
     if PARAM + CORRECTION in state:
-        reason = _mixed(state, PARAM, param)
+        dtypes = {"": param.dtype, CORRECTION: state[PARAM + CORRECTION].dtype}
+        reason = mixture(dtypes, PARAM, None)
         if reason is not None or state[PARAM + CORRECTION].shape != param.shape:
             raise ValueError(f"{label}: its state {PARAM + CORRECTION!r} does not fit it")
-
-
-def _mixed(state: Mapping[str, Tensor], key: str, main: Tensor) -> str | None:
-    for part, (mains, companions) in FORMATS.items():
-        if key + part in state:
-            found = state[key + part].dtype
-            if main.dtype not in mains or found not in companions:
-                return f"is {main.dtype}, with {key + part!r} of {found}: no format is so"
-    return None
 
 
 def _expected(
@@ -122,7 +124,8 @@ def _expected(
     place = param.shape, param.dtype
     if place not in program.expected:
         made: dict[str, Tensor] = {}
-        add_missing_state(program, param.detach().to("meta"), group, made, all_lazy=True)
+        like = param.detach().to("meta")
+        add_missing_state(program, like, group, made, all_lazy=True, storage=PLAIN)
         program.expected[place] = {
             key: (tensor.shape, is_real(made, key))
             for key, tensor in made.items()

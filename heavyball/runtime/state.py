@@ -10,13 +10,16 @@ from heavyball.core.program import Node, Program, WholeNode
 from heavyball.numerics import SCALAR, compute_dtype, working
 from heavyball.runtime.job import Job, Pieces
 from heavyball.state.declare import Holds, State
-from heavyball.state.held import create, create_param, drawing, held, held_param
+from heavyball.state.formats import Storage
+from heavyball.state.held import create, create_param, drawing, held, held_param, is_packed
 
 if TYPE_CHECKING:
     from heavyball.runtime.job import Call
 
 # The attribute that counts how often an optimizer's `state` was asked for: whoever asks may change it.
 SHOWN = "_state_shown"
+# Every state as the mathematics has it.
+PLAIN = Storage()
 
 
 class Own(dict[str, Tensor]):
@@ -68,8 +71,30 @@ def loaded(job: "Job", key: str) -> Tensor:
 
 
 def _loaded(job: "Job", key: str, holds: Holds | None) -> Tensor:
-    tensor = held(job.state, key, holds).load(compute_dtype(job.param.dtype))
+    kept = held(job.state, key, holds, packed_shape(job.program, key, job.param, job.state))
+    tensor = kept.load(compute_dtype(job.param.dtype))
     return tensor.reshape(1) if tensor.ndim == 0 else tensor
+
+
+def packed_shape(
+    program: Program, key: str, param: Tensor, state: Mapping[str, Tensor]
+) -> torch.Size | None:
+    """The shape of the values of a state where they are packed in tensors of other shapes."""
+    return value_shape(program, key, param) if is_packed(state, key) else None
+
+
+def value_shape(program: Program, key: str, param: Tensor) -> torch.Size:
+    """The shape of the values of a parameter's state, however it is kept."""
+    place = key, param.shape, param.dtype
+    if place not in program.shapes:
+        made: dict[str, Tensor] = {}
+        like = param.detach().to("meta")
+        for node, name, declared in program.states:
+            own = node.state_key(name)
+            if own == key or (declared.several and key.rpartition(".")[0] == own):
+                _add(program, node, name, like, made, PLAIN)
+        program.shapes[place] = made[key].shape
+    return program.shapes[place]
 
 
 def working_param(param: Tensor, state: Mapping[str, Tensor]) -> Tensor:
@@ -100,7 +125,12 @@ def new_states(node: Node, job: "Job", values: list[Pieces]) -> dict[str, Tensor
 
 
 def add_several(
-    program: Program, node: Node, name: str, param: Tensor, state: dict[str, Tensor]
+    program: Program,
+    node: Node,
+    name: str,
+    param: Tensor,
+    state: dict[str, Tensor],
+    storage: Storage,
 ) -> None:
     """Create the tensors of a state that has several, where they are not there yet."""
     keys = pieces(program, node, name, param)
@@ -110,7 +140,7 @@ def add_several(
         for key, tensor in zip(keys, made, strict=True):
             if key is not None and key not in state:
                 place = node.state_key(name), name, declared, tensor.shape, param.shape
-                create(state, key, tensor, program.storage.format_of(*place), declared.holds)
+                create(state, key, tensor, storage.format_of(*place), declared.holds)
 
 
 def pieces(program: Program, node: Node, name: str, param: Tensor) -> tuple[str | None, ...]:
@@ -134,31 +164,46 @@ def add_missing_state(
     group: Mapping[str, Any],
     state: dict[str, Tensor],
     all_lazy: bool = False,
+    storage: Storage | None = None,
 ) -> None:
     """Create the state that a parameter needs under the group's present values and does not have.
 
-    all_lazy: also what it would need under other values.
+    all_lazy: also what it would need under other values. storage: formats other than the program's.
     """
+    storage = program.storage if storage is None else storage
     if "step" not in state:
         state["step"] = torch.zeros((), dtype=SCALAR, device=param.device)
-    create_param(state, param, program.storage.param)
+    create_param(state, param, storage.param)
     for node, name, declared in program.states:
         key = node.state_key(name)
         if key in state:
             continue
         if key in program.lazy_keys and not (all_lazy or lazy_wanted(node, declared, group)):
             continue
-        if declared.several:
-            add_several(program, node, name, param, state)
-            continue
-        tensor = declared.init(working_param(param, state), node.transform.options)
-        if tensor is not None:
-            plain = declared.is_number or param.ndim or isinstance(node, WholeNode)
-            shape = tensor.shape if plain else param.shape
-            chosen = program.storage.format_of(key, name, declared, shape, param.shape)
-            # a view would hold on to its memory a second time, see `heavyball.compiler.run.watch.Kept`
-            tensor = tensor if tensor.shape == shape else tensor.reshape(shape).clone()
-            create(state, key, tensor, chosen, declared.holds)
+        _add(program, node, name, param, state, storage)
+
+
+def _add(
+    program: Program,
+    node: Node,
+    name: str,
+    param: Tensor,
+    state: dict[str, Tensor],
+    storage: Storage,
+) -> None:
+    """Create one state."""
+    key, declared = node.state_key(name), node.transform.states[name]
+    if declared.several:
+        add_several(program, node, name, param, state, storage)
+        return
+    tensor = declared.init(working_param(param, state), node.transform.options)
+    if tensor is not None:
+        plain = declared.is_number or param.ndim or isinstance(node, WholeNode)
+        shape = tensor.shape if plain else param.shape
+        chosen = storage.format_of(key, name, declared, shape, param.shape)
+        # a view would hold on to its memory a second time, see `heavyball.compiler.run.watch.Kept`
+        tensor = tensor if tensor.shape == shape else tensor.reshape(shape).clone()
+        create(state, key, tensor, chosen, declared.holds)
 
 
 def lazy_wanted(node: Node, declared: State, group: Mapping[str, Any]) -> bool:
@@ -202,18 +247,21 @@ def _write_each(
 
 
 def _write_one(job: Job, key: str, target: Tensor, value: Tensor, step: Tensor) -> None:
-    value = value.reshape(target.shape)
+    packed = None if key == "param" else packed_shape(job.program, key, job.param, job.state)
+    value = value.reshape(target.shape if packed is None else packed)
     if _same(target, value):
         return  # handed back as it was
+    like = target
     if key == "param":
-        kept = held_param(job.state, target)
+        kept: Any = held_param(job.state, target)
     elif (holds := job.program.holds_of(key)) is not None:
-        kept = held(job.state, key, holds)
+        kept = held(job.state, key, holds, packed)
+        like = target if packed is None else value.contiguous()
     else:
         target.copy_(value)
         return
     origin = None if job.origin is None else job.origin(key)
-    kept.store(value, drawing(target, job.stream, key, step, origin))
+    kept.store(value, drawing(like, job.stream, key, step, origin))
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -1,6 +1,6 @@
 """The options that choose how state and parameters are kept: which format, for which state."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,31 +8,54 @@ import torch
 from torch import Tensor
 
 from heavyball.errors import nearest
+from heavyball.state import four_bit, rank_one
 from heavyball.state.declare import State
 
-# Smaller tensors are not worth 8-bit codes.
+# Smaller tensors are not worth a coarse format.
 SMALLEST = 4096
 
 
 @dataclass(frozen=True)
 class Format:
-    """One way to keep a tensor: the dtype of the value itself, and of the correction if it has one."""
+    """One way to keep a tensor: the dtype of what stands under its key, and of the correction if any.
+
+    coarse: of a format that is for means of gradients and of squares alone, how it is off. fits: the
+    numbers of elements that it can have.
+    """
 
     name: str
     dtype: torch.dtype
     correction: torch.dtype | None = None
+    coarse: str | None = None
+    fits: Callable[[int], bool] = bool
 
-    @property
-    def is_codes(self) -> bool:
-        return self.dtype == torch.int8
+    def suits(self, numel: int) -> bool:
+        """Whether a tensor of so many elements is kept so."""
+        return self.coarse is None or (numel >= SMALLEST and self.fits(numel))
 
 
 DTYPES = {
     "float32": Format("float32", torch.float32),
     "bfloat16": Format("bfloat16", torch.bfloat16),
     "float16": Format("float16", torch.float16),
-    "8bit": Format("8bit", torch.int8),
+    "8bit": Format(
+        "8bit", torch.int8, coarse="has steps of about a hundredth of the largest of 32 neighbours"
+    ),
+    "4bit": Format(
+        "4bit",
+        torch.uint8,
+        coarse="has steps of up to a quarter of the largest of 128 neighbours",
+        fits=four_bit.fits,
+    ),
+    "rank1": Format(
+        "rank1",
+        torch.float32,
+        coarse="keeps the means of rows and columns and not single values",
+        fits=rank_one.fits,
+    ),
 }
+# What is rounded stochastically.
+ROUNDED = ("bfloat16", "8bit", "4bit")
 ECC = {
     "bf16+8": Format("bf16+8", torch.bfloat16, torch.int8),
     "bf16+16": Format("bf16+16", torch.bfloat16, torch.int16),
@@ -92,13 +115,13 @@ class Storage:
     def is_random(self) -> bool:
         """Whether some state may be rounded stochastically."""
         formats = (f for option in self._options.values() for f in option.values())
-        return any(f.name in ("bfloat16", "8bit") for f in formats)
+        return any(f.name in ROUNDED for f in formats)
 
     def check(self, states: Iterable[tuple[str, str, State]]) -> None:
         """Refuse what these states (key, name, declaration) cannot be kept as.
 
         Errors: ValueError for a name that no state has, listing those that there are, for two
-            formats of one state, and for 8-bit weights.
+            formats of one state, and for weights in a coarse format.
         """
         states = list(states)
         known = {k: None for key, name, s in states if not s.is_number for k in (name, key)}
@@ -126,10 +149,14 @@ class Storage:
                 both = " and ".join(f"{o}={f.name!r}" for o, f in found.items())
                 raise ValueError(f"{key}: {both} both apply; give one of them by the state's name")
             for option, chosen in found.items():
-                if chosen.is_codes and declared.holds not in ("moment", "square"):
+                if chosen.coarse and declared.holds not in ("moment", "square"):
                     if place is None:
                         return None, False
-                    raise ValueError(f"{option}: {key!r} cannot be kept as '8bit', {_WHY}")
+                    raise ValueError(
+                        f"{option}: {key!r} cannot be kept as {chosen.name!r}, which {chosen.coarse}: "
+                        "enough for a mean of gradients or of squares, too coarse for weights and other "
+                        "values"
+                    )
                 return chosen, place is not None
         return None, False
 
@@ -140,10 +167,11 @@ class Storage:
 
         A format for all states is for those of the parameter's shape. Others, such as means over rows
         and the factors of a preconditioner, are small or delicate, and stay unless they are named.
-        8-bit codes are for means of gradients and of squares with at least 4096 elements.
+        Coarse formats are for means of gradients and of squares with at least 4096 elements; in 4 bits
+        these must be whole blocks of 128, and for a format of rank one no prime number.
         """
         chosen, by_name = self.choose(key, name, declared)
-        if chosen is None or (chosen.is_codes and shape.numel() < SMALLEST):
+        if chosen is None or not chosen.suits(shape.numel()):
             return None
         # the factors of a square matrix have its shape
         return chosen if by_name or (shape == param and not declared.several) else None
@@ -155,9 +183,3 @@ class Storage:
                 f"{label} is {param.dtype}, param_ecc={self.param_ecc!r} is for parameters of "
                 f"{self.param.dtype}"
             )
-
-
-_WHY = (
-    "which has steps of about a hundredth of the largest of 32 neighbours: enough for a mean of "
-    "gradients or of squares, too coarse for weights and other values"
-)

@@ -1,8 +1,10 @@
 """How state and parameters are kept in memory: formats of fewer bits than the mathematics has.
 
 A tensor with the key `exp_avg` may have companions: `exp_avg:correction` beside a 16-bit value,
-`exp_avg:scale` beside 8-bit codes. What is there says how it is to be read, so the runner, kernels and
-checkpoints need nothing else. The options in `formats.py` choose what is made when state is created.
+`exp_avg:scale` beside codes (of bfloat16 for 8 bits, of float32 for 4), `exp_avg:columns` and
+`exp_avg:signs` beside rows. What is there says how it is to be read, so the runner, kernels and
+checkpoints need nothing else but, for 4 bits and rows, the shape of the values. The options in
+`formats.py` choose what is made when state is created.
 """
 
 import functools
@@ -14,13 +16,27 @@ import torch
 from torch import Tensor
 
 from heavyball.numerics import Origin, random_bits, round_stochastically, stream
-from heavyball.state import packing
+from heavyball.state import four_bit, packing, rank_one
 from heavyball.state.declare import Holds
 from heavyball.state.formats import Format
+from heavyball.state.packed import FourBit, RankOne
 
-CORRECTION, SCALE = ":correction", ":scale"
-COMPANIONS = (CORRECTION, SCALE)
+CORRECTION, SCALE, COLUMNS, SIGNS = ":correction", ":scale", ":columns", ":signs"
+COMPANIONS = (CORRECTION, SCALE, COLUMNS, SIGNS)
 PARAM = "param"
+# The dtypes of a tensor and its companions, in every format that has some.
+LAYOUTS: tuple[dict[str, torch.dtype], ...] = (
+    *(
+        {"": half, CORRECTION: rest}
+        for half in (torch.bfloat16, torch.float16)
+        for rest in (torch.int8, torch.int16)
+    ),
+    {"": torch.int8, SCALE: torch.bfloat16},
+    {"": torch.uint8, SCALE: torch.bfloat16},
+    {"": torch.uint8, SCALE: torch.float32},
+    {"": torch.float32, COLUMNS: torch.float32, SIGNS: torch.uint8},
+    {"": torch.float32, COLUMNS: torch.float32},
+)
 # Blocks of codes that are encoded at a time.
 PART = 2**10
 
@@ -97,15 +113,37 @@ def _nearest_half(value: Tensor) -> Tensor:
     return packing.nearest_finite(value, torch.float16)
 
 
-def is_root(main: torch.dtype, holds: Holds | None) -> bool:
-    """Whether a tensor holds the roots of its values: squares would leave the range of float16."""
-    return holds == "square" and main in (torch.float16, torch.uint8)
+def is_root(
+    main: torch.dtype, holds: Holds | None, scale: torch.dtype | None = torch.bfloat16
+) -> bool:
+    """Whether a tensor holds the roots of its values: squares would leave the range of float16.
+
+    scale: the dtype of its scales, if it has some.
+    """
+    of_codes = main == torch.uint8 and scale == torch.bfloat16
+    return holds == "square" and (main == torch.float16 or of_codes)
 
 
-def held(state: Mapping[str, Tensor], key: str, holds: Holds | None) -> Held:
-    """A state tensor with its companions."""
+def is_packed(state: Mapping[str, Tensor], key: str) -> bool:
+    """Whether a tensor has not the shape of its values."""
+    scale = state.get(key + SCALE)
+    return key + COLUMNS in state or (scale is not None and scale.dtype == torch.float32)
+
+
+def held(
+    state: Mapping[str, Tensor], key: str, holds: Holds | None, shape: torch.Size | None = None
+) -> Held | FourBit | RankOne:
+    """A state tensor with its companions.
+
+    shape: of the values, where they are packed.
+    """
     main = state[key]
     correction, scale = state.get(key + CORRECTION), state.get(key + SCALE)
+    if is_packed(state, key):
+        assert shape is not None
+        if scale is not None:
+            return FourBit(main, scale, shape, holds != "square")
+        return RankOne(main, state[key + COLUMNS], state.get(key + SIGNS), shape)
     return Held(main, correction, scale, is_root(main.dtype, holds))
 
 
@@ -121,15 +159,46 @@ def create(
     if chosen is None or not value.is_floating_point():
         state[key] = value
         return
-    unsigned = chosen.is_codes and holds == "square"
-    state[key] = torch.zeros_like(value, dtype=torch.uint8 if unsigned else chosen.dtype)
+    unsigned = chosen.name == "8bit" and holds == "square"
+    dtypes = {"": torch.uint8 if unsigned else chosen.dtype}
     if chosen.correction is not None:
-        state[key + CORRECTION] = torch.zeros_like(value, dtype=chosen.correction)
-    if chosen.is_codes:
-        count = packing.block_count(value.numel())
-        state[key + SCALE] = torch.zeros(count, dtype=torch.bfloat16, device=value.device)
+        dtypes[CORRECTION] = chosen.correction
+    if chosen.name in ("8bit", "4bit"):
+        dtypes[SCALE] = torch.bfloat16 if chosen.name == "8bit" else torch.float32
+    if chosen.name == "rank1":
+        dtypes[COLUMNS] = torch.float32
+        if holds != "square":
+            dtypes[SIGNS] = torch.uint8
+    _make(state, key, value, dtypes)
     if not value.is_meta:
-        held(state, key, holds).store(value)
+        held(state, key, holds, value.shape).store(value)
+
+
+def _make(
+    state: dict[str, Tensor], key: str, value: Tensor, dtypes: Mapping[str, torch.dtype]
+) -> None:
+    """Make a tensor and its companions for values of a shape and an order of memory."""
+    for part, shape in _shapes(dtypes, value.shape).items():
+        state[key + part] = (
+            torch.zeros_like(value, dtype=dtypes[part])
+            if shape == value.shape
+            else torch.zeros(shape, dtype=dtypes[part], device=value.device)
+        )
+
+
+def _shapes(
+    dtypes: Mapping[str, torch.dtype], shape: torch.Size
+) -> dict[str, torch.Size | tuple[int, ...]]:
+    """The shapes of a tensor with these dtypes and of its companions, given that of the values."""
+    count = shape.numel()
+    if COLUMNS in dtypes:
+        rows, columns = rank_one.sides(count)
+        found = {"": (rows,), COLUMNS: (columns,), SIGNS: rank_one.sign_shape(count)}
+        return {part: found[part] for part in dtypes if part in found}
+    if dtypes.get(SCALE) == torch.float32:
+        return {"": (count // 2,), SCALE: (count // four_bit.BLOCK,)}
+    plain = {"": shape, CORRECTION: shape, SCALE: (packing.block_count(count),)}
+    return {part: plain[part] for part in dtypes if part in plain}
 
 
 def create_param(state: dict[str, Tensor], param: Tensor, chosen: Format | None) -> None:
@@ -152,14 +221,26 @@ def layout(state: Mapping[str, Tensor], key: str) -> dict[str, torch.dtype]:
     return {part: state[key + part].dtype for part in ("", *COMPANIONS) if key + part in state}
 
 
-def fault(state: Mapping[str, Tensor], key: str) -> str | None:
-    """What is wrong with the tensors under one key, if they cannot be read together."""
-    main = state[key]
-    shapes = {CORRECTION: main.shape, SCALE: (packing.block_count(main.numel()),)}
-    for part, shape in shapes.items():
-        if key + part in state and state[key + part].shape != shape:
-            got = tuple(state[key + part].shape)
-            return f"{key + part!r} has the shape {got}, expected {tuple(shape)}"
+def fault(state: Mapping[str, Tensor], key: str, shape: torch.Size) -> str | None:
+    """What is wrong with the tensors under one key, if they cannot be read together.
+
+    shape: of the values.
+    """
+    dtypes = layout(state, key)
+    for part, expected in _shapes(dtypes, shape).items():
+        found = tuple(state[key + part].shape)
+        if found != tuple(expected):
+            return f"{key + part!r} has the shape {found}, expected {tuple(expected)}"
+    return None
+
+
+def mixture(dtypes: Mapping[str, torch.dtype], key: str, holds: Holds | None) -> str | None:
+    """What is wrong with the dtypes of a tensor and its companions, if no format has them."""
+    if len(dtypes) > 1:
+        packed_moment = COLUMNS in dtypes and holds == "moment"
+        if dtypes not in LAYOUTS or (packed_moment and SIGNS not in dtypes):
+            beside = ", ".join(f"{key + part!r} of {dtypes[part]}" for part in dtypes if part)
+            return f"is {dtypes['']}, with {beside}: no format is so"
     return None
 
 
@@ -169,30 +250,30 @@ def is_real(state: Mapping[str, Tensor], key: str) -> bool:
 
 
 def recode(
-    state: dict[str, Tensor], expected: Mapping[str, Tensor], holds: Callable[[str], Holds | None]
+    state: dict[str, Tensor],
+    expected: Mapping[str, Tensor],
+    holds: Callable[[str], Holds | None],
+    shapes: Callable[[str], torch.Size],
 ) -> None:
     """Bring every tensor of a state into the layout that `expected` has, where it is another one.
 
-    Values round to nearest.
+    Values round to nearest. shapes: of the values, by key.
     """
     for key in [k for k in expected if k in state and not is_companion(k)]:
         wanted, found = layout(expected, key), layout(state, key)
         if wanted == found:
             continue
-        kind = holds(key)
+        kind, shape = holds(key), shapes(key)
         wide = torch.float64 if torch.float64 in (wanted[""], found[""]) else torch.float32
-        value = held(state, key, kind).load(wide)
+        value = held(state, key, kind, shape).load(wide)
+        # the order of memory is the state's own, and what has none takes the expected one
+        like = value
+        if is_packed(state, key) and not is_packed(expected, key):
+            like = torch.empty_like(expected[key], dtype=wide, device=value.device)
         for part in COMPANIONS:
             state.pop(key + part, None)
-        for part in wanted:
-            like = expected[key + part]
-            # the order of memory is the state's own
-            state[key + part] = (
-                torch.zeros(like.shape, dtype=like.dtype, device=value.device)
-                if part == SCALE
-                else torch.zeros_like(value, dtype=like.dtype)
-            )
-        held(state, key, kind).store(value)
+        _make(state, key, like, wanted)
+        held(state, key, kind, shape).store(value)
 
 
 @functools.cache

@@ -17,8 +17,9 @@ from heavyball.core.program import Program, WholeNode
 from heavyball.numerics import measures
 from heavyball.runtime.execute import Request, complete, share_name
 from heavyball.runtime.job import Answer, Call, Job, has_narrow
+from heavyball.runtime.state import packed_shape
 from heavyball.runtime.step import SCALAR, compute_dtype, start, working
-from heavyball.state.held import is_companion
+from heavyball.state.held import COLUMNS, is_companion
 
 
 @dataclass(frozen=True)
@@ -568,10 +569,11 @@ def trace(
     recorder = Recorder(shape if len(shape) else torch.Size([1]), compute)
     whole = whole_keys(program, state)
     slices = _slices(program)
+    like = torch.empty(shape, dtype=dtype, device="meta")
     meta = {
         name: torch.empty(recorder.slice_shape, dtype=t.dtype, device="meta")
         if name in slices
-        else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+        else _values_like(program, name, like, state)
         for name, t in state.items()
         if name not in whole and not is_companion(name)
     }
@@ -601,6 +603,17 @@ def trace(
         ) as error:  # a transform that needs values; if it is wrong, it says so eagerly
             raise NotPrintableError(f"{type(error).__name__}: {error}") from error
     return recorder, outputs
+
+
+def _values_like(program: Program, name: str, param: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+    """Stands for the values of a state, of which shape and strides matter."""
+    tensor = state[name]
+    if name + COLUMNS in state:
+        raise NotPrintableError(f"rank-one state ({name}), which is made of sums over a tensor")
+    shape = packed_shape(program, name, param, state)
+    if shape is not None:
+        return torch.empty(shape, device="meta")
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 def whole_keys(program: Program, state: Iterable[str]) -> set[str]:

@@ -105,6 +105,8 @@ class _Lowering:
         found = {}
         for name, number in numbers.items():
             dtype, scale = self.dtypes[name], name + SCALE in self.dtypes
+            if self.dtypes.get(name + SCALE) == torch.float32:
+                raise NotPrintableError(f"4-bit state ({name})")
             if not (dtype.is_floating_point or is_companion(name) or scale):
                 raise NotPrintableError(f"a tensor of {dtype}, {name}")
             correction, kept_scale = (
@@ -121,7 +123,7 @@ class _Lowering:
 
     def _is_random(self, name: str) -> bool:
         """Whether a tensor is rounded stochastically when it is written."""
-        corrected, coded = (name + part in self.dtypes for part in COMPANIONS)
+        corrected, coded = (name + part in self.dtypes for part in (CORRECTION, SCALE))
         narrow = self.dtypes[name] == torch.bfloat16 and not corrected
         return self.random and (narrow or coded)
 
