@@ -1,4 +1,4 @@
-"""The arithmetic of `state/packing.py` and of stochastic rounding as functions that a printer spells."""
+"""The arithmetic of the formats of `state/` and of stochastic rounding as functions that a printer spells."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from heavyball.compiler.frontend.symbols import Expr, Var
 from heavyball.compiler.passes.loops import Column
 from heavyball.numerics import round_stochastically
 from heavyball.numerics.random import element_bits, mix
-from heavyball.state import packing
+from heavyball.state import four_bit, packing
 
 F32, WORD = torch.float32, torch.int32
 
@@ -89,6 +89,28 @@ def scale() -> Function:
     return Function("scale_of", (largest,), (packing.scale_of(largest),))  # type: ignore[arg-type]
 
 
+def four_bit_codes(signed: bool) -> list[Function]:
+    """The same for codes of 4 bits, and how far a scale must reach for a value."""
+    code, x, scale = Var("code", torch.uint8), Var("x", F32), Var("scale", F32)
+    key, index, name = Var("key", WORD), Var("index", WORD), "moment" if signed else "square"
+    bits = element_bits(index, key)
+    return [
+        Function(f"four_bit_{name}", (code, scale), (four_bit.value_of(code, scale, signed),)),  # type: ignore[arg-type]
+        Function(f"four_bits_of_{name}", (x, scale), (four_bit.code_of(x, scale, signed, None),)),  # type: ignore[arg-type]
+        Function(
+            f"random_four_bits_of_{name}",
+            (x, scale, key, index),
+            (four_bit.code_of(x, scale, signed, bits),),  # type: ignore[arg-type]
+        ),
+        Function(f"reach_of_{name}", (x,), (four_bit.reach_of(x, signed),)),  # type: ignore[arg-type]
+    ]
+
+
+def four_bit_scale() -> Function:
+    largest = Var("largest", F32)
+    return Function("four_bit_scale_of", (largest,), (four_bit.scale_of(largest),))  # type: ignore[arg-type]
+
+
 def needed(columns: Iterable[Column]) -> list[Function]:
     """The functions that a kernel of these tensors calls, each before those that it is used by."""
     columns = list(columns)
@@ -100,6 +122,8 @@ def needed(columns: Iterable[Column]) -> list[Function]:
         found += [squared(), root(), nearest_root()]
     if any(c.word is not None and c.scale is None for c in columns):
         found.append(rounded_at_random())
-    if any(c.scale is not None for c in columns):
+    if any(c.code_bits == 8 for c in columns):
         found += [*codes(torch.int8), *codes(torch.uint8), scale()]
+    if any(c.code_bits == 4 for c in columns):
+        found += [*four_bit_codes(True), *four_bit_codes(False), four_bit_scale()]
     return found

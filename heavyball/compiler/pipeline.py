@@ -62,7 +62,8 @@ def print_kernel(
     # programs that walk over rows divide a slice among them: it is read before others write
     exact = dtypes if early else {}
     plan = schedule(graph, exact, compute, slices_wait=flat or not on_device)
-    kernel = lower(graph, plan, dtypes, compute, random, roots, late=not on_device)
+    squares = frozenset(name for name in graph.tensors if holds(name) == "square")
+    kernel = lower(graph, plan, dtypes, compute, random, roots, not on_device, squares)
     verify(kernel)
     if not on_device:
         return Printed(kernel, (CppPrinter if flat else RowPrinter)(kernel).source())

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 
 from heavyball.compiler.cpp.dialect import TYPES, Cpp
-from heavyball.compiler.cpp.storage import CODES, WIDE
+from heavyball.compiler.cpp.storage import CODES, FOUR_BIT_CODES, WIDE
 from heavyball.compiler.cpp.templates import CHUNKED, DRIVER, KEYS, PRELUDE, WALK
 from heavyball.compiler.dialect import KernelPrinter
 from heavyball.compiler.formats import needed, short
@@ -58,8 +58,9 @@ class CppPrinter(Cpp, KernelPrinter):
     def _formats(self) -> list[str]:
         """The functions for formats of fewer bits that this kernel needs."""
         columns = self.kernel.tensors
-        coded = any(c.scale is not None for c in columns)
-        return [*map(self.function, needed(columns)), KEYS, *([CODES] if coded else [])]
+        bits = {c.code_bits for c in columns}
+        codes = [text for n, text in ((8, CODES), (4, FOUR_BIT_CODES)) if n in bits]
+        return [*map(self.function, needed(columns)), KEYS, *codes]
 
     # ---- layout
 
@@ -234,7 +235,7 @@ class CppPrinter(Cpp, KernelPrinter):
         return "\n".join([*lines, "}\n"])
 
     def _in_blocks(self, loop: Loop, inner: list[str]) -> list[str]:
-        """A loop over a part of a tensor; with 8-bit tensors, block by block through buffers."""
+        """A loop over a part of a tensor; with tensors of codes, block by block through buffers."""
         coded = [c for c in loop.columns if c.scale is not None]
         if not coded:
             return inner
@@ -246,18 +247,30 @@ class CppPrinter(Cpp, KernelPrinter):
         ]
         ends = []
         for c in coded:
-            n, place = c.number, f"t{c.number} + base, t{c.scale.number} + base / 32"  # type: ignore[union-attr]
-            lines.append(f"    decode({place}, o{n}, high - low);")
+            n, scales = c.number, f"t{c.scale.number}"  # type: ignore[union-attr]
+            random, key = ("false", "0") if c.word is None else ("true", f"key{c.number}")
+            if c.code_bits == 4:
+                signed = "true" if c.signed else "false"
+                place = f"t{n} + base / 2, {scales} + base / 128"
+                decode, encode = (
+                    f"decode_four_bit<{signed}>",
+                    f"encode_four_bit<{signed}, {random}>",
+                )
+            else:
+                place = f"t{n} + base, {scales} + base / 32"
+                decode, encode = "decode", f"encode<{random}>"
+            lines.append(f"    {decode}({place}, o{n}, high - low);")
             if c in read:
                 lines.append(f"    std::memcpy(q{n}, o{n}, sizeof(q{n}));")
             if any(s.column == c for s in loop.of(Store)):
-                how, key = ("false", "0") if c.word is None else ("true", f"key{n}")
-                ends.append(f"    encode<{how}>({place}, o{n}, q{n}, high - low, {key}, base);")
+                ends.append(f"    {encode}({place}, o{n}, q{n}, high - low, {key}, base);")
         return [*lines, *inner, *ends, "    }"]
 
     def _by_turns(self, walk: Walk, inner: list[str]) -> list[str]:
         """Both loops by turns; that over a slice finds in the cache what the other has read."""
-        bit = STEPS * self.kernel.every  # type: ignore[operator]
+        # whole blocks of codes
+        steps = 4 * STEPS if any(c.code_bits == 4 for c in walk.elements.columns) else STEPS
+        bit = steps * self.kernel.every  # type: ignore[operator]
         return [
             *(f"    T old{s.column.number}[{bit}];" for s in walk.elements.of(Save)),
             f"    for (int64_t first = low, last = high; first < last; first += {bit}) {{",
@@ -272,7 +285,7 @@ class CppPrinter(Cpp, KernelPrinter):
         for c in loop.columns:
             if c.scale is not None:
                 raise NotPrintableError(
-                    f"8-bit state ({c.name}) of which every k-th element is used"
+                    f"{c.code_bits}-bit state ({c.name}) of which every k-th element is used"
                 )
         k = self.kernel.every
         ends = [f"({end} + {k - 1}) / {k}" for end in (low, high)]  # type: ignore[operator]

@@ -33,7 +33,7 @@ class RowPrinter(CppPrinter):
     each value or sum that is the same along the lane: so the innermost loop is long although a period is
     short.
 
-    Errors: NotPrintableError for 8-bit codes.
+    Errors: NotPrintableError for codes.
     """
 
     first = "begin * COLS"
@@ -46,7 +46,7 @@ class RowPrinter(CppPrinter):
         for c in kernel.tensors:
             if c.scale is not None:
                 where = "walked by rows, where a block of it may begin in one and end in the next"
-                raise NotPrintableError(f"8-bit state ({c.name}) {where}")
+                raise NotPrintableError(f"{c.code_bits}-bit state ({c.name}) {where}")
 
     def _row(self) -> str:
         frame, sizes, lines = self.frame, self.sizes, [BUFFER, super()._row()]

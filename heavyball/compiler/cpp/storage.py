@@ -1,6 +1,6 @@
-"""C++ for blocks of 8-bit codes, whose arithmetic `compiler/formats.py` prints."""
+"""C++ for blocks of codes, whose arithmetic `compiler/formats.py` prints."""
 
-# Elements that an 8-bit tensor is decoded to and encoded from at a time.
+# Elements that a tensor of codes is decoded to and encoded from at a time.
 WIDE = 1024
 
 CODES = """\
@@ -54,5 +54,52 @@ static inline void encode(C* codes, bf16* scales, const float* old, const float*
         encode_block<RANDOM>(codes + b, scales + b / 32, old + b, in + b, 32, key, first + b);
     if (b < count)
         encode_block<RANDOM>(codes + b, scales + b / 32, old + b, in + b, count - b, key, first + b);
+}
+"""
+
+# Of 4 bits; a tensor is whole blocks.
+FOUR_BIT_CODES = """\
+template <bool SIGNED>
+static inline void decode_four_bit(const uint8_t* codes, const float* scales, float* out,
+                                   int64_t count) {
+    for (int64_t b = 0; b < count; b += 128, codes += 64, out += 128) {
+        const float scale = scales[b / 128];
+        #pragma omp simd
+        for (int64_t i = 0; i < 64; ++i) {
+            const uint8_t high = codes[i] >> 4, low = codes[i] & 15;
+            out[2 * i] = SIGNED ? four_bit_moment(high, scale) : four_bit_square(high, scale);
+            out[2 * i + 1] = SIGNED ? four_bit_moment(low, scale) : four_bit_square(low, scale);
+        }
+    }
+}
+template <bool SIGNED, bool RANDOM>
+static inline uint8_t four_bits_of(float x, float scale, uint32_t key, uint32_t index) {
+    if (SIGNED) return RANDOM ? random_four_bits_of_moment(x, scale, key, index)
+                              : four_bits_of_moment(x, scale);
+    return RANDOM ? random_four_bits_of_square(x, scale, key, index)
+                  : four_bits_of_square(x, scale);
+}
+// first: the number of the first element, from which its random bits come
+template <bool SIGNED, bool RANDOM>
+static inline void encode_four_bit(uint8_t* codes, float* scales, const float* old, const float* in,
+                                   int64_t count, uint32_t key, int64_t first) {
+    for (int64_t b = 0; b < count; b += 128, codes += 64, old += 128, in += 128, ++scales) {
+        int changed = 0;
+        uint32_t largest = 0;  // as bits, among which NaN and infinity are the largest
+        #pragma omp simd reduction(+:changed) reduction(max:largest)
+        for (int64_t i = 0; i < 128; ++i) {
+            changed += old[i] == in[i] ? 0 : 1;
+            const uint32_t word = word_of(SIGNED ? reach_of_moment(in[i]) : reach_of_square(in[i]));
+            largest = largest < word ? word : largest;
+        }
+        if (!changed) continue;  // what did not change keeps its bits
+        const float scale = *scales = four_bit_scale_of(float_of(largest & 0x7fffffffu));
+        uint8_t made[128];
+        #pragma omp simd
+        for (int64_t i = 0; i < 128; ++i)
+            made[i] = four_bits_of<SIGNED, RANDOM>(in[i], scale, key, (uint32_t)(first + b + i));
+        for (int64_t i = 0; i < 64; ++i)
+            codes[i] = (uint8_t)(made[2 * i] << 4 | made[2 * i + 1]);
+    }
 }
 """

@@ -18,9 +18,9 @@ from heavyball.compiler.passes.axes import Frame, Runs, is_along
 class Column:
     """A tensor of the table, and how its values are kept.
 
-    number: its place among the tensors. correction, scale: the companions that 16-bit values and 8-bit
-    codes have. is_root: whether it holds the roots of the values. word: for what is rounded
-    stochastically, what its random bits differ by; otherwise None.
+    number: its place among the tensors. correction, scale: the companions that 16-bit values and codes
+    have. is_root: whether it holds the roots of the values. word: for what is rounded stochastically,
+    what its random bits differ by; otherwise None. signed: whether values in 4 bits may be negative.
     """
 
     name: str
@@ -30,6 +30,14 @@ class Column:
     scale: "Column | None" = None
     is_root: bool = False
     word: int | None = None
+    signed: bool = True
+
+    @property
+    def code_bits(self) -> int:
+        """How many bits each code has, 0 where it holds none."""
+        if self.scale is None:
+            return 0
+        return 4 if self.scale.dtype == torch.float32 else 8
 
     @property
     def kept(self) -> "tuple[Column, ...]":

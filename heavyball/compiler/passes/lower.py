@@ -40,16 +40,18 @@ def lower(
     random: bool = False,
     roots: frozenset[str] = frozenset(),
     late: bool = True,
+    squares: frozenset[str] = frozenset(),
 ) -> Kernel:
     """The loop form of a graph.
 
     dtypes: of all tensors and their companions. compute: of the elements. random: whether bfloat16 and
     codes are rounded stochastically. roots: tensors that hold the roots of their values. late: whether
-    the loop over all elements runs ahead of that over every k-th.
+    the loop over all elements runs ahead of that over every k-th. squares: tensors of values
+    that are never negative.
 
     Errors: NotPrintableError for a tensor or an operation that no printer knows.
     """
-    return _Lowering(graph, plan, dtypes, compute, random, roots, late).kernel()
+    return _Lowering(graph, plan, dtypes, compute, random, roots, late, squares).kernel()
 
 
 class _Lowering:
@@ -62,9 +64,10 @@ class _Lowering:
         random: bool,
         roots: frozenset[str],
         late: bool,
+        squares: frozenset[str],
     ):
         self.graph, self.plan, self.dtypes, self.compute = graph, plan, dtypes, compute
-        self.random, self.roots, self.late = random, roots, late
+        self.random, self.roots, self.late, self.squares = random, roots, late, squares
         self.values = graph.values
         self.frame = None if graph.starts is None else Frame(graph.starts, graph.levels)
         self.columns = self._columns()
@@ -105,8 +108,6 @@ class _Lowering:
         found = {}
         for name, number in numbers.items():
             dtype, scale = self.dtypes[name], name + SCALE in self.dtypes
-            if self.dtypes.get(name + SCALE) == torch.float32:
-                raise NotPrintableError(f"4-bit state ({name})")
             if not (dtype.is_floating_point or is_companion(name) or scale):
                 raise NotPrintableError(f"a tensor of {dtype}, {name}")
             correction, kept_scale = (
@@ -116,8 +117,9 @@ class _Lowering:
                 for part in (CORRECTION, SCALE)
             )
             word = word_of(name) if self._is_random(name) else None
+            signed = name not in self.squares
             found[name] = Column(
-                name, number, dtype, correction, kept_scale, name in self.roots, word
+                name, number, dtype, correction, kept_scale, name in self.roots, word, signed
             )
         return found
 

@@ -148,23 +148,25 @@ class Engine:
         """A job with tensors that kernels can walk through, copies where they lie otherwise."""
         if job.param.device.type != "cpu":
             return job, self._as_it_lies(job, wanted)
+        reason = NOT_CONTIGUOUS
         for strides in orders(job):
             try:
                 work = stage(job, strides)
                 kernels = {key: self._kernels.of(work, key) for key in wanted}
             except NotPrintableError as error:
                 self._kernels.refuse(job, str(error))
-            except OrderError:
+            except OrderError as error:
+                reason = str(error)
                 continue
             settle(job, work)
             return work, kernels
-        self._kernels.refuse(job, NOT_CONTIGUOUS)
+        self._kernels.refuse(job, reason)
 
     def _as_it_lies(self, job: Job, wanted: list[str | None]) -> dict[str | None, Kernel]:
         try:
             return {key: self._kernels.of(job, key) for key in wanted}
-        except OrderError:
-            self._kernels.refuse(job, NOT_CONTIGUOUS)
+        except OrderError as error:
+            self._kernels.refuse(job, str(error))
 
 
 def sources(jobs: list[Job], total_keys: list[str]) -> list[str]:

@@ -10,8 +10,10 @@ from heavyball.compiler.passes.segments import Segments, cut
 from heavyball.compiler.pipeline import Printed, print_kernel
 from heavyball.numerics import compute_dtype
 from heavyball.runtime.job import Job
+from heavyball.state.held import is_packed
 
 NOT_CONTIGUOUS = "rows or columns of a parameter that is not contiguous"
+FOUR_BIT = "4-bit state of a parameter that is not contiguous"
 
 
 def dense(tensor: Tensor) -> bool:
@@ -44,7 +46,7 @@ def _alike(tensor: Tensor, param: Tensor) -> bool:
 
 
 class OrderError(Exception):
-    """A kernel for contiguous tensors, and a parameter that is not."""
+    """A kernel for contiguous tensors, and a parameter that is not; with the reason."""
 
 
 def printed_for(job: Job) -> tuple[dict[str | None, Printed], bool]:
@@ -71,8 +73,15 @@ def printed_for(job: Job) -> tuple[dict[str | None, Printed], bool]:
 
 def _printed(job: Job, graph: Graph, dtypes: dict[str, torch.dtype]) -> Printed:
     if (graph.starts is not None or graph.every is not None) and not job.param.is_contiguous():
-        raise OrderError
+        raise OrderError(NOT_CONTIGUOUS)
+    if _is_row_major(graph, job) and not job.param.is_contiguous():
+        raise OrderError(FOUR_BIT)
     return _print(job, graph, dtypes)
+
+
+def _is_row_major(graph: Graph, job: Job) -> bool:
+    """Whether some state lies in the order of a contiguous tensor, whatever the parameter's is."""
+    return any(is_packed(job.state, name) for name in graph.tensors)
 
 
 def _print(job: Job, graph: Graph, dtypes: dict[str, torch.dtype]) -> Printed:
@@ -99,5 +108,7 @@ def printed_segments(job: Job) -> tuple[Segments, list[Printed | None]]:
             continue
         if part.graph.starts is not None and not param.is_contiguous():
             raise NotPrintableError(NOT_CONTIGUOUS)
+        if _is_row_major(part.graph, job) and not param.is_contiguous():
+            raise NotPrintableError(FOUR_BIT)
         found.append(_print(job, part.graph, dtypes))
     return segments, found

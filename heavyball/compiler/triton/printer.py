@@ -34,7 +34,7 @@ SLICE = 128
 class TritonPrinter(Triton, KernelPrinter):
     """Spells one kernel, as walks over flat memory.
 
-    Errors: NotPrintableError for a tensor of another dtype, and for 8-bit codes.
+    Errors: NotPrintableError for a tensor of another dtype, and for codes.
     """
 
     lanes = "lane"  # the elements of a block, counted from where it begins
@@ -43,7 +43,7 @@ class TritonPrinter(Triton, KernelPrinter):
         super().__init__(kernel)
         for c in kernel.tensors:
             if c.scale is not None:
-                raise NotPrintableError(f"8-bit state ({c.name}) on CUDA")
+                raise NotPrintableError(f"{c.code_bits}-bit state ({c.name}) on CUDA")
             if c.dtype not in TYPES:
                 raise NotPrintableError(f"a tensor of {c.dtype}")
         self.bound = self._bound()
