@@ -1,4 +1,4 @@
-"""The arithmetic of the formats of `state/` and of stochastic rounding as functions that a printer spells."""
+"""The arithmetic of the formats of `state/` and of random rounding as functions for a printer to spell."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
