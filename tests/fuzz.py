@@ -40,6 +40,8 @@ FORMATS: tuple[dict[str, Any], ...] = (
     {"storage_dtype": "bfloat16"},
     {"storage_dtype": "float16"},
     {"storage_dtype": "8bit"},
+    {"storage_dtype": "4bit"},
+    {"storage_dtype": "rank1"},
     {"ecc": "bf16+8"},
     {"ecc": "fp16+16"},
 )

@@ -415,6 +415,8 @@ FORMATS: dict[str, dict[str, Any]] = {
     "storage bfloat16": {"storage_dtype": "bfloat16"},
     "storage float16": {"storage_dtype": "float16"},
     "storage 8bit": {"storage_dtype": "8bit"},
+    "storage 4bit": {"storage_dtype": "4bit"},
+    "storage rank1": {"storage_dtype": "rank1"},
     "storage bf16+8": {"ecc": "bf16+8"},
     "storage fp16+16": {"ecc": "fp16+16"},
     "storage param": {"param_ecc": "bf16+8", "ecc": "bf16+16"},

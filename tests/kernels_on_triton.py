@@ -585,8 +585,9 @@ def test_corrections_have_the_same_bits() -> None:
 
 
 def test_codes_run_eagerly_with_a_warning() -> None:
-    with pytest.warns(RuntimeWarning, match="8-bit state .* on CUDA"):
-        pair((C.exp_avg,), ((4096,),), mode="auto", steps=1, storage_dtype="8bit")
+    for form, name in (("8bit", "8-bit"), ("4bit", "4-bit"), ("rank1", "rank-one")):
+        with pytest.warns(RuntimeWarning, match=f"{name} state"):
+            pair((C.exp_avg,), ((4096,),), mode="auto", steps=1, storage_dtype=form)
 
 
 # ---- programs that are cut at transforms of whole tensors

@@ -246,6 +246,12 @@ def test_a_step_that_is_no_count_is_refused(value: object, compile: bool) -> Non
     [
         ({"storage_dtype": "8bit"}, "scale_by_adam.exp_avg:scale", torch.zeros(0, dtype=bf16)),
         ({"storage_dtype": "8bit"}, "scale_by_adam.exp_avg:scale", torch.zeros(1)),
+        ({"storage_dtype": "4bit"}, "scale_by_adam.exp_avg:scale", torch.zeros(31)),
+        ({"storage_dtype": "4bit"}, "scale_by_adam.exp_avg", torch.zeros(64, 64).byte()),
+        ({"storage_dtype": "4bit"}, "scale_by_adam.exp_avg", torch.zeros(2048)),
+        ({"storage_dtype": "rank1"}, "scale_by_adam.exp_avg", torch.zeros(63)),
+        ({"storage_dtype": "rank1"}, "scale_by_adam.exp_avg:columns", torch.zeros(64).int()),
+        ({"storage_dtype": "rank1"}, "scale_by_adam.exp_avg:signs", torch.zeros(64, 8)),
         ({"ecc": "bf16+8"}, "scale_by_adam.exp_avg:correction", torch.zeros(4, 5)),
         ({"ecc": "bf16+8"}, "scale_by_adam.exp_avg:correction", torch.zeros(3, dtype=torch.int8)),
         ({"ecc": "bf16+8"}, "scale_by_adam.exp_avg", torch.zeros(4, 5)),

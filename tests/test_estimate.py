@@ -82,6 +82,8 @@ def test_a_skipped_step_keeps_every_bit(rate: str, rule: str, compile: Any) -> N
 
 FORMATS: tuple[dict[str, Any], ...] = (
     {"storage_dtype": "8bit"},
+    {"storage_dtype": "4bit"},
+    {"storage_dtype": "rank1"},
     {"storage_dtype": "float16"},
     {"storage_dtype": "bfloat16"},
     {"ecc": "bf16+8"},

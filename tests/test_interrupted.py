@@ -351,6 +351,8 @@ PREPARED: dict[str, Callable[[list[nn.Parameter]], C.ChainOpt]] = {
         ps, 0.1, C.clip_by_global_norm, C.scale_by_adam, compile=False
     ),
     "8bit": lambda ps: heavyball.AdamW(ps, 0.1, compile=False, storage_dtype="8bit"),
+    "4bit": lambda ps: heavyball.AdamW(ps, 0.1, compile=False, storage_dtype="4bit"),
+    "rank1": lambda ps: heavyball.AdamW(ps, 0.1, compile=False, storage_dtype="rank1"),
     "param_ecc": low_precision,
     "Prodigy": lambda ps: heavyball.Prodigy(ps, d0=0.1, compile=False),
     "SOAP": lambda ps: heavyball.SOAP(ps, 0.1, compile=False, precondition_frequency=2),
@@ -366,14 +368,16 @@ def in_place(key: str) -> bool:
 @pytest.mark.parametrize("name", PREPARED)
 def test_a_step_that_is_interrupted_leaves_no_parameter_half_written(name):
     """Each parameter and its state are of before the step or of after it, and the next step works."""
-    opt = PREPARED[name](parameters((3, 2), (4,)))
+    # from 4,096 elements on tensors are kept in coarse formats
+    first = (64, 64) if name in ("8bit", "4bit", "rank1") else (3, 2)
+    opt = PREPARED[name](parameters(first, (4,)))
     train(opt, range(3))
     fill = functools.partial(train, steps=[3])
     before, done = snapshot(opt), copy.deepcopy(opt)
     fill(done)
     after = snapshot(done)
     ends = set()
-    many = {"param_ecc": 41, "8bit": 19, "SOAP": 7, "Muon": 7}.get(name, 3)
+    many = {"param_ecc": 41, "8bit": 19, "4bit": 41, "rank1": 19, "SOAP": 7, "Muon": 7}.get(name, 3)
     for made in interruptions(lambda: copy.deepcopy(opt), fill, by=many):
         now = snapshot(made)
         for place in ("0", "1"):

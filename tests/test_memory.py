@@ -81,6 +81,8 @@ def test_a_preset_may_be_named_or_given_and_its_options_count(name, options):
 FORMATS = [
     {"storage_dtype": "float16", "param_ecc": "bf16+8"},
     {"storage_dtype": "8bit"},
+    {"storage_dtype": "4bit"},
+    {"storage_dtype": "rank1"},
     {"ecc": "bf16+8", "param_ecc": "bf16+16"},
 ]
 
@@ -91,7 +93,14 @@ FORMATTED += zip(heavyball.PRESETS, itertools.cycle(FORMATS), strict=False)
 
 @pytest.mark.parametrize(("name", "options"), FORMATTED, ids=str)
 def test_formats_of_fewer_bits_are_planned_to_the_byte(name, options):
-    shapes = ((40, 33), (), (3, 4, 3, 3), (0, 5), (66, 65))  # the last is large enough for codes
+    shapes = (
+        (40, 33),
+        (),
+        (3, 4, 3, 3),
+        (0, 5),
+        (66, 65),
+        (33, 128),
+    )  # the last two are large enough for codes
     params = parameters(*shapes, dtype=torch.bfloat16)
     opt = heavyball.PRESETS[name](params, **options)
     plan = memory_plan(params, name, **options)
@@ -115,6 +124,10 @@ def test_a_format_of_fewer_bits_takes_fewer_bytes():
     assert bytes_each(ecc="fp16+16") == 8
     # codes, and a bfloat16 scale for each 32 of them
     assert bytes_each(storage_dtype="8bit") == 2 * (1 + 2 / 32)
+    # two codes a byte, and a float32 scale for each 128 of them
+    assert bytes_each(storage_dtype="4bit") == 2 * (1 / 2 + 4 / 128)
+    # a float32 for each row and each column, and the signs of one
+    assert bytes_each(storage_dtype="rank1") == 2 * 2 * 4 / 1024 + 1 / 8
 
 
 # ---- what may be given

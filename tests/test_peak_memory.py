@@ -50,7 +50,8 @@ CHAINS = {
     "adam": (C.scale_by_adam,),
     "with sums": (C.clip_by_global_norm, C.scale_by_adam, C.cautious, C.schedule_free),
 }
-STORAGE = ({}, {"storage_dtype": "bfloat16"}, {"storage_dtype": "8bit"}, {"ecc": "bf16+8"})
+FORMS = ("bfloat16", "8bit", "4bit", "rank1")
+STORAGE = ({}, *({"storage_dtype": form} for form in FORMS), {"ecc": "bf16+8"})
 
 
 @pytest.mark.parametrize("chain", CHAINS)

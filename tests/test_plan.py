@@ -51,6 +51,8 @@ def test_low_precision_moves_fewer_bytes() -> None:
     # 2 x 16 bits of the parameter, 16 of the gradient, and twice two codes with a scale for 32 of them
     coded = planned(*chain, shapes=shapes, dtype=torch.bfloat16, storage_dtype="8bit")
     assert coded.bytes_moved == 64 * 64 * (3 * 2 + 2 * 2 * (1 + 2 / 32))
+    coded = planned(*chain, shapes=shapes, dtype=torch.bfloat16, storage_dtype="4bit")
+    assert coded.bytes_moved == 64 * 64 * (3 * 2 + 2 * 2 * (1 / 2 + 4 / 128))
 
 
 def test_sums_over_all_parameters_have_kernels_of_their_own() -> None:

@@ -90,7 +90,8 @@ def test_several_are_compared_smallest_first():
 
 def test_formats_of_fewer_bits_are_planned():
     words = ["AdamW", "--dtype", "bfloat16", "--model", "resnet-18"]
-    for option, value in (("storage_dtype", "8bit"), ("ecc", "bf16+8"), ("param_ecc", "bf16+16")):
+    formats = [("storage_dtype", name) for name in ("8bit", "4bit", "rank1")]
+    for option, value in (*formats, ("ecc", "bf16+8"), ("param_ecc", "bf16+16")):
         result = heavyball_command(*words, f"--{option.replace('_', '-')}", value)
         assert result.exit_code == 0, result.output
         params = architecture("resnet-18", torch.bfloat16)

@@ -203,7 +203,10 @@ def test_finite_gradients_leave_all_finite_with_any_options(name, options, run):
 
 
 FORMATS = [
-    *({"storage_dtype": name} for name in ("bfloat16", "float16", "8bit", "float32")),
+    *(
+        {"storage_dtype": name}
+        for name in ("bfloat16", "float16", "8bit", "4bit", "rank1", "float32")
+    ),
     *({"ecc": name} for name in ("bf16+8", "bf16+16", "fp16+8", "fp16+16")),
 ]
 PARAM_FORMATS = {torch.bfloat16: ("bf16+8", "bf16+16"), torch.float16: ("fp16+8", "fp16+16")}
@@ -215,7 +218,7 @@ PARAM_FORMATS = {torch.bfloat16: ("bf16+8", "bf16+16"), torch.float16: ("fp16+8"
     options=st.sampled_from(FORMATS),
     corrected=st.booleans(),
     run=runs,
-    shape=st.sampled_from((*SHAPES, (4097,), (64, 70))),  # 8-bit codes begin at 4,096 elements
+    shape=st.sampled_from((*SHAPES, (4097,), (64, 66))),  # codes begin at 4,096 elements
 )
 def test_finite_gradients_leave_all_finite_in_every_format(case, options, corrected, run, shape):
     formats = PARAM_FORMATS.get(run["dtype"], ())

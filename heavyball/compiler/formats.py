@@ -1,4 +1,4 @@
-"""The arithmetic of the formats of `state/` and of random rounding as functions for a printer to spell."""
+"""The arithmetic of the formats of `state/` and of random rounding as functions to be printed."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
