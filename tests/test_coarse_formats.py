@@ -49,7 +49,7 @@ def test_codes_of_a_known_block() -> None:
 
 def test_the_levels_are_those_of_the_dynamic_map_and_a_line_without_zero() -> None:
     codes, one = torch.arange(16, dtype=torch.uint8), torch.ones(())
-    # bitsandbytes' map: the middles of even divisions of (0.1, 1], (0.01, 0.1] and (0.001, 0.01]; 0 and 1
+    # bitsandbytes' map: middles of even divisions of (0.1, 1], (0.01, 0.1] and (0.001, 0.01]; 0 and 1
     means = []
     for power, parts in ((0.01, 1), (0.1, 2), (1.0, 4)):
         ends = torch.linspace(0.1, 1, parts + 1, dtype=torch.float64)
