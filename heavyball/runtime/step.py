@@ -207,7 +207,7 @@ def average(
 ) -> Tensor:
     """The weights to evaluate with, from the node of a chain that keeps an average."""
     assert node.transform.evaluate is not None
-    job = Job(Program(()), param, param, group, state, scalars)
+    job = Job(Program((node,)), param, param, group, state, scalars)
     frame = Frame(job, {})
     old = [working_state(node, name, frame.job) for name in node.transform.states]
     names = keyword_names(node.transform.evaluate)
