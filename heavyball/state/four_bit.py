@@ -16,14 +16,18 @@ Source: `OptimState4bit` of torchao; Li et al. 2023, https://arxiv.org/abs/2309.
 Nothing here makes a finite value infinite. One infinity or NaN turns its whole block into NaN.
 """
 
+import functools
 import itertools
 
 import torch
 from torch import Tensor
 
+from heavyball.numerics import lasting
+
 BLOCK = 128
 _SIZES = (0.0055, 0.0325, 0.0775, 0.2125, 0.4375, 0.6625, 0.8875)
 LEVELS = (*(-x for x in reversed(_SIZES)), 0.0, *_SIZES, 1.0)
+GAPS = tuple(above - level for level, above in itertools.pairwise(LEVELS))
 ZERO, LAST = 7, 15  # the code of zero, and the largest one
 STEPS = 16  # of squares
 LARGEST = torch.finfo(torch.float32).max
@@ -55,12 +59,7 @@ def code_of(x: Tensor, scale: Tensor, signed: bool, bits: Tensor | None) -> Tens
     part = x / scale
     if signed:
         # the code's place between levels: whole numbers at these, and linear between two
-        code, low, gap = part * 0, part * 0 + LEVELS[0], part * 0 + (LEVELS[1] - LEVELS[0])
-        for number, (level, above) in enumerate(itertools.pairwise(LEVELS[1:]), start=1):
-            at = part >= level
-            code = torch.where(at, number, code)
-            low = torch.where(at, level, low)
-            gap = torch.where(at, above - level, gap)
+        code, low, gap = _below(part)
         within = (part - low) / gap
     else:
         code, within = part * STEPS, part * 0 - 1
@@ -76,10 +75,39 @@ def value_of(code: Tensor, scale: Tensor, signed: bool) -> Tensor:
     wide = code.to(torch.float32)
     if not signed:
         return (wide + 1) * (1 / STEPS) * scale
+    return _level(code, wide) * scale
+
+
+def _below(part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The level at or below each value but never the last: its number, itself, and the gap above it."""
+    if isinstance(part, Tensor):
+        levels, gaps = _table(part.device)
+        number = torch.bucketize(part, levels[1:-1], right=True)
+        return number.to(torch.float32), levels[number], gaps[number]
+    # an expression
+    number, low, gap = part * 0, part * 0 + LEVELS[0], part * 0 + GAPS[0]
+    for k in range(1, LAST):
+        at = part >= LEVELS[k]
+        number = torch.where(at, k, number)
+        low, gap = torch.where(at, LEVELS[k], low), torch.where(at, GAPS[k], gap)
+    return number, low, gap
+
+
+def _level(code: Tensor, wide: Tensor) -> Tensor:
+    if isinstance(code, Tensor):
+        return _table(code.device)[0][code.to(torch.int64)]
     value = wide * 0 + LEVELS[0]
     for number, level in enumerate(LEVELS[1:], start=1):
         value = torch.where(wide >= number, level, value)
-    return value * scale
+    return value
+
+
+@functools.cache
+def _table(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The levels and the gaps above them."""
+    with lasting():
+        levels = torch.tensor(LEVELS, dtype=torch.float32, device=device)
+        return levels, torch.tensor(GAPS, dtype=torch.float32, device=device)
 
 
 # ---- blocks, a row for each
