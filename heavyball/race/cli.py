@@ -244,7 +244,9 @@ def show(chain: str, source: bool) -> None:
     show_default=True,
     help="The dtype of the parameters.",
 )
-@click.option("--storage-dtype", help="How state is kept: float32, bfloat16, float16 or 8bit.")
+@click.option(
+    "--storage-dtype", help="How state is kept: float32, bfloat16, float16, 8bit, 4bit or rank1."
+)
 @click.option("--ecc", help="State as a value and a correction: bf16+8, bf16+16, fp16+8, fp16+16.")
 @click.option("--param-ecc", help="The same for parameters of that 16-bit dtype.")
 def plan_memory(optimizers: tuple[str, ...], model: str, dtype: str, **options: str | None) -> None:
