@@ -63,9 +63,9 @@ class ChainOpt(Looking):
         nearest.
     seed: what the bits for the rounding are hashed from, together with the parameter's place, the
         state's name, the parameter's step and the element. They do not touch torch's generators.
-    storage_dtype: how state is kept: "float32", "bfloat16", "float16", "8bit", "4bit" or "rank1", for all
-        of it or as a dict by the state's name or key. The last three are for means of gradients and of
-        squares of 4096 elements or more. None: as it is computed, in float32 (float64 for float64).
+    storage_dtype: how state is kept: "float32", "bfloat16", "float16", "8bit", "4bit" or "rank1", for
+        all of it or as a dict by the state's name or key. The last three are for means of gradients and
+        of squares of 4096 elements or more. None: as it is computed, in float32 (float64 for float64).
     ecc: a 16-bit value and a correction instead: "bf16+8", "bf16+16", "fp16+8" or "fp16+16", likewise.
     param_ecc: the same for the parameters, whose correction is state; they must have that 16-bit dtype.
     fuse_backward: step each parameter inside `backward()`, as soon as its gradient is complete, and
