@@ -487,3 +487,65 @@ def test_nan_comes_and_goes(form: str) -> None:
         p.zero_()
     step(opt, 5)
     assert values(opt, p, "exp_avg").isfinite().all()
+
+
+WAYS = {
+    "foreach": {"foreach": True},
+    "one by one": {"foreach": False},
+    "in backward": {"fuse_backward": True},
+}
+
+
+@pytest.mark.parametrize("form", ["4bit", "rank1"])
+@pytest.mark.parametrize("preset", ["AdamW", "SFAdamW", "Prodigy"])
+def test_all_ways_to_step_have_the_same_bits(form: str, preset: str) -> None:
+    ways = dict(WAYS)
+    if preset == "Prodigy":  # its sums need all gradients
+        del ways["in backward"]
+    ends = []
+    for options in ways.values():
+        generator = torch.Generator().manual_seed(0)
+        params = [nn.Parameter(torch.randn(s, generator=generator)) for s in ((66, 64), (5,))]
+        opt = getattr(heavyball, preset)(params, storage_dtype=form, compile=False, **options)
+        for k in range(3):
+            pull = [
+                torch.randn(p.shape, generator=torch.Generator().manual_seed(k)) for p in params
+            ]
+            sum((p * g).sum() for p, g in zip(params, pull, strict=True)).backward()
+            opt.step()
+            opt.zero_grad()
+        ends.append(snapshot(opt))
+    assert all(same_bits(ends[0][k], end[k]) for end in ends for k in ends[0])
+
+
+@pytest.mark.parametrize("form", ["4bit", "rank1"])
+def test_a_parameter_without_a_gradient_is_left_alone_and_a_late_group_begins(form: str) -> None:
+    params, opt = made((C.scale_by_adam,), ((66, 64), (64, 64)), storage_dtype=form)
+    step(opt, 1)
+    before = {k: t.clone() for k, t in opt.state[params[0]].items()}
+    late = nn.Parameter(torch.ones(33, 128))
+    opt.add_param_group({"params": [late]})
+    params[0].grad = None
+    for p in (params[1], late):
+        p.grad = torch.ones_like(p)
+    opt.step()
+    assert all(same_bits(before[k], t) for k, t in opt.state[params[0]].items())
+    assert opt.state[late][M].dtype == opt.state[params[0]][M].dtype
+    assert opt.state[late][M].shape != late.shape
+    assert (
+        opt.state_bytes()
+        == heavyball.memory_plan(
+            [*params, late], (C.scale_by_adam,), storage_dtype=form
+        ).state_bytes
+    )
+    assert f"{opt.state_bytes():,} bytes" in repr(opt)
+
+
+@pytest.mark.parametrize("form", ["8bit", "4bit", "rank1"])
+def test_torch_goes_on_with_what_is_held(form: str) -> None:
+    params, opt = made((C.scale_by_adam,), storage_dtype=form)
+    step(opt, 1, 2)
+    (p,) = params
+    mean = values(opt, p, M).double() * (1 - 0.9**2)
+    found = heavyball.checkpoint.to_torch(opt)["state"][0]["exp_avg"]
+    torch.testing.assert_close(found.double(), mean, rtol=1e-6, atol=0)
