@@ -20,7 +20,7 @@ PLACED = {"before_state", "requires", "opens_once", "instead"}
 OWN = {
     C.transform: {"kind", "modifier", "over_all", "evaluate", "perturb", "offers", *PLACED},
     C.whole_transform: {"kind", "opaque", "host", "after", "due", "lead", "noise_every",
-                        "inner_shape", "fed_numbers", "perturb", "perturb_every", *PLACED},
+                        "inner_shape", "fed_numbers", "perturb", "perturb_every", "rounds", *PLACED},
     C.rate: {
         "numbers", "past", "made_from", "from_sums", "gives", "finish", "moment_unit",
         "moment_change", "hyper_change", "estimate", "kind", "shared",

@@ -70,7 +70,7 @@ def ended(opt: C.ChainOpt, losses: list[float]) -> tuple[dict[str, Tensor], list
         fill_gradients(all_params(opt), good)
         opt.step(loss=loss)
         good += math.isfinite(loss) and abs(loss) < 2.0**504
-    counts = {"step", "loss_gate.skipped"}
+    counts = {"step", "loss_gate.left_out"}
     kept = {k: v for k, v in snapshot(opt).items() if k.split(".", 1)[-1] not in counts}
     return kept, groups_of(opt)
 
@@ -104,7 +104,7 @@ def test_a_step_with_a_loss_that_is_none_changes_counts_alone(name: str, bad: fl
     opt.step(loss=torch.tensor(bad, dtype=torch.float64))
     after = snapshot(opt)
     changed = {k.split(".", 1)[-1] for k in before if not torch.equal(before[k], after[k])}
-    assert changed == {"step", "loss_gate.skipped"}
+    assert changed == {"step", "loss_gate.left_out"}
     assert groups_of(opt) == groups
     assert float(opt.metrics()["group_0/skipped_steps"]) == 1
 
@@ -160,7 +160,8 @@ def test_a_gate_in_front_counts_what_its_own_gradients_leave_out() -> None:
             params[0].grad[0, 0] = math.nan
         opt.step(loss=loss)
         state = opt.state[params[1]]
-        skipped.append([float(state[f"{k}.skipped"]) for k in ("loss_gate", "skip_not_finite")])
+        counts = "loss_gate.left_out", "skip_not_finite.skipped"
+        skipped.append([float(state[key]) for key in counts])
     assert skipped == [[0, 0], [1, 0], [1, 1], [2, 1]]
     assert float(opt.metrics()["group_0/skipped_steps"]) == 3
     assert all(math.isfinite(float(opt.param_groups[0][k])) for k in ("momo_loss", "momo_slope"))

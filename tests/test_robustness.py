@@ -16,6 +16,7 @@ from helpers import (
     differences,
     drawn,
     fill_gradients,
+    one_step,
     parameters,
     snapshot,
 )
@@ -144,7 +145,7 @@ def run_and_check(make, run: dict) -> None:
         before = gradient.clone()
         param.grad = gradient
         try:
-            quietly(opt.step)
+            quietly(one_step, opt)
         except ValueError as error:  # weights without a norm to keep are refused by name
             if "is all zero" not in str(error) or param.any():
                 raise

@@ -13,21 +13,21 @@ BOUND = 2.0**504
 
 
 def finite_loss(
-    update: Tensor, skipped: Tensor, /, *, step: Tensor, loss: Tensor
+    update: Tensor, left_out: Tensor, /, *, step: Tensor, loss: Tensor
 ) -> tuple[Tensor, ...]:
     """Provide whether the loss is a number that can be averaged, and count the steps in which it was."""
     finite = torch.abs(loss) <= BOUND  # not of a NaN
-    skipped = skipped + (~finite).to(skipped.dtype)
-    return update, skipped, finite, (step - skipped).clamp(min=1)
+    left_out = left_out + (~finite).to(left_out.dtype)
+    return update, left_out, finite, (step - left_out).clamp(min=1)
 
 
 def with_loss_gate(nodes: tuple[Node | Fork, ...]) -> tuple[Node | Fork, ...]:
     """Put the gate before all nodes."""
     made = Transform(
-        "loss_gate",
+        KEY,
         finite_loss,
         Signature({}, {}, ("step", "loss"), ()),
-        {"skipped": scalar(0.0, low=0.0)},
+        {"left_out": scalar(0.0, low=0.0)},
         {},
         {},
         ("gate", "step"),

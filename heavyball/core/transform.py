@@ -390,6 +390,7 @@ _BELONGS = {
             "inner_shape",
             "fed_numbers",
             "perturb_every",
+            "rounds",
         ),
         "@whole_transform",
     ),

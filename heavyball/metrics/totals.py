@@ -19,8 +19,8 @@ NAMES = (
     *("lr", "effective_lr", "grad_norm", "update_norm", "param_norm", "update_to_param"),
     *("skipped_steps", "d"),
 )
-# Gates that count what they leave out.
-SKIPPING = ("skip_not_finite", KEY)
+# Gates that count the steps that they leave out, and where.
+SKIPPING = {"skip_not_finite": "skipped", KEY: "left_out"}
 PROBED = ("rms", "norm", "max", "cosine", "zeros")
 
 
@@ -99,7 +99,8 @@ def _step(
 
 
 def _skipped(program: Program, state: Mapping[str, Any]) -> list[Tensor]:
-    keys = [n.state_key("skipped") for n in program.flat if n.transform.name in SKIPPING]
+    gates = [node for node in program.flat if node.transform.name in SKIPPING]
+    keys = [node.state_key(SKIPPING[node.transform.name]) for node in gates]
     return [state[key] for key in keys if key in state]
 
 
