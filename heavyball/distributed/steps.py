@@ -49,7 +49,7 @@ from heavyball.optim.backend import Backend
 from heavyball.optim.checks import check_gradient
 from heavyball.optim.options import Options
 from heavyball.runtime.addresses import as_usable, check_memory
-from heavyball.runtime.job import Counts, Job, Scalars
+from heavyball.runtime.job import LOSS_KEY, Counts, Job, Scalars
 from heavyball.runtime.place import Place
 from heavyball.runtime.state import SHOWN, lazy_wanted
 from heavyball.runtime.step import average
@@ -224,6 +224,12 @@ class Sharded:
             asked.setdefault(part.layout.group, []).append((part.place.label, _plan_of(part)))
         compare(asked, self._devices(parts), PLAN, error)
 
+    def _refuse_first(self, error: Exception) -> None:
+        """Say to those that begin their first step, and compare their plans, that it cannot be."""
+        params = [param for group in self._registry.groups for param in group["params"]]
+        devices = {self.layout(param).group: local(param).device for param in params}
+        compare(dict.fromkeys(devices, ()), devices, PLAN, error)
+
     @staticmethod
     def _devices(parts: Sequence[Part]) -> dict[Group, torch.device]:
         return {part.layout.group: part.here.device for part in reversed(parts)}
@@ -277,7 +283,7 @@ class Sharded:
             if self._silent and self._first is not None:
                 self._first.say(ERROR)
             elif self._silent and not self._compared:
-                self._compare(list(self._parts.values()), error)
+                self._refuse_first(error)
             raise
         finally:
             self._silent = False
@@ -290,6 +296,8 @@ class Sharded:
 
     def _step(self, parts: Sequence[Part], roll: "RollCall", together: Any) -> None:
         self._refused = roll.check(parts, self._check)
+        if self._registry.chain.reads_loss:
+            self._share_loss(parts, roll)
         candidates = [p for p in parts if p.layout.shape.count(0) == 0 and roll.is_candidate(p)]
         cut = [part for part in candidates if self._is_cut(part)]
         for part in cut:
@@ -311,6 +319,18 @@ class Sharded:
             self._renew(left, together)
         stepped = [p.param for p in candidates if p not in roll.absent and is_sharded(p.param)]
         torch.autograd.graph.increment_version(stepped)
+
+    def _share_loss(self, parts: Sequence[Part], roll: "RollCall") -> None:
+        """Give all processes the mean of their losses: each has that of its own part of the batch."""
+        groups = self._registry.groups
+        part = max(parts, key=lambda part: part.layout.group.size, default=None)
+        if part is None or part.layout.group.size == 1:
+            return
+        group, device = part.layout.group, part.here.device
+        loss = torch.as_tensor(groups[0][LOSS_KEY], dtype=SCALAR, device=device).reshape(())
+        (total,) = roll.told([Term("sum", replicated((), group), loss, True)], group, device)
+        for values in groups:
+            values[LOSS_KEY] = total / group.size
 
     @property
     def _gives(self) -> bool:
@@ -801,6 +821,21 @@ class RollCall:
         for run in self.waiting:
             run.absent = run.part in self.absent
         return found[: len(terms)]
+
+    def told(self, terms: Sequence[Term], group: Group, device: torch.device) -> list[Tensor]:
+        """Sums that come first in a step; the same where gradients are nobody else's affair.
+
+        Errors: ValueError on every process of the group if one could not begin the step.
+        """
+        if self._open:
+            return self.complete(terms)
+        call = Term(
+            "sum", replicated((1,), group), torch.zeros(1, dtype=SCALAR, device=device), True
+        )
+        self._begins(First.of([*terms, call], [call]))
+        *found, count = completed([*terms, call])
+        refuse_told(float(count))
+        return found
 
     def finish(self) -> None:
         """Find out, if no sum has carried it yet."""

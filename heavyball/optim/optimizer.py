@@ -193,7 +193,8 @@ class ChainOpt(Looking):
         """Update every parameter that has a gradient; return the loss of the closure, if one is given.
 
         loss: of the gradients, for chains that read it (`momo`, `polyak_rate`), a number or a tensor of
-            one element; without it they take what the closure returns.
+            one element; without it they take what the closure returns. Processes that share parameters
+            (DTensors, `replicas=`) take the mean of theirs.
 
         Errors: RuntimeError in evaluation mode; ValueError naming a sparse or complex gradient, one
             of the wrong shape, device or dtype, or a hyper-parameter out of its interval. Nothing
@@ -218,7 +219,7 @@ class ChainOpt(Looking):
     def _step_all(self, loss: float | Tensor | None, returned: Any) -> None:
         """Step with the gradients that are there, and with what was given besides."""
         if self._inputs.needed or loss is not None:
-            with self._inputs.given(self._registry, loss, returned):
+            with self._steps.heard(), self._inputs.given(self._registry, loss, returned):
                 self._step_recorded()
         else:
             self._step_recorded()

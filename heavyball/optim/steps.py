@@ -49,9 +49,13 @@ class Steps:
 
         recording: surrounds the step, when the groups hold its numbers.
         """
-        parts = self.registry.parts
-        with contextlib.nullcontext() if parts is None else parts.heard():
+        with self.heard():
             self._step_scheduled(fused, recording)
+
+    def heard(self) -> AbstractContextManager[None]:
+        """Other processes that hold parts hear of an error in here before they wait for this one."""
+        parts = self.registry.parts
+        return contextlib.nullcontext() if parts is None else parts.heard()
 
     def _step_scheduled(
         self, fused: FusedBackward, recording: AbstractContextManager | None

@@ -196,21 +196,24 @@ READING: dict[str, Make] = {
 LOSSES = (2.0, math.nan, 1.5, -math.inf, 0.5)
 
 
-def _with_losses(make: Make, losses: tuple[float, ...], sharded: bool) -> list[Tensor]:
-    """Gradients go with the losses that are numbers."""
+def _with_losses(
+    make: Make, losses: tuple[float, ...], sharded: bool, share: float = 1.0
+) -> list[Tensor]:
+    """Gradients go with the losses that are numbers, of which a process has a share."""
     model = Model()
     if sharded:
         fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
     opt, good = make(list(model.named_parameters())), 0
     for loss in losses:
         give(model, good)
-        opt.step(**({"loss": loss} if opt.chain.reads_loss else {}))
+        opt.step(**({"loss": share * loss} if opt.chain.reads_loss else {}))
         good += math.isfinite(loss)
     return [whole(p) for p in model.parameters()]
 
 
 def _reading(rank: int, losses: tuple[float, ...]) -> dict[str, list[Tensor]]:
-    return {name: _with_losses(make, losses, True) for name, make in READING.items()}
+    share = 0.5 + rank  # of two processes: their mean is the loss of one
+    return {name: _with_losses(make, losses, True, share) for name, make in READING.items()}
 
 
 def test_what_reads_a_loss_or_has_blocks_steps_as_on_one_process() -> None:
@@ -221,3 +224,40 @@ def test_what_reads_a_loss_or_has_blocks_steps_as_on_one_process() -> None:
                 expected = _with_losses(make, losses if name == "blocks" else good, False)
                 for one, other in zip(found[name], expected, strict=True):
                     torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+@C.transform
+def by_loss(update: Tensor, *, loss: Tensor) -> Tensor:
+    """Steps as long as the loss, which ask nothing else of other processes."""
+    return update * loss
+
+
+FORGETFUL: dict[str, Make] = {
+    "sums": lambda p: heavyball.MoMo(p, lr=0.1),
+    "none": lambda p: C.ChainOpt(p, 0.1, by_loss),
+}
+
+
+def _forgotten(rank: int, name: str) -> list[str]:
+    """What is raised where one process gives no loss, at the first step and later; and it goes on."""
+    model = Model()
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    opt, said = FORGETFUL[name](list(model.named_parameters())), []
+    for step, everybody in enumerate((False, True, False, True)):
+        give(model, step)
+        before = [whole(p) for p in model.parameters()]
+        try:
+            opt.step(loss=1.0 if everybody or rank == 0 else None)
+        except ValueError as error:
+            said.append(str(error))
+        after = [whole(p) for p in model.parameters()]
+        moved = [not torch.equal(a, b) for a, b in zip(after, before, strict=True)]
+        assert any(moved) == everybody, (step, said)
+    return said
+
+
+@pytest.mark.parametrize("name", FORGETFUL)
+def test_a_loss_that_one_process_lacks_raises_on_all(name: str) -> None:
+    one, other = processes.run(2, _forgotten, name)
+    assert len(one) == len(other) == 2
+    assert all("reads the loss" in text for text in other), other
