@@ -2,8 +2,10 @@
 
 import array
 import collections
+import copy
 import types
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -362,3 +364,76 @@ def test_groups_that_differ_are_told_with_their_numbers(strict):
         make(3).load_state_dict(make(1, 1, 1).state_dict(), strict)
     with pytest.raises(ValueError, match=r"\b5\b.*\b2\b"):
         make(1, 2).load_state_dict(make(1, 5).state_dict(), strict)
+
+
+# What a group of torch.optim says of how its optimizer was built, and the option that says so here.
+BUILT: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    (
+        "Adam",
+        {"decoupled_weight_decay": True, "weight_decay": 0.1},
+        {"decoupled_weight_decay": True},
+    ),
+    (
+        "RAdam",
+        {"decoupled_weight_decay": True, "weight_decay": 0.1},
+        {"decoupled_weight_decay": True},
+    ),
+    (
+        "NAdam",
+        {"decoupled_weight_decay": True, "weight_decay": 0.1},
+        {"decoupled_weight_decay": True},
+    ),
+    ("Adagrad", {"initial_accumulator_value": 0.5}, {"initial_accumulator_value": 0.5}),
+    ("ASGD", {"t0": 1}, {"t0": 1}),
+    ("Muon", {"nesterov": False}, {"nesterov": False}),
+    ("Muon", {"ns_steps": 3}, {"ns_steps": 3}),
+    ("Muon", {"adjust_lr_fn": "match_rms_adamw"}, {"scale": "match_rms_adamw"}),
+    ("Muon", {"ns_coefficients": (2.0, -1.5, 0.5)}, {"method": ((2.0, -1.5, 0.5),)}),
+]
+
+
+def _beside_torch(name: str, theirs: dict[str, Any], ours: dict[str, Any]) -> float:
+    """How far the weights are apart after steps with torch's groups, in units of their movement."""
+    torch.manual_seed(0)
+    start = torch.randn(6, 4, dtype=torch.float64)
+    one, other = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    groups = getattr(torch.optim, name)([one], lr=0.01, **theirs).param_groups
+    opts = (
+        getattr(heavyball, name)(groups, **ours),
+        getattr(torch.optim, name)([other], lr=0.01, **theirs),
+    )
+    for _ in range(5):
+        gradient = torch.randn(6, 4, dtype=torch.float64)
+        for p, opt in zip((one, other), opts, strict=True):
+            p.grad = gradient.clone()
+            opt.step()
+    one, other = one.detach(), other.detach()
+    return float((one - other).abs().max() / (other - start).abs().max())
+
+
+@pytest.mark.parametrize(("name", "theirs", "ours"), BUILT, ids=lambda v: str(v))
+def test_how_a_group_of_torch_was_built_is_followed_or_refused(
+    name: str, theirs: dict[str, Any], ours: dict[str, Any]
+) -> None:
+    key = next(iter(theirs))
+    with pytest.raises(ValueError, match=rf"{key}=.*give {next(iter(ours))} to {name}"):
+        _beside_torch(name, theirs, {})
+    # torch multiplies Muon's matrices in bfloat16, and keeps a number of NAdam and ASGD in float32
+    bound = {"Muon": 0.1, "NAdam": 5 * 2.0**-24, "ASGD": 5 * 2.0**-24}.get(name, 1e-12)
+    assert _beside_torch(name, theirs, ours) < bound
+
+
+def test_a_copy_refuses_what_its_original_does() -> None:
+    opt = copy.deepcopy(heavyball.Muon([torch.nn.Parameter(torch.ones(3, 2))]))
+    group = {"params": [torch.nn.Parameter(torch.ones(3, 2))], "ns_steps": 3}
+    with pytest.raises(ValueError, match="ns_steps=3"):
+        opt.add_param_group(group)
+
+
+def test_groups_of_torchs_adafactor_mean_the_same() -> None:
+    settings = {"beta2_decay": -0.5, "eps": (None, 1e-2), "d": 2.0, "weight_decay": 0.1}
+    assert _beside_torch("Adafactor", settings, {}) < 1e-12
+    both = {**settings, "eps": (1e-6, 1e-2)}
+    assert _beside_torch("Adafactor", both, {"eps": (1e-8, 1e-3)}) < 1e-12
+    with pytest.raises(ValueError, match="give eps to Adafactor"):
+        _beside_torch("Adafactor", both, {})

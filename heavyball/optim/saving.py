@@ -61,7 +61,7 @@ class Saving(Optimizer):
         self._evaluation.written, self._steps.measured = written, measured
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_chain", "_options", "backward_ends_step")
+        own = ("_chain", "_options", "_built", "backward_ends_step")
         kept = {name: value for name, value in vars(self).items() if name in own}
         # hooks belong to the parameters of this optimizer; a copy registers its own
         kept |= {"_fuse_backward": self._fused.active, "_unstepped": self._registry.unstepped()}

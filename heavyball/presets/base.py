@@ -128,6 +128,27 @@ class Preset(ChainOpt):
     takes_inputs = False
     # options of this family of presets that are not those of all presets
     more_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    # by entry of torch's groups: how this one was built, what is usual, and the option that says so
+    _built: Mapping[str, tuple[Any, Any, str]] = MappingProxyType({})
+
+    def built_with(self, **entries: tuple[Any, Any, str]) -> None:
+        """Say how the chain is built, of which a group of torch.optim may say something else.
+
+        entries: by the name that the group has: the value here, torch's default, and the option.
+        """
+        self._built = entries
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As of `ChainOpt`; also refused is an entry of torch's that this chain does not follow."""
+        entries = self._built if isinstance(param_group, dict) else {}
+        for key, (own, usual, option) in entries.items():
+            value = param_group.get(key, usual)
+            if value not in (own, usual):
+                raise ValueError(
+                    f"parameter group: {key}={value!r} has no effect here, where it is {own!r}: it "
+                    f"cannot be an entry of a group, give {option} to {type(self).__name__}"
+                )
+        super().add_param_group(param_group)
 
     def build(
         self,

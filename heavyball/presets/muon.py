@@ -11,7 +11,7 @@ from heavyball import chainable as C
 from heavyball.core.hyper import check_live, nonnegative, shared
 from heavyball.core.transform import Transform
 from heavyball.linalg.matrices import Blocks
-from heavyball.linalg.orthogonalize import Products
+from heavyball.linalg.orthogonalize import TABLES, Products
 from heavyball.optim.arguments import kinds_of, model_of
 from heavyball.optim.checks import checked_lr
 from heavyball.optim.scheduling import base_and_schedule
@@ -263,6 +263,14 @@ class Muon(RoutedPreset):
             products=products,
             blocks=blocks,
             axis=axis,
+        )
+        quintic = TABLES["quintic"]
+        rows = quintic if method == "quintic" else method
+        self.built_with(
+            nesterov=(nesterov, True, "nesterov"),
+            ns_steps=(ns_steps, 5, "ns_steps"),
+            ns_coefficients=(rows[0] if len(rows) == 1 else rows, quintic[0], "method"),
+            adjust_lr_fn=(scale, None, "scale"),
         )
         self.build_routed(params, lr, rule, options, weight_decay=weight_decay)
 

@@ -37,6 +37,9 @@ class Adam(Preset):
         chain: tuple = (rule,)
         if not flag("decoupled_weight_decay", decoupled_weight_decay):
             chain, weight_decay = (C.coupled(weight_decay=weight_decay), rule), 0.0
+        self.built_with(
+            decoupled_weight_decay=(decoupled_weight_decay, False, "decoupled_weight_decay")
+        )
         self.build(
             params, lr, chain, options, beta1=b[0], weight_decay=weight_decay, maximize=maximize
         )
@@ -66,6 +69,9 @@ class RAdam(Preset):
         chain: tuple = (rule,)
         if not flag("decoupled_weight_decay", decoupled_weight_decay):
             chain, weight_decay = (C.coupled(weight_decay=weight_decay), rule), 0.0
+        self.built_with(
+            decoupled_weight_decay=(decoupled_weight_decay, False, "decoupled_weight_decay")
+        )
         self.build(
             params, lr, chain, options, beta1=betas[0], weight_decay=weight_decay, maximize=maximize
         )
@@ -95,6 +101,8 @@ class Adagrad(Preset):
             C.scale_by_adagrad(eps=eps, initial_accumulator_value=initial_accumulator_value),
             C.inverse_time(decay=shared("lr_decay", lr_decay)),
         )
+        name = "initial_accumulator_value"
+        self.built_with(initial_accumulator_value=(initial_accumulator_value, 0.0, name))
         self.build(params, lr, chain, options, maximize=maximize)
 
 
@@ -171,6 +179,7 @@ class ASGD(Preset):
             C.decoupled(weight_decay=shrink),
             C.running_average(start=t0),
         )
+        self.built_with(t0=(t0, 1e6, "t0"))
         self.build(params, lr, chain, options, maximize=maximize)
 
 
@@ -227,4 +236,26 @@ class Adafactor(Preset):
             C.clip_update_rms(threshold=d),
             C.scale_by_parameter_rms(eps=eps[1]),
         )
+        self._first_eps = eps[0]
         self.build(params, lr, chain, options, weight_decay=weight_decay, maximize=maximize)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As of `ChainOpt`; a group of torch.optim.Adafactor is taken by what its entries mean here."""
+        super().add_param_group(_of_adafactor(param_group, self._first_eps))
+
+
+def _of_adafactor(group: Any, first_eps: float | None) -> Any:
+    """A group of torch.optim.Adafactor in this library's names; others are as they were."""
+    if not isinstance(group, dict) or not {"beta2_decay", "d", "eps"} <= group.keys():
+        return group
+    group = {**group, "beta2_scale": -group["beta2_decay"], "threshold": group["d"]}
+    del group["beta2_decay"], group["d"]
+    first, second = group["eps"]
+    if first_eps is None and first is not None:
+        raise ValueError(
+            f"parameter group: eps={group['eps']!r}: its first number cannot be an entry of a group, "
+            "give eps to Adafactor"
+        )
+    names = ("eps",) if first_eps is None else ("scale_by_parameter_rms.eps",)
+    group["eps"] = first_eps if first is None else first
+    return {**group, names[0]: second}
