@@ -17,10 +17,10 @@ def any_processor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # Tests of many kernels or runs in a process of their own come first, so that both workers end together.
 LONGEST = ("test_in_the_interpreter", "test_a_run_goes_on_in_a_new_process", "test_one_then_two")
-# `make test` runs so many cases of a test that goes over all presets or transforms, and an eighth of
+# `make test` runs so many cases of a test that goes over all presets or transforms, and a tenth of
 # them where there are more; which ones differs from test to test, so that each preset meets some of all.
 # `make test-all`, and pytest called by hand, run every case.
-CASES = 12
+CASES = 8
 QUICK = os.environ.get("HEAVYBALL_TESTS") == "quick"
 # Here every case costs next to nothing, or is another promise.
 WHOLE = {
@@ -52,5 +52,5 @@ def _beyond(items: list[pytest.Item]) -> list[pytest.Item]:
     found = []
     for several in cases.values():
         several.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
-        found += several[max(CASES, len(several) // 8) :]
+        found += several[max(CASES, len(several) // 10) :]
     return found

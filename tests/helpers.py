@@ -32,6 +32,9 @@ from heavyball.compiler.run.engine import Engine
 from heavyball.compiler.run.plan import Plan
 from heavyball.core.transform import CONTEXT, WHOLE_CONTEXT, WRITTEN_CONTEXT, Transform
 
+# Whether this is `make test`, which runs a part of the cases.
+QUICK = os.environ.get("HEAVYBALL_TESTS") == "quick"
+
 # where the parameters of the suites are; `make test-cuda` says "cuda"
 DEVICE = torch.device(os.environ.get("HEAVYBALL_TEST_DEVICE", "cpu"))
 
