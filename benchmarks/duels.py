@@ -54,6 +54,11 @@ def muon_everywhere(params: Any, **options: Any) -> C.ChainOpt:
     return C.ChainOpt(params, 0.02, C.muon(**options))
 
 
+def apollo_everywhere(params: Any, **options: Any) -> C.ChainOpt:
+    """APOLLO without a router, for matrices only."""
+    return C.ChainOpt(params, 0.01, C.apollo(**options))
+
+
 @dataclass(frozen=True)
 class Duel:
     """Two optimizers and what is expected of the first beside the second.
@@ -170,7 +175,22 @@ def _duels() -> Iterator[Duel]:
             goals = {"gpt": 0.5, "convnet": 0.5}
             side = "original" if library == ORIGINAL else "collection"
             yield Duel(f"kron-{label}-{side}", ours, theirs, goals, steps, period)
+    yield from _memory_savers()
     yield from _prodigies()
+
+
+def _memory_savers() -> Iterator[Duel]:
+    came = Case("CAME", "pytorch_optimizer:CAME", library=COLLECTION)
+    yield Duel("came", Case("CAME", "heavyball:CAME"), came, {"gpt": 0.5})
+    ranks = {"rank": 128, "scale": 1.0, "update_proj_gap": 200, "projection_type": "std"}
+    apollo = Case(
+        "APOLLO, rank 128",
+        "pytorch_optimizer:APOLLO",
+        {"scale_type": "channel", "group": ranks},
+        library=COLLECTION,
+    )
+    ours = Case(apollo.label, "benchmarks.duels:apollo_everywhere", {"rank": 128})
+    yield Duel("apollo", ours, apollo, {"gpt": 0.5}, matrices=True)
 
 
 def _prodigies() -> Iterator[Duel]:

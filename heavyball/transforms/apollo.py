@@ -13,8 +13,9 @@ from heavyball.linalg.low_rank import (
     channels,
     image_shapes,
     images_shape,
-    limited,
+    limit,
     matrix_shape,
+    squares,
     wrong_rank,
 )
 from heavyball.linalg.matrices import Blocks, matrices, packed, per_matrix, unpacked
@@ -29,7 +30,7 @@ def _image(holds: Holds) -> State:
     return State(init, "zeros like the image", holds=holds)
 
 
-def _scaled(
+def _scales(
     g: Tensor,
     m: Tensor,
     v: Tensor,
@@ -39,15 +40,17 @@ def _scaled(
     betas: Any,
     eps: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients (n, R, C) with scaled channels, the new means, and how long they are."""
+    """What gradients (n, R, C) are multiplied by, the new means, and how long the products are."""
     wide = g.shape[-2] < g.shape[-1]
     z = s @ g if wide else g @ s
     m = lerp(m, z, 1 - betas[0])
     v = lerp(v, z.square(), 1 - betas[1])
     normed = m / (v.sqrt() + eps)
     ratio = channels(normed, wide, scale_type) / (channels(z, wide, scale_type) + 1e-8)
-    w, size = limited(g * ratio, last)
-    return w, m, v, size
+    # ||g s|| from the norms of the channels, so that g is multiplied once
+    square = (ratio.double().square() * squares(g, wide, scale_type).double()).sum((-2, -1))
+    excess, size = limit(square.sqrt(), last)
+    return ratio / excess.to(ratio.dtype), m, v, size
 
 
 def _noise_shape(sizes: tuple[int, int], rank: int) -> tuple[int, int]:
@@ -77,20 +80,24 @@ def _of_blocks(
     shapes = image_shapes(view, rank)
     m, v = unpacked(exp_avg, shapes), unpacked(exp_avg_sq, shapes)
     results, lengths = [], []
+    factor = scale.sqrt() * (1 - betas[1] ** step).sqrt() / (1 - betas[0] ** step)
     batches = zip(view.of, view.batches(update), view.batches(last), strict=True)
     for numbers, g, before in batches:
         shape = _noise_shape(view.sizes[numbers[0]], rank)
         s = torch.cat([noise((len(update), *shape), k) for k in numbers]) / rank**0.5
         one, two = (torch.cat([x[k] for k in numbers]) for x in (m, v))
-        w, *new, size = _scaled(g, one, two, before, s, scale_type, betas, eps)
+        ratio, *new, size = _scales(g, one, two, before, s, scale_type, betas, eps)
         for x, made in zip((m, v), new, strict=True):
             for k, part in zip(numbers, made.split(len(update)), strict=True):
                 x[k] = part
-        results.append(w)
+        results.append(g * (ratio * factor))
         lengths.append(size.to(last.dtype).reshape(-1, 1, 1))
-    bias = (1 - betas[1] ** step).sqrt() / (1 - betas[0] ** step)
-    u = view.whole(results, update) * (scale.sqrt() * bias)
-    return u, packed(m, exp_avg), packed(v, exp_avg_sq), view.whole(lengths, last)
+    return (
+        view.whole(results, update),
+        packed(m, exp_avg),
+        packed(v, exp_avg_sq),
+        view.whole(lengths, last),
+    )
 
 
 MEAN, SQUARE = _image("moment"), _image("square")
@@ -154,6 +161,6 @@ def apollo(
     rows, columns = matrix_shape(update.shape[1:])
     g = update.reshape(len(update), rows, columns)
     s = noise((len(g), *_noise_shape((rows, columns), rank))) / rank**0.5
-    w, m, v, size = _scaled(g, exp_avg, exp_avg_sq, last, s, scale_type, betas, eps)
-    bias = (1 - betas[1] ** step).sqrt() / (1 - betas[0] ** step)
-    return (w * (scale.sqrt() * bias)).reshape(update.shape), m, v, size.to(torch.float64)
+    ratio, m, v, size = _scales(g, exp_avg, exp_avg_sq, last, s, scale_type, betas, eps)
+    factor = scale.sqrt() * (1 - betas[1] ** step).sqrt() / (1 - betas[0] ** step)
+    return (g * (ratio * factor)).reshape(update.shape), m, v, size
