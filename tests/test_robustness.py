@@ -493,3 +493,18 @@ def test_many_huge_and_tiny_gradients_leave_all_finite(name):
             fill_gradients(params, 0)
             opt.step()
             assert not not_finite(opt), (dtype, kinds)
+
+
+@pytest.mark.parametrize(
+    "element",
+    [C.apollo(rank=2), C.apollo(rank=2, scale_type="tensor"), C.galore(rank=2), C.fira(rank=2)],
+    ids=repr,
+)
+def test_the_squares_of_large_low_rank_methods_stay_in_range(element):
+    """Half a million of the largest squares that a step takes are beyond float32."""
+    param = nn.Parameter(torch.ones(512, 1024))
+    opt = C.ChainOpt([param], 1e-3, element, compile=False)
+    for scale in (1.0, 1e30, 1.0):
+        param.grad = torch.full_like(param, scale)
+        opt.step()
+        assert not not_finite(opt), scale

@@ -54,36 +54,24 @@ def wrong_rank(shape: torch.Size, options: Mapping[str, Any]) -> str | None:
     return None
 
 
-def squares(x: Tensor, wide: bool, scale_type: str) -> Tensor:
-    """The squared norm of every column of wide matrices, of every row of tall ones, or of each matrix.
-
-    Shapes: x (B, R, C); the result (B, 1, C), (B, R, 1) or (B, 1, 1).
-    """
-    # norms along an axis that is not the last take torch ten times as long
-    if scale_type == "tensor":
-        return torch.linalg.vecdot(x.flatten(1), x.flatten(1))[:, None, None]
-    dim = -2 if wide else -1
-    return torch.linalg.vecdot(x, x, dim=dim).unsqueeze(dim)
-
-
 def channels(x: Tensor, wide: bool, scale_type: str) -> Tensor:
     """The norm of every column of a wide image, of every row of a tall one, or of each tensor."""
-    return squares(x, wide, scale_type).sqrt()
+    # torch's norm along an axis that is not the last takes ten times as long
+    dim = -2 if wide else -1
+    square = torch.linalg.vecdot(x, x, dim=dim).unsqueeze(dim)
+    if scale_type == "tensor":
+        square = square.sum((-2, -1), keepdim=True, dtype=torch.float64)
+    return square.sqrt().to(x.dtype)
 
 
-def limit(size: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+def limit(x: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
     """What matrices are divided by to be at most GROWTH times as long as those of the step before.
 
-    size: how long they are. last: the lengths of before, one for each; 0 at first. Returns the divisors
-    (B, 1, 1), and how long the matrices then are.
+    last: the lengths of before, one for each matrix; 0 at first. Returns the divisors (B, 1, 1), and how
+    long the matrices then are.
     """
+    size = torch.linalg.vector_norm(x, dim=(-2, -1), dtype=torch.float64)
     before = last.reshape(-1)
     excess = (size / (before + 1e-8)).clamp(min=GROWTH) / GROWTH
     excess = torch.where(before > 0, excess, 1.0)
-    return excess[:, None, None], size / excess
-
-
-def limited(x: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-    """Matrices behind their `limit`, and how long they are."""
-    excess, size = limit(torch.linalg.vector_norm(x, dim=(-2, -1), dtype=torch.float64), last)
-    return x / excess.to(x.dtype), size
+    return excess.to(x.dtype)[:, None, None], size / excess

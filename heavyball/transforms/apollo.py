@@ -15,7 +15,6 @@ from heavyball.linalg.low_rank import (
     images_shape,
     limit,
     matrix_shape,
-    squares,
     wrong_rank,
 )
 from heavyball.linalg.matrices import Blocks, matrices, packed, per_matrix, unpacked
@@ -30,7 +29,7 @@ def _image(holds: Holds) -> State:
     return State(init, "zeros like the image", holds=holds)
 
 
-def _scales(
+def _scaled(
     g: Tensor,
     m: Tensor,
     v: Tensor,
@@ -39,18 +38,18 @@ def _scales(
     scale_type: str,
     betas: Any,
     eps: Tensor,
+    factor: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What gradients (n, R, C) are multiplied by, the new means, and how long the products are."""
+    """Updates of gradients (n, R, C), the new means, and how long they are without `factor`."""
     wide = g.shape[-2] < g.shape[-1]
     z = s @ g if wide else g @ s
     m = lerp(m, z, 1 - betas[0])
     v = lerp(v, z.square(), 1 - betas[1])
     normed = m / (v.sqrt() + eps)
     ratio = channels(normed, wide, scale_type) / (channels(z, wide, scale_type) + 1e-8)
-    # ||g s|| from the norms of the channels, so that g is multiplied once
-    square = (ratio.double().square() * squares(g, wide, scale_type).double()).sum((-2, -1))
-    excess, size = limit(square.sqrt(), last)
-    return ratio / excess.to(ratio.dtype), m, v, size
+    w = g * ratio
+    excess, size = limit(w, last)
+    return w.mul_(factor / excess), m, v, size
 
 
 def _noise_shape(sizes: tuple[int, int], rank: int) -> tuple[int, int]:
@@ -86,11 +85,11 @@ def _of_blocks(
         shape = _noise_shape(view.sizes[numbers[0]], rank)
         s = torch.cat([noise((len(update), *shape), k) for k in numbers]) / rank**0.5
         one, two = (torch.cat([x[k] for k in numbers]) for x in (m, v))
-        ratio, *new, size = _scales(g, one, two, before, s, scale_type, betas, eps)
+        w, *new, size = _scaled(g, one, two, before, s, scale_type, betas, eps, factor)
         for x, made in zip((m, v), new, strict=True):
             for k, part in zip(numbers, made.split(len(update)), strict=True):
                 x[k] = part
-        results.append(g * (ratio * factor))
+        results.append(w)
         lengths.append(size.to(last.dtype).reshape(-1, 1, 1))
     return (
         view.whole(results, update),
@@ -161,6 +160,6 @@ def apollo(
     rows, columns = matrix_shape(update.shape[1:])
     g = update.reshape(len(update), rows, columns)
     s = noise((len(g), *_noise_shape((rows, columns), rank))) / rank**0.5
-    ratio, m, v, size = _scales(g, exp_avg, exp_avg_sq, last, s, scale_type, betas, eps)
     factor = scale.sqrt() * (1 - betas[1] ** step).sqrt() / (1 - betas[0] ** step)
-    return (g * (ratio * factor)).reshape(update.shape), m, v, size
+    w, m, v, size = _scaled(g, exp_avg, exp_avg_sq, last, s, scale_type, betas, eps, factor)
+    return w.reshape(update.shape), m, v, size

@@ -13,7 +13,7 @@ from heavyball.core.hyper import Live, is_sequence, positive, shared
 from heavyball.core.transform import Transform
 from heavyball.core.whole import whole_transform
 from heavyball.errors import nearest
-from heavyball.linalg.low_rank import channels, images_shape, limited, wrong_rank
+from heavyball.linalg.low_rank import channels, images_shape, limit, wrong_rank
 from heavyball.linalg.matrices import (
     Blocks,
     Matrices,
@@ -117,9 +117,10 @@ def _leave_fira(
 
     def back(z: Tensor, directions: Tensor, block: Tensor, image: Tensor, tall: bool) -> Tensor:
         ratio = channels(z, not tall, "channel") / (channels(image, not tall, "channel") + 1e-8)
-        rest, size = limited(ratio * (block - _back(image, directions, tall)), next(before))
+        rest = ratio * (block - _back(image, directions, tall))
+        excess, size = limit(rest, next(before))
         lengths.append(size)
-        return scale * (_back(z, directions, tall) + rest)
+        return scale * (_back(z, directions, tall) + rest / excess)
 
     result = _each(update, used, g, image, view, back)
     if not several:
