@@ -1,4 +1,4 @@
-"""`python -m benchmarks`, where its libraries are installed."""
+"""`python -m benchmarks`, if its libraries are installed."""
 
 import importlib.util
 
@@ -6,10 +6,10 @@ from heavyball.race import EXTRAS
 
 
 def main() -> None:
-    """Run the command line, or say what is not installed."""
+    """Run the command line, or name the libraries that are missing."""
     missing = [EXTRAS[name] for name in ("click", "rich") if not importlib.util.find_spec(name)]
     if missing:
-        raise SystemExit(f'{", ".join(missing)} not installed; pip install "heavyball[race]"')
+        raise SystemExit(f"{', '.join(missing)} not installed; pip install {' '.join(missing)}")
     from benchmarks.cli import bench
 
     bench(prog_name="python -m benchmarks")

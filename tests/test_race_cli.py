@@ -321,8 +321,7 @@ def test_a_missing_library_is_named_with_the_install(module, monkeypatch, capsys
         race.main()
     assert caught.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert race.EXTRAS[module] in line
-    assert 'pip install "heavyball[race]"' in line
+    assert line.endswith(f"not installed; pip install {race.EXTRAS[module]}")
 
 
 def test_without_the_extra_the_package_imports_and_the_program_says_what_is_missing():
@@ -343,7 +342,7 @@ def test_without_the_extra_the_package_imports_and_the_program_says_what_is_miss
     assert done.stdout.strip() == "(exp_avg, sign)"
     assert done.stderr.strip() == (
         "heavyball: click, rich, matplotlib, scikit-learn not installed; "
-        'pip install "heavyball[race]"'
+        "pip install click rich matplotlib scikit-learn"
     )
 
 

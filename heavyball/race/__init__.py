@@ -1,4 +1,4 @@
-"""The command `heavyball`: race optimizers against each other, and take chains apart."""
+"""The command `heavyball`: benchmark optimizers against each other, and inspect chains."""
 
 import importlib.util
 import sys
@@ -12,10 +12,10 @@ EXTRAS = {
 
 
 def main() -> None:
-    """Run the command line; exit with code 2 where one of its libraries is not installed."""
+    """Run the command line; exit with code 2 if one of its libraries is not installed."""
     missing = [name for module, name in EXTRAS.items() if importlib.util.find_spec(module) is None]
     if missing:
-        text = f'heavyball: {", ".join(missing)} not installed; pip install "heavyball[race]"'
+        text = f"heavyball: {', '.join(missing)} not installed; pip install {' '.join(missing)}"
         print(text, file=sys.stderr)
         raise SystemExit(2)
     from heavyball.race.cli import cli
