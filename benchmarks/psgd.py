@@ -79,7 +79,7 @@ class Run:
 
 
 def measure(size: int, steps: int) -> list[Found]:
-    """All ways on one size, by turns, so that what else the machine does meets all of them."""
+    """All variants on one size, alternating, so that other load on the machine affects all of them."""
     runs = [Run(way, size) for way in WAYS]
     times: list[tuple[list[float], list[float]]] = [([], []) for _ in runs]
     for round_ in range(steps + 1):
@@ -153,7 +153,7 @@ def facts(threads: int, load: float) -> str:
     command = shlex.join(["python", "-m", "benchmarks.psgd", *sys.argv[1:]])
     return (
         f"Command: `{command}`, on {os.cpu_count()} cores ({platform.machine()}), {threads} thread(s), "
-        f"load {load:.1f} before the run, torch {torch.__version__}. Medians, all ways by turns."
+        f"load {load:.1f} before the run, torch {torch.__version__}. Medians; all variants alternate."
     )
 
 
