@@ -34,7 +34,7 @@ class _ALaw(Transform):
 a_law: _ALaw
 
 class _Accumulate(Transform):
-    """Let one step in k through, with the mean of the k updates."""
+    """Step once in every k calls, with the mean of the k updates."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -44,7 +44,7 @@ class _Accumulate(Transform):
 accumulate: _Accumulate
 
 class _Adagc(Transform):
-    """Bound the norm of a tensor by a multiple of its mean."""
+    """Clip the norm of each tensor at a multiple of its running mean."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -68,7 +68,7 @@ class _AdagradNormRate(Transform):
 adagrad_norm_rate: _AdagradNormRate
 
 class _Adamc(Transform):
-    """Decay for weights that a normalization layer follows, corrected for the schedule."""
+    """Weight decay for layers followed by normalization, corrected for the learning-rate schedule."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -79,7 +79,7 @@ class _Adamc(Transform):
 adamc: _Adamc
 
 class _AdaptiveGradientClip(Transform):
-    """Bound the gradient by a share of the weights that it belongs to."""
+    """Clip the gradient relative to the norm of its weights."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -91,7 +91,7 @@ class _AdaptiveGradientClip(Transform):
 adaptive_gradient_clip: _AdaptiveGradientClip
 
 class _AdaptiveOrthogonalize(Transform):
-    """Orthogonalize a matrix, and shrink the result where the matrix itself is small."""
+    """Orthogonalize a matrix, and shrink the result if the matrix itself is small."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -113,7 +113,7 @@ class _AddNoise(Transform):
 add_noise: _AddNoise
 
 class _AnchorDecay(Transform):
-    """Pull the weights to where they began, as suits fine-tuning."""
+    """Decay the weights towards their initial values, for fine-tuning."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -123,7 +123,7 @@ class _AnchorDecay(Transform):
 anchor_decay: _AnchorDecay
 
 class _Apollo(Transform):
-    """Scale each channel of the gradient as Adam would in a random image of it."""
+    """Scale each channel of the gradient as Adam would in a random projection of it."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -140,7 +140,7 @@ class _Apollo(Transform):
 apollo: _Apollo
 
 class _Apply(Transform):
-    """Put a function of the update into a chain."""
+    """Apply a function to the update."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -150,7 +150,7 @@ class _Apply(Transform):
 apply: _Apply
 
 class _Asam(Transform):
-    """`sam` whose distance is measured in the size of each weight."""
+    """`sam` with a perturbation proportional to the size of each weight."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -161,7 +161,7 @@ class _Asam(Transform):
 asam: _Asam
 
 class _AsgdRate(Transform):
-    """Let the learning rate of everything behind fall as a power of the step."""
+    """Decay the learning rate of later elements as a power of the step."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -172,7 +172,7 @@ class _AsgdRate(Transform):
 asgd_rate: _AsgdRate
 
 class _Cautious(Transform):
-    """Drop the entries of the update whose sign is not the gradient's."""
+    """Zero the entries of the update whose sign differs from the gradient's."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -193,14 +193,14 @@ class _CautiousDecay(Transform):
 cautious_decay: _CautiousDecay
 
 class _Centralize(Transform):
-    """Give every output unit's gradient the mean zero."""
+    """Subtract the mean from the gradient of every output unit."""
 
     def __call__(self) -> Self: ...  # type: ignore[override]
 
 centralize: _Centralize
 
 class _ClipByGlobalNorm(Transform):
-    """Shorten all parameters' updates by one factor if they are longer than `max_norm` together."""
+    """Clip the global norm of all updates at `max_norm`."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -211,7 +211,7 @@ class _ClipByGlobalNorm(Transform):
 clip_by_global_norm: _ClipByGlobalNorm
 
 class _ClipByLastNorm(Transform):
-    """Shorten all gradients by one factor if they were longer than `max_norm` together a step ago."""
+    """Clip all gradients by their global norm in the previous step."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -221,7 +221,7 @@ class _ClipByLastNorm(Transform):
 clip_by_last_norm: _ClipByLastNorm
 
 class _ClipByNorm(Transform):
-    """Shorten a tensor that is longer than `max_norm`."""
+    """Clip the norm of each tensor at `max_norm`."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -231,7 +231,7 @@ class _ClipByNorm(Transform):
 clip_by_norm: _ClipByNorm
 
 class _ClipByRms(Transform):
-    """Scale down a tensor whose root mean square is above `max_rms`."""
+    """Clip the root mean square of each tensor at `max_rms`."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -241,7 +241,7 @@ class _ClipByRms(Transform):
 clip_by_rms: _ClipByRms
 
 class _ClipSpikes(Transform):
-    """Bound every entry by the root of `theta` times its mean square so far."""
+    """Clip every entry at the root of `theta` times its running mean square."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -253,7 +253,7 @@ class _ClipSpikes(Transform):
 clip_spikes: _ClipSpikes
 
 class _ClipUpdateRms(Transform):
-    """Scale an update down to the root mean square `threshold`."""
+    """Clip the root mean square of the update at `threshold`."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -263,7 +263,7 @@ class _ClipUpdateRms(Transform):
 clip_update_rms: _ClipUpdateRms
 
 class _Cocob(Transform):
-    """Bet a share of what every weight has won so far on the sign of its next gradient."""
+    """Bet a fraction of each weight's accumulated reward on the sign of its next gradient."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -274,7 +274,7 @@ class _Cocob(Transform):
 cocob: _Cocob
 
 class _ColumnNormalize(Transform):
-    """Bring every column of an R x C matrix to the root mean square 1."""
+    """Normalize every column of an R x C matrix to root mean square 1."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -286,7 +286,7 @@ class _ColumnNormalize(Transform):
 column_normalize: _ColumnNormalize
 
 class _Coupled(Transform):
-    """L2 regularization: the decay is part of the gradient, and what follows scales it too."""
+    """L2 regularization: add the decay to the gradient, so that later elements scale it too."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -296,7 +296,7 @@ class _Coupled(Transform):
 coupled: _Coupled
 
 class _DAdaptAdam(Transform):
-    """Adam with a lower bound of the distance to the solution as its learning rate."""
+    """Adam with a lower bound on the distance to the solution as its learning rate."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -310,7 +310,7 @@ class _DAdaptAdam(Transform):
 d_adapt_adam: _DAdaptAdam
 
 class _DAdaptLion(Transform):
-    """Lion with a lower bound of the distance to the solution as its learning rate."""
+    """Lion with a lower bound on the distance to the solution as its learning rate."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -322,7 +322,7 @@ class _DAdaptLion(Transform):
 d_adapt_lion: _DAdaptLion
 
 class _DAdaptSgd(Transform):
-    """Dual averaging with a lower bound of the distance to the solution as its learning rate."""
+    """Dual averaging with a lower bound on the distance to the solution as its learning rate."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -335,7 +335,7 @@ class _DAdaptSgd(Transform):
 d_adapt_sgd: _DAdaptSgd
 
 class _DecayToEma(Transform):
-    """Pull the weights to their own running mean instead of to zero."""
+    """Decay the weights towards their own running mean instead of towards zero."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -346,7 +346,7 @@ class _DecayToEma(Transform):
 decay_to_ema: _DecayToEma
 
 class _Decoupled(Transform):
-    """Shrink the weights in proportion to the learning rate; the default decay."""
+    """Decoupled weight decay, proportional to the learning rate; the default."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -356,7 +356,7 @@ class _Decoupled(Transform):
 decoupled: _Decoupled
 
 class _DelayedRms(Transform):
-    """`factored_rms` with the second moment of the steps before, as ADOPT takes it."""
+    """`factored_rms` with the second moment before the current step, as in ADOPT."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -370,7 +370,7 @@ class _DelayedRms(Transform):
 delayed_rms: _DelayedRms
 
 class _Descend(Transform):
-    """Take one step against the update."""
+    """Write the parameter: subtract `lr` times the update."""
 
     def __call__(self) -> Self: ...  # type: ignore[override]
 
@@ -393,7 +393,7 @@ class _Dion(Transform):
 dion: _Dion
 
 class _DogRate(Transform):
-    """Multiply the learning rate by the largest distance from the start over the root of all squares."""
+    """Multiply the learning rate by the distance moved over the root of all squared gradients (DoG)."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -407,7 +407,7 @@ class _DogRate(Transform):
 dog_rate: _DogRate
 
 class _DowgRate(Transform):
-    """`dog_rate` whose gradients weigh with the distance of their time."""
+    """`dog_rate` with each gradient weighted by the distance at its step."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -418,7 +418,7 @@ class _DowgRate(Transform):
 dowg_rate: _DowgRate
 
 class _EmaNesterov(Transform):
-    """Step from where the gradient was taken, a part of the mean of all steps ahead."""
+    """Evaluate gradients ahead of the weights, by a multiple of the mean step."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -430,7 +430,7 @@ class _EmaNesterov(Transform):
 ema_nesterov: _EmaNesterov
 
 class _ExpAvg(Transform):
-    """Replace the update by its unbiased running mean."""
+    """Replace the update with its unbiased running mean."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -459,7 +459,7 @@ class _FactoredRms(Transform):
 factored_rms: _FactoredRms
 
 class _FlightRecorder(Transform):
-    """Write the last steps to a file when one is not finite or far too large; updates pass as they are."""
+    """Write the last steps to a file when one is not finite or far too large; updates are unchanged."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -470,7 +470,7 @@ class _FlightRecorder(Transform):
 flight_recorder: _FlightRecorder
 
 class _Focus(Transform):
-    """Follow the sign of the momentum and be drawn to the averaged weights."""
+    """Step by the sign of the momentum, with attraction to the averaged weights."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -492,14 +492,14 @@ class _FromEigenbasis(Transform):
 from_eigenbasis: _FromEigenbasis
 
 class _Grams(Transform):
-    """The size of the update with the sign of the gradient."""
+    """Combine the magnitude of the update with the sign of the gradient."""
 
     def __call__(self) -> Self: ...  # type: ignore[override]
 
 grams: _Grams
 
 class _Grokfast(Transform):
-    """Add a slow mean of the gradient to it."""
+    """Add a slow running mean of the gradient to the gradient."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -511,7 +511,7 @@ class _Grokfast(Transform):
 grokfast: _Grokfast
 
 class _HeavyballMomentum(Transform):
-    """Polyak's heavy ball."""
+    """Momentum, as in Polyak's heavy ball method."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -523,7 +523,7 @@ class _HeavyballMomentum(Transform):
 heavyball_momentum: _HeavyballMomentum
 
 class _Hyperball(Transform):
-    """Step by a share of the norm that the weights began with, and return to that norm."""
+    """Step by a fraction of the weights' initial norm, and rescale to that norm."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -542,7 +542,7 @@ class _InNewUnit(Transform):
 in_new_unit: _InNewUnit
 
 class _Independent(Transform):
-    """Decay that follows the schedule but not the size of the learning rate."""
+    """Weight decay that follows the learning-rate schedule but not its scale."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -553,7 +553,7 @@ class _Independent(Transform):
 independent: _Independent
 
 class _InverseTime(Transform):
-    """Divide the learning rate of everything behind by a number that grows with the steps."""
+    """Decay the learning rate of later elements inversely with the step."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -580,7 +580,7 @@ class _KlShampoo(Transform):
 kl_shampoo: _KlShampoo
 
 class _KourkoutasBeta2(Transform):
-    """Choose the beta2 of every second moment behind by the size of a tensor's gradient."""
+    """Set the beta2 of later second moments from the size of each tensor's gradient."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -594,7 +594,7 @@ class _KourkoutasBeta2(Transform):
 kourkoutas_beta2: _KourkoutasBeta2
 
 class _L1Decay(Transform):
-    """Decay by the same amount for every weight, which drives weights to zero."""
+    """L1 weight decay: the same amount for every weight, which drives weights to zero."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -624,7 +624,7 @@ class _LarsRatio(Transform):
 lars_ratio: _LarsRatio
 
 class _Lookahead(Transform):
-    """Go a part of the way of every k steps, and start again from there."""
+    """Every k steps, move slow weights towards the fast ones, and continue from there."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -635,7 +635,7 @@ class _Lookahead(Transform):
 lookahead: _Lookahead
 
 class _Looksam(Transform):
-    """`sam` in every k-th step; between them its gradient is guessed from the last one."""
+    """`sam` in every k-th step; its gradient is approximated in between from the last one."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -647,7 +647,7 @@ class _Looksam(Transform):
 looksam: _Looksam
 
 class _Mars(Transform):
-    """Reduce the variance of the gradient that follows."""
+    """Reduce the variance of the gradient."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -659,14 +659,14 @@ class _Mars(Transform):
 mars: _Mars
 
 class _Maximize(Transform):
-    """Go up instead of down: everything behind sees the negative gradient."""
+    """Maximize the objective: later elements see the negative gradient."""
 
     def __call__(self) -> Self: ...  # type: ignore[override]
 
 maximize: _Maximize
 
 class _Mechanic(Transform):
-    """Scale the way that the chain has gone from the start, by six bettors of different memory."""
+    """Scale the total displacement of the chain by a factor that is tuned online (Mechanic)."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -677,7 +677,7 @@ class _Mechanic(Transform):
 mechanic: _Mechanic
 
 class _MomentumSam(Transform):
-    """Step the weights z, and hold them a distance ahead in the direction of descent."""
+    """Momentum-SAM: hold the parameter a distance ahead of the weights z, in the direction of descent."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -728,7 +728,7 @@ class _MuLaw(Transform):
 mu_law: _MuLaw
 
 class _Muon(Transform):
-    """Momentum, then all its singular values nearly 1."""
+    """Orthogonalized momentum: all singular values are nearly 1."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -749,7 +749,7 @@ class _Muon(Transform):
 muon: _Muon
 
 class _MuonMomentum(Transform):
-    """The momentum in front of Muon's products."""
+    """The momentum of Muon, before orthogonalization."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -760,7 +760,7 @@ class _MuonMomentum(Transform):
 muon_momentum: _MuonMomentum
 
 class _Muown(Transform):
-    """Step the directions of the rows with Muon and their norms with Adam."""
+    """Update the directions of the rows with Muon and their norms with Adam."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -779,7 +779,7 @@ class _Muown(Transform):
 muown: _Muown
 
 class _NesterovMomentum(Transform):
-    """Momentum with the gradient taken one step ahead, in torch's form."""
+    """Nesterov momentum, in torch's form."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -789,7 +789,7 @@ class _NesterovMomentum(Transform):
 nesterov_momentum: _NesterovMomentum
 
 class _Orthogonalize(Transform):
-    """Push all singular values of a matrix to 1 and keep its singular vectors."""
+    """Orthogonalize a matrix: push all singular values to 1, keep the singular vectors."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -808,7 +808,7 @@ class _Orthogonalize(Transform):
 orthogonalize: _Orthogonalize
 
 class _Orthograd(Transform):
-    """Project the gradient onto the complement of the weights and keep its norm."""
+    """Project the gradient onto the orthogonal complement of the weights, preserving its norm."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -818,7 +818,7 @@ class _Orthograd(Transform):
 orthograd: _Orthograd
 
 class _OuterNesterov(Transform):
-    """Take the way of every k steps for a gradient, and step along it with Nesterov momentum."""
+    """Every k steps, use the displacement as the gradient of a step with Nesterov momentum."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -830,7 +830,7 @@ class _OuterNesterov(Transform):
 outer_nesterov: _OuterNesterov
 
 class _PalmBeta2(Transform):
-    """Let the memory of every second moment behind this element grow with time."""
+    """PaLM's schedule: increase the beta2 of later second moments over time."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -841,7 +841,7 @@ class _PalmBeta2(Transform):
 palm_beta2: _PalmBeta2
 
 class _PalmDecay(Transform):
-    """Decay with the square of the learning rate."""
+    """Weight decay proportional to the square of the learning rate."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -851,7 +851,7 @@ class _PalmDecay(Transform):
 palm_decay: _PalmDecay
 
 class _ParameterEma(Transform):
-    """Average the parameters behind every step."""
+    """Average the parameters after every step, for evaluation."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -864,7 +864,7 @@ class _ParameterEma(Transform):
 parameter_ema: _ParameterEma
 
 class _PartialOrthogonalize(Transform):
-    """Orthogonalize only some slices of a growing momentum, and let only those decay."""
+    """Orthogonalize only some slices of the momentum, and decay only those."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -882,14 +882,14 @@ class _PartialOrthogonalize(Transform):
 partial_orthogonalize: _PartialOrthogonalize
 
 class _PinRadius(Transform):
-    """Give the weights the norm that they would have by the step along them alone."""
+    """Rescale the weights to the norm that the radial part of the step alone would give."""
 
     def __call__(self) -> Self: ...  # type: ignore[override]
 
 pin_radius: _PinRadius
 
 class _PolyakRate(Transform):
-    """Multiply the learning rate by the loss over the size of the gradient, a Polyak step for Adam."""
+    """Multiply the learning rate by the loss over the size of the gradient: a Polyak step for Adam."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -899,7 +899,7 @@ class _PolyakRate(Transform):
 polyak_rate: _PolyakRate
 
 class _PolynomialAverage(Transform):
-    """Average the parameters behind every step with weights about t^gamma, to evaluate with."""
+    """Average the parameters after every step with weights of about t^gamma, for evaluation."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -909,7 +909,7 @@ class _PolynomialAverage(Transform):
 polynomial_average: _PolynomialAverage
 
 class _PostCautiousDecay(Transform):
-    """`cautious_decay` behind the write, and behind a pin that would take it back."""
+    """`cautious_decay` after the write, and after `pin_radius`, which would undo it."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -919,7 +919,7 @@ class _PostCautiousDecay(Transform):
 post_cautious_decay: _PostCautiousDecay
 
 class _PrimalAverage(Transform):
-    """Step from z, average the steps in x with a constant weight, and take gradients between, at y."""
+    """Step from z, average in x with a constant weight, and compute gradients at y, in between."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -931,7 +931,7 @@ class _PrimalAverage(Transform):
 primal_average: _PrimalAverage
 
 class _Probe(Transform):
-    """Measure the update at this place; it passes as it is."""
+    """Measure the update at this point of the chain, without changing it."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -981,7 +981,7 @@ class _ProdigyPlusD(Transform):
 prodigy_plus_d: _ProdigyPlusD
 
 class _ProdigyProgressD(Transform):
-    """Let d grow as long as the weights make more progress along the gradients than ever before."""
+    """Prodigy-style estimate: d grows while the weights make more progress than ever before."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -1000,7 +1000,7 @@ class _ProdigyProgressD(Transform):
 prodigy_progress_d: _ProdigyProgressD
 
 class _ProximalDecay(Transform):
-    """Shrink the weights of after the step."""
+    """Proximal weight decay: shrink the weights after the step."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -1052,7 +1052,7 @@ class _PsgdLra(Transform):
 psgd_lra: _PsgdLra
 
 class _PsgdPro(Transform):
-    """Multiply by P = Q^T Q with square factors, fitted without a solve."""
+    """Multiply by P = Q^T Q with square factors, fitted without a linear solve."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -1076,7 +1076,7 @@ class _PsgdPro(Transform):
 psgd_pro: _PsgdPro
 
 class _QkClip(Transform):
-    """Shrink the query or key rows of every head whose largest attention logit was above tau."""
+    """Shrink the query or key rows of every head whose largest attention logit exceeded tau."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -1089,7 +1089,7 @@ class _QkClip(Transform):
 qk_clip: _QkClip
 
 class _RadialBrake(Transform):
-    """Scale the part of the update along the weights, and more where the step would lengthen them."""
+    """Scale the radial part of the update, differently for steps that lengthen the weights."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -1100,7 +1100,7 @@ class _RadialBrake(Transform):
 radial_brake: _RadialBrake
 
 class _Regularized(Transform):
-    """`coupled` for everything behind: what compares with the gradient sees the decay in it too."""
+    """`coupled`, also for elements that compare with the gradient."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -1110,7 +1110,7 @@ class _Regularized(Transform):
 regularized: _Regularized
 
 class _RelativeStep(Transform):
-    """Take the inverse root of the step for the learning rate of everything behind."""
+    """Use the inverse square root of the step as the learning rate of later elements."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -1127,7 +1127,7 @@ class _RelativeUpdate(Transform):
 relative_update: _RelativeUpdate
 
 class _ResetMoments(Transform):
-    """Count the steps of everything behind from 1 again, so that its unbiased means forget."""
+    """Restart the step count of later elements periodically, which resets unbiased means."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -1147,7 +1147,7 @@ class _RmsNormalize(Transform):
 rms_normalize: _RmsNormalize
 
 class _RowNormalize(Transform):
-    """Bring every row of an R x C matrix to one norm."""
+    """Normalize every row of an R x C matrix."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -1158,7 +1158,7 @@ class _RowNormalize(Transform):
 row_normalize: _RowNormalize
 
 class _RunningAverage(Transform):
-    """Average the parameters behind every step with equal weights, to evaluate with."""
+    """Average the parameters after every step with equal weights, for evaluation."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -1168,7 +1168,7 @@ class _RunningAverage(Transform):
 running_average: _RunningAverage
 
 class _Sam(Transform):
-    """Take the gradient at the worst weights near by: `step(closure)` calls the closure twice."""
+    """Sharpness-aware minimization: use the gradient at the worst weights nearby. Needs a closure."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -1178,7 +1178,7 @@ class _Sam(Transform):
 sam: _Sam
 
 class _ScaleByAdabelief(Transform):
-    """Scale every element by the size of what its gradient was not expected to be."""
+    """Scale every element by the deviation of its gradient from the running mean."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -1189,7 +1189,7 @@ class _ScaleByAdabelief(Transform):
 scale_by_adabelief: _ScaleByAdabelief
 
 class _ScaleByAdadelta(Transform):
-    """Give the update the root mean square that updates have had so far."""
+    """Scale the update by the running root mean square of previous updates."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -1200,7 +1200,7 @@ class _ScaleByAdadelta(Transform):
 scale_by_adadelta: _ScaleByAdadelta
 
 class _ScaleByAdagrad(Transform):
-    """Scale every element by the sum of its squares."""
+    """Divide every element by the root of its accumulated squares."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -1211,7 +1211,7 @@ class _ScaleByAdagrad(Transform):
 scale_by_adagrad: _ScaleByAdagrad
 
 class _ScaleByAdam(Transform):
-    """Scale every element by its own gradient size."""
+    """Adam: a mean of the gradient over the root of a mean of its squares."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -1226,7 +1226,7 @@ class _ScaleByAdam(Transform):
 scale_by_adam: _ScaleByAdam
 
 class _ScaleByAdamAtan2(Transform):
-    """Adam whose result is bounded and does not depend on the gradient's scale."""
+    """Adam with an arc tangent: bounded, and independent of the gradient's scale."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -1238,7 +1238,7 @@ class _ScaleByAdamAtan2(Transform):
 scale_by_adam_atan2: _ScaleByAdamAtan2
 
 class _ScaleByAdamax(Transform):
-    """Scale every element by the largest gradient that it has had lately."""
+    """Adamax: scale every element by its decayed maximum gradient."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -1249,7 +1249,7 @@ class _ScaleByAdamax(Transform):
 scale_by_adamax: _ScaleByAdamax
 
 class _ScaleByAdams(Transform):
-    """Adam with one state: the old momentum stands for the gradients before."""
+    """Adam with one state: the momentum replaces the second moment of earlier gradients."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -1281,7 +1281,7 @@ class _ScaleByAdamuon(Transform):
 scale_by_adamuon: _ScaleByAdamuon
 
 class _ScaleByAdan(Transform):
-    """A mean of gradients, a mean of their differences, and the root mean square of both."""
+    """Adan: means of gradients and of their differences, over the root mean square of both."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -1292,7 +1292,7 @@ class _ScaleByAdan(Transform):
 scale_by_adan: _ScaleByAdan
 
 class _ScaleByAdemamix(Transform):
-    """A fast and a slow mean of the gradient over its root mean square."""
+    """AdEMAMix: a fast and a slow mean of the gradient over its root mean square."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -1307,7 +1307,7 @@ class _ScaleByAdemamix(Transform):
 scale_by_ademamix: _ScaleByAdemamix
 
 class _ScaleByAdopt(Transform):
-    """Momentum of gradients divided by the root mean square of the gradients before them."""
+    """ADOPT: momentum of gradients, each divided by the root mean square of earlier gradients."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -1319,7 +1319,7 @@ class _ScaleByAdopt(Transform):
 scale_by_adopt: _ScaleByAdopt
 
 class _ScaleByCame(Transform):
-    """Adafactor's direction, averaged, over the root of how far directions are from their mean."""
+    """CAME: averaged Adafactor updates, divided by the root of their squared deviation."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -1358,7 +1358,7 @@ class _ScaleByGradientRms(Transform):
 scale_by_gradient_rms: _ScaleByGradientRms
 
 class _ScaleByLaprop(Transform):
-    """Momentum of gradients that were scaled by their size at their own time."""
+    """LaProp: momentum of gradients that are normalized first."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -1372,7 +1372,7 @@ class _ScaleByLaprop(Transform):
 scale_by_laprop: _ScaleByLaprop
 
 class _ScaleByLion(Transform):
-    """Move every element by the same amount."""
+    """Lion: the sign of a mix of gradient and momentum."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -1382,7 +1382,7 @@ class _ScaleByLion(Transform):
 scale_by_lion: _ScaleByLion
 
 class _ScaleByNadam(Transform):
-    """Adam that looks one momentum step ahead."""
+    """Adam with Nesterov momentum."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -1395,7 +1395,7 @@ class _ScaleByNadam(Transform):
 scale_by_nadam: _ScaleByNadam
 
 class _ScaleByNormuon(Transform):
-    """Muon whose rows are brought to one size by their running mean squares."""
+    """Muon with rows normalized by their running mean squares."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -1431,7 +1431,7 @@ class _ScaleByNovograd(Transform):
 scale_by_novograd: _ScaleByNovograd
 
 class _ScaleByParameterRms(Transform):
-    """Make the step a share of the weights' root mean square."""
+    """Scale the update by the root mean square of the weights."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -1442,7 +1442,7 @@ class _ScaleByParameterRms(Transform):
 scale_by_parameter_rms: _ScaleByParameterRms
 
 class _ScaleByRadam(Transform):
-    """Adam scaled by the variance of its second moment, and momentum while that is unknown."""
+    """RAdam: Adam rectified by the variance of its second moment; momentum while that is large."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -1467,7 +1467,7 @@ class _ScaleByRms(Transform):
 scale_by_rms: _ScaleByRms
 
 class _ScaleByRprop(Transform):
-    """Grow the step of an element while its gradient keeps its sign, and shrink it where that turns."""
+    """Rprop: increase an element's step while its gradient keeps its sign, else decrease it."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -1478,7 +1478,7 @@ class _ScaleByRprop(Transform):
 scale_by_rprop: _ScaleByRprop
 
 class _ScaleBySm3(Transform):
-    """Divide by the root of a sum of squares that is bounded by what is kept along the axes."""
+    """SM3: Adagrad with the sum of squares bounded by one number per index of each axis."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -1490,7 +1490,7 @@ class _ScaleBySm3(Transform):
 scale_by_sm3: _ScaleBySm3
 
 class _ScaleByTensorRms(Transform):
-    """Divide a tensor by its running root mean square, one number for all of it."""
+    """Divide a tensor by its running root mean square, a single number."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -1503,7 +1503,7 @@ class _ScaleByTensorRms(Transform):
 scale_by_tensor_rms: _ScaleByTensorRms
 
 class _ScaleByYogi(Transform):
-    """Let the second moment grow and shrink at the same rate."""
+    """Yogi: Adam whose second moment changes by a bounded amount."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -1515,7 +1515,7 @@ class _ScaleByYogi(Transform):
 scale_by_yogi: _ScaleByYogi
 
 class _ScaleLr(Transform):
-    """Multiply the learning rate of everything behind this element, decay and write included."""
+    """Multiply the learning rate of all later elements, including decay and write."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -1525,7 +1525,7 @@ class _ScaleLr(Transform):
 scale_lr: _ScaleLr
 
 class _ScaleLrByParameterRms(Transform):
-    """Make the learning rate of everything behind, decay included, a share of the weights' size."""
+    """Scale the learning rate of later elements, decay included, by the weights' root mean square."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -1545,7 +1545,7 @@ class _ScaleUpdate(Transform):
 scale_update: _ScaleUpdate
 
 class _ScheduleFree(Transform):
-    """Step from z, average the steps in x, and take gradients in between, at y."""
+    """Schedule-free averaging: step from z, average in x, compute gradients at y, in between."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -1564,7 +1564,7 @@ class _ScheduleFree(Transform):
 schedule_free: _ScheduleFree
 
 class _SeparateDecay(Transform):
-    """Decay that is no part of the update: what masks or normalizes that leaves it alone."""
+    """Weight decay separate from the update, so that masks and normalizations do not affect it."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -1575,7 +1575,7 @@ class _SeparateDecay(Transform):
 separate_decay: _SeparateDecay
 
 class _Shampoo(Transform):
-    """Multiply every axis by the inverse root of the sum of its gradients' Gram matrices."""
+    """Multiply along every axis by the inverse root of the accumulated Gram matrices."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -1594,7 +1594,7 @@ class _Shampoo(Transform):
 shampoo: _Shampoo
 
 class _Sign(Transform):
-    """Keep the sign of every element."""
+    """Replace every element with its sign."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -1604,7 +1604,7 @@ class _Sign(Transform):
 sign: _Sign
 
 class _SignNormalize(Transform):
-    """The sign of every entry, over the number of columns."""
+    """Replace every entry with its sign, divided by the number of columns."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -1614,7 +1614,7 @@ class _SignNormalize(Transform):
 sign_normalize: _SignNormalize
 
 class _SinkhornNormalize(Transform):
-    """Bring all rows and all columns of a matrix to the root mean square 1, by turns."""
+    """Normalize rows and columns of a matrix alternately, until both have root mean square 1."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -1624,21 +1624,21 @@ class _SinkhornNormalize(Transform):
 sinkhorn_normalize: _SinkhornNormalize
 
 class _SkipNotFinite(Transform):
-    """Change nothing in a step in which any gradient holds a NaN or an infinity."""
+    """Skip steps in which any gradient contains a NaN or an infinity."""
 
     def __call__(self) -> Self: ...  # type: ignore[override]
 
 skip_not_finite: _SkipNotFinite
 
 class _Softsign(Transform):
-    """Bound every entry by 2."""
+    """Bound every entry smoothly by 2."""
 
     def __call__(self) -> Self: ...  # type: ignore[override]
 
 softsign: _Softsign
 
 class _SpectralNormalize(Transform):
-    """Give the update of an R x C matrix the spectral norm sqrt(R / C)."""
+    """Normalize the update of an R x C matrix to the spectral norm sqrt(R / C)."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -1686,7 +1686,7 @@ class _Splus(Transform):
 splus: _Splus
 
 class _StableAdamw(Transform):
-    """Adam whose learning rate drops where the gradient is larger than its second moment expects."""
+    """Adam with a lower learning rate if the gradient is larger than its second moment."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -1697,7 +1697,7 @@ class _StableAdamw(Transform):
 stable_adamw: _StableAdamw
 
 class _StableSpam(Transform):
-    """Scale down the largest entries, give the tensor its usual norm, and restart moments now and then."""
+    """Clip the largest entries, normalize to the usual norm, and restart moments periodically."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -1761,7 +1761,7 @@ class _ToPsgdBasis(Transform):
 to_psgd_basis: _ToPsgdBasis
 
 class _TrustRatio(Transform):
-    """Give the update of every tensor the norm of its weights."""
+    """Scale the update of every tensor to the norm of its weights."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -1771,7 +1771,7 @@ class _TrustRatio(Transform):
 trust_ratio: _TrustRatio
 
 class _TrustRegion(Transform):
-    """Leave small entries as they are and bound large ones by 2."""
+    """Leave small entries unchanged and bound large ones by 2."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -1782,7 +1782,7 @@ class _TrustRegion(Transform):
 trust_region: _TrustRegion
 
 class _UpdateFloor(Transform):
-    """Lengthen an update that is shorter than a share of the weights."""
+    """Lengthen updates that are shorter than a fraction of the weights' norm."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -1793,7 +1793,7 @@ class _UpdateFloor(Transform):
 update_floor: _UpdateFloor
 
 class _WindowAverage(Transform):
-    """Average the last k of the snapshots that are taken behind every `every`-th step."""
+    """Average the last k snapshots, taken after every `every`-th step, for evaluation."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -1804,7 +1804,7 @@ class _WindowAverage(Transform):
 window_average: _WindowAverage
 
 class _Zclip(Transform):
-    """Shorten all updates together where their norm is many deviations above its mean."""
+    """Clip the global norm of all updates if it is many standard deviations above its mean."""
 
     def __call__(  # type: ignore[override]
         self,

@@ -1,4 +1,4 @@
-"""Presets of the first-order rules that people train with besides torch's."""
+"""First-order presets that are not in torch.optim."""
 
 from typing import Any, Unpack
 
@@ -10,7 +10,7 @@ from heavyball.presets.base import Preset, PresetOptions, flag
 
 
 class AdaBelief(Preset):
-    """Adam that divides by how far the gradient is from its mean; decay is decoupled.
+    """Adam that divides by the deviation of the gradient from its mean; decoupled weight decay.
 
     Units: `lr` is about the size of a step in weight units, 1e-4 to 1e-2 in use.
     Source: Zhuang et al. 2020, https://arxiv.org/abs/2010.07468, without rectification.
@@ -31,13 +31,13 @@ class AdaBelief(Preset):
 
 
 class Adan(Preset):
-    """Adam with Nesterov momentum by differences of gradients; the authors' arguments.
+    """Adam with Nesterov momentum from gradient differences; the authors' arguments.
 
-    Decay is proximal, with `no_prox` decoupled.
+    Weight decay is proximal, or decoupled with `no_prox`.
 
     Units: `lr` is about the size of a step in weight units; the authors use 5 to 10 times AdamW's.
-    Source: Xie et al. 2022, https://arxiv.org/abs/2208.06677. There is no `max_grad_norm`:
-        `gradient_clipping=C.clip_by_global_norm(max_norm=...)`.
+    Source: Xie et al. 2022, https://arxiv.org/abs/2208.06677. In place of `max_grad_norm`,
+        pass `gradient_clipping=C.clip_by_global_norm(max_norm=...)`.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Adan(Preset):
 
 
 class Yogi(Preset):
-    """Adam whose second moment moves by a bounded amount; decay is decoupled.
+    """Adam whose second moment changes by a bounded amount; decoupled weight decay.
 
     Units: `lr` is about the size of a step in weight units, 1e-3 to 1e-2 in use.
     Source: Zaheer et al. 2018,
@@ -82,9 +82,9 @@ class Yogi(Preset):
 
 
 class NovoGrad(Preset):
-    """Momentum of gradients over their norms; decay is part of the momentum.
+    """Momentum of gradients divided by their norms; the weight decay is part of the momentum.
 
-    Units: a step of a whole tensor has the norm `lr` / (1 - beta1), so `lr` depends on the size of
+    Units: the step of a tensor has norm `lr` / (1 - beta1), so the best `lr` depends on the size of
         tensors; 1e-3 to 1e-2 in use.
     Source: Ginsburg et al. 2019, https://arxiv.org/abs/1905.11286.
     """
@@ -107,7 +107,7 @@ class NovoGrad(Preset):
 
 
 class Signum(Preset):
-    """The sign of the mean gradient; decay is decoupled.
+    """The sign of the mean gradient; decoupled weight decay.
 
     Units: `lr` is the size of every entry's step.
     Source: Bernstein et al. 2018, https://arxiv.org/abs/1802.04434.
@@ -127,7 +127,7 @@ class Signum(Preset):
 
 
 class Tiger(Preset):
-    """Signum with the author's settings: beta 0.965 and some decay.
+    """Signum with the author's defaults: beta 0.965 and a weight decay.
 
     Units: `lr` is the size of every entry's step.
     Source: Su 2023, https://kexue.fm/archives/9512.
@@ -147,7 +147,7 @@ class Tiger(Preset):
 
 
 class AdamS(Preset):
-    """Adam with the momentum in place of the second moment; decay is decoupled.
+    """Adam with the momentum in place of the second moment; decoupled weight decay.
 
     Units: `lr` is about the size of a step in weight units, as AdamW's.
     Source: Zhang et al. 2025, https://arxiv.org/abs/2505.16363.
@@ -168,7 +168,7 @@ class AdamS(Preset):
 
 
 class StableSPAM(Preset):
-    """Adam behind clips by their own means, whose moments begin anew now and then.
+    """Adam with adaptive spike and norm clipping, and periodic restarts of its moments.
 
     Units: `lr` is about the size of a step in weight units, as AdamW's.
     Source: Huang et al. 2025, https://arxiv.org/abs/2502.17055; see `stable_spam`.

@@ -1,4 +1,4 @@
-"""What all presets have in common: the options around a preset's own chain."""
+"""Options shared by all presets, around the chain of each preset."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -34,17 +34,16 @@ Clipping = str | Transform | Callable[[Tensor], Tensor] | None
 
 
 class OptionsButRounding(TypedDict, total=False):
-    """Options that every preset takes, but for `stochastic_rounding`, which some name themselves.
+    """Options of every preset, except `stochastic_rounding`, which some presets list themselves.
 
     warmup_steps: lr grows linearly over this many steps.
-    caution: drop update entries that disagree with the gradient (`cautious`); with `schedule_free`,
-        those of the change of y.
-    mars, mars_gamma: correct the gradient by its change (`mars` without its clip), with the preset's
-        own beta1.
+    caution: zero update entries whose sign differs from the gradient's (`cautious`); with
+        `schedule_free`, entries of the change of y.
+    mars, mars_gamma: variance reduction (`mars` without its clip), with the preset's beta1.
     gradient_clipping, update_clipping: a name (see `heavyball.presets.CLIPPINGS`), a transform, or a
-        function of a tensor, applied to the gradient or to the finished update.
+        function of a tensor, applied to the gradient or to the final update.
     palm, beta2_scale: PaLM's schedule for beta2, 1 - t^(-beta2_scale).
-    foreach: False steps one parameter at a time, for the smallest peak memory.
+    foreach: False steps one parameter at a time, which minimizes peak memory.
     compile, stochastic_rounding, seed, fuse_backward, storage_dtype, ecc, param_ecc, replicas, stages,
     metrics, fused, capturable, differentiable: as in `ChainOpt`.
     """
@@ -73,7 +72,7 @@ class OptionsButRounding(TypedDict, total=False):
 
 
 class PresetOptions(OptionsButRounding, total=False):
-    """Options that every preset takes; `stochastic_rounding` is as in `ChainOpt`."""
+    """Options of every preset; `stochastic_rounding` is as in `ChainOpt`."""
 
     stochastic_rounding: bool
 
@@ -132,14 +131,14 @@ class Preset(ChainOpt):
     _built: Mapping[str, tuple[Any, Any, str]] = MappingProxyType({})
 
     def built_with(self, **entries: tuple[Any, Any, str]) -> None:
-        """Say how the chain is built, of which a group of torch.optim may say something else.
+        """Record how the chain is built, for entries that torch.optim's groups may set differently.
 
-        entries: by the name that the group has: the value here, torch's default, and the option.
+        entries: for each entry of a group, the value here, torch's default, and the option's name.
         """
         self._built = entries
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As of `ChainOpt`; also refused is an entry of torch's that this chain does not follow."""
+        """As in `ChainOpt`; raises for entries of torch.optim that this chain does not support."""
         entries = self._built if isinstance(param_group, dict) else {}
         for key, (own, usual, option) in entries.items():
             value = param_group.get(key, usual)
@@ -166,8 +165,8 @@ class Preset(ChainOpt):
         """Put the common options around the preset's own chain, and build the optimizer.
 
         chain: the elements, or a function that puts PaLM's schedule where it belongs among them.
-        last: what stands behind everything, such as writers of some of the parameters.
-        beta1: what MARS takes for the first moment's beta; the authors' 0.95 where there is none.
+        last: elements after everything else, such as writers for some of the parameters.
+        beta1: the first moment's beta, used by MARS; the authors' 0.95 if there is none.
         """
         chosen = _checked_options(type(self), options)
         caution = chosen["caution"]

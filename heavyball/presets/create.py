@@ -29,24 +29,26 @@ def create(
     layer_decay: float | None = None,
     **options: Any,
 ) -> ChainOpt:
-    """Build an optimizer from its name, a chain as text, a class or elements.
+    """Build an optimizer from a name, a chain as text, a class, or elements.
 
-    model_or_params: a module, which gives its named parameters, or what `ChainOpt` takes.
-    what: a preset's name in any case, also with options ("AdamW:amsgrad=True"); a chain as text
-        ("scale_by_adam(betas=(0.9, 0.95)) | cautious"); a class; an element, or a sequence of them.
-    lr: left out, the preset's own; 1e-3 for a chain.
-    no_decay: "auto" gives weights of norms and embeddings, and everything of one dimension or fewer,
-        a group of their own with a weight decay of 0. Norms and embeddings are known by the types of
-        a model's modules, and a model that has `no_weight_decay()`, as timm's do, names more; without a
-        model it goes by dimensions alone.
-    layer_decay: lr times `layer_decay ** (blocks + 1 - layer)`, with layer 0 for the embedding, i + 1
-        for block i and blocks + 1 for what is behind them, as in BEiT. It is part of each group's `lr`,
-        which schedules scale. Blocks are what names count: "blocks.0.", "encoder.layer.0."; a model of
-        timm says its layers itself, so its factors are those of timm's `param_groups_layer_decay`.
+    model_or_params: a module, whose named parameters are used, or anything that `ChainOpt` accepts.
+    what: a preset's name, case-insensitive, optionally with options ("AdamW:amsgrad=True"); a chain
+        as text ("scale_by_adam(betas=(0.9, 0.95)) | cautious"); a class; an element, or a sequence
+        of them.
+    lr: defaults to the preset's own; 1e-3 for a chain.
+    no_decay: "auto" puts weights of norms and embeddings, and all parameters with at most one dimension,
+        into a separate group without weight decay. Norms and embeddings are identified by the types of
+        the modules; a model with `no_weight_decay()`, as in timm, can name more parameters. Without a
+        model, only the number of dimensions counts.
+    layer_decay: multiply lr by `layer_decay ** (blocks + 1 - layer)`, with layer 0 for the
+        embedding, i + 1 for block i, and blocks + 1 for parameters after the blocks, as in BEiT. The
+        factor is part of each group's `lr`, which schedules scale. Blocks are identified by numbered
+        names: "blocks.0.", "encoder.layer.0.". For timm models, the factors are those of
+            `param_groups_layer_decay`.
     options: those of the preset, or of `ChainOpt`.
 
-    Errors: ValueError for a name that nobody knows and TypeError for an option, with the nearest;
-        ValueError where `layer_decay` finds no blocks.
+    Errors: ValueError for an unknown name and TypeError for an unknown option, with the nearest match;
+        ValueError if `layer_decay` finds no blocks.
     """
     make, given = chosen(what, "create")
     options = {**given, **options}
@@ -80,7 +82,7 @@ FACTORS = Interval(0, 1, low_open=True, high_open=False)
 def chosen(what: Any, owner: str) -> tuple[Callable[..., ChainOpt], dict[str, Any]]:
     """What builds an optimizer, and the options that are part of its text.
 
-    owner: the function that errors name.
+    owner: the function to name in errors.
     """
     if isinstance(what, str):
         return _from_text(what, owner)
@@ -159,7 +161,7 @@ def _split(
 
 
 def _inside(model: nn.Module | None) -> nn.Module | None:
-    """The model itself, whatever wraps it."""
+    """The model without its wrappers."""
     while model is not None:
         inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
         if not isinstance(inner, nn.Module) or len(list(model.children())) > 1:
@@ -169,7 +171,7 @@ def _inside(model: nn.Module | None) -> nn.Module | None:
 
 
 def _kept(model: nn.Module | None) -> tuple[str, ...]:
-    """Patterns of names that a model wants without decay, as timm's models name them."""
+    """Name patterns of parameters that a model wants without decay, as timm's models list them."""
     own = getattr(_inside(model), "no_weight_decay", None)
     return tuple(own()) if callable(own) else ()
 
@@ -179,7 +181,7 @@ def _is_kept(name: str | None, patterns: tuple[str, ...]) -> bool:
 
 
 def _own_powers(model: nn.Module | None, names: Sequence[str]) -> list[int] | None:
-    """For each parameter how many layers are behind its own, of a model that timm groups."""
+    """For each parameter the number of layers after its own, for a model that timm groups."""
     inner = _inside(model)
     matcher = getattr(inner, "group_matcher", None)
     if not callable(matcher):
@@ -236,7 +238,7 @@ def _powers(names: Sequence[str], kinds: Mapping[str, str]) -> Iterator[int]:
 
 
 def _blocks(names: Sequence[str]) -> dict[str, int]:
-    """The layer, from 1, of each parameter in a block: lists of several blocks, one behind the other."""
+    """The layer, from 1, of each parameter in a block: lists of several blocks, one after the other."""
     lists: dict[str, dict[str, int]] = {}
     for name in names:
         match = _NUMBERED.match(name)

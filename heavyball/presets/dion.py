@@ -1,4 +1,4 @@
-"""Dion and Dion2, with AdamW for the parameters that are not matrices in Muon's sense."""
+"""Dion and Dion2, with AdamW for parameters that are not hidden matrices."""
 
 from typing import Any, Literal, Unpack
 
@@ -14,7 +14,7 @@ from heavyball.transforms.muon import Method
 class Dion(RoutedPreset):
     """Orthonormal low-rank updates with error feedback; AdamW for the rest.
 
-    Which parameters are for AdamW, and the options for it, are those of `Muon`.
+    AdamW gets the same parameters as in `Muon`, and takes the same options.
 
     rank, rank_fraction, rank_multiple, blocks, axis: as in `dion`; `blocks` may be given by names.
 
@@ -50,9 +50,9 @@ class Dion(RoutedPreset):
 
 
 class Dion2(RoutedPreset):
-    """Orthogonalized slices of a momentum that grows elsewhere; AdamW for the rest.
+    """Muon on a subset of the momentum's slices per step; AdamW for the rest.
 
-    Which parameters are for AdamW, and the options for it, are those of `Muon`.
+    AdamW gets the same parameters as in `Muon`, and takes the same options.
 
     fraction, select, blocks, axis: as in `partial_orthogonalize`; `blocks` may be given by names.
 

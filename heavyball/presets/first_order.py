@@ -1,4 +1,4 @@
-"""First-order presets. Each is a chain; none holds mathematics of its own."""
+"""First-order presets. Each is a chain and contains no math of its own."""
 
 from typing import Any, Unpack
 
@@ -11,7 +11,7 @@ from heavyball.presets.base import Preset, PresetOptions, flag
 
 
 class SGD(Preset):
-    """Gradient descent, with momentum if asked for; torch.optim.SGD's arguments and defaults.
+    """Gradient descent, optionally with momentum; torch.optim.SGD's arguments and defaults.
 
     Units: without momentum, `lr` times the gradient is the step.
     Source: torch.optim.SGD; `weight_decay` is part of the gradient, as there.
@@ -206,9 +206,9 @@ class AdEMAMix(Preset):
 
 
 class Lion(Preset):
-    """Signs of a mix of gradient and momentum; the authors' defaults.
+    """The sign of a mix of gradient and momentum; the authors' defaults.
 
-    Units: `lr` is the step of every entry, so take it three to ten times smaller than AdamW's.
+    Units: `lr` is the step of every entry; use a value 3 to 10 times smaller than AdamW's.
     Source: Chen et al. 2023, https://arxiv.org/abs/2302.06675.
     """
 
@@ -226,7 +226,7 @@ class Lion(Preset):
 
 
 class Focus(Preset):
-    """Signs of the momentum, with a pull to the averaged weights; the authors' defaults.
+    """The sign of the momentum, with attraction to the averaged weights; the authors' defaults.
 
     Source: Liu et al. 2025, https://arxiv.org/abs/2501.12243; decays by the averaged weight.
     """
@@ -248,7 +248,7 @@ class Focus(Preset):
 class SFAdamW(Preset):
     """Schedule-free AdamW; the authors' defaults. `betas[0]` is the interpolation of y.
 
-    Call `eval()` before evaluating or saving the model, `train()` before training on.
+    Call `eval()` before evaluating or saving the model, and `train()` before training continues.
 
     Source: Defazio et al. 2024, https://arxiv.org/abs/2405.15682.
     """
@@ -275,14 +275,14 @@ class SFAdamW(Preset):
 class ScheduleFreePlus(Preset):
     """Schedule-free Adam with a Polyak step size; `step(loss=...)` or a closure gives the loss.
 
-    Call `eval()` before evaluating or saving the model, `train()` before training on.
+    Call `eval()` before evaluating or saving the model, and `train()` before training continues.
 
-    sf_beta, sf_beta_max, sf_beta_anneal_steps: the interpolation of y, and where it goes in so many
-        steps; 0 keeps sf_beta.
+    sf_beta, sf_beta_max, sf_beta_anneal_steps: the interpolation of y, annealed from sf_beta to
+        sf_beta_max in so many steps; 0 keeps sf_beta constant.
     polyak_beta: of the mean size of the gradient. c_warmup, r, weight_lr_power: as in `schedule_free`.
 
-    Units: `lr` is a factor of the step size that is found, to be left at 1. weight_decay is multiplied
-        by the square of the rate; 20 to 50 in use.
+    Units: `lr` is a factor of the estimated step size, leave it at 1. weight_decay is multiplied by the
+        square of the rate; 20 to 50 in use.
     Source: Defazio et al. 2026, https://arxiv.org/abs/2605.19095.
     """
 
@@ -334,8 +334,8 @@ class PaLMSFAdamW(SFAdamW):
 class FactoredAdamW(Preset):
     """Adafactor's factored second moment and update clipping with AdamW's learning rate and decay.
 
-    The chain is factored_rms | clip_update_rms | exp_avg, in the order of Adafactor: the momentum is
-    one of normalized updates. State is 4 bytes per float32 matrix element, AdamW's is 8.
+    The chain is factored_rms | clip_update_rms | exp_avg, in the order of Adafactor: the momentum
+    averages normalized updates. State is 4 bytes per float32 matrix element, AdamW's is 8.
 
     Source: Shazeer and Stern 2018, Algorithm 4, https://arxiv.org/abs/1804.04235. Departure: an
         absolute `lr` and a constant beta2 by default; `palm=True` is Adafactor's 1 - t^(-0.8).

@@ -1,4 +1,4 @@
-"""Optimizers that keep the norms of matrices, with AdamW for everything else."""
+"""Optimizers that keep the norms of matrices fixed, with AdamW for everything else."""
 
 from typing import Any, Literal, Unpack
 
@@ -12,12 +12,12 @@ from heavyball.transforms.muon import Method
 
 
 class AdamH(RoutedPreset):
-    """Adam on the sphere of each matrix' first norm; AdamW for the rest.
+    """Adam with the norm of each matrix fixed at its initial value; AdamW for the rest.
 
-    Which parameters are for AdamW, and the options for it, are those of `Muon`. Weights that are all
-    zero have no sphere and are refused. A decay has no effect on a sphere, so there is none.
+    AdamW gets the same parameters as in `Muon`, and takes the same options. Weights that are
+    all zero raise. Weight decay has no effect at a fixed norm, so there is none.
 
-    blocks, axis: pieces with norms of their own, as in `hyperball`; `blocks` may be given by names.
+    blocks, axis: blocks with separate norms, as in `hyperball`; `blocks` may be given by names.
 
     Units: `lr` is the angle of a step, 0.005 to 0.02.
     Source: https://arxiv.org/abs/2606.16899; record 4 of modded-nanogpt's third track.
@@ -39,12 +39,12 @@ class AdamH(RoutedPreset):
 
 
 class MuonH(RoutedPreset):
-    """Muon on the sphere of each matrix' first norm; AdamW for the rest.
+    """Muon with the norm of each matrix fixed at its initial value; AdamW for the rest.
 
-    Which parameters are for AdamW, and the options for it, are those of `Muon`. Weights that are all
-    zero have no sphere and are refused. A decay has no effect on a sphere, so there is none.
+    AdamW gets the same parameters as in `Muon`, and takes the same options. Weights that are
+    all zero raise. Weight decay has no effect at a fixed norm, so there is none.
 
-    blocks, axis: pieces with norms and products of their own, as in `orthogonalize`; `blocks` may be
+    blocks, axis: blocks with separate norms and products, as in `orthogonalize`; `blocks` may be
         given by names.
 
     Units: `lr` is the angle of a step, 0.005 to 0.02.
@@ -80,15 +80,15 @@ class MuonH(RoutedPreset):
 
 
 class MuonSphere(RoutedPreset):
-    """Muon on the sphere of the spectral norm sqrt(rows / columns); AdamW for the rest.
+    """Muon with the spectral norm fixed at sqrt(rows / columns); AdamW for the rest.
 
-    Which parameters are for AdamW, and the options for it, are those of `Muon`. The first step puts the
-    matrices on their spheres: scaler sqrt(rows / columns). A decay would be undone, so there is none.
+    AdamW gets the same parameters as in `Muon`, and takes the same options. The first step rescales
+    the matrices to scaler sqrt(rows / columns). A decay would be undone, so there is none.
 
-    blocks, axis: pieces with spheres of their own, as in `orthogonalize`; `blocks` may be given by
+    blocks, axis: blocks with separate spheres, as in `orthogonalize`; `blocks` may be given by
         names.
 
-    Units: `lr` is the share of the norm that a step has, about 0.02.
+    Units: `lr` is the norm of a step relative to that of the weights, about 0.02.
     Source: https://arxiv.org/abs/2601.08393.
     """
 
@@ -112,8 +112,8 @@ class MuonSphere(RoutedPreset):
 class Muown(RoutedPreset):
     """Muon on the directions of rows and Adam on their norms; AdamW for the rest.
 
-    Which parameters are for AdamW, and the options for it, are those of `Muon`. `weight_decay` is of the
-    row norms, behind the step.
+    AdamW gets the same parameters as in `Muon`, and takes the same options. `weight_decay`
+    applies to the row norms, after the step.
 
     blocks, axis: as in `muown`; `blocks` may be given by names.
 

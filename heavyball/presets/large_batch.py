@@ -1,4 +1,4 @@
-"""Presets whose steps follow the size of the weights, for large batches."""
+"""Presets for large batches, whose steps are proportional to the norm of the weights."""
 
 from typing import Any, Unpack
 
@@ -11,12 +11,12 @@ from heavyball.presets.base import Preset, PresetOptions, flag
 
 
 class LAMB(Preset):
-    """Adam whose step of every tensor has a share of the weights' norm; timm's arguments.
+    """Adam with each tensor's step scaled to the norm of its weights; timm's arguments.
 
-    The decay is part of the step that is scaled. Biases and gains are scaled like matrices; route them
-    past `trust_ratio` as timm does without decay.
+    The weight decay is part of the scaled step. Biases and gains are scaled like matrices; use
+    `route` to exclude them from `trust_ratio`, as timm does for parameters without decay.
 
-    Units: `lr` is the share of the weights' norm, 1e-3 to 1e-2 in use.
+    Units: `lr` is a fraction of the weights' norm, 1e-3 to 1e-2 in use.
     Source: You et al. 2019, Algorithm 2, https://arxiv.org/abs/1904.00962; timm 1.0.31, whose global
         clip has no 1e-6.
     """
@@ -49,11 +49,11 @@ class LAMB(Preset):
 
 
 class LARS(Preset):
-    """Gradient descent with steps that are a share of the weights' norm; timm's arguments.
+    """Gradient descent with each tensor's step scaled to the norm of its weights; timm's arguments.
 
-    The decay is part of the step that is scaled.
+    The weight decay is part of the scaled step.
 
-    Units: `lr` times `trust_coefficient` is the share of the weights' norm; `lr` is 1 to 10 in use.
+    Units: `lr` times `trust_coefficient` is a fraction of the weights' norm; `lr` is 1 to 10 in use.
     Source: You, Gitman and Ginsburg 2017, Algorithm 1, https://arxiv.org/abs/1708.03888; timm 1.0.31.
         The paper has lr inside the momentum: `heavyball_momentum(lr_in_momentum=True)`.
     """

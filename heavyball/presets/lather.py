@@ -15,14 +15,14 @@ from heavyball.presets.psgd import Probability, Schedule, decision_of
 class LATHER(Preset):
     """Adam in the eigenbasis of PSGD's Kronecker factors; HeavyBall's arguments and defaults.
 
-    The first gradient only sets up factors and bases: the parameters do not move at the first step.
+    The first gradient only initializes factors and bases: the parameters do not move in the first step.
 
-    beta: betas[0], where it is given. stochastic_schedule: as in PSGDKron. The others: as in
-        `to_psgd_basis`. `update_clipping` is `trust_region` if it is not given.
+    beta: overrides betas[0]. stochastic_schedule: as in PSGDKron. The others: as in
+        `to_psgd_basis`. `update_clipping` defaults to `trust_region`.
 
     Units: `lr` is about the size of a step in weight units.
     Source: LATHER of HeavyBall 3.2.1; the factors: Li 2015, https://arxiv.org/abs/1512.04202.
-        Departures: those of `to_psgd_basis`; the factors begin at the identity; Adam divides by
+        Departures: those of `to_psgd_basis`; the factors start at the identity; Adam divides by
         sqrt(v) + eps and counts from the second gradient.
     """
 

@@ -1,4 +1,4 @@
-"""APOLLO: moments of a low-rank image of the gradient, with AdamW for everything that has none."""
+"""APOLLO: moments of a low-rank projection of the gradient, with AdamW for everything else."""
 
 import fnmatch
 from collections.abc import Mapping
@@ -14,9 +14,9 @@ from heavyball.presets.muon import Predicate, RoutedOptions, RoutedPreset
 
 @dataclass(frozen=True)
 class HasRank:
-    """Which of the parameters that another rule picks have an image of so many dimensions.
+    """Whether a parameter selected by another rule has sides of at least this rank.
 
-    blocks, axis: the pieces that have images of their own.
+    blocks, axis: the blocks that are projected separately.
     """
 
     rule: Predicate
@@ -43,11 +43,11 @@ class HasRank:
 
 
 class APOLLO(RoutedPreset):
-    """Steps as large per channel as Adam's in a random image of the gradient; AdamW for the rest.
+    """Gradients scaled per channel like Adam's in a random projection; AdamW for the rest.
 
-    Which parameters are for AdamW, and the options for it, are those of `Muon`; matrices with a side
-    shorter than `rank` are for AdamW too. A matrix keeps 2 rank numbers per column or row of its longer
-    side in place of Adam's two per entry.
+    AdamW gets the same parameters as in `Muon`, and matrices with a side shorter than `rank`; it
+    takes the same options. A matrix has state of 2 rank
+    numbers per column or row of its longer side, instead of Adam's two per entry.
 
     rank, gap, scale, blocks, axis: as in `apollo`; `blocks` may be given by names.
 
@@ -93,10 +93,10 @@ class APOLLO(RoutedPreset):
 
 
 class APOLLOMini(APOLLO):
-    """APOLLO with an image of one dimension and one size per tensor; AdamW for the rest.
+    """APOLLO with rank 1 and a single scale per tensor; AdamW for the rest.
 
-    Which parameters are for AdamW, and the options for it, are those of `Muon`. A matrix keeps two
-    numbers per column or row of its longer side.
+    AdamW gets the same parameters as in `Muon`, and takes the same options. A matrix has state of
+    two numbers per column or row of its longer side.
 
     Units: `lr` is about 0.01.
     Source: Zhu et al. 2024, https://arxiv.org/abs/2412.05270.

@@ -1,4 +1,4 @@
-"""Presets that hold less state than Adam."""
+"""Presets with less state than Adam."""
 
 from typing import Any, Unpack
 
@@ -10,9 +10,9 @@ from heavyball.presets.base import Preset, PresetOptions
 
 
 class CAME(Preset):
-    """Adafactor with a momentum that is divided by its own instability; decay is decoupled.
+    """Adafactor with a momentum divided by its instability; decoupled weight decay.
 
-    Units: `lr` is about the size of a step in weight units, ten times that for the first step; 1e-4 to
+    Units: `lr` is about the size of a step in weight units, ten times larger in the first step; 1e-4 to
         4e-4 in use.
     Source: Luo et al. 2023, Algorithm 2, https://arxiv.org/abs/2307.02047; came-pytorch 0.1.3.
     """
@@ -34,9 +34,9 @@ class CAME(Preset):
 
 
 class SM3(Preset):
-    """Adagrad with sums of squares along the axes alone; decay is decoupled.
+    """Adagrad with accumulators only along the axes; decoupled weight decay.
 
-    Units: `lr` is about 0.1, and its effect falls as the sums grow.
+    Units: `lr` is about 0.1, and steps shrink as the sums grow.
     Source: Anil et al. 2019, SM3-II, https://arxiv.org/abs/1901.11150.
     """
 

@@ -1,4 +1,4 @@
-"""Muon and its relatives, with AdamW for the parameters that are not matrices in their sense."""
+"""Muon and similar optimizers, with AdamW for parameters that are not hidden matrices."""
 
 import fnmatch
 from collections.abc import Callable, Mapping
@@ -50,7 +50,7 @@ Predicate = Callable[[str | None, Tensor], bool]
 
 @dataclass(frozen=True)
 class IsNamed:
-    """Which parameters have a name that one of the patterns matches."""
+    """Whether the name of a parameter matches one of the patterns."""
 
     patterns: tuple[str, ...]
 
@@ -58,7 +58,7 @@ class IsNamed:
         return self.reason(name, param)[0]
 
     def reason(self, name: str | None, param: Tensor) -> tuple[bool, str]:
-        """Whether a parameter has such a name, and which pattern says so."""
+        """Whether the parameter's name matches, and which pattern."""
         for pattern in self.patterns:
             if name is not None and fnmatch.fnmatchcase(name, pattern):
                 return True, f"its name matches {pattern!r}"
@@ -67,13 +67,13 @@ class IsNamed:
 
 @dataclass(frozen=True)
 class IsHidden:
-    """Which parameters Muon is for: matrices and kernels, but no embedding, head, norm or bias.
+    """Whether a parameter is a hidden matrix or kernel: no embedding, head, norm or bias.
 
-    They are told by the types of their modules where a model was given, then by their names, in which
-    capitals count for nothing. A parameter without a name that has two dimensions is taken for an
-    embedding or a head if it has VOCABULARY rows or more and TALL times as many as columns.
+    Parameters are identified by the types of their modules if a model was given, then by their names,
+    ignoring case. A two-dimensional parameter without a name counts as an embedding or a head if it
+    has at least VOCABULARY rows and TALL times as many rows as columns.
 
-    kinds: of a model's parameters, by name, those whose modules are embeddings or norms.
+    kinds: the names of parameters whose modules are embeddings or norms.
     """
 
     adamw_names: tuple[str, ...] = ADAMW_NAMES
@@ -85,7 +85,7 @@ class IsHidden:
 
     @property
     def description(self) -> str:
-        """What a state dict says of it: whether the same parameters have names or types is not told."""
+        """Its text in a state dict, which does not record whether names or types were used."""
         return repr(replace(self, kinds=()))
 
     def __call__(self, name: str | None, param: Tensor) -> bool:
@@ -123,13 +123,14 @@ class _Routed(TypedDict, total=False):
 
 
 class RoutedOptions(PresetOptions, _Routed, total=False):
-    """Options of the presets in this file, besides those of every preset.
+    """Options of the presets in this file, in addition to those of every preset.
 
-    adamw_lr: the learning rate of AdamW's parameters at the beginning, or at the peak of a schedule. It
-        is kept as the factor `adamw_lr_scale` in the group, so that both follow one schedule.
+    adamw_lr: the initial learning rate for AdamW's parameters, or its peak with a schedule. It is
+        stored as the factor `adamw_lr_scale` in the group, so both learning rates follow the same
+        schedule.
     adamw_betas, adamw_eps: as AdamW's betas and eps.
-    adamw_names: patterns of the names of parameters that AdamW gets, in place of ADAMW_NAMES.
-    use_muon: `fn(name, parameter) -> bool`, which decides in place of names and shapes.
+    adamw_names: name patterns of parameters for AdamW, instead of ADAMW_NAMES.
+    use_muon: `fn(name, parameter) -> bool`, decides instead of names and shapes.
     """
 
 
@@ -143,7 +144,7 @@ ROUTED_DEFAULTS: dict[str, Any] = {
 
 
 class RoutedPreset(Preset):
-    """A preset that gives matrices one chain and everything else AdamW."""
+    """A preset with one chain for hidden matrices and AdamW for everything else."""
 
     listed = False
 
@@ -161,11 +162,11 @@ class RoutedPreset(Preset):
         behind: tuple[Any, ...] = (),
         weight_decay: float = 0.0,
     ) -> None:
-        """Put the rule beside AdamW, and the common options around both.
+        """Route parameters to the rule or AdamW, and put the common options around both.
 
-        writer: in place of the plain write, for the rule's parameters.
-        narrowed: leaves only some of the parameters to the rule.
-        behind: what stands behind the write.
+        writer: replaces the plain write for the rule's parameters.
+        narrowed: restricts the rule to some of the parameters.
+        behind: elements after the write.
         """
         elements = (rule,) if isinstance(rule, Transform) else rule
         mine, common = split_options(options, ROUTED_DEFAULTS)
@@ -196,7 +197,7 @@ class RoutedPreset(Preset):
 
 
 def which_are_hidden(params: Any, chosen: Mapping[str, Any], options: tuple[str, str]) -> Predicate:
-    """Which parameters are hidden matrices, by two options: patterns of others' names, and a function.
+    """The rule for hidden matrices, from two options: name patterns of other parameters, and a function.
 
     Errors: ValueError or TypeError naming the option.
     """
@@ -217,18 +218,18 @@ def which_are_hidden(params: Any, chosen: Mapping[str, Any], options: tuple[str,
 
 
 class Muon(RoutedPreset):
-    """Momentum with all singular values near 1 for matrices; AdamW for everything else.
+    """Orthogonalized momentum for hidden matrices; AdamW for everything else.
 
-    Embeddings, heads, norms and biases go to AdamW. They are told by the types of their modules where a
-    model is given, and by their names where the parameters come as `model.named_parameters()`
-    (`heavyball.presets.muon.ADAMW_NAMES`), else by shape: fewer than two dimensions, or a matrix with
-    over 4095 rows and 8 times as many as columns, such as that of a vocabulary; a small embedding or
-    head is not told without its name. `adamw_names` and `use_muon` decide otherwise, and
-    `print(opt.routing())` shows who got what, and why.
+    Embeddings, heads, norms and biases use AdamW. They are identified by the types of their modules if a
+    model is given, and by their names if `model.named_parameters()` is given
+    (`heavyball.presets.muon.ADAMW_NAMES`). Without names, parameters with fewer than two dimensions use
+    AdamW, and so do matrices with at least 4096 rows and 8 times as many rows as columns, such as a
+    vocabulary's; a small embedding or head cannot be identified without its name. `adamw_names` and
+    `use_muon` override this, and `print(opt.routing())` shows which parameter got which and why.
 
     method, scale, stacked, products, blocks, axis: as in `muon`; `blocks` may be given by names,
-        {"*.in_proj_weight": 3}. With scale="match_rms_adamw" an update has the size
-        of AdamW's, so that adamw_lr may be lr.
+        {"*.in_proj_weight": 3}. With scale="match_rms_adamw", updates have the size
+        of AdamW's, so adamw_lr can equal lr.
 
     Units: with "original", `lr` is about the spectral norm of a step.
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; torch.optim.Muon.
@@ -276,9 +277,9 @@ class Muon(RoutedPreset):
 
 
 class NorMuon(RoutedPreset):
-    """Muon whose rows are brought to one size by their running mean squares; AdamW for the rest.
+    """Muon with rows normalized by their running mean squares; AdamW for the rest.
 
-    Which parameters are for AdamW, and the options for it, are those of `Muon`.
+    AdamW gets the same parameters as in `Muon`, and takes the same options.
 
     Units: `lr` is about the spectral norm of a step.
     Source: Li et al. 2025, https://arxiv.org/abs/2510.05491.

@@ -1,4 +1,4 @@
-"""What came after Muon, with AdamW for the parameters that are not matrices in its sense."""
+"""Successors of Muon, with AdamW for parameters that are not hidden matrices."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, Unpack
@@ -15,13 +15,12 @@ QK_NAMES = ("*q_proj*", "*k_proj*", "*query*", "*key*")
 
 
 class AdaMuon(RoutedPreset):
-    """Muon of the momentum's sign, over its running second moment; AdamW for the rest.
+    """Muon of the momentum's sign, divided by a running second moment; AdamW for the rest.
 
-    Which parameters are for AdamW, and the options for it, are those of `Muon`;
-    so are `blocks` and `axis`.
+    AdamW gets the same parameters as in `Muon`, whose options, `blocks` and `axis` among them, apply.
 
-    Units: an update has the root mean square 0.2, as AdamW's, so that lr and weight decay are AdamW's.
-        0.001 to 0.02 is used.
+    Units: updates have root mean square 0.2, as AdamW's, so lr and weight decay are AdamW's; 0.001 to
+        0.02 in use.
     Source: Si, Zhang and Shen 2025, https://arxiv.org/abs/2507.11005.
     """
 
@@ -61,17 +60,16 @@ class AdaMuon(RoutedPreset):
 class MuonClip(RoutedPreset):
     """Muon with query and key weights that shrink where attention logits grow; AdamW for the rest.
 
-    Which parameters are for AdamW, and the options for it, are those of `Muon`;
-    so are `blocks` and `axis`. Before a step,
-    `feed("max_logits", S)` gives the largest logit of every head; a step without it is Muon's. Weights
-    are told by their names, so pass a model or `model.named_parameters()`.
+    AdamW gets the same parameters as in `Muon`, whose options, `blocks` and `axis` among them, apply.
+    Before a step, pass the largest logit of every head to `feed("max_logits", S)`; a step without it is
+    Muon's. Weights are identified by name, so pass a model or `model.named_parameters()`.
 
-    heads, tau, exponent, signal: as in `qk_clip`; by names where layers differ, such as
+    heads, tau, exponent, signal: as in `qk_clip`; by name if layers differ, such as
         signal={"*layers.0.*": "layers.0", ..} and heads={"*q_proj*": 32, "*k_proj*": 8}.
-    qk_names: patterns of the names of query and key weights.
+    qk_names: name patterns of query and key weights.
 
-    Units: with scale="match_rms_adamw" an update has the size of AdamW's, so that lr and weight decay
-        are AdamW's.
+    Units: with scale="match_rms_adamw", updates have the size of AdamW's, so lr and weight decay are
+        AdamW's.
     Source: Kimi K2, https://arxiv.org/abs/2507.20534.
     """
 
@@ -119,12 +117,11 @@ class MuonClip(RoutedPreset):
 class Muon2(RoutedPreset):
     """Muon of the momentum over the root mean square of the gradient; AdamW for the rest.
 
-    Which parameters are for AdamW, and the options for it, are those of `Muon`;
-    so are `blocks` and `axis`.
+    AdamW gets the same parameters as in `Muon`, whose options, `blocks` and `axis` among them, apply.
 
-    factored: keep the gradient's mean squares as means of rows and columns (Muon^2-F).
+    factored: store the gradient's mean squares as row and column means (Muon^2-F).
 
-    Units: with scale="original", `lr` is about the spectral norm of a step; 0.02 to 0.1 is used.
+    Units: with scale="original", `lr` is about the spectral norm of a step; 0.02 to 0.1 in use.
     Source: https://arxiv.org/abs/2604.09967.
     """
 
@@ -162,12 +159,12 @@ class Muon2(RoutedPreset):
 
 
 class AdaGO(RoutedPreset):
-    """Muon with a step size from the accumulated norms of the gradient; AdamW for the rest.
+    """Muon with an Adagrad-norm step size; AdamW for the rest.
 
-    Which parameters are for AdamW, and the options for it, are those of `Muon`;
-    so are `blocks` and `axis`.
+    AdamW gets the same parameters as in `Muon`, whose options, `blocks` and `axis` among them, apply.
 
-    Units: `lr` is the spectral norm of the first step, `eps` that of the smallest; 0.01 to 0.1 is used.
+    Units: `lr` is the spectral norm of the first step, `eps` that of the smallest; 0.01 to 0.1 in
+        use.
     Source: Zhang et al. 2025, Algorithm 1, https://arxiv.org/abs/2509.02981.
     """
 

@@ -13,7 +13,7 @@ NEGATIVE = Interval(-math.inf, 0, low_open=True)
 
 
 class Adam(Preset):
-    """Adam with weight decay as part of the gradient; torch.optim.Adam's arguments and defaults.
+    """Adam with L2 regularization; torch.optim.Adam's arguments and defaults.
 
     Units: `lr` is about the size of a step in weight units.
     Source: Kingma and Ba 2015, Algorithm 1, https://arxiv.org/abs/1412.6980.
@@ -46,7 +46,7 @@ class Adam(Preset):
 
 
 class RAdam(Preset):
-    """Adam that waits for its second moment; torch.optim.RAdam's arguments and defaults.
+    """Adam rectified by the variance of its second moment; torch.optim.RAdam's arguments and defaults.
 
     Units: the first steps (5 with beta2 = 0.999) are `lr` times the mean gradient, later ones about
         `lr` in size.
@@ -78,9 +78,9 @@ class RAdam(Preset):
 
 
 class Adagrad(Preset):
-    """Gradients over the root of all their squares; torch.optim.Adagrad's arguments and defaults.
+    """Gradients over the root of their summed squares; torch.optim.Adagrad's arguments and defaults.
 
-    Units: the first step is `lr` in size, later ones shrink as 1 / sqrt(t).
+    Units: the first step has size `lr`, later ones shrink as 1 / sqrt(t).
     Source: Duchi, Hazan and Singer 2011, https://jmlr.org/papers/v12/duchi11a.html.
     """
 
@@ -154,7 +154,7 @@ class Adamax(Preset):
 class ASGD(Preset):
     """Gradient descent that averages its weights; torch.optim.ASGD's arguments and defaults.
 
-    The weights to evaluate with are the average from step `t0` on, which torch keeps and never uses.
+    `eval()` uses the average of the weights from step `t0` on, which torch computes and never uses.
 
     Units: `lr` times the gradient is the step.
     Source: Polyak and Juditsky 1992; Xu 2011, https://arxiv.org/abs/1107.2490.
@@ -186,7 +186,7 @@ class ASGD(Preset):
 class Rprop(Preset):
     """A step size for every element; torch.optim.Rprop's arguments and defaults.
 
-    Units: `lr` is the size of the first step; nothing changes it later. For gradients of all data.
+    Units: `lr` is the size of the first step and has no effect later. Meant for full-batch gradients.
     Source: Riedmiller and Braun 1993.
     """
 
@@ -207,11 +207,11 @@ class Rprop(Preset):
 class Adafactor(Preset):
     """Factored second moments and relative steps; torch.optim.Adafactor's arguments and defaults.
 
-    `palm=False` has a constant beta2 of 0.99 in place of 1 - t^beta2_decay.
+    `palm=False` uses a constant beta2 of 0.99 instead of 1 - t^beta2_decay.
 
-    Units: the step is a share of the weights' root mean square, min(lr, 1 / sqrt(t)).
-    Source: Shazeer and Stern 2018, Algorithm 4, https://arxiv.org/abs/1804.04235. `eps[0]` None is the
-        machine epsilon of the mathematics, which torch takes from the first parameter's dtype.
+    Units: the step is a fraction of the weights' root mean square, min(lr, 1 / sqrt(t)).
+    Source: Shazeer and Stern 2018, Algorithm 4, https://arxiv.org/abs/1804.04235. `eps[0]=None` is the
+        machine epsilon of the dtype of computation; torch uses that of the first parameter's dtype.
     """
 
     palm_default = True
@@ -240,12 +240,12 @@ class Adafactor(Preset):
         self.build(params, lr, chain, options, weight_decay=weight_decay, maximize=maximize)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As of `ChainOpt`; a group of torch.optim.Adafactor is taken by what its entries mean here."""
+        """As in `ChainOpt`; also accepts a group of torch.optim.Adafactor."""
         super().add_param_group(_of_adafactor(param_group, self._first_eps))
 
 
 def _of_adafactor(group: Any, first_eps: float | None) -> Any:
-    """A group of torch.optim.Adafactor in this library's names; others are as they were."""
+    """Translate a group of torch.optim.Adafactor to this library's names; other groups are unchanged."""
     if not isinstance(group, dict) or not {"beta2_decay", "d", "eps"} <= group.keys():
         return group
     group = {**group, "beta2_scale": -group["beta2_decay"], "threshold": group["d"]}

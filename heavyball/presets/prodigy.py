@@ -1,4 +1,4 @@
-"""Presets that find their learning rate themselves."""
+"""Presets that estimate their learning rate."""
 
 import functools
 import inspect
@@ -20,7 +20,7 @@ NEVER = 2**62
 class Prodigy(Preset):
     """Adam whose learning rate is the estimated distance to the solution; the authors' defaults.
 
-    `lr` is a factor, to be left at 1 or scheduled from 1 down; `d_coef` tunes.
+    `lr` is a factor: leave it at 1, or decrease it from 1 with a schedule. Tune `d_coef` instead.
 
     Units: the step is `lr` d per element, d in weight units, see `opt.d`.
     Source: Mishchenko and Defazio 2023, Algorithm 4, https://arxiv.org/abs/2306.06101, as in
@@ -66,9 +66,9 @@ class Prodigy(Preset):
 
 
 class PrecondScheduleProdigySOAP(BasisPreset):
-    """SOAP with ever rarer refreshes, whose learning rate is Prodigy's estimate.
+    """SOAP with a decreasing refresh rate and Prodigy's learning rate.
 
-    The options are those of `SOAP` and of `Prodigy`; `lr` is a factor, to be left at 1.
+    The options are those of `SOAP` and of `Prodigy`; `lr` is a factor, leave it at 1.
 
     Units: the step is `lr` d per element of the basis, d in weight units, see `opt.d`.
     Source: HeavyBall's SOAP, see docs/precond_schedule.md, and Mishchenko and Defazio 2023,
@@ -117,7 +117,7 @@ Init = TypeVar("Init", bound=Callable[..., None])
 
 
 def _noting_what_is_given(init: Init) -> Init:
-    """Keep the names of the arguments that were given in `self._given`."""
+    """Store the names of the passed arguments in `self._given`."""
     names = list(inspect.signature(init).parameters)
 
     @functools.wraps(init)
@@ -129,20 +129,20 @@ def _noting_what_is_given(init: Init) -> Init:
 
 
 class ProdigyPlusScheduleFree(Preset):
-    """Schedule-free descent that finds its learning rate; prodigy-plus-schedule-free's arguments.
+    """Schedule-free optimizer that estimates its learning rate; prodigy-plus-schedule-free's arguments.
 
-    Call `eval()` before evaluating or saving the model, `train()` before training on. See
-    docs/prodigy.md for what the options do, and for what differs from the original.
-    `fused_back_pass` is `heavyball.fuse_backward`, where a second gradient of a parameter begins a
-    new step by itself, since trainers that step in hooks of their own do not call `step()`.
-    `use_speed=True` is that of 1.9.0, "progress" that of 2.0.1, see `prodigy_progress_d`.
+    Call `eval()` before evaluating or saving the model, and `train()` before training continues. See
+    docs/prodigy.md for the options, and for differences from the original. `fused_back_pass` is
+    `heavyball.fuse_backward`, except that a second gradient of a parameter starts a new step, because
+    trainers with their own hooks do not call `step()`. `use_speed=True` is that of 1.9.0, "progress"
+    that of 2.0.1, see `prodigy_progress_d`.
 
     Units: the step is `lr` d per element, d in weight units, see `opt.d`; leave `lr` at 1.
-    An option left at its default gives way to one that was given: `eps=None` switches StableAdamW off,
-    `use_focus=True` the factors.
+    Options that are passed override defaults that exclude them: `eps=None` turns StableAdamW off,
+    `use_focus=True` turns factoring off.
 
-    Errors: ValueError where two options that were given exclude each other, with the reason and what
-        to pass.
+    Errors: ValueError if two options that were passed exclude each other, with the reason and the
+        remedy.
     Source: prodigy-plus-schedule-free 1.9.0 (`schedulefree_c`, `d_limiter`, "progress": 2.0.1), after
         https://arxiv.org/abs/2306.06101 and https://arxiv.org/abs/2405.15682.
     """
@@ -256,7 +256,7 @@ def _tensors(params: Any) -> Iterator[Tensor]:
 
 
 def _directions(chosen: dict[str, bool], betas: Any, eps: float | None) -> list[Any]:
-    """What turns the gradient into a direction: for matrices another one with `use_muon_pp`."""
+    """The elements that compute the direction; different for matrices with `use_muon_pp`."""
     elements = [C.orthograd] if chosen["use_orthograd"] else []
     elements += _direction(chosen, betas, eps)
     if not chosen["use_muon_pp"]:
@@ -284,7 +284,7 @@ def _direction(chosen: dict[str, bool], betas: Any, eps: float | None) -> list[A
 
 
 def _give_way(chosen: dict[str, bool], given: Collection[str], eps: float | None) -> None:
-    """Switch off an option that was left at its default where one that was given excludes it."""
+    """Turn off an option left at its default if a passed option excludes it."""
     if eps is None and "use_stableadamw" not in given:
         chosen["use_stableadamw"] = False
     if chosen["use_focus"] and "factored" not in given:
@@ -292,7 +292,7 @@ def _give_way(chosen: dict[str, bool], given: Collection[str], eps: float | None
 
 
 def _check_pairs(chosen: dict[str, bool], eps: float | None) -> None:
-    """Refuse two options that were given and exclude each other."""
+    """Raise if two passed options exclude each other."""
     if chosen["use_cautious"] and chosen["use_grams"]:
         reason = "both decide by the sign of the update what becomes of an entry"
         _exclude("use_cautious=True", "use_grams=True", reason, "one of them")

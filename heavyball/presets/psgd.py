@@ -1,4 +1,4 @@
-"""Presets that whiten the gradient: the PSGD family, and Shampoo."""
+"""Presets that whiten the gradient: PSGD and Shampoo."""
 
 from collections.abc import Callable
 from typing import Any, Literal, Unpack
@@ -26,7 +26,7 @@ def decision_of(stochastic_schedule: Schedule) -> Any:
 
 
 class _PSGD(Preset):
-    """What the PSGD presets share: momentum in front, and an update of at most 1.1 in size behind."""
+    """Shared parts of the PSGD presets: momentum before the preconditioner, a clip at 1.1 after it."""
 
     exp_avg_input_default = True
 
@@ -65,14 +65,14 @@ class _PSGD(Preset):
 class PSGDKron(_PSGD):
     """PSGD with Kronecker factors; the argument names and defaults of HeavyBall 1.0's PSGDKron.
 
-    beta: of the momentum, which is what is preconditioned. exp_avg_input=False: no momentum.
-    stochastic_schedule: how the probability becomes steps with a fit: True "stochastic", False
-        "cumulative", or the name of a decision, see `heavyball.linalg.decisions.Occasions`.
-    delayed, cached: None is what the preset's name says.
-    The others, and what they cost: see `psgd_kron`; `blocks` may be given by names.
+    beta: of the momentum, which is preconditioned. exp_avg_input=False: no momentum.
+    stochastic_schedule: how the probability determines the steps with a fit: True for "stochastic",
+        False for "cumulative", or the name of a decision, see `heavyball.linalg.decisions.Occasions`.
+    delayed, cached: None follows the preset's name.
+    Other options, and their cost: see `psgd_kron`; `blocks` may be given by names.
 
     Units: the update has entries of about 1, at most 1.1 in root mean square (`update_clipping=None`
-        takes that bound away), so `lr` is about the size of a step in weight units.
+        removes that bound), so `lr` is about the size of a step in weight units.
     Source: Li 2015, https://arxiv.org/abs/1512.04202; the Kron optimizer of kron_torch 0.3.3.
         Departure: `weight_decay` reaches parameters of all dimensions, as everywhere here.
     """
@@ -137,7 +137,7 @@ class PurePSGD(PSGDKron):
 
 
 class DelayedPSGD(PSGDKron):
-    """PSGDKron whose update is made with the factors of the step before.
+    """PSGDKron that computes the update with the factors of the previous step.
 
     Source: Li 2015, https://arxiv.org/abs/1512.04202; HeavyBall 1.0.
     """
@@ -146,7 +146,7 @@ class DelayedPSGD(PSGDKron):
 
 
 class CachedPSGDKron(PSGDKron):
-    """PSGDKron that keeps Q^T Q: more memory, and half the products in a step without a fit.
+    """PSGDKron that caches Q^T Q: more memory, half the products in steps without a fit.
 
     Source: Li 2015, https://arxiv.org/abs/1512.04202; HeavyBall 1.0.
     """
@@ -155,7 +155,7 @@ class CachedPSGDKron(PSGDKron):
 
 
 class CachedDelayedPSGDKron(PSGDKron):
-    """DelayedPSGD and CachedPSGDKron in one.
+    """DelayedPSGD and CachedPSGDKron combined.
 
     Source: Li 2015, https://arxiv.org/abs/1512.04202; HeavyBall 1.0.
     """
@@ -170,13 +170,13 @@ DelayedPSGDKron = DelayedPSGD
 class PSGDLRA(_PSGD):
     """PSGD with a diagonal and a low-rank factor of each flattened parameter.
 
-    beta: of the momentum, which is what is preconditioned. exp_avg_input=False: no momentum.
-    rank: of the factor; memory and time grow with it and with the number of elements alone.
-    stochastic_schedule: as in PSGDKron. The others: see `psgd_lra`.
+    beta: of the momentum, which is preconditioned. exp_avg_input=False: no momentum.
+    rank: of the factor; memory and time are proportional to it and to the number of elements.
+    stochastic_schedule: as in PSGDKron. Other options: see `psgd_lra`.
 
     Units: as in PSGDKron.
     Source: Li 2022, https://arxiv.org/abs/2211.04422; the LRA class of psgd_torch. Departure: every
-        parameter has a factor of its own.
+        parameter has its own factor.
     """
 
     def __init__(
@@ -213,10 +213,10 @@ class PSGDLRA(_PSGD):
 class PSGDPRO(_PSGD):
     """PSGD with square Kronecker factors, fitted without solving for the inverse.
 
-    beta: of the momentum, which is what is preconditioned. exp_avg_input=False: no momentum.
+    beta: of the momentum, which is preconditioned. exp_avg_input=False: no momentum.
     method: "procrustes" (Q0.5EQ1.5) or "quad", see `psgd_pro`.
-    stochastic_schedule, max_size_triangular, min_ndim_triangular, memory_save_mode: as in PSGDKron; an
-        axis that has a triangular factor there has a square one here. blocks, axis: as in `psgd_pro`.
+    stochastic_schedule, max_size_triangular, min_ndim_triangular, memory_save_mode: as in PSGDKron; axes
+        with a triangular factor there have a square one here. blocks, axis: as in `psgd_pro`.
 
     Units: as in PSGDKron.
     Source: the methods Q0.5EQ1.5 and QUAD of psgd_torch; Li 2015, https://arxiv.org/abs/1512.04202.
@@ -268,17 +268,17 @@ class PSGDPRO(_PSGD):
 
 
 class Shampoo(Preset):
-    """Shampoo with momentum, each update as large as that of another optimizer.
+    """Shampoo with momentum, grafted to the update size of another optimizer.
 
     betas: of the momentum, and of the matrices (1: their sum, as in the paper).
-    grafting: whose update gives the size: "adam", "rmsprop", "sgd" (the momentum), or None.
+    grafting: the optimizer that determines the size: "adam", "rmsprop", "sgd" (the momentum), or None.
     grafting_betas, grafting_eps: of Adam; RMSprop takes the second of the betas.
-    precondition_frequency: steps between two computations of the roots.
-    start_preconditioning_step: the first step that goes in Shampoo's direction; before it the other
-        optimizer's updates are taken, while the matrices gather.
+    precondition_frequency: steps between computations of the roots.
+    start_preconditioning_step: the first step in Shampoo's direction; before it, the other optimizer's
+        updates are used while the matrices accumulate.
     max_precond_dim, merge_dims, split, blocks, axis: see `shampoo`; `blocks` may be given by names.
 
-    Units: those of the optimizer that gives the size; `lr` is meant for "adam" and "rmsprop".
+    Units: those of the grafted optimizer; `lr` is meant for "adam" and "rmsprop".
     Source: Gupta, Koren and Singer 2018, https://arxiv.org/abs/1802.09568; grafting: Agarwal et al.
         2020, https://arxiv.org/abs/2002.11803; the defaults of facebookresearch/optimizers.
     """

@@ -1,4 +1,4 @@
-"""Presets that find their learning rate, besides Prodigy."""
+"""Presets that estimate their learning rate, other than Prodigy."""
 
 from typing import Any, Unpack
 
@@ -10,9 +10,9 @@ from heavyball.presets.base import Preset, PresetOptions
 
 
 class DoG(Preset):
-    """Gradient descent by the distance over the gradients; the authors' arguments.
+    """Gradient descent with step size distance over gradient norms; the authors' arguments.
 
-    Units: `lr` is a factor, to be left at 1.
+    Units: `lr` is a factor, leave it at 1.
     Source: Ivgi, Hinder and Carmon 2023, https://arxiv.org/abs/2302.12022, without their averager,
         `polynomial_average`. `weight_decay` is part of the gradient.
     """
@@ -36,9 +36,9 @@ class DoG(Preset):
 
 
 class LDoG(DoG):
-    """DoG with a distance and gradients of each tensor by itself.
+    """DoG with distances and gradient norms per tensor.
 
-    Units: `lr` is a factor, to be left at 1.
+    Units: `lr` is a factor, leave it at 1.
     Source: Ivgi, Hinder and Carmon 2023, https://arxiv.org/abs/2302.12022.
     """
 
@@ -46,9 +46,9 @@ class LDoG(DoG):
 
 
 class DoWG(Preset):
-    """Gradient descent by the distance over distance-weighted gradients; optax's arguments.
+    """DoG with distance-weighted gradient norms; optax's arguments.
 
-    Units: `lr` is a factor, to be left at 1.
+    Units: `lr` is a factor, leave it at 1.
     Source: Khaled, Mishchenko and Jin 2023, https://arxiv.org/abs/2305.16284. `weight_decay` is part of
         the gradient.
     """
@@ -67,9 +67,9 @@ class DoWG(Preset):
 
 
 class DAdaptAdam(Preset):
-    """Adam whose learning rate is a bound of the distance; dadaptation's arguments.
+    """Adam with a lower bound on the distance as learning rate; dadaptation's arguments.
 
-    Units: `lr` is a factor, to be left at 1.
+    Units: `lr` is a factor, leave it at 1.
     Source: Defazio and Mishchenko 2023, https://arxiv.org/abs/2301.07733. Decay is decoupled.
     """
 
@@ -91,9 +91,9 @@ class DAdaptAdam(Preset):
 
 
 class DAdaptSGD(Preset):
-    """Dual averaging whose learning rate is a bound of the distance; dadaptation's arguments.
+    """Dual averaging with a lower bound on the distance as learning rate; dadaptation's arguments.
 
-    Units: `lr` is a factor, to be left at 1.
+    Units: `lr` is a factor, leave it at 1.
     Source: Defazio and Mishchenko 2023, https://arxiv.org/abs/2301.07733. `weight_decay` is part of the
         gradient.
     """
@@ -115,9 +115,9 @@ class DAdaptSGD(Preset):
 
 
 class DAdaptLion(Preset):
-    """Lion whose learning rate is a bound of the distance; dadaptation's arguments.
+    """Lion with a lower bound on the distance as learning rate; dadaptation's arguments.
 
-    Units: `lr` is a factor, to be left at 1.
+    Units: `lr` is a factor, leave it at 1.
     Source: Defazio and Mishchenko 2023, https://arxiv.org/abs/2301.07733. Decay is decoupled.
     """
 
@@ -137,7 +137,7 @@ class DAdaptLion(Preset):
 
 
 class COCOB(Preset):
-    """Steps by betting on coins, without a learning rate.
+    """Coin betting, without a learning rate.
 
     Units: `lr` has no effect.
     Source: Orabona and Tommasi 2017, Algorithm 2, https://arxiv.org/abs/1705.07795.
@@ -155,7 +155,7 @@ class COCOB(Preset):
 
 
 class MoMo(Preset):
-    """Momentum whose step is bounded by what is left of the loss, which `step(loss=...)` gives.
+    """Momentum with a Polyak step size; pass the loss to `step(loss=...)`.
 
     Units: `lr` is the largest step size, 1 or more.
     Source: Schaipp et al. 2023, https://arxiv.org/abs/2305.07583. Decay is proximal.
@@ -187,7 +187,7 @@ class MoMo(Preset):
 
 
 class MoMoAdam(Preset):
-    """Adam whose step is bounded by what is left of the loss, which `step(loss=...)` gives.
+    """Adam with a Polyak step size; pass the loss to `step(loss=...)`.
 
     Units: `lr` is the largest step, as Adam's; 0.01 or more.
     Source: Schaipp et al. 2023, https://arxiv.org/abs/2305.07583. Decay is proximal.

@@ -22,9 +22,9 @@ HEAD_NAMES = (
 
 
 class Scion(Preset):
-    """Steps of one norm: spectral for hidden matrices, others for embeddings, heads and vectors.
+    """Steps of unit norm: spectral for hidden matrices, others for embeddings, heads and vectors.
 
-    m <- (1 - alpha) m + alpha g;  p <- (1 - lr) p - lr radius LMO(m), and without (1 - lr) p for
+    m <- (1 - alpha) m + alpha g;  p <- (1 - lr) p - lr radius LMO(m), or p - lr radius LMO(m) with
     constrained=False, where LMO(m) is
 
     hidden matrices   sqrt(R / C) times the orthogonal factor; kernels sqrt(R / C_in) / k^d times that
@@ -32,17 +32,16 @@ class Scion(Preset):
                       square 1, for vocabulary x width
     vectors           m / RMS(m)
 
-    Constrained weights stay where LMO's norm is at most the radius, if they begin there: `scion_init_`.
-    What is hidden is told as in `Muon`; of the rest, a matrix whose name is that of an output layer is
-    a head (`heavyball.presets.scion.HEAD_NAMES`), another one an embedding.
+    Constrained weights stay within the radius in LMO's norm if they start there; see `scion_init_`.
+    Hidden matrices are identified as in `Muon`. Of the rest, matrices named like an output layer are
+    heads (`heavyball.presets.scion.HEAD_NAMES`), other matrices are embeddings.
 
-    radius, head_radius, embedding_radius, vector_radius: what each kind's update is multiplied by.
-    other_names: patterns of the names of parameters that are not hidden, in place of Muon's ADAMW_NAMES.
-    use_spectral: `fn(name, parameter) -> bool`, which decides in place of names and shapes.
+    radius, head_radius, embedding_radius, vector_radius: the factor of each kind's update.
+    other_names: name patterns of parameters that are not hidden, instead of Muon's ADAMW_NAMES.
+    use_spectral: `fn(name, parameter) -> bool`, decides instead of names and shapes.
     ns_steps, method, eps, products, blocks, axis: as in `orthogonalize`.
 
-    Units: `lr` is the largest share of its sphere's radius that a weight moves by; 2^-12 for a language
-        model.
+    Units: `lr` is the step relative to the radius; 2^-12 for a language model.
     Errors: ValueError for an alpha outside of (0, 1].
     Source: Pethick et al. 2025, Algorithms 1 and 2, https://arxiv.org/abs/2502.07529; radii, alpha and
         lr of the authors' GPT, whose head is its embedding too.

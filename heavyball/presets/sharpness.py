@@ -1,4 +1,4 @@
-"""Presets that look for flat minima."""
+"""Presets that search for flat minima."""
 
 from typing import Any, Literal, Unpack
 
@@ -10,9 +10,9 @@ from heavyball.presets.base import Preset, PresetOptions
 
 
 class MSAM(Preset):
-    """Momentum-SAM: momentum whose gradients are taken a distance ahead of the weights.
+    """Momentum-SAM: momentum with gradients computed a distance ahead of the weights.
 
-    Call `eval()` before evaluating or saving the model, `train()` before training on.
+    Call `eval()` before evaluating or saving the model, and `train()` before training continues.
 
     Units: `lr` as SGD's with momentum; rho is a distance in weight units, 0.05 to 3 in use.
     Source: Becker, Altrock and Risse 2024, https://arxiv.org/abs/2401.12033.

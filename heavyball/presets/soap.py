@@ -1,4 +1,4 @@
-"""SOAP and its relatives: a rule in the eigenbasis of Shampoo's preconditioner."""
+"""SOAP and similar optimizers, which run in the eigenbasis of Shampoo's preconditioner."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -21,16 +21,16 @@ SCHEDULE = (1 / 3, 9.0)
 
 
 class BasisOptions(PresetOptions, total=False):
-    """Options of every preset in this file, besides those of every preset.
+    """Options of the presets in this file, in addition to those of every preset.
 
     precondition_1d, zeroth_power_mode, rotate_second_moment, spread_refreshes: as in
         `to_eigenbasis`.
-    precondition_frequency, precond_scheduler: refresh every so many steps, or by a schedule, the two
-        numbers of one, or a `heavyball.PrecondSchedule`; only one of the two can be given.
-        `zeroth_power_mode` is `heavyball.utils.zeroth_power_mode` if it is not given.
+    precondition_frequency, precond_scheduler: the interval between refreshes, or a schedule, given
+        as two numbers or a `heavyball.PrecondSchedule`; pass only one of the two.
+        `zeroth_power_mode` defaults to `heavyball.utils.zeroth_power_mode`.
     max_precond_dim, merge_dims, split: which axes have a basis, as in `to_eigenbasis`.
-    normalize_grads: give the update, rotated back, the root mean square 1.
-    blocks, axis: pieces with bases of their own, as in `orthogonalize`; `blocks` may be given by names,
+    normalize_grads: normalize the update to root mean square 1 after rotating back.
+    blocks, axis: blocks with separate bases, as in `orthogonalize`; `blocks` may be given by names,
         {"*.in_proj_weight": 3}.
     """
 
@@ -49,7 +49,7 @@ class BasisOptions(PresetOptions, total=False):
 
 
 class RuleOptions(BasisOptions, total=False):
-    """The same and `shampoo_beta`, the memory of the preconditioner."""
+    """The same, and `shampoo_beta`, the decay of the preconditioner's averages."""
 
     shampoo_beta: float
 
@@ -72,7 +72,7 @@ BASIS_DEFAULTS: dict[str, Any] = {
 
 
 class BasisPreset(Preset):
-    """A preset whose rule runs in an eigenbasis."""
+    """A preset whose update rule runs in an eigenbasis."""
 
     listed = False
 
@@ -92,11 +92,11 @@ class BasisPreset(Preset):
         behind: tuple[Transform, ...] = (),
         basis: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        """Put the rule into a basis, and the common options around it.
+        """Put the update rule into a basis, and the common options around it.
 
-        PaLM's schedule goes inside, where steps are counted from the rule's own first one.
+        PaLM's schedule goes inside, where steps count from the rule's first one.
 
-        basis: options of `to_eigenbasis` that are the preset's own.
+        basis: options of `to_eigenbasis` that belong to the preset.
         """
         mine, common = split_options(options, BASIS_DEFAULTS)
         way = checked_refresh(
@@ -124,15 +124,15 @@ class BasisPreset(Preset):
 class SOAP(BasisPreset):
     """Adam in the eigenbasis of Shampoo's preconditioner; HeavyBall's arguments and defaults.
 
-    The first gradient only sets up the basis: the parameters do not move at the first step.
+    The first gradient only initializes the basis: the parameters do not move in the first step.
 
-    correct_bias: False leaves out Adam's bias corrections.
+    correct_bias: False omits Adam's bias corrections.
 
     Units: `lr` is about the size of a step in weight units.
     Source: Vyas et al. 2024, https://arxiv.org/abs/2409.11321. With betas (.95, .95),
-        precondition_frequency 10, max_precond_dim 10000 and merge_dims False it is the authors' code,
-        but that the decay comes before the step. HeavyBall takes max(sqrt(v), eps), we the authors'
-        sqrt(v) + eps.
+        precondition_frequency 10, max_precond_dim 10000 and merge_dims False it matches the authors'
+        code, except that the decay comes before the step. HeavyBall uses max(sqrt(v), eps), this
+        preset the authors' sqrt(v) + eps.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class PaLMSOAP(SOAP):
 
 
 class PrecondScheduleSOAP(SOAP):
-    """SOAP whose basis is refreshed ever more rarely: `SOAP(precond_scheduler=(1/3, 9))`.
+    """SOAP with a decreasing refresh rate: `SOAP(precond_scheduler=(1/3, 9))`.
 
     Source: HeavyBall; see docs/precond_schedule.md.
     """
@@ -174,7 +174,7 @@ class PrecondScheduleSOAP(SOAP):
 
 
 class PrecondSchedulePaLMSOAP(SOAP):
-    """SOAP with PaLM's schedule for beta2 and ever rarer refreshes.
+    """SOAP with PaLM's schedule for beta2 and a decreasing refresh rate.
 
     Source: HeavyBall; see `PaLMSOAP` and `PrecondScheduleSOAP`.
     """
@@ -186,8 +186,8 @@ class PrecondSchedulePaLMSOAP(SOAP):
 class SFPaLMSOAP(BasisPreset):
     """Schedule-free SOAP with PaLM's schedule for beta2; `betas[0]` is the interpolation of y.
 
-    The rule in the basis is `scale_by_exp_avg_sq`. Call `eval()` before evaluating or saving the model,
-    `train()` before training on.
+    The update rule in the basis is `scale_by_exp_avg_sq`. Call `eval()` before evaluating or saving
+    the model, `train()` before training on.
 
     Source: HeavyBall, from Defazio et al. 2024, https://arxiv.org/abs/2405.15682, and Vyas et al. 2024,
         https://arxiv.org/abs/2409.11321. `betas[0]` is its `beta`.
@@ -216,7 +216,7 @@ class SFPaLMSOAP(BasisPreset):
 
 
 class PrecondScheduleSFPaLMSOAP(SFPaLMSOAP):
-    """Schedule-free SOAP with PaLM's schedule for beta2 and ever rarer refreshes.
+    """Schedule-free SOAP with PaLM's schedule for beta2 and a decreasing refresh rate.
 
     Source: HeavyBall; see `SFPaLMSOAP` and `PrecondScheduleSOAP`.
     """

@@ -1,4 +1,4 @@
-"""What came after SOAP and Shampoo."""
+"""Successors of SOAP and Shampoo."""
 
 from typing import Any, Literal, Unpack
 
@@ -12,12 +12,12 @@ from heavyball.presets.soap import BasisOptions, BasisPreset
 
 
 class KLSOAP(BasisPreset):
-    """Adam in an eigenbasis whose Kronecker factors are whitened by each other.
+    """SOAP with Kronecker factors fitted in the KL sense, each whitened by the other.
 
-    The first gradient only sets up the basis: the parameters do not move at the first step.
+    The first gradient only initializes the basis: the parameters do not move in the first step.
 
     shampoo_beta: None is betas[1]. eigenvalue_init: as in `to_eigenbasis`.
-    correct_bias: False leaves out Adam's bias corrections, as the authors do.
+    correct_bias: False omits Adam's bias corrections, as the authors do.
 
     Units: `lr` is about the size of a step in weight units.
     Source: https://arxiv.org/abs/2509.03378.
@@ -55,13 +55,13 @@ class KLSOAP(BasisPreset):
 
 
 class KLShampoo(Preset):
-    """Momentum over the root of Kronecker factors that are fitted in the KL sense.
+    """Momentum over the root of Kronecker factors fitted in the KL sense.
 
-    The first gradient only sets up the bases: the parameters do not move at the first step.
+    The first gradient only initializes the bases: the parameters do not move in the first step.
 
     blocks, axis: as in `orthogonalize`; `blocks` may be given by names.
 
-    Units: `lr` is about the size of a step in weight units; 1e-4 to 1e-3 is used.
+    Units: `lr` is about the size of a step in weight units; 1e-4 to 1e-3 in use.
     Source: https://arxiv.org/abs/2509.03378.
     """
 
@@ -93,7 +93,7 @@ class KLShampoo(Preset):
 
 
 class MOSO(Preset):
-    """RMSprop of the momentum in the eigenbasis of its own smaller side.
+    """RMSprop of the momentum in the eigenbasis of its smaller side.
 
     blocks, axis: as in `orthogonalize`; `blocks` may be given by names.
 
@@ -170,12 +170,12 @@ class ASGO(Preset):
 class SPlus(Preset):
     """The sign of the momentum in Shampoo's eigenbasis, evaluated at a running mean of the weights.
 
-    Call `eval()` before evaluating or saving the model, `train()` before training on. `weight_decay` has
-    the learning rate of its parameter, 2 lr / (R + C), and comes before the step.
+    Call `eval()` before evaluating or saving the model, and `train()` before training continues.
+    `weight_decay` uses the learning rate of its parameter, 2 lr / (R + C), and comes before the step.
 
     blocks, axis: as in `orthogonalize`; `blocks` may be given by names.
 
-    Units: `lr` is about 0.1, whatever the width.
+    Units: `lr` is about 0.1, for any width.
     Source: Frans, Levine and Abbeel 2025, https://arxiv.org/abs/2506.07254.
     """
 

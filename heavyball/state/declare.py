@@ -80,7 +80,7 @@ def scalar(value: float, low: float = -math.inf) -> State:
     def init(param: Tensor, options: Mapping[str, Any]) -> Tensor:
         return torch.full((), value, dtype=torch.float64, device=param.device)
 
-    return State(init, f"a number, at first {value:g}", is_number=True, low=low)
+    return State(init, f"a number, initially {value:g}", is_number=True, low=low)
 
 
 def measured(

@@ -18,10 +18,10 @@ from heavyball.state.declare import zeros
 def accumulate(
     update: Tensor, accumulated: Tensor, *, step: Tensor, k: int = 1
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Let one step in k through, with the mean of the k updates.
+    """Step once in every k calls, with the mean of the k updates.
 
-    a <- a + (u - a) / n for the n-th of k calls; at n = k everything behind runs with u' = a, and
-    a <- 0. At the calls between nothing behind changes, its count of steps included.
+    a <- a + (u - a) / n for the n-th of k calls; at n = k, later elements run with
+    u' = a, and a <- 0. In the other calls, later elements do not change, nor do their step counts.
 
     Shapes: all (*).
     Source: optax.MultiSteps.

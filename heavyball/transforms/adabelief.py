@@ -18,15 +18,16 @@ def scale_by_adabelief(
     betas: Live = (0.9, 0.999),
     eps: Live = 1e-16,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scale every element by the size of what its gradient was not expected to be.
+    """Scale every element by the deviation of its gradient from the running mean.
 
     m <- beta1 m + (1 - beta1) g;  v <- beta2 v + (1 - beta2) (g - m)^2 + eps, with the new m
     u = (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
 
-    m is the mean from zero: the residual to an unbiased one is 0 at the first step, and u infinite.
+    m starts from zero: the residual to an unbiased mean would be 0 in the first step, and u infinite.
 
     Shapes: all (*).
-    Units: the result has none; the first is sign(g) / beta1. `eps` is added to a square and to a root.
+    Units: the result is dimensionless; the first is sign(g) / beta1. `eps` is added to a square and
+        to a root.
     Source: Zhuang et al. 2020, Algorithm 2, https://arxiv.org/abs/2010.07468.
     """
     exp_avg = lerp(exp_avg, update, 1 - betas[0])

@@ -16,7 +16,7 @@ from heavyball.state.declare import squares
 def scale_by_adadelta(
     update: Tensor, exp_avg_sq: Tensor, update_avg_sq: Tensor, *, rho: Live = 0.9, eps: Live = 1e-6
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Give the update the root mean square that updates have had so far.
+    """Scale the update by the running root mean square of previous updates.
 
     v <- rho v + (1 - rho) u^2;  u' = u sqrt(d + eps) / sqrt(v + eps)
     then d <- rho d + (1 - rho) u'^2

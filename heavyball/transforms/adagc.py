@@ -29,12 +29,12 @@ def adagc(
     absolute: Live = 1.0,
     warmup: int = 100,
 ) -> tuple[Tensor, Tensor]:
-    """Bound the norm of a tensor by a multiple of its mean.
+    """Clip the norm of each tensor at a multiple of its running mean.
 
     t < warmup: h = min(1, absolute / (N + 1e-8)), N the norm of all updates;  y <- min(y, ||h u||)
     then h = min(1, relative y / ||u||);  y <- beta y + (1 - beta) ||h u||;  u' = h u
 
-    A norm of 0 leaves y as it is in the warm-up, and nothing is clipped until y is known.
+    During warm-up, a norm of 0 leaves y unchanged. Nothing is clipped until y is known.
 
     Shapes: all (*). State is one number.
     Units: those of u.

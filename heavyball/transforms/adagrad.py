@@ -26,14 +26,14 @@ def scale_by_adagrad(
     eps: Live = 1e-10,
     initial_accumulator_value: Fixed = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Scale every element by the sum of its squares.
+    """Divide every element by the root of its accumulated squares.
 
-    s <- s + u^2, at first `initial_accumulator_value`;  u' = u / (sqrt(s) + eps)
+    s <- s + u^2, initially `initial_accumulator_value`;  u' = u / (sqrt(s) + eps)
 
     There is no beta2 for `palm_beta2` to schedule.
 
     Shapes: all (*).
-    Units: the result has none, and shrinks as 1 / sqrt(t) under gradients of one size.
+    Units: the result is dimensionless, and shrinks as 1 / sqrt(t) for gradients of constant size.
     Source: Duchi, Hazan and Singer 2011, https://jmlr.org/papers/v12/duchi11a.html;
         torch.optim.Adagrad.
     """

@@ -31,9 +31,9 @@ def adagrad_norm_rate(
     size lr becomes one of max(eps, lr n / sqrt(s)); a decay keeps its lr. Nothing moves at lr = 0.
 
     Shapes: all (*), one s per tensor.
-    Units: those of u; `eps` has the unit of lr. Behind an orthogonalized update lr is about 0.05.
+    Units: those of u; `eps` has the unit of lr. After `orthogonalize`, lr is about 0.05.
     Source: Zhang et al. 2025, Algorithm 1, https://arxiv.org/abs/2509.02981. pytorch_optimizer 4.1.0
-        divides by s in place of its root.
+        divides by s instead of its root.
     """
     size = norm(grad).clamp(max=gamma)
     square_sum = square_sum + size.square()

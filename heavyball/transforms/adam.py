@@ -71,22 +71,22 @@ def scale_by_adam(
     correct_bias: bool = True,
     square: Literal["element", "row", "tensor"] | int = "element",
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Scale every element by its own gradient size.
+    """Adam: a mean of the gradient over the root of a mean of its squares.
 
     m_t = unbiased mean of g_1..g_t with weights beta1^(t-i);  v_t = the same of g^2 with beta2
     u = m / (sqrt(v) + eps)
 
-    correct_bias: False leaves the averages as they are from zero: m (1 - beta1^t), v (1 - beta2^t).
-    square: v is one mean of g^2 for each "row" of the first axis (a vector's entries have one each), for
-        the "tensor", or for each of so many blocks of rows (the heads of a projection): Adam-mini,
-        https://arxiv.org/abs/2406.16793.
+    correct_bias: False uses the averages from zero: m (1 - beta1^t), v (1 - beta2^t).
+    square: v is a mean of g^2 over each "row" of the first axis (each entry of a vector), over the
+        "tensor", or, with a number, over each of that many blocks of rows, such as the heads of a
+        projection (Adam-mini, https://arxiv.org/abs/2406.16793).
 
     With `amsgrad`, v is the largest sum_i (1 - beta2) beta2^(s-i) g_i^2 of any step s so far, over
     the bias 1 - beta2^t, as in torch.
 
     Shapes: all (*).
-    Units: the result has none, so `lr` is the size of a step in weight units; `eps` has the unit of
-        the gradient.
+    Units: the result is dimensionless, so `lr` is the size of a step in weight units; `eps` has the
+        unit of the gradient.
     Source: Kingma and Ba 2015, Algorithm 1, https://arxiv.org/abs/1412.6980. Departure: the bias
         correction is inside the means. `eps_placement` picks one of the published forms, see
         `heavyball.numerics.root`; "outside" is torch's.

@@ -19,12 +19,12 @@ def scale_by_adamax(
     betas: Live = (0.9, 0.999),
     eps: Live = 1e-8,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scale every element by the largest gradient that it has had lately.
+    """Adamax: scale every element by its decayed maximum gradient.
 
     m as in `scale_by_adam`;  n <- max(beta2 n, |u| + eps);  u' = m / n
 
     Shapes: all (*).
-    Units: the result has none and stays below 1 in size.
+    Units: the result is dimensionless and its magnitude stays below 1.
     Source: Kingma and Ba 2015, Algorithm 2, https://arxiv.org/abs/1412.6980; eps inside the maximum as
         in torch.optim.Adamax.
     """

@@ -51,14 +51,14 @@ def scale_by_adamuon(
                  u = 0.2 sqrt(R C) w / (||w|| + eps), so that RMS(u) = 0.2
     "norm":      s <- beta2 s + (1 - beta2) ||g||^2;  u = O ||o|| / (sqrt(s) + eps)
 
-    second_moment: "elements" is AdaMuon, "norm" NAMO, with one number per matrix in place of v.
+    second_moment: "elements" is AdaMuon, "norm" NAMO, with one number per matrix instead of v.
     method, steps, stacked, products, blocks, axis: as in `orthogonalize`.
 
     Shapes: two or more dimensions, R x C as in `orthogonalize`.
-    Units: the result has none. lr as AdamW's for "elements", 0.001 to 0.02.
+    Units: the result is dimensionless. lr as AdamW's for "elements", 0.001 to 0.02.
     Errors: ValueError for a parameter of fewer than two dimensions.
-    Source: Si, Zhang and Shen 2025, https://arxiv.org/abs/2507.11005v3 (v1 had no sign; their file for
-        Megatron forgets v where nothing is distributed); NAMO, https://arxiv.org/abs/2602.17080.
+    Source: Si, Zhang and Shen 2025, https://arxiv.org/abs/2507.11005v3 (v1 had no sign; their code
+        for Megatron drops v if nothing is distributed); NAMO, https://arxiv.org/abs/2602.17080.
     """
     view = matrices(update.shape[1:], stacked, blocks, axis)
 

@@ -21,15 +21,15 @@ def scale_by_adan(
     betas: Live = (0.98, 0.92, 0.99),
     eps: Live = 1e-8,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """A mean of gradients, a mean of their differences, and the root mean square of both.
+    """Adan: means of gradients and of their differences, over the root mean square of both.
 
     d = g_t - g_(t-1), 0 at t = 1;  m, v = unbiased means of g with beta1, of d with beta2
     n = unbiased mean of (g + beta2 d)^2 with beta3;  u = (m + beta2 v) / (sqrt(n) + eps)
 
     Shapes: all (*).
-    Units: the result has none.
+    Units: the result is dimensionless.
     Source: Xie et al. 2022, Algorithm 1, https://arxiv.org/abs/2208.06677, with the authors' defaults.
-        betas are shares that are kept; the paper's are 1 minus these.
+        betas are the fractions kept; the paper's are 1 minus these.
     """
     change = torch.where(step == 1, 0.0, update - last_grad)
     exp_avg = ema(exp_avg, update, betas[0], step)

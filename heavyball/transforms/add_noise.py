@@ -21,7 +21,7 @@ def add_noise(
 
     u' = u + sqrt(eta / (1 + t)^gamma) N(0, 1)
 
-    The noise depends on the optimizer's seed, the parameter's place and its step alone.
+    The noise depends only on the optimizer's seed, the parameter's position and its step.
 
     Shapes: all (*).
     Units: `eta` has the unit of the square of u.

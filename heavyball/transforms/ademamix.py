@@ -32,16 +32,16 @@ def scale_by_ademamix(
     beta3_warmup: int | None = None,
     eps_placement: EpsPlacement = "outside",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A fast and a slow mean of the gradient over its root mean square.
+    """AdEMAMix: a fast and a slow mean of the gradient over its root mean square.
 
     m1, v as in `scale_by_adam`;  m2 <- beta3 m2 + (1 - beta3) g, not bias-corrected
     u = (m1 + alpha m2) / (sqrt(v) + eps)
 
-    alpha_warmup: alpha min(1, t / T) in place of alpha.
+    alpha_warmup: use alpha min(1, t / T) instead of alpha.
     beta3_warmup: while t < T, the half-life of beta3 grows linearly from beta1's to its own.
 
     Shapes: all (*).
-    Units: the result has none.
+    Units: the result is dimensionless.
     Source: Pagliardini, Ablin and Grangier 2024, Algorithm 1, https://arxiv.org/abs/2409.03137.
     """
     beta3 = betas[2]

@@ -21,16 +21,16 @@ def scale_by_adopt(
     eps: Live = 1e-6,
     clip_exponent: Live | None = 0.25,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Momentum of gradients divided by the root mean square of the gradients before them.
+    """ADOPT: momentum of gradients, each divided by the root mean square of earlier gradients.
 
-    t = 1:  v <- g^2, and neither the parameter nor anything behind this element changes
+    t = 1:  v <- g^2, and neither the parameter nor any later element changes
     t > 1:  s = t - 1;  n = clip(g / max(sqrt(v), eps), -s^clip_exponent, s^clip_exponent)
             u = m <- beta1 m + (1 - beta1) n;  then v <- beta2 v + (1 - beta2) g^2
 
     There is no bias correction. `clip_exponent=None` does not clip.
 
     Shapes: all (*).
-    Units: the result has none; |u| <= s^clip_exponent.
+    Units: the result is dimensionless; |u| <= s^clip_exponent.
     Source: Taniguchi et al. 2024, Algorithm 2, https://arxiv.org/abs/2411.02853, and the authors'
         code. The step that is skipped is each parameter's own first.
     """

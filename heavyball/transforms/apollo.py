@@ -26,7 +26,7 @@ def _image(holds: Holds) -> State:
     def init(param: Tensor, options: Mapping[str, Any]) -> Tensor:
         return param.new_zeros(images_shape(param.shape, options))
 
-    return State(init, "zeros like the image", holds=holds)
+    return State(init, "zeros like the projection", holds=holds)
 
 
 def _scaled(
@@ -137,23 +137,23 @@ def apollo(
     blocks: Blocks = None,
     axis: Literal[0, 1] = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Scale each channel of the gradient as Adam would in a random image of it.
+    """Scale each channel of the gradient as Adam would in a random projection of it.
 
     R < C: Z = S g, r x C, channels are columns;  else Z = g S^T, R x r, channels are rows
-    S normal with variance 1 / r, new every `gap` steps from the seed
+    S normal with variance 1 / r, redrawn from the seed every `gap` steps
     m, v plain means of Z and Z^2;  N = m / (sqrt(v) + eps)
     s = ||N|| / (||Z|| + 1e-8) per channel, or one for the tensor;  w = g s
-    q = max(||w|| / (last + 1e-8), 1.01) / 1.01, 1 at first;  w <- w / q;  last = ||w||
+    q = max(||w|| / (last + 1e-8), 1.01) / 1.01, initially 1;  w <- w / q;  last = ||w||
     u = sqrt(scale) w sqrt(1 - betas[1]^t) / (1 - betas[0]^t)
 
-    blocks, axis: as in `orthogonalize`; every block has an image and a limiter of its own, and m and v
-        are vectors that hold all images.
+    blocks, axis: as in `orthogonalize`; every block has its own projection and limiter; m and v are
+        vectors that contain all projections.
 
-    APOLLO-mini is rank=1, scale_type="tensor", scale=128. A clip of the norm right behind works against
-    the limiter.
+    APOLLO-mini is rank=1, scale_type="tensor", scale=128. Clipping the norm right after it works
+    against the limiter.
 
     Shapes: two or more dimensions, R x C as (size of axis 0, rest); m, v of the shape of Z.
-    Units: the result has none; lr is about 0.01.
+    Units: the result is dimensionless; lr is about 0.01.
     Errors: ValueError for a rank that is larger than the matrix, and for fewer than two dimensions.
     Source: Zhu et al. 2024, https://arxiv.org/abs/2412.05270; apollo-torch 1.0.3.
     """

@@ -15,9 +15,9 @@ def identity(update: Tensor) -> Tensor:
 
 @transform()
 def apply(update: Tensor, *, fn: Callable = identity) -> Tensor:
-    """Put a function of the update into a chain.
+    """Apply a function to the update.
 
-    u' = fn(u); it must be pure and keep the shape.
+    u' = fn(u); fn must be pure and preserve the shape.
 
     Shapes: all (*).
     """
@@ -33,8 +33,8 @@ def apply(update: Tensor, *, fn: Callable = identity) -> Tensor:
 
 @transform(provides=("grad",))
 def maximize(update: Tensor, *, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Go up instead of down: everything behind sees the negative gradient.
+    """Maximize the objective: later elements see the negative gradient.
 
-    u' = -u, and g' = -g for those that compare with the gradient
+    u' = -u, and g' = -g for elements that use the gradient
     """
     return -update, -grad

@@ -28,7 +28,7 @@ def scale_by_adam_atan2(
     a: Live = 1.27,
     b: Live = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Adam whose result is bounded and does not depend on the gradient's scale.
+    """Adam with an arc tangent: bounded, and independent of the gradient's scale.
 
     u = a atan2(m, b sqrt(v)), m and v as in `scale_by_adam`
 

@@ -55,18 +55,18 @@ def scale_by_came(
     eps: Live = (1e-30, 1e-16),
     correct_bias: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """Adafactor's direction, averaged, over the root of how far directions are from their mean.
+    """CAME: averaged Adafactor updates, divided by the root of their squared deviation.
 
     V = row col / mean(row), means of g^2 + eps_1 with beta2;  n = g / sqrt(V)
     n <- n / max(1, RMS(n) / threshold);  m <- beta1 m + (1 - beta1) n
     W = the same of (n - m)^2 + eps_2 with beta3;  u = m / sqrt(W), and m for vectors
 
-    correct_bias: make all means unbiased. Without, the first u is 11 times a sign, which the published
-        learning rates presume.
+    correct_bias: make all means unbiased. Without it, the first u is 11 times a sign, which the
+        published learning rates assume.
 
-    Shapes: all (*); rows and columns are those of the last two axes. State is 4 bytes an element and
-        some rows and columns.
-    Units: the result has none.
+    Shapes: all (*); rows and columns are those of the last two axes. State is 4 bytes per
+        element, plus rows and columns.
+    Units: the result is dimensionless.
     Source: Luo et al. 2023, Algorithm 2, https://arxiv.org/abs/2307.02047; came-pytorch 0.1.3.
     """
     weights = [debiased_weight(b, step) if correct_bias else 1 - b for b in betas]

@@ -30,23 +30,23 @@ def mask_disagreeing(
 def cautious(
     update: Tensor, *, grad: Tensor, scale: CautiousScale = "mean", strict: bool = True
 ) -> Tensor:
-    """Drop the entries of the update whose sign is not the gradient's.
+    """Zero the entries of the update whose sign differs from the gradient's.
 
     u' = u mask / max(mean(mask), 1e-3), mask = 1 where u g > 0, g the raw gradient
 
-    scale: "sum_plus_one" is n / (sum(mask) + 1), the paper's; "none" leaves it out.
-    strict: False counts an entry where u g = 0 as agreeing.
+    scale: "sum_plus_one" is n / (sum(mask) + 1), the paper's; "none" does not scale.
+    strict: False keeps entries with u g = 0.
 
     Shapes: all (*); the mean is over the tensor. A tensor that disagrees everywhere gives 0.
     Source: Liang et al. 2024, Algorithm 1, https://arxiv.org/abs/2411.16085, with the scale of the
-        authors' present code.
+        authors' current code.
     """
     return mask_disagreeing(update, grad, scale, strict)
 
 
 @transform(excludes={"cautious": BOTH})
 def grams(update: Tensor, *, grad: Tensor) -> Tensor:
-    """The size of the update with the sign of the gradient.
+    """Combine the magnitude of the update with the sign of the gradient.
 
     u' = sign(g) |u|, g the raw gradient; sign(0) = 0
 

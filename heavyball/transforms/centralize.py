@@ -7,7 +7,7 @@ from heavyball.core.transform import transform
 
 @transform()
 def centralize(update: Tensor) -> Tensor:
-    """Give every output unit's gradient the mean zero.
+    """Subtract the mean from the gradient of every output unit.
 
     u' = u - mean of u over all axes but the first, for two or more dimensions; else u' = u
 

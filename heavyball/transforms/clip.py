@@ -10,7 +10,7 @@ from heavyball.numerics import norm, rms
 
 @transform(domains={"max_norm": positive})
 def clip_by_norm(update: Tensor, *, max_norm: Live = 1.0) -> Tensor:
-    """Shorten a tensor that is longer than `max_norm`.
+    """Clip the norm of each tensor at `max_norm`.
 
     u' = u min(1, max_norm / ||u||)
 
@@ -21,7 +21,7 @@ def clip_by_norm(update: Tensor, *, max_norm: Live = 1.0) -> Tensor:
 
 @transform(domains={"max_rms": positive})
 def clip_by_rms(update: Tensor, *, max_rms: Live = 1.0) -> Tensor:
-    """Scale down a tensor whose root mean square is above `max_rms`.
+    """Clip the root mean square of each tensor at `max_rms`.
 
     u' = u min(1, max_rms / RMS(u))
 
@@ -65,7 +65,7 @@ def _squared_norm(update: Tensor) -> Tensor:
 def clip_by_global_norm(
     update: Tensor, *, total: Tensor, max_norm: Live = 1.0, eps: Fixed = 1e-6
 ) -> Tensor:
-    """Shorten all parameters' updates by one factor if they are longer than `max_norm` together.
+    """Clip the global norm of all updates at `max_norm`.
 
     u' = u min(1, max_norm / (N + eps)), N the norm of all updates as one vector
 
@@ -87,7 +87,7 @@ def adaptive_gradient_clip(
     min_norm: Live = 1e-3,
     unit_wise: bool = True,
 ) -> Tensor:
-    """Bound the gradient by a share of the weights that it belongs to.
+    """Clip the gradient relative to the norm of its weights.
 
     u' = u M / max(N(u), 1e-6) where N(u) > M, M = clipping max(N(p), min_norm)
 

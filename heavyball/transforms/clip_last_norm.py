@@ -35,16 +35,16 @@ def _renewed(members: Sequence[Member], options: Mapping[str, Any]) -> list[dict
 def clip_by_last_norm(
     update: Tensor, *, last_norm: Tensor, max_norm: Live = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Shorten all gradients by one factor if they were longer than `max_norm` together a step ago.
+    """Clip all gradients by their global norm in the previous step.
 
     N_t = norm of all gradients of step t as one vector, N_0 = 0
     u' = u min(1, max_norm / max(N_{t-1}, ||u||))
 
-    So it can be had where parameters are stepped one at a time (`fuse_backward`), which a clip by N_t
-    cannot. What it bounds, over n tensors: each ||u'|| <= max_norm, in the first step too; and all
-    together ||u'|| <= max_norm min(sqrt(n), N_t / max(N_{t-1}, max_norm)), which is max_norm while the
-    norm stays above it and does not grow. Norms are over all groups, of what has a gradient; a step that
-    `accumulate` leaves out counts for nothing. It stands before every moment, wherever it is written.
+    Unlike clipping by N_t, it works when parameters are stepped one at a time (`fuse_backward`). For n
+    tensors, each has ||u'|| <= max_norm, in the first step too, and all together have ||u'|| <=
+    max_norm min(sqrt(n), N_t / max(N_{t-1}, max_norm)), which is max_norm while the norm stays above it
+    and does not grow. Norms cover all groups and all parameters with a gradient; steps that `accumulate`
+    skips do not count. It runs before every moment, wherever it is placed.
 
     Shapes: all (*), ||u|| over one tensor.
     Units: `max_norm` and the entry `last_norm` of the groups, which is N_{t-1}: those of u.

@@ -19,17 +19,17 @@ def clip_spikes(
     beta2: Live = 0.999,
     start: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Bound every entry by the root of `theta` times its mean square so far.
+    """Clip every entry at the root of `theta` times its running mean square.
 
     u' = sign(u) sqrt(theta v) where u^2 > theta v and t > start;
     then v <- beta2 v + (1 - beta2) u'^2, from zero
 
-    The first gradient is left alone, since nothing is known before it.
+    The first gradient is not clipped, because v is not known yet.
 
     Shapes: all (*).
     Units: those of u. v is not bias-corrected: at the second step theta v is 5 u_1^2.
-    Source: Huang et al. 2025, SPAM, https://arxiv.org/abs/2501.06842, whose v is Adam's own. Behind
-        `reset_moments` v begins anew with the moments.
+    Source: Huang et al. 2025, SPAM, https://arxiv.org/abs/2501.06842, whose v is Adam's own. After
+        `reset_moments`, v restarts with the moments.
     """
     first = step == 1
     square = torch.where(first, 0.0, square)

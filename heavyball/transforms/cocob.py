@@ -32,13 +32,13 @@ def cocob(
     alpha: Live = 100.0,
     eps: Live = 1e-8,
 ) -> tuple[Tensor, ...]:
-    """Bet a share of what every weight has won so far on the sign of its next gradient.
+    """Bet a fraction of each weight's accumulated reward on the sign of its next gradient.
 
-    L <- max(L, |u|), at first eps;  G <- G + |u|;  R <- max(R - u (p - p_1), 0);  T <- T - u
+    L <- max(L, |u|), initially eps;  G <- G + |u|;  R <- max(R - u (p - p_1), 0);  T <- T - u
     p <- p_1 + T / (L max(G + L, alpha L)) (L + R)
 
     Shapes: all (*). Five states of the parameter's size.
-    Units: `lr` has no effect; a first step is 1 / alpha in weight units.
+    Units: `lr` has no effect; the first step is 1 / alpha in weight units.
     Source: Orabona and Tommasi 2017, Algorithm 2, https://arxiv.org/abs/1705.07795; optax.
     """
     size = update.abs()

@@ -59,15 +59,16 @@ def d_adapt_adam(
     growth_rate: Live = float("inf"),
     split_groups: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Adam with a lower bound of the distance to the solution as its learning rate.
+    """Adam with a lower bound on the distance to the solution as its learning rate.
 
-    lr' = d lr;  N = <g, s / (sqrt(v) + eps)> lr' over all parameters, with v and s of before
+    lr' = d lr;  N = <g, s / (sqrt(v) + eps)> lr' over all parameters, with the old v and s
     m <- beta1 m + (1 - beta1) lr' g;  v <- beta2 v + (1 - beta2) g^2;  b = sqrt(beta2)
     s <- b s + (1 - b) lr' g;  W <- b W + (1 - b) N;  u = m / (lr' (sqrt(v) + eps))
     after the step: d <- max(d, min(W / ((1 - b) ||s||_1), d growth_rate))
 
-    Shapes: all (*). It is rate and rule in one; means start at zero and are not bias-corrected.
-    Units: `lr` is a factor, to be left at 1; d has the unit of the weights.
+    Shapes: all (*). It is both the rate and the update rule; means start at zero and are not
+        bias-corrected.
+    Units: `lr` is a factor, leave it at 1; d has the unit of the weights.
     Source: Defazio and Mishchenko 2023, https://arxiv.org/abs/2301.07733; dadaptation 3.2 DAdaptAdam.
     """
     rate = d * lr
@@ -100,14 +101,14 @@ def d_adapt_lion(
     d0: Live = 1e-6,
     split_groups: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Lion with a lower bound of the distance to the solution as its learning rate.
+    """Lion with a lower bound on the distance to the solution as its learning rate.
 
-    lr' = d lr;  u = sign(beta1 m + (1 - beta1) g);  N = <u, s> lr' over all parameters, s of before
+    lr' = d lr;  u = sign(beta1 m + (1 - beta1) g);  N = <u, s> lr' over all parameters, old s
     m <- beta2 m + (1 - beta2) lr' g;  b = sqrt(beta2);  s <- b s + (1 - b) lr' u
     W <- b W + (1 - b) N;  after the step: d <- max(d, W / ((1 - b) ||s||_1))
 
-    Shapes: all (*). It is rate and rule in one.
-    Units: `lr` is a factor, to be left at 1; d has the unit of the weights.
+    Shapes: all (*). It is both the rate and the update rule.
+    Units: `lr` is a factor, leave it at 1; d has the unit of the weights.
     Source: Defazio and Mishchenko 2023, https://arxiv.org/abs/2301.07733; dadaptation 3.2 DAdaptLion.
     """
     rate = d * lr
@@ -167,13 +168,13 @@ def d_adapt_sgd(
     growth_rate: Live = float("inf"),
     split_groups: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Dual averaging with a lower bound of the distance to the solution as its learning rate.
+    """Dual averaging with a lower bound on the distance to the solution as its learning rate.
 
     G = ||u_1|| over all parameters;  r = d lr / G;  N <- N + r <u, s>;  s <- s + r u
     p <- momentum p + (1 - momentum) (p_1 - s);  d <- max(d, min(2 N / ||s||, d growth_rate))
 
     Shapes: all (*).
-    Units: `lr` is a factor, to be left at 1; d has the unit of the weights.
+    Units: `lr` is a factor, leave it at 1; d has the unit of the weights.
     Source: Defazio and Mishchenko 2023, https://arxiv.org/abs/2301.07733; dadaptation 3.2 DAdaptSGD,
         which leaves the decay out of G.
     """

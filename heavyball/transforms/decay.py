@@ -17,7 +17,7 @@ from heavyball.state.declare import copy_of_param, scalar, zeros
 def decoupled(
     update: Tensor, *, param: Tensor, decayed: Tensor | None = None, weight_decay: Live = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Shrink the weights in proportion to the learning rate; the default decay.
+    """Decoupled weight decay, proportional to the learning rate; the default.
 
     D = wd p, so p <- p (1 - lr wd) - lr u. After `focus`, wd times the averaged weight.
     It provides wd as `decay_rate` for writers that decay at another point.
@@ -33,7 +33,7 @@ DEFAULTS["decay"] = decoupled
 
 @transform()
 def coupled(update: Tensor, *, param: Tensor, weight_decay: Live = 0.0) -> Tensor:
-    """L2 regularization: the decay is part of the gradient, and what follows scales it too.
+    """L2 regularization: add the decay to the gradient, so that later elements scale it too.
 
     u' = u + wd p
 
@@ -46,7 +46,7 @@ def coupled(update: Tensor, *, param: Tensor, weight_decay: Live = 0.0) -> Tenso
 def regularized(
     update: Tensor, *, grad: Tensor, param: Tensor, weight_decay: Live = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """`coupled` for everything behind: what compares with the gradient sees the decay in it too.
+    """`coupled`, also for elements that compare with the gradient.
 
     u' = u + wd p, and g' = g + wd p
 
@@ -65,15 +65,15 @@ def independent(
     weight_decay: Live = 0.0,
     peak_lr: Live = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Decay that follows the schedule but not the size of the learning rate.
+    """Weight decay that follows the learning-rate schedule but not its scale.
 
     D = wd p / lr_peak, so p <- p (1 - wd lr / lr_peak) - lr u
 
-    `peak_lr` is lr_peak; 0 stands for the largest `lr` of the group so far, warm-up left out, or of its
-    schedule where it follows one that is known (`lr=C.wsd(...)`). A scheduler of torch that rises by
-    itself (OneCycleLR) needs `peak_lr`.
+    `peak_lr` is lr_peak. 0 stands for the largest value of the group's schedule (`lr=C.wsd(...)`), or
+    without one for the largest `lr` so far, without warm-up. A torch scheduler that increases lr
+    (OneCycleLR) needs `peak_lr`.
 
-    Units: `weight_decay` is the share that a step at the peak takes off.
+    Units: `weight_decay` is the fraction of the weights removed by a step at the peak.
     Source: Schaipp 2024, https://fabian-sp.github.io/posts/2024/02/decoupling/.
     """
     lr_max, peak = _peak(lr_max, base_lr, peak_lr)
@@ -93,7 +93,7 @@ def adamc(
     weight_decay: Live = 0.0,
     peak_lr: Live = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Decay for weights that a normalization layer follows, corrected for the schedule.
+    """Weight decay for layers followed by normalization, corrected for the learning-rate schedule.
 
     D = wd (lr / lr_peak) p, so p <- p (1 - wd lr^2 / lr_peak) - lr u; `peak_lr` as in `independent`.
 
@@ -113,12 +113,12 @@ def _peak(lr_max: Tensor, base_lr: Tensor, peak_lr: Tensor) -> tuple[Tensor, Ten
 def separate_decay(
     update: Tensor, *, param: Tensor, lr: Tensor, weight_decay: Live = 0.0, by_lr: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Decay that is no part of the update: what masks or normalizes that leaves it alone.
+    """Weight decay separate from the update, so that masks and normalizations do not affect it.
 
-    p <- p - lr wd p - lr u;  by_lr=False: p <- p - wd p - lr u, whatever the learning rate
+    p <- p - lr wd p - lr u;  by_lr=False: p <- p - wd p - lr u, independent of lr
 
-    Before `schedule_free` it acts at y: z gets all of it, y as much of it as of the update. Only
-    `descend` and `schedule_free` know of it.
+    Before `schedule_free` it acts at y: z receives all of it, y the same share as of the update. Only
+    `descend` and `schedule_free` support it.
 
     Units: `weight_decay` is per unit of `lr` and step, or with by_lr=False per step.
     Source: `weight_decay_by_lr` of prodigy-plus-schedule-free.
@@ -142,7 +142,7 @@ def cautious_decay(update: Tensor, *, param: Tensor, weight_decay: Live = 0.0) -
 def proximal_decay(
     update: Tensor, *, param: Tensor, lr: Tensor, weight_decay: Live = 0.0
 ) -> Tensor:
-    """Shrink the weights of after the step.
+    """Proximal weight decay: shrink the weights after the step.
 
     D = (wd p - lr wd u) / (1 + lr wd), so p <- (p - lr u) / (1 + lr wd)
 
@@ -156,7 +156,7 @@ def proximal_decay(
 def anchor_decay(
     update: Tensor, anchor: Tensor, *, param: Tensor, weight_decay: Live = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Pull the weights to where they began, as suits fine-tuning.
+    """Decay the weights towards their initial values, for fine-tuning.
 
     D = wd (p - p_1), p_1 the parameter before its first step
 
@@ -168,7 +168,7 @@ def anchor_decay(
 
 @transform(kind="decay")
 def l1_decay(update: Tensor, *, param: Tensor, weight_decay: Live = 0.0) -> Tensor:
-    """Decay by the same amount for every weight, which drives weights to zero.
+    """L1 weight decay: the same amount for every weight, which drives weights to zero.
 
     D = wd sign(p)
     """
@@ -177,7 +177,7 @@ def l1_decay(update: Tensor, *, param: Tensor, weight_decay: Live = 0.0) -> Tens
 
 @transform(kind="decay")
 def palm_decay(update: Tensor, *, param: Tensor, lr: Tensor, weight_decay: Live = 0.0) -> Tensor:
-    """Decay with the square of the learning rate.
+    """Weight decay proportional to the square of the learning rate.
 
     D = wd lr p, so p <- p (1 - wd lr^2) - lr u
 
@@ -197,12 +197,12 @@ def decay_to_ema(
     weight_decay: Live = 0.0,
     beta: Live = 0.999,
 ) -> tuple[Tensor, Tensor]:
-    """Pull the weights to their own running mean instead of to zero.
+    """Decay the weights towards their own running mean instead of towards zero.
 
     e <- unbiased mean of p_1..p_t with `beta`;  D = wd (p - e) / lr,
     so p <- p + wd (e - p) - lr u; nothing moves at lr = 0.
 
-    Units: `weight_decay` is the share of the way to the mean taken per step.
+    Units: `weight_decay` is the fraction of the distance to the mean covered per step.
     Source: `weight_decay_to_ema` of HeavyBall 1.0.
     """
     decay_target = ema(decay_target, param, beta, step)

@@ -28,20 +28,20 @@ def delayed_rms(
     min_dim_mode: Literal["second", "any"] = "any",
     correct_bias: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
-    """`factored_rms` with the second moment of the steps before, as ADOPT takes it.
+    """`factored_rms` with the second moment before the current step, as in ADOPT.
 
-    t = 1:  v <- u^2, and nothing behind this element changes
-    t > 1:  u' = u / (sqrt(v) + eps), with row and column means of v where it is factored; then
+    t = 1:  v <- u^2, and later elements do not change
+    t > 1:  u' = u / (sqrt(v) + eps), with row and column means of v if factored; then
             v <- beta2 v + (1 - beta2) u^2
 
-    Behind `prodigy_plus_d` the divisor is v in the units of the step that it is from.
-    A large `min_dim` keeps all of v. `eps` None and `correct_bias` are those of `scale_by_exp_avg_sq`.
+    After `prodigy_plus_d`, the divisor is v in the unit of the step it comes from. A large `min_dim`
+    stores v unfactored. `eps` None and `correct_bias`: as in `scale_by_exp_avg_sq`.
 
     Shapes: all (*).
-    Units: the result has none.
+    Units: the result is dimensionless.
     Source: `use_adopt` of prodigy-plus-schedule-free 1.9.0, after Taniguchi et al. 2024,
-        https://arxiv.org/abs/2411.02853, without its momentum and its clip. Departure: the step that
-        is left out is each parameter's own first.
+        https://arxiv.org/abs/2411.02853, without its momentum and its clip. Departure: the step
+        that is skipped is each parameter's own first.
     """
     first, old = step == 1, (row, col, exp_avg_sq)
     weight = torch.where(first, 1.0, second_weight(beta2, step, scheduled_beta2, correct_bias))

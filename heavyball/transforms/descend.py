@@ -7,9 +7,9 @@ from heavyball.core.transform import DEFAULTS, transform
 
 @transform(kind="writer")
 def descend(update: Tensor, *, param: Tensor, lr: Tensor, shrink: Tensor | None = None) -> Tensor:
-    """Take one step against the update.
+    """Write the parameter: subtract `lr` times the update.
 
-    p <- p - lr u, and minus what `separate_decay` takes off
+    p <- p - lr u, minus the decay of `separate_decay`
 
     Units: `lr` times the update's unit is the parameter's.
     """

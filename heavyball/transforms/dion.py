@@ -57,7 +57,7 @@ def _problem(shape: torch.Size, options: Mapping[str, Any]) -> str | None:
 @whole_transform(
     requires=_problem,
     momentum_buffer=zeros,
-    directions=State(_directions, "noise of the seed, at first"),
+    directions=State(_directions, "initially noise from the seed"),
     domains={"momentum": fraction, "rank_fraction": share, "rank_multiple": positive},
     excludes=dict.fromkeys(
         ("muon_momentum", "muon", "exp_avg", "heavyball_momentum", "nesterov_momentum"),
@@ -86,11 +86,11 @@ def dion(
     u = sqrt(R / C) W Q^T;  where M = 0: u = 0, and Q stays
 
     rank: None is `rank_fraction` of the shorter side, rounded up to a multiple of `rank_multiple`.
-    blocks, axis: as in `orthogonalize`; rank and Q are those of a block.
+    blocks, axis: as in `orthogonalize`; each block has its own Q and rank.
 
     Shapes: two or more dimensions, R x C as (size of axis 0, rest); Q: shorter side x rank, and with
-        blocks a vector that has all of them.
-    Units: the result has none; lr is about 0.01.
+        blocks one vector that contains all of them.
+    Units: the result is dimensionless; lr is about 0.01.
     Errors: ValueError for a rank that is larger than the matrix, and for fewer than two dimensions.
     Source: Ahn et al. 2025, Algorithm 1, https://arxiv.org/abs/2504.05295; microsoft/dion.
     """
@@ -155,16 +155,16 @@ def partial_orthogonalize(
     blocks: Blocks = None,
     axis: Literal[0, 1] = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Orthogonalize only some slices of a growing momentum, and let only those decay.
+    """Orthogonalize only some slices of the momentum, and decay only those.
 
     M <- M + g;  slices: of the n rows where R <= C, else of the columns, ceil(fraction n) of the largest
     1-norm, or at random;  O = NS(M[slices]);  M[slices] <- momentum M[slices]
     u = sqrt(R / C) O in these slices, 0 elsewhere
 
-    method, steps, eps, products, blocks, axis: as in `orthogonalize`; every block has slices of its own.
+    method, steps, eps, products, blocks, axis: as in `orthogonalize`; every block has its own slices.
 
     Shapes: two or more dimensions, R x C as (size of axis 0, rest).
-    Units: the result has none; lr is about 0.01.
+    Units: the result is dimensionless; lr is about 0.01.
     Errors: ValueError for a parameter of fewer than two dimensions.
     Source: https://arxiv.org/abs/2512.16928; dion2.py of microsoft/dion.
     """

@@ -74,17 +74,17 @@ def dog_rate(
     init_lr: Live | None = None,
     split_groups: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """Multiply the learning rate by the largest distance from the start over the root of all squares.
+    """Multiply the learning rate by the distance moved over the root of all squared gradients (DoG).
 
-    r = largest ||p - p_1|| of any step so far, at first reps (1 + ||p_1||);  S = eps + sum of ||g||^2
+    r = largest ||p - p_1|| of any step so far, initially reps (1 + ||p_1||);  S = eps + sum of ||g||^2
     lr' = lr r / sqrt(S), norms over all parameters;  u' = u
 
-    layerwise: r and S are those of each tensor by itself (LDoG).
+    layerwise: compute r and S for each tensor (LDoG).
     init_lr: the learning rate of the first step.
-    split_groups: r and S are those of each group.
+    split_groups: compute r and S for each group.
 
     Shapes: all (*).
-    Units: `lr` is a factor, to be left at 1; r has the unit of the weights. reps is 1e-4 for models with
+    Units: `lr` is a factor, leave it at 1; r has the unit of the weights. reps is 1e-4 for models with
         batch normalization.
     Source: Ivgi, Hinder and Carmon 2023, Algorithm 1, https://arxiv.org/abs/2302.12022; the authors
         evaluate with `polynomial_average`.
@@ -129,15 +129,15 @@ def dowg_rate(
     eps: Live = 1e-4,
     split_groups: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`dog_rate` whose gradients weigh with the distance of their time.
+    """`dog_rate` with each gradient weighted by the distance at its step.
 
-    R = largest ||p - p_1||^2 so far, at first eps;  S = sum of R ||g||^2
+    R = largest ||p - p_1||^2 so far, initially eps;  S = sum of R ||g||^2
     lr' = lr R / (sqrt(S) + eps), norms over all parameters;  u' = u
 
-    split_groups: R and S are those of each group.
+    split_groups: compute R and S for each group.
 
     Shapes: all (*).
-    Units: `lr` is a factor, to be left at 1; eps is a square of the weights' unit.
+    Units: `lr` is a factor, leave it at 1; eps is a square of the weights' unit.
     Source: Khaled, Mishchenko and Jin 2023, Algorithm 1, https://arxiv.org/abs/2305.16284, as in
         optax.
     """

@@ -33,11 +33,11 @@ def ema_nesterov(
     gamma: Live = 0.99,
     start: int = 300,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Step from where the gradient was taken, a part of the mean of all steps ahead.
+    """Evaluate gradients ahead of the weights, by a multiple of the mean step.
 
-    z' = p - lr u;  e <- gamma e + (1 - gamma) (z' - z);  p = z' + beta e behind step `start` on, else z'
+    z' = p - lr u;  e <- gamma e + (1 - gamma) (z' - z);  p = z' + beta e after step `start`, else z'
 
-    The parameter holds p while training and z in evaluation mode.
+    The parameter holds p during training and z in evaluation mode.
 
     Shapes: all (*).
     Units: `lr` as in the chain before.

@@ -21,13 +21,13 @@ def exp_avg(
     correct_bias: bool = True,
     lr_in_momentum: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Replace the update by its unbiased running mean.
+    """Replace the update with its unbiased running mean.
 
     m_t = sum_i beta^(t-i) u_i / sum_i beta^(t-i), i = 1..t
 
     correct_bias: False starts at zero: m <- beta m + (1 - beta) u.
-    lr_in_momentum: the mean is one of whole steps, m <- beta m + (1 - beta) lr u from zero, and
-        u' = m / lr; divided by the same mean of lr instead where the bias is corrected.
+    lr_in_momentum: average lr u instead of u, m <- beta m + (1 - beta) lr u from zero, and u' = m / lr;
+        with bias correction, m is divided by the same mean of lr instead.
 
     Shapes: all (*).
     Source: the first moment of Kingma and Ba 2015, https://arxiv.org/abs/1412.6980. Departure: the

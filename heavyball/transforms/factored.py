@@ -95,17 +95,16 @@ def factored_rms(
     u' = u / (sqrt(V) + eps)
 
     Tensors whose second largest axis (`min_dim_mode="any"`: whose largest) is shorter than `min_dim`
-    keep a full second moment, and so do those with one axis only of more than one element; further
-    axes are batch axes. `eps` None and `correct_bias` are those of
-    `scale_by_exp_avg_sq`.
+    keep a full second moment, and so do tensors with only one axis of more than one element. Other
+    axes are batch axes. `eps` None and `correct_bias`: as in `scale_by_exp_avg_sq`.
 
-    momentum: above 0, the mean of u with this beta takes the place of u above the root.
-    axes: "last" factors the last two axes, whichever are the largest.
+    momentum: above 0, the mean of u with this beta replaces u in the numerator.
+    axes: "last" factors the last two axes, even if others are larger.
     eps_placement: "maximum" is u / max(sqrt(V), eps), and eps in place of 1e-30; eps None is then the
         machine epsilon of the mathematics. With "last" and `min_dim=1` it is torch's Adafactor.
 
     Shapes: all (*).
-    Units: the result has none.
+    Units: the result is dimensionless.
     Source: Shazeer and Stern 2018, Algorithm 4, https://arxiv.org/abs/1804.04235, with the axes of
         optax. timm and prodigy-plus-schedule-free 1.9.0 average a row over a wrong axis where the
         largest axis comes first, and lose the row factor there.

@@ -8,20 +8,20 @@ from heavyball.core.transform import transform
 
 @transform(domains={"keep": Interval(1, 100)})
 def flight_recorder(update: Tensor, *, dir: str = "", keep: int = 3) -> Tensor:
-    """Write the last steps to a file when one is not finite or far too large; updates pass as they are.
+    """Write the last steps to a file when one is not finite or far too large; updates are unchanged.
 
-    A step is written when the change of any parameter is not finite, or 100 times the median of its
-    last 50 (of two or more). The file has the state, the gradients and what every element gave, of this
-    step and those before it; `heavyball replay FILE` computes it again, element by element. Numbers
-    that follow schedules are in it as they were, and so are a loss, what was fed and first gradients.
+    A file is written when the change of any parameter is not finite, or 100 times the median of its last
+    50 changes (of at least two). It contains the state, the gradients and the output of every
+    element, for this step and those before it; `heavyball replay FILE` recomputes it element by
+    element. Scheduled numbers, the loss, fed signals and first gradients are included with their values.
 
-    dir: the folder for the files, made where it is missing; an empty one keeps and writes nothing.
-    keep: how many steps a file has, and how many files an optimizer writes at most. Of steps in a row
-        that go wrong, the first is written.
+    dir: the folder for the files, created if missing; "" disables the recorder.
+    keep: the number of steps in a file, and the largest number of files per optimizer. If several
+        consecutive steps fail, only the first is written.
 
-    It keeps copies of parameters, gradients and state of `keep` steps and waits for the device in each:
-    it is for finding a fault. What the disk refuses is a warning and never ends a step. Not with
-    `fuse_backward` nor for parameters in parts, where no process has all of this at once.
+    It copies parameters, gradients and state of `keep` steps and waits for the device in each step,
+    so use it to find a fault. Disk errors are warnings and never stop a step. It cannot be used with
+    `fuse_backward` or sharded parameters, where all of this does not exist at once in one process.
 
     Shapes: all (*).
     """

@@ -12,11 +12,11 @@ from heavyball.numerics import dot, norm
 def radial_brake(
     update: Tensor, *, param: Tensor, outward: Live = 0.5, inward: Live = 1.0
 ) -> Tensor:
-    """Scale the part of the update along the weights, and more where the step would lengthen them.
+    """Scale the radial part of the update, differently for steps that lengthen the weights.
 
     c = <u, p> / <p, p>;  u' = (u - c p) + k c p, k = outward if c < 0, else inward
 
-    Shapes: all (*), the products over the whole tensor; weights of zero let u pass.
+    Shapes: all (*), the products over the whole tensor; zero weights let u pass.
     Units: those of u.
     Source: record 46 of modded-nanogpt's third track.
     """
@@ -30,17 +30,17 @@ def radial_brake(
 def update_floor(
     update: Tensor, *, param: Tensor, floor: Live = 0.35, rows: bool = False
 ) -> Tensor:
-    """Lengthen an update that is shorter than a share of the weights.
+    """Lengthen updates that are shorter than a fraction of the weights' norm.
 
     u' = u max(1, floor ||p|| / max(||u||, 1e-8))
 
-    The relative step never falls below lr floor, which takes the place of a decay; with one the two work
+    The relative step never falls below lr floor, which replaces a weight decay; together, the two work
     against each other.
 
-    rows: with the norms of each row (all axes but the first) on its own.
+    rows: apply it to each row (all axes but the first) separately.
 
     Shapes: all (*).
-    Units: `floor` is the share of ||p|| per unit of lr.
+    Units: `floor` is a fraction of ||p|| per unit of lr.
     Source: records 9, 29 and 46 of modded-nanogpt's third track.
     """
     axes = tuple(range(1, update.ndim)) if rows else None
@@ -75,12 +75,12 @@ SPHERES = dict.fromkeys(
 
 @transform(kind="post", excludes=AVERAGES | SPHERES)
 def pin_radius(update: Tensor, *, old_param: Tensor, written: Tensor, lr: Tensor) -> Tensor:
-    """Give the weights the norm that they would have by the step along them alone.
+    """Rescale the weights to the norm that the radial part of the step alone would give.
 
-    rho = ||p|| - lr <u, p> / ||p||, with p and u of before the write;  behind it p <- p rho / ||p||
+    rho = ||p|| - lr <u, p> / ||p||, with p and u before the write;  after it p <- p rho / ||p||
 
-    What a step has across the weights lengthens them, however small it is; this takes it back. Weights
-    of zero stay as they were written.
+    The tangential part of a step lengthens the weights, however small it is; this undoes it. Zero
+    weights stay as they were written.
 
     Shapes: all (*), norms over the whole tensor.
     Source: record 46 of modded-nanogpt's third track.
@@ -95,13 +95,13 @@ def pin_radius(update: Tensor, *, old_param: Tensor, written: Tensor, lr: Tensor
 def post_cautious_decay(
     update: Tensor, *, old_param: Tensor, written: Tensor, lr: Tensor, weight_decay: Live = 0.0
 ) -> Tensor:
-    """`cautious_decay` behind the write, and behind a pin that would take it back.
+    """`cautious_decay` after the write, and after `pin_radius`, which would undo it.
 
-    p <- p (1 - lr wd) where u p >= 0, with p and u of before the write; an entry with u = 0 decays
+    p <- p (1 - lr wd) where u p >= 0, with p and u before the write; an entry with u = 0 decays
 
     Shapes: all (*).
     Units: `weight_decay` is per unit of `lr` and step.
-    Source: record 46 of modded-nanogpt's third track, which leaves out entries with u = 0.
+    Source: record 46 of modded-nanogpt's third track, which skips entries with u = 0.
     """
     agree = written.sign() * old_param.sign() >= 0
     return torch.where(agree, update * (1 - lr * weight_decay), update)

@@ -31,12 +31,12 @@ def focus(
     gamma: Live = 0.1,
     momentum: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Follow the sign of the momentum and be drawn to the averaged weights.
+    """Step by the sign of the momentum, with attraction to the averaged weights.
 
     m <- beta1 m + (1 - beta1) g;  q = unbiased mean of p_1..p_t with weights beta2^(t-i)
-    u = sign(m) + gamma sign(p - q); `decoupled` decay behind it decays by q instead of p
+    u = sign(m) + gamma sign(p - q); a later `decoupled` decays q instead of p
 
-    momentum: False takes the sign of g itself, and keeps no m.
+    momentum: False uses the sign of g and stores no m.
 
     Shapes: all (*).
     Units: |u| <= 1 + gamma, so `lr` is the size of every entry's step.

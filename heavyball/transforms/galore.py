@@ -203,15 +203,17 @@ def _low_rank(name: str, inner: tuple[Any, ...], options: dict[str, Any]) -> Wit
 
 
 def galore(*inner: Any, **options: Any) -> Within:
-    """Run a chain, Adam by default, on the gradient's image in its leading singular vectors.
+    """Run a chain, Adam by default, on a low-rank projection of the gradient (GaLore).
 
-    Every `gap` steps, the first among them, the SVD of g gives B, the `rank` leading right singular
-    vectors where R >= C, else the left ones.  Z = g B, or B^T g;  u = scale (inner(Z) turned back)
-    The chain keeps its states in the shape of Z, and they stay as they are when B is renewed.
+    In the first step and then every `gap` steps, the SVD of g gives B, the `rank` leading right singular
+    vectors if R >= C, else the left ones.  Z = g B, or B^T g;  u = scale (inner(Z) projected back)
+
+    The inner chain's states have the shape of Z, and do not change when B is recomputed.
 
     rank (128), gap (200), scale (0.25, live).
-    blocks (None), axis (0): as in `orthogonalize`. Every block has a B of its own, and the chain's
-        states are vectors that hold the images of all, so that what needs a matrix cannot stand inside.
+    blocks (None), axis (0): as in `orthogonalize`. Every block has its own B, and the inner chain's
+        states are vectors that contain all projections, so transforms that need a matrix cannot be
+        inside.
 
     Shapes: two or more dimensions, R x C as (size of axis 0, rest).
     Errors: ValueError for a rank that is larger than the matrix, or a block.
@@ -221,13 +223,15 @@ def galore(*inner: Any, **options: Any) -> Within:
 
 
 def fira(*inner: Any, **options: Any) -> Within:
-    """`galore` with what the image has left out, as large per channel as the chain made the image.
+    """`galore` plus the residual of the projection, scaled per channel like the projected part (Fira).
 
-    u = scale (inner(Z) turned back + w), w = s (g - Z turned back), s = ||inner(Z)|| / (||Z|| + 1e-8)
-    per column of a wide matrix and per row of another;  ||w|| is at most 1.01 times that of before
+    u = scale (inner(Z) projected back + w), w = s (g - Z projected back),
+    s = ||inner(Z)|| / (||Z|| + 1e-8) per column of a wide matrix, else per row;
+    ||w|| grows by at most the factor 1.01 per step
 
-    rank (128), gap (200), scale (1, live), blocks (None), axis (0), as in `galore`; every block has a
-        ||w|| of its own.
+    rank (128), gap (200), scale (1, live), blocks (None), axis (0), as in `galore`; every block has
+    its own
+        limit of ||w||.
 
     Shapes: two or more dimensions, R x C as (size of axis 0, rest).
     Errors: ValueError for a rank that is larger than the matrix, or a block.

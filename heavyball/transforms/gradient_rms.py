@@ -42,16 +42,16 @@ def scale_by_gradient_rms(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Divide the update by the root of the running mean square of the gradient.
 
-    v <- beta2 v + (1 - beta2) g^2, g the gradient the chain started from;  u' = u / (sqrt(v) + eps)
+    v <- beta2 v + (1 - beta2) g^2, g the gradient at the start of the chain;  u' = u / (sqrt(v) + eps)
 
-    Behind `muon_momentum` and before `orthogonalize` it is Muon^2. `scale_by_exp_avg_sq` there would
-    square the momentum. correct_bias: v / (1 - beta2^t) in place of v.
+    After `muon_momentum` and before `orthogonalize`, it is Muon^2; `scale_by_exp_avg_sq` there would
+    square the momentum. correct_bias: use v / (1 - beta2^t) instead of v.
 
     factored: v = row col / max(mean(row), 1e-30) of means with beta2 of the means of g^2 over the
         largest axis and over the second, n + m numbers for an n x m matrix (Muon^2-F).
 
     Shapes: all (*).
-    Units: the result has none.
+    Units: the result is dimensionless.
     Source: https://arxiv.org/abs/2604.09967; record 7 of modded-nanogpt's third track.
     """
     if exp_avg_sq is not None:

@@ -21,11 +21,11 @@ def grokfast(
     lamb: Live = 2.0,
     start: Literal["first", "unbiased"] = "first",
 ) -> tuple[Tensor, Tensor]:
-    """Add a slow mean of the gradient to it.
+    """Add a slow running mean of the gradient to the gradient.
 
-    e <- alpha e + (1 - alpha) g, at first g_1;  u = g + lamb e
+    e <- alpha e + (1 - alpha) g, initially g_1;  u = g + lamb e
 
-    start: "unbiased" takes the unbiased mean, in which g_1 weighs no more than the others.
+    start: "unbiased" uses the unbiased mean, which gives g_1 no extra weight.
 
     Shapes: all (*).
     Units: those of the gradient, up to 1 + lamb times larger.

@@ -143,21 +143,21 @@ def hyperball(
     blocks: Blocks = None,
     axis: Literal[0, 1] = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Step by a share of the norm that the weights began with, and return to that norm.
+    """Step by a fraction of the weights' initial norm, and rescale to that norm.
 
-    R = ||p_1||;  p' = p - lr R u / ||u||;  p <- p' R / ||p'||; where u = 0 the weights stay
+    R = ||p_1||;  p' = p - lr R u / ||u||;  p <- p' R / ||p'||; if u = 0 the weights stay
 
     radius: "initial" is R as above, a number is R itself, "spectral" takes the largest singular value
         in place of the norm of p.
-    blocks, axis: as in `orthogonalize`; every block has a sphere of its own.
+    blocks, axis: as in `orthogonalize`; every block has its own sphere.
 
-    The size of u is no matter, and a decay would only turn it: the chain has none.
+    The scale of u has no effect, and a decay would only rotate it, so the chain adds none.
 
     Shapes: two or more dimensions; norms over the whole tensor, or a block.
     Units: lr is the angle of a step, 0.005 to 0.02, and falls to 0 over the run.
-    Errors: ValueError for fewer than two dimensions, and for weights that are all zero at first.
-    Source: https://arxiv.org/abs/2606.16899, section 2. Departures: R is kept, where records of
-        modded-nanogpt take the norm before each step; Emerging-Optimizers sets what is nearly zero to
+    Errors: ValueError for fewer than two dimensions, and for weights that are initially all zero.
+    Source: https://arxiv.org/abs/2606.16899, section 2. Departures: R is constant, while records of
+        modded-nanogpt take the norm before each step; Emerging-Optimizers sets nearly zero values to
         zero.
     """
     size = norm(update)

@@ -10,7 +10,7 @@ from heavyball.core.transform import transform
 def inverse_time(
     update: Tensor, *, step: Tensor, lr: Tensor, decay: Live = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Divide the learning rate of everything behind by a number that grows with the steps.
+    """Decay the learning rate of later elements inversely with the step.
 
     lr' = lr / (1 + (t - 1) decay);  u' = u
 

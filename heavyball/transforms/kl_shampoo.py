@@ -93,14 +93,14 @@ def kl_shampoo(
     """Divide the momentum by the root of a Kronecker product that fits the gradients' covariance.
 
     t = 1: bases as in `to_eigenbasis`, and no step
-    t > 1: m <- betas[0] m + (1 - betas[0]) g;  u = m, turned, over sqrt(l_i r_j) + eps, turned back
+    t > 1: m <- betas[0] m + (1 - betas[0]) g;  u = m, rotated, over sqrt(l_i r_j) + eps, rotated back
     then the factors and eigenvalues l, r of `to_eigenbasis` with gram="kl", and after the write, every
     `precondition_frequency` steps, Q <- orthogonal factor of GG Q
 
     shampoo_beta: None is betas[1]. blocks, axis: as in `orthogonalize`.
 
-    Shapes: all (*); axes of one element or of more than `max_precond_dim` are left alone.
-    Units: the result has none. lr about 1e-4.
+    Shapes: all (*); axes of one element or of more than `max_precond_dim` are skipped.
+    Units: the result is dimensionless. lr about 1e-4.
     Source: https://arxiv.org/abs/2509.03378 and the authors' kl_opt.py.
     """
     options = {"max_precond_dim": max_precond_dim, "blocks": blocks, "axis": axis}

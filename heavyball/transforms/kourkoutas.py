@@ -28,16 +28,16 @@ def kourkoutas_beta2(
     tiny: Live = 1e-9,
     warmup: int = 350,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Choose the beta2 of every second moment behind by the size of a tensor's gradient.
+    """Set the beta2 of later second moments from the size of each tensor's gradient.
 
     r <- alpha r + (1 - alpha) ||u||, from zero;  s = ||u|| / (r + tiny);  s <- s / (1 + s)
     beta2_t = beta2_max - (beta2_max - beta2_min) s, and (beta2_min + beta2_max) / 2 while t <= warmup
 
-    Second moments correct their bias exactly, by 1 - beta2_1 .. beta2_t; `scale_by_adam` does not with
-    `correct_bias=False`, as the authors' default.
+    Second moments correct their bias exactly, by 1 - beta2_1 .. beta2_t, except `scale_by_adam` with
+    `correct_bias=False`, the authors' default.
 
     Shapes: all (*), the norm over the tensor. State is two numbers.
-    Units: none. Without a warm-up beta2 is low until r has filled, since ||u_1|| / r = 1 / (1 - alpha).
+    Units: none. Without a warm-up, beta2 is low until r converges: ||u_1|| / r = 1 / (1 - alpha).
     Source: Kassinos 2025, https://arxiv.org/abs/2508.12996; a "layer" of the paper is a tensor here.
     """
     size = norm(update)

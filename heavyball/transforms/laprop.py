@@ -31,17 +31,17 @@ def scale_by_laprop(
     centered: bool = False,
     lr_in_momentum: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Momentum of gradients that were scaled by their size at their own time.
+    """LaProp: momentum of gradients that are normalized first.
 
     v as in `scale_by_adam`;  n = g / (sqrt(v) + eps);  u = unbiased mean of n_1..n_t with beta1
 
-    lr_in_momentum: the mean of n weights each step by its learning rate as well, as the authors'
-        code does; the same thing while `lr` is constant.
+    lr_in_momentum: the mean of n also weights each step by its learning rate, as the authors' code does;
+        equivalent while `lr` is constant.
     centered: after ten steps v is replaced by v - a^2 / (1 - beta2^t), with
         a <- beta2 a + (1 - beta2) g.
 
     Shapes: all (*).
-    Units: the result has none.
+    Units: the result is dimensionless.
     Source: Ziyin, Wang and Ueda 2020, Algorithm 1, https://arxiv.org/abs/2002.04839.
         Departure: this v is kept at zero or above.
     """

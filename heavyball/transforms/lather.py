@@ -117,7 +117,7 @@ def _refresh(
     requires=problem,
     domains={"precond_lr": positive, "precond_init_scale": positive},
     factors=State(
-        _first_factors, "the triangles or diagonals of Q_i, at first the identity", several=True
+        _first_factors, "the triangles or diagonals of Q_i, initially the identity", several=True
     ),
     basis=State(_first_basis, "B_i^T: the identity for every triangle", several=True),
     after=_refresh,
@@ -152,22 +152,22 @@ def to_psgd_basis(
 ) -> tuple[Tensor, tuple[Tensor, ...], Pieces, bool, int, Any, Any, Any]:
     """Rotate the update into the eigenvectors of Q_i^T Q_i, with the factors Q_i of `psgd_kron`.
 
-    t = 1: Q_i is fitted to u, B_i = eigenvectors of Q_i^T Q_i, by descending eigenvalue; nothing behind
-        this element happens
-    t > 1: u' = u x_i B_i^T, and, at the steps at which `psgd_kron` fits, Q_i is fitted to u; after the
-        write B_i <- orthogonal factor of Q_i^T Q_i B_i, its columns b by descending ||Q_i b||, each with
-        the sign of the old one at its place
+    t = 1: Q_i is fitted to u, B_i = eigenvectors of Q_i^T Q_i, by descending eigenvalue; later elements
+        do not run
+    t > 1: u' = u x_i B_i^T, and, in the steps in which `psgd_kron` fits, Q_i is fitted to u; after the
+        write B_i <- orthogonal factor of Q_i^T Q_i B_i, its columns b by descending ||Q_i b||, each
+        with the sign of the old one in its position
 
-    Belongs between `lather_precond`'s parentheses: the chain behind it runs in the basis, its step
-    counts from the second gradient. First moments are carried into the new basis exactly; second ones
-    stay at their places.
+    Use it through `lather_precond(...)`: the chain inside runs in the basis and counts steps from
+    the second gradient. First moments are transferred to the new basis exactly; second moments keep
+    their positions.
 
     The options are those of `psgd_kron`. Axes with a diagonal factor are not rotated.
 
     Shapes: all (*); tensors with no axis to rotate pass through.
     Errors: as `psgd_kron`.
-    Source: LATHER of HeavyBall 3.2.1. Departures: the fit is that of `psgd_kron`, which does not depend
-        on a running bound of the steps before; the first gradient is fitted to in any case.
+    Source: LATHER of HeavyBall 3.2.1. Departures: the fit is that of `psgd_kron`, without a running
+        bound over previous steps; the first gradient is always fitted.
     """
     values = max_size_triangular, min_ndim_triangular, memory_save_mode, merge_dims, split
     options = dict(zip(LAYOUT, (*values, blocks, axis), strict=True))

@@ -11,7 +11,7 @@ from heavyball.core.transform import transform
 
 @transform(domains={"lerp": closed_fraction, "scale": positive})
 def trust_region(update: Tensor, *, lerp: Live = 0.9, scale: Live = 1.5) -> Tensor:
-    """Leave small entries as they are and bound large ones by 2.
+    """Leave small entries unchanged and bound large ones by 2.
 
     y = u / scale
     u' = clip(scale ((1 - lerp) sign(y) log(1 + |y|) + lerp tanh(y)), -2, 2)
@@ -53,7 +53,7 @@ def a_law(update: Tensor, *, a: Live = 87.6) -> Tensor:
 
 @transform()
 def softsign(update: Tensor) -> Tensor:
-    """Bound every entry by 2.
+    """Bound every entry smoothly by 2.
 
     u' = 2 u / (1 + |u|)
 

@@ -12,7 +12,7 @@ from heavyball.state.declare import zeros
 def scale_by_lion(
     update: Tensor, exp_avg: Tensor, *, betas: Live = (0.9, 0.99)
 ) -> tuple[Tensor, Tensor]:
-    """Move every element by the same amount.
+    """Lion: the sign of a mix of gradient and momentum.
 
     u = sign(beta1 m + (1 - beta1) g);  then m <- beta2 m + (1 - beta2) g
 

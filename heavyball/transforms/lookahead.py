@@ -25,9 +25,9 @@ AVERAGES = {
 def lookahead(
     update: Tensor, slow: Tensor, *, step: Tensor, k: int = 5, alpha: Live = 0.5
 ) -> tuple[Tensor, Tensor]:
-    """Go a part of the way of every k steps, and start again from there.
+    """Every k steps, move slow weights towards the fast ones, and continue from there.
 
-    at t mod k = 0, behind the write: s <- s + alpha (p - s);  p <- s;  s_0 is p before the first step
+    at t mod k = 0, after the write: s <- s + alpha (p - s);  p <- s;  s_0 is p before the first step
 
     Moments are kept.
 
@@ -55,9 +55,9 @@ def outer_nesterov(
     outer_lr: Live = 0.7,
     outer_momentum: Live = 0.5,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Take the way of every k steps for a gradient, and step along it with Nesterov momentum.
+    """Every k steps, use the displacement as the gradient of a step with Nesterov momentum.
 
-    at t mod k = 0, behind the write: d = s - p;  b <- outer_momentum b + d
+    at t mod k = 0, after the write: d = s - p;  b <- outer_momentum b + d
     s <- s - outer_lr (outer_momentum b + d);  p <- s;  s_0 is p before the first step
 
     Without momentum it is `lookahead` with alpha = outer_lr. Moments are kept.

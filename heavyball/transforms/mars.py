@@ -17,13 +17,13 @@ def mars(
     beta1: Live = 0.95,
     max_norm: Live | None = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Reduce the variance of the gradient that follows.
+    """Reduce the variance of the gradient.
 
     c = g_t + gamma beta1 / (1 - beta1) (g_t - g_(t-1)), g_0 = 0;  u = c min(1, max_norm / ||c||)
 
-    `beta1` is that of the first moment behind; `max_norm=None` does not clip.
+    `beta1` should be that of the first moment after it. `max_norm=None` does not clip.
 
-    Shapes: all (*); the norm is the tensor's.
+    Shapes: all (*); the norm is over the tensor.
     Source: Yuan et al. 2024, Algorithm 1 (the approximate form), https://arxiv.org/abs/2411.10438,
         defaults of the authors' code. HeavyBall's option `mars` has gamma 0.0025 and no clip.
     """

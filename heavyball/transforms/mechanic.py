@@ -68,7 +68,7 @@ def mechanic(
     s_init: Live = 1e-6,
     weight_decay: Live = 0.01,
 ) -> tuple[Tensor, Tensor]:
-    """Scale the way that the chain has gone from the start, by six bettors of different memory.
+    """Scale the total displacement of the chain by a factor that is tuned online (Mechanic).
 
     D = (p_1 - p) / (S + eps);  h = <g + weight_decay S ||g|| / (||p|| + eps) p, D> over all parameters
     for beta = 0.9, 0.99 ..: m' = max(beta m, |h| + eps);  v <- beta^2 v + h^2
@@ -78,7 +78,7 @@ def mechanic(
     `weight_decay` is Mechanic's own; a decay before it is part of u.
 
     Shapes: all (*).
-    Units: `lr` is that of the chain inside, at its usual size or above.
+    Units: `lr` is that of the chain without it, or larger.
     Source: Cutkosky, Defazio and Mehta 2023, Algorithm 1, https://arxiv.org/abs/2306.00144, with the
         clamp of h that the authors added in optax.
     """

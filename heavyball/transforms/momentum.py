@@ -21,14 +21,14 @@ def heavyball_momentum(
     dampening: Live = 0.0,
     lr_in_momentum: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Polyak's heavy ball.
+    """Momentum, as in Polyak's heavy ball method.
 
     b_1 = u_1;  b_t = momentum b_(t-1) + (1 - dampening) u_t;  u' = b
 
-    While `momentum` is 0 the update passes and b stays; no b is held if it has been 0 all along, and
-    b_1 belongs to the first step at which it is not.
+    While `momentum` is 0, the update passes unchanged and b does not change. If it has always been
+    0, no b is stored, and b_1 is that of the first step in which it is nonzero.
 
-    lr_in_momentum: b is a sum of whole steps, of lr u, and u' = b / lr; the same while lr is constant.
+    lr_in_momentum: b sums lr u instead of u, and u' = b / lr; equivalent while lr is constant.
 
     Shapes: all (*).
     Units: those of u, up to 1 / (1 - momentum) times larger.
@@ -55,7 +55,7 @@ def heavyball_momentum(
 def nesterov_momentum(
     update: Tensor, momentum_buffer: Tensor | None, *, momentum: Live = 0.9
 ) -> tuple[Tensor, Tensor | None]:
-    """Momentum with the gradient taken one step ahead, in torch's form.
+    """Nesterov momentum, in torch's form.
 
     b <- momentum b + u;  u' = u + momentum b
 

@@ -44,11 +44,11 @@ def momentum_sam(
     weight_decay: Live = 0.0,
     norm: Literal["global", "tensor"] = "global",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Step the weights z, and hold them a distance ahead in the direction of descent.
+    """Momentum-SAM: hold the parameter a distance ahead of the weights z, in the direction of descent.
 
     m <- beta m + (1 - beta) u;  z <- z - lr (m + weight_decay z);  p = z - rho m / max(||m||, 1e-8)
 
-    The parameter holds p while training and z in evaluation mode.
+    The parameter holds p during training and z in evaluation mode.
 
     norm: over all parameters as one vector ("global", the paper), or over each tensor (HeavyBall).
 

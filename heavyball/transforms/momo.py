@@ -103,19 +103,20 @@ def momo(
 
     A step whose loss is not finite changes nothing.
 
-    f, d, c = means with beta of the loss, u and <u, p>, begun with the first;  k = 1 + lr weight_decay
+    f, d, c = means with beta of the loss, u and <u, p>, from the first value;  k = 1 + lr weight_decay
     tau = min(lr / rho, max(k (f - rho b - c) + <d, p>, 0) / ||d||^2), rho = 1, b = lower_bound
     p <- (p - tau d) / k; products and norms over all parameters
 
-    bias_correction: the means begin at zero, and rho = 1 - beta^t.
-    use_fstar: b is found, never below lower_bound. With h = k (f - c) + <d, p>, b <- h / (2 k rho) where
-        h < k rho b; behind the step b <- (f - c + <d, p> - tau ||d||^2 / 2) / rho.
+    bias_correction: the means start at zero, and rho = 1 - beta^t.
+    use_fstar: b is estimated, never below lower_bound. With h = k (f - c) + <d, p>,
+        b <- h / (2 k rho) where h < k rho b; after the step
+        b <- (f - c + <d, p> - tau ||d||^2 / 2) / rho.
 
     Shapes: all (*).
     Units: `lr` is the largest step size, 1 or more; `lower_bound` has the loss's unit.
     Errors: ValueError at a step without a loss.
     Source: Schaipp et al. 2023, Algorithm 1, https://arxiv.org/abs/2305.07583; fabian-sp/MoMo.
-        Departure: b is found with the lr of the first group, where groups differ.
+        Departure: if groups differ, b is estimated with the lr of the first.
     """
     exp_avg = _mean(exp_avg, update, beta, step, bias_correction)
     rho = 1 - beta**step if bias_correction else torch.ones_like(beta)
@@ -199,7 +200,7 @@ def momo_adam(
     D = sqrt(v / (1 - betas[1]^t)) + eps;  k = 1 + lr weight_decay
     tau = min(lr / rho, max(k (f - rho b - c) + <d, p>, 0) / <d, d / D>);  p <- (p - tau d / D) / k
 
-    lower_bound, use_fstar: b, as in `momo`, with <d, d / D> in place of ||d||^2.
+    lower_bound, use_fstar: b, as in `momo`, with <d, d / D> instead of ||d||^2.
 
     Shapes: all (*).
     Units: `lr` is the largest step, as Adam's; 0.01 or more. `lower_bound` has the loss's unit.

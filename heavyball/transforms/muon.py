@@ -174,34 +174,34 @@ def orthogonalize(
     blocks: Blocks = None,
     axis: Literal[0, 1] = 0,
 ) -> Tensor:
-    """Push all singular values of a matrix to 1 and keep its singular vectors.
+    """Orthogonalize a matrix: push all singular values to 1, keep the singular vectors.
 
     u = U S V^T  ->  scale * U f(S) V^T;  "svd": f = 1;  else Newton-Schulz on u / (||u||_F + eps):
         X <- a X + (b A + c A^2) X, A = X X^T, `steps` times
     method: "quintic" ends with singular values in about [0.68, 1.13], "quintic-5", "cans" and
         "polar_express" closer to 1 (polar_express with 8 steps at 1), "cubic" in [0.77, 1.3] for less
-        work; "deepseekv4" is made for 10 steps and "newton-schulz" for 12, both ending at 1. Or the
-        (a, b, c) of each step; behind the last it is repeated.
-    normalize: what the iteration begins with; "aol" scales the rows of the shorter side by their sums
-        in A, which begins nearer to the end but turns the singular vectors.
+        work; "deepseekv4" is designed for 10 steps and "newton-schulz" for 12, both ending at 1.
+        Or a tuple of (a, b, c) for each step; the last one is repeated.
+    normalize: the initial scaling; "aol" scales the rows of the shorter side by their sums in A, which
+        starts closer to the result but rotates the singular vectors.
     scale, for A rows and B columns: "original" sqrt(max(1, A/B)); "match_rms_adamw"
         0.2 sqrt(max(A, B)), the size of Adam's updates; "spectral" sqrt(A/B); "spectral_conv" for a
         kernel of k elements sqrt(A/(B/k))/k; "graft" ||u|| / ||O||.
     stacked: the parameter is a batch of matrices in its last two axes. Otherwise an n-d kernel is one
         matrix (size of axis 0, rest).
-    blocks: cut axis 0, the rows, into matrices of their own, or the columns with axis=1. h: into h equal
-        ones, such as heads; (n_1, .., n_k): of these sizes, such as a fused q, k and v;
-        ("interleaved", groups, (n_1, .., n_k)): matrix i has the i-th part of each of the groups, as
-        fused q, k and v with grouped heads lie; {"*.qkv.weight": any of these} by the parameter's name.
-    products: "full" in the dtype of the mathematics; "bfloat16" as the authors, which puts an entry off
-        by up to 0.035; "auto" is bfloat16 for float32 on devices with units for it, and on processors
-        with AMX for large matrices, else "full".
-    restart: the steps before which elongated matrices begin anew with the Gram matrix of what they
-        have become, against the loss of digits; None for as many as float32 needs. See
+    blocks: split axis 0 (the rows), or with axis=1 the columns, into separate matrices. h: h equal ones,
+        such as heads; (n_1, .., n_k): of these sizes, such as a fused q, k and v; ("interleaved",
+        groups, (n_1, .., n_k)): matrix i consists of the i-th part of each group, the layout of
+        fused q, k and v with grouped heads; {"*.qkv.weight": any of these}: by parameter name.
+    products: "full" uses the dtype of the computation; "bfloat16", as the authors do, changes entries by
+        up to 0.035; "auto" uses bfloat16 for float32 on devices with hardware for it, and for large
+        matrices on processors with AMX, else "full".
+    restart: the steps before which elongated matrices recompute their Gram matrix, to limit the loss of
+        precision; None for as many as float32 needs. See
         `heavyball.linalg.orthogonalize.newton_schulz`.
 
     Shapes: (m, n), or n-d as above. A zero matrix stays zero.
-    Units: the result has none.
+    Units: the result is dimensionless.
     Errors: ValueError for a parameter of fewer than two dimensions.
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; Liu et al. 2025,
         https://arxiv.org/abs/2502.16982; Amsel et al. 2025, https://arxiv.org/abs/2505.16932.
@@ -218,7 +218,7 @@ def orthogonalize(
 def muon_momentum(
     update: Tensor, momentum_buffer: Tensor, *, momentum: Live = 0.95, nesterov: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """The momentum in front of Muon's products.
+    """The momentum of Muon, before orthogonalization.
 
     b <- momentum b + (1 - momentum) g;  u = (1 - momentum) g + momentum b if nesterov, else b
 
@@ -245,13 +245,13 @@ def muon(
     blocks: Blocks = None,
     axis: Literal[0, 1] = 0,
 ) -> Tensor:
-    """Momentum, then all its singular values nearly 1.
+    """Orthogonalized momentum: all singular values are nearly 1.
 
     b <- momentum b + (1 - momentum) g;  o = (1 - momentum) g + momentum b if nesterov, else b
     u = scale * NS(o), as in `orthogonalize`
 
     Shapes: two or more dimensions, see `orthogonalize`.
-    Units: the result has none: its spectral norm is about `scale`.
+    Units: the result is dimensionless: its spectral norm is about `scale`.
     Errors: ValueError for a parameter of fewer than two dimensions.
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; torch.optim.Muon.
     """
@@ -284,14 +284,14 @@ def scale_by_normuon(
     blocks: Blocks = None,
     axis: Literal[0, 1] = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Muon whose rows are brought to one size by their running mean squares.
+    """Muon with rows normalized by their running mean squares.
 
     O = NS(o), with o the momentum of `muon`
     v <- beta2 v + (1 - beta2) mean of O^2 over the columns;  O' = O / (sqrt(v) + row_eps)
     u = scale * O' ||O|| / (||O'|| + row_eps)
 
     Shapes: two or more dimensions, see `orthogonalize`; v: one number per row.
-    Units: the result has none.
+    Units: the result is dimensionless.
     Errors: ValueError for a parameter of fewer than two dimensions.
     Source: Li et al. 2025, https://arxiv.org/abs/2510.05491.
     """

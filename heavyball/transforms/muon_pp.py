@@ -17,12 +17,12 @@ LARGEST = 2.0**56
 
 @whole_transform(requires=needs_matrix)
 def adaptive_orthogonalize(update: Tensor, *, steps: int = 6, eps: Live = 1e-7) -> Tensor:
-    """Orthogonalize a matrix, and shrink the result where the matrix itself is small.
+    """Orthogonalize a matrix, and shrink the result if the matrix itself is small.
 
     O = NS(u), as `orthogonalize` with "quintic";  u' = clamp(<u, O>, -1, 1) O
 
     Shapes: two or more dimensions; an n-d kernel is one matrix (size of axis 0, rest).
-    Units: the result has none, but follows the gradient's size below a trace norm of 1.
+    Units: the result is dimensionless, but follows the gradient's size below a trace norm of 1.
     Errors: ValueError for a parameter of fewer than two dimensions.
     Source: `use_muon_pp` of prodigy-plus-schedule-free 1.9.0; the factor is from
         https://github.com/leloykun/adaptive-muon. Products as by "auto" of `orthogonalize`.
@@ -47,15 +47,16 @@ def scale_by_tensor_rms(
     correct_bias: bool = False,
     first_only: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Divide a tensor by its running root mean square, one number for all of it.
+    """Divide a tensor by its running root mean square, a single number.
 
     r <- beta2 r + (1 - beta2) max(RMS(u), 1e-8)^2;  u' = u / (sqrt(r) + eps)
 
-    correct_bias: correct the bias of r. first_only: r is that of the first step for good, and u' stays
-        within 2^56, so that its square is finite.
+    correct_bias: correct the bias of r. first_only: r stays that of the first step, and u' is
+        limited to 2^56, so
+    that its square is finite.
 
     Shapes: all (*).
-    Units: the result has none.
+    Units: the result is dimensionless.
     Source: `use_muon_pp` of prodigy-plus-schedule-free 1.9.0, where r is rounded to bfloat16.
     """
     size = rms(update).clamp(min=1e-8).square()

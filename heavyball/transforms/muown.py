@@ -27,7 +27,7 @@ def _row_state(holds: Holds, measure: bool) -> State:
         rows = param.reshape(*view.stack, view.rows, view.columns)
         return torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp(min=SHORTEST)
 
-    rule = "the norm of each row at first" if measure else "a number per row"
+    rule = "initially the norm of each row" if measure else "a number per row"
     return State(init, rule, holds=holds)
 
 
@@ -71,17 +71,17 @@ def muown(
     blocks: Blocks = None,
     axis: Literal[0, 1] = 0,
 ) -> tuple[Tensor, ...]:
-    """Step the directions of the rows with Muon and their norms with Adam.
+    """Update the directions of the rows with Muon and their norms with Adam.
 
-    at first g = n = the norms of the rows.   w = p / g;  V = w n
+    initially g = n = the norms of the rows.   w = p / g;  V = w n
     dg = <grad, w> per row;  dV = (g / n) (grad - w dg);  M <- momentum M + (1 - momentum) dV
     V <- V - lr sqrt(max(R, C)) NS(M);  g <- (g - lr Adam(dg)) (1 - lr wd);  n <- norms of V's rows
     p <- g V / n
 
-    V is made from p, g and n, so only M is kept beside the weights; the rounding of low-precision
-    weights goes into it, unless `param_ecc` keeps what it takes away.
+    V is computed from p, g and n, so M is the only matrix of state. V therefore contains the rounding of
+    low-precision weights, unless `param_ecc` is used.
 
-    weight_decay: of the row norms, behind the step. method, steps, products, stacked, blocks, axis: as
+    weight_decay: of the row norms, after the step. method, steps, products, stacked, blocks, axis: as
         in `orthogonalize`; the rows are those of the whole matrix.
 
     Shapes: two or more dimensions, R x C as in `orthogonalize`.

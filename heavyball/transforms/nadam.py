@@ -22,14 +22,14 @@ def scale_by_nadam(
     momentum_decay: Live = 4e-3,
     eps_placement: EpsPlacement = "outside",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Adam that looks one momentum step ahead.
+    """Adam with Nesterov momentum.
 
     mu_t = beta1 (1 - 0.96^(t psi) / 2), psi = momentum_decay;  P_t = mu_1 .. mu_t
     m <- beta1 m + (1 - beta1) g;  v as in `scale_by_adam`
     u = [(1 - mu_t) g / (1 - P_t) + mu_(t+1) m / (1 - P_t mu_(t+1))] / (sqrt(v) + eps)
 
     Shapes: all (*).
-    Units: the result has none.
+    Units: the result is dimensionless.
     Source: Dozat 2016, https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ; torch.optim.NAdam.
     """
     mu = betas[0] * (1 - 0.5 * 0.96 ** (step * momentum_decay))

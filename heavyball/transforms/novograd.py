@@ -24,13 +24,13 @@ def scale_by_novograd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Divide the gradient of a tensor by the root of its mean squared norm, then add momentum.
 
-    s <- beta2 s + (1 - beta2) ||g||^2, at first ||g_1||^2;  d = g / (sqrt(s) + eps) + weight_decay p
-    m <- beta1 m + d, with `grad_averaging` beta1 m + (1 - beta1) d; at first d_1;  u = m
+    s <- beta2 s + (1 - beta2) ||g||^2, initially ||g_1||^2;  d = g / (sqrt(s) + eps) + weight_decay p
+    m <- beta1 m + d, with `grad_averaging` beta1 m + (1 - beta1) d; initially d_1;  u = m
 
     The decay is part of the momentum.
 
-    Shapes: all (*), the norm over the tensor. State is one number besides the momentum.
-    Units: the tensor of the result has a norm of about 1 / (1 - beta1), or 1 with `grad_averaging`.
+    Shapes: all (*), the norm over the tensor. State is the momentum and one number.
+    Units: the result has a norm of about 1 / (1 - beta1), or 1 with `grad_averaging`.
     Source: Ginsburg et al. 2019, Algorithm 1, https://arxiv.org/abs/1905.11286.
     """
     first, new = step == 1, norm(update).square()

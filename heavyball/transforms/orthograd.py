@@ -13,15 +13,16 @@ from heavyball.numerics import dot, is_single, norm
 def orthograd(
     update: Tensor, *, param: Tensor, single_element: Literal["zero", "passthrough"] = "zero"
 ) -> Tensor:
-    """Project the gradient onto the complement of the weights and keep its norm.
+    """Project the gradient onto the orthogonal complement of the weights, preserving its norm.
 
     o = g - <w, g> / (<w, w> + 1e-30) w;  u = o ||g|| / (||o|| + 1e-30)
 
-    A gradient that is parallel to the weights leaves rounding noise in o, which the rescaling would
-    blow up to ||g||: where ||o|| <= 4 eps_machine ||g|| the result is 0. One element is always
-    parallel; `single_element` says whether it gives 0 or passes.
+    If the gradient is parallel to the weights, o is rounding noise, which rescaling would amplify to
+    ||g||. The result is therefore 0 if ||o|| <= 4 eps_machine ||g||. A single element is always
+    parallel; `single_element` decides whether it becomes 0 or passes.
 
-    Shapes: all (*), the tensor as one vector. Meant for weight matrices: route biases and gains.
+    Shapes: all (*), the tensor as one vector. Meant for weight matrices; use `route` to exclude
+        biases and gains.
     Units: those of the gradient.
     Source: Prieto et al. 2025, section 4.2, https://arxiv.org/abs/2501.04697; w is the point at
         which the gradient was taken, y under `schedule_free`.

@@ -11,12 +11,12 @@ from heavyball.numerics import debiased_weight
 def palm_beta2(
     update: Tensor, *, step: Tensor, beta2_scale: Live = 0.8, debias: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Let the memory of every second moment behind this element grow with time.
+    """PaLM's schedule: increase the beta2 of later second moments over time.
 
-    beta2_t = 1 - t^(-beta2_scale), in place of the transform's own beta2 and of its bias correction:
-    beta2_1 = 0, so the average is unbiased as it is.
+    beta2_t = 1 - t^(-beta2_scale), instead of the transform's own beta2 and bias correction; since
+    beta2_1 = 0, the average is already unbiased.
 
-    debias: correct it once more all the same, as HeavyBall does; new gradients weigh more then.
+    debias: correct the bias anyway, as HeavyBall does, which gives new gradients more weight.
 
     Source: Chowdhery et al. 2022, section 5, https://arxiv.org/abs/2204.02311; the form is that of
         Shazeer and Stern 2018, https://arxiv.org/abs/1804.04235.

@@ -31,16 +31,16 @@ def parameter_ema(
     blend: Live = 1.0,
     start_as_copy: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Average the parameters behind every step.
+    """Average the parameters after every step, for evaluation.
 
     e_t = unbiased mean of p_(start+1)..p_t with weights beta^(t-i), p_i the parameter after step i;
     e_t = p_t up to step `start`. Evaluation is at (1 - blend) p + blend e.
 
-    `ChainOpt.eval` puts that into the parameters and `train` puts the parameters back, both exactly.
-    It may stand anywhere in a chain and runs after the write.
+    `ChainOpt.eval` writes this into the parameters and `train` restores them exactly. The transform
+    can be placed anywhere in a chain and runs after the write.
 
-    start_as_copy: e begins as p_(start+1), and every later step has the weight 1 - beta, so that the
-        first keeps beta^(t-start-1), more than its share.
+    start_as_copy: e is initialized with p_(start+1), and every later step has the weight 1 - beta,
+        so the first keeps the larger weight beta^(t-start-1).
 
     Shapes: all (*).
     Source: Polyak and Juditsky 1992; `ema_decay` of HeavyBall is 1 - beta. `start` and `blend` are those

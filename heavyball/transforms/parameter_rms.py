@@ -18,15 +18,15 @@ def scale_by_parameter_rms(
     eps: Live = 1e-3,
     relative_step: bool = True,
 ) -> Tensor:
-    """Make the step a share of the weights' root mean square.
+    """Scale the update by the root mean square of the weights.
 
     u' = u max(eps, RMS(p)), with `relative_step` times min(1, 1 / (lr sqrt(t)))
 
-    `lr` stays as it is for a decay behind.
+    `lr` does not change for later decays.
 
     Shapes: all (*); RMS over the tensor.
-    Units: those of the weights times those of u, so `lr` is a share; with `relative_step` the step is
-        that of min(lr, 1 / sqrt(t)).
+    Units: those of the weights times those of u, so `lr` is relative; with `relative_step`
+        the step is that of min(lr, 1 / sqrt(t)).
     Source: Shazeer and Stern 2018, Algorithm 4, https://arxiv.org/abs/1804.04235;
         torch.optim.Adafactor.
     """
@@ -40,7 +40,7 @@ def scale_by_parameter_rms(
 def scale_lr_by_parameter_rms(
     update: Tensor, *, param: Tensor, lr: Tensor, eps: Live = 1e-3
 ) -> tuple[Tensor, Tensor]:
-    """Make the learning rate of everything behind, decay included, a share of the weights' size.
+    """Scale the learning rate of later elements, decay included, by the weights' root mean square.
 
     lr' = lr max(eps, RMS(p));  u' = u
 

@@ -46,17 +46,17 @@ def polyak_rate(
     polyak_scale: Tensor,
     polyak_beta: Live = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Multiply the learning rate by the loss over the size of the gradient, a Polyak step for Adam.
+    """Multiply the learning rate by the loss over the size of the gradient: a Polyak step for Adam.
 
     e_t = plain mean with polyak_beta of sqrt(pi / 2) sum |g|, divided by 1 - polyak_beta^t
     lr' = lr min(2^40, max(0, loss + <g, beta (z - x)>) / e_t), sums over all parameters;  u' = u
 
-    z, x and beta are those of a `schedule_free` behind it, whose gradients are not taken at x; without
-    one the product is 0. `step(loss=...)` or a closure gives the loss; a step whose loss is not finite
+    z, x and beta are those of a later `schedule_free`, whose gradients are not taken at x; without
+    one, the product is 0. `step(loss=...)` or a closure gives the loss; a step whose loss is not finite
     changes nothing.
 
     Shapes: all (*).
-    Units: `lr` is a factor, to be left at 1; the loss must come to 0 where nothing is left to learn.
+    Units: `lr` is a factor, leave it at 1; the smallest possible loss must be about 0.
     Errors: ValueError at a step without a loss.
     Source: Defazio et al. 2026, https://arxiv.org/abs/2605.19095. Their file stores the corrected mean
         and corrects it again in every step with polyak_beta > 0; here it is corrected once.

@@ -17,7 +17,7 @@ def averaged_parameter(param: Tensor, polynomial_average: Tensor) -> Tensor:
 def polynomial_average(
     update: Tensor, polynomial_average: Tensor, *, step: Tensor, param: Tensor, gamma: Live = 8.0
 ) -> tuple[Tensor, Tensor]:
-    """Average the parameters behind every step with weights about t^gamma, to evaluate with.
+    """Average the parameters after every step with weights of about t^gamma, for evaluation.
 
     a <- a + (1 + gamma) / (t + gamma) (p - a), so a_1 = p_1
 

@@ -38,21 +38,21 @@ def primal_average(
     mu_x: Live = 0.9967,
     decay_at: Literal["y", "z"] = "y",
 ) -> tuple[Tensor, Tensor]:
-    """Step from z, average the steps in x with a constant weight, and take gradients between, at y.
+    """Step from z, average in x with a constant weight, and compute gradients at y, in between.
 
     z' = z - lr u;  y' = y + c (z - y) - lr (1 - mu_y (1 - c)) u, c = 1 - mu_x
     which keeps y = mu_y x + (1 - mu_y) z with x' = mu_x x + (1 - mu_x) z'
 
-    The parameter holds y while training and x in evaluation mode.
+    The parameter holds y during training and x in evaluation mode.
 
-    decay_at: "z" makes `decoupled` a decay of z, as in the paper, in place of y.
+    decay_at: "z" makes `decoupled` decay z, as in the paper, instead of y.
 
     Shapes: all (*).
-    Units: `lr` as in the chain before. mu_x is per step: 0.9967 forgets half in 210 of them. mu_y = 1
+    Units: `lr` as in the chain before. mu_x is per step: 0.9967 is a half-life of 210 steps. mu_y = 1
         with the rate lr / (1 - mu_x) is heavy ball, mu_y = mu_x Nesterov.
     Source: Defazio et al. 2025, https://arxiv.org/abs/2512.17131; gpa of facebookresearch/optimizers.
-        There a decay of z moves y by c times its share only, so that x moves outward; here all of it is
-        part of the step.
+        There, a decay of z moves y by only c times its share, so x moves outward; here, all of
+        it is part of the step.
     """
     if decay_at == "z" and decay_rate is not None:
         update = update + decay_rate * (z - param)

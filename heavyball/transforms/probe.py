@@ -30,11 +30,11 @@ def probe(
     grad: Tensor,
     name: str = "probe",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Measure the update at this place; it passes as it is.
+    """Measure the update at this point of the chain, without changing it.
 
     `opt.metrics()` has, for each group and over all of its parameters, `group_0/<name>/` with rms, norm,
-    max (of |u|), cosine (between u and the gradient) and zeros (how many entries of u are 0). The sums
-    are made in the kernels that run anyway. The numbers are no part of a checkpoint.
+    max (of |u|), cosine (between u and the gradient) and zeros (the number of entries of u that are
+    0). The sums are computed in the step's kernels. The numbers are not saved in checkpoints.
 
     Shapes: all (*).
     """

@@ -291,26 +291,26 @@ def prodigy_d(
 ) -> tuple[Tensor, ...]:
     """Multiply the learning rate by the distance to the solution, estimated as in Prodigy.
 
-    with the d of before the step, of everything behind: lr' = d lr
+    for all later elements, with the d before the step: lr' = d lr
     N <- beta3 N + (d / d0) lr' <g, p_1 - p>;  s <- beta3 s + (d / d0) lr' g
-    d^ = d_coef N / ||s||_1, N and the norm over all parameters, those without a gradient now as well
+    d^ = d_coef N / ||s||_1, N and the norm over all parameters, also those without a gradient
     d_max <- max(d_max, d^);  d <- min(d_max, d growth_rate); while d is d0, first d <- max(d, d^)
 
-    Moments behind it weigh each gradient with the d of its step, and `eps` has the unit of the new d,
-    as the authors' Adam has them: m is kept as m / d, so what it holds is multiplied by d_old / d_new.
+    Later moments weight each gradient by the d of its step, and `eps` has the unit of the new d, as
+    in the authors' Adam. Moments are stored as m / d, so stored values are multiplied by d_old / d_new.
 
     beta3: None is sqrt(betas[1]).
-    slice_p: N and s look at every slice_p-th element.
+    slice_p: N and s use every slice_p-th element.
     safeguard_warmup: s adds (d / d0) d g, so that a warm-up of `lr` does not raise d.
-    use_bias_correction: lr' is also multiplied by sqrt(1 - beta2^t) / (1 - beta1^t), for moments
-        without a correction of their own.
-    split_groups: a d for each group. Groups of different `lr` keep their ratio either way.
+    use_bias_correction: lr' is also multiplied by sqrt(1 - beta2^t) / (1 - beta1^t), for moments without
+        their own correction.
+    split_groups: estimate a d for each group. Groups with different `lr` keep their ratio either way.
 
     Shapes: all (*).
     Units: `lr` is a factor around 1; d has the unit of the weights.
     Source: Mishchenko and Defazio 2023, Algorithm 4, https://arxiv.org/abs/2306.06101, as in the
-        authors' package prodigyopt 1.1.2. Departures: each group's own `lr` weighs its gradients;
-        while s is 0 everywhere a step is an ordinary one.
+        authors' package prodigyopt 1.1.2. Departures: gradients are weighted by the `lr` of their
+        own group; while s is 0 everywhere, steps are ordinary.
     """
     dlr = d_before * lr * _correction(step, betas, use_bias_correction)
     decay = beta3_of(beta3, betas)
@@ -469,30 +469,30 @@ def prodigy_plus_d(
 ) -> tuple[Tensor, ...]:
     """Prodigy's estimate as in prodigy-plus-schedule-free: one pass, and the new d from the next step.
 
-    of everything behind: lr' = d lr
+    for all later elements: lr' = d lr
     n = sum sqrt(d) <g, p_1 - p>;  s <- beta3 s + sqrt(d) g, over every slice_p-th element
     N <- beta3 N, then N + n if n >= 0, or min(N, n) if n < 0 and d > d0
     d <- max(d, atan2(d_coef N, ||s||_1))
 
-    Moments behind it are kept in units of d, as in `prodigy_d`; `eps` therefore acts as d eps.
+    Later moments are stored in units of d, as in `prodigy_d`; `eps` therefore acts as d eps.
 
     beta3: None is sqrt(betas[1]).
-    prodigy_steps: at this step of the group its d stands still for good, and p0 and s are freed.
+    prodigy_steps: from this step of the group on, d is constant, and p0 and s are freed.
     use_speed: n is the sum of d0 sqrt(d) sign(<g, p_1 - p>), s takes d0 sqrt(d) sign(g), and d grows
-        at most to d^0.975, whatever the size of weights and gradients.
-    d_limiter: d grows at most by the factor 2^(1/4) d_coef in a step.
-    use_bias_correction: RAdam's factor for lr', 0 in the first steps of a parameter.
-    after_first: leave out a parameter's first gradient, as a moment that starts with it alone does.
-    narrow_sums: keep s of float32 weights in bfloat16, rounded stochastically: 2 bytes per 11 elements
-        less. p0 is never narrowed, since p_1 - p is its difference to what it is nearly equal to.
-    split_groups: a d for each group; split_groups_mean: with it, lr' takes the harmonic mean of the d
-        of all groups that train. Where a group begins to, this at most halves.
+        at most to d^0.975, regardless of the size of weights and gradients.
+    d_limiter: d grows by at most the factor 2^(1/4) d_coef per step.
+    use_bias_correction: multiply lr' by RAdam's factor, 0 in the first steps of a parameter.
+    after_first: ignore a parameter's first gradient, as moments do that only initialize with it.
+    narrow_sums: store s of float32 weights in bfloat16, rounded stochastically, which saves 2 bytes
+        per 11 elements. p0 is never narrowed, because p_1 - p is a difference of nearly equal numbers.
+    split_groups: estimate a d for each group; split_groups_mean: then lr' uses the harmonic mean of
+        the d of all groups that train. When a group starts to train, this mean at most halves.
 
     Shapes: all (*).
     Units: `lr` is a factor around 1; d has the unit of the weights.
     Source: prodigy-plus-schedule-free 1.9.0, after https://arxiv.org/abs/2306.06101; `d_limiter` is
         from 2.0.1. Departures: p0 and s are not rounded to bfloat16; a parameter's moments are
-        rescaled by the d of its own last step, also where it has had no gradient in between.
+        rescaled by the d of its own last step, even if it had no gradient since then.
     """
     rect = rectification(step, betas[1]) if use_bias_correction else 1.0
     # the larger updates of the first steps, where d has not moved, tell it which way to go

@@ -116,18 +116,19 @@ def prodigy_progress_d(
     split_groups: bool = True,
     split_groups_mean: bool = True,
 ) -> tuple[Tensor | None, ...]:
-    """Let d grow as long as the weights make more progress along the gradients than ever before.
+    """Prodigy-style estimate: d grows while the weights make more progress than ever before.
 
-    of everything behind: lr' = d lr
+    for all later elements: lr' = d lr
     a <- (1 - t^-0.75) a + t^-0.75 <g, p_1 - p>;  l_q <- max(l_q, ||p_1 - p||_q, 1e-8), q = 1 and 2,
         over every slice_p-th element of a tensor
-    n = sum d^2 / sqrt(d0) / (1 + l_2)^2 a / l_1, with the d that the weights have moved by
+    n = sum d^2 / sqrt(d0) / (1 + l_2)^2 a / l_1, with the d by which the weights have moved
     N' = beta3 N, and N' + n if n > 0 or d > d0
     where N' is positive and the largest so far, and N > 0:
         d <- max(d, d min(2^(1/4), sqrt(N' / N)) d_coef^(1/8))
 
-    No sum of gradients is kept, and the size of the gradients does not matter. As in `prodigy_plus_d`
-    the new d is used from the next step on, and moments behind it are kept in units of d.
+    No sum of gradients is stored, and the scale of the gradients does not matter. As in
+    `prodigy_plus_d`, the new d is used from the next step on, and later moments are stored in units
+    of d.
 
     prodigy_steps, use_bias_correction, after_first, split_groups, split_groups_mean: as there.
 

@@ -158,7 +158,7 @@ def closed(factors: Sequence[Tensor], axes: Sequence[bool], line: bool) -> list[
     requires=problem,
     domains={"precond_lr": positive, "precond_init_scale": positive},
     factors=State(
-        _first_factors, "the triangles or diagonals of Q_i, at first the identity", several=True
+        _first_factors, "the triangles or diagonals of Q_i, initially the identity", several=True
     ),
     squares=State(_first_squares, "Q_i^T Q_i", several=True).needs("cached"),
 )
@@ -192,36 +192,36 @@ def psgd_kron(
 
     u' = u x_1 Q_1^T Q_1 ... x_n Q_n^T Q_n, one triangular or diagonal factor for every axis
 
-    and at some steps first, with V ~ N(0, I), G = u + sqrt(2^-23) mean|u| V, A = G x_i Q_i,
+    and in some steps first, with V ~ N(0, I), G = u + sqrt(2^-23) mean|u| V, A = G x_i Q_i,
     B = V x_i Q_i^(-T), T1 = A A^T and T2 = B B^T of the unfoldings along axis i:
 
     Q_i <- Q_i - precond_lr triu(T1 - T2) Q_i / bound of ||T1 + T2||   (elementwise for a diagonal)
 
     after balancing the factors (to one largest entry) with probability 0.01.
 
-    preconditioner_update_probability: the probability of a fit, a function of the number of steps
-        before this one, or None for clamp(exp(-0.001 (n - 500)), 0.03, 1); `decision` says how it
-        becomes steps, see `heavyball.linalg.decisions.Occasions`. The steps are the same for all
-        parameters that have had as many gradients.
-    max_size_triangular, min_ndim_triangular, memory_save_mode: which factors are only diagonals, see
+    preconditioner_update_probability: the probability of a fit, a function of the number of previous
+        steps, or None for clamp(exp(-0.001 (n - 500)), 0.03, 1); `decision` determines the steps
+        from it, see `heavyball.linalg.decisions.Occasions`. They are the same for all parameters
+        with the same number of gradients.
+    max_size_triangular, min_ndim_triangular, memory_save_mode: which factors are diagonal, see
         `heavyball.linalg.kron.triangular_axes`.
-    momentum_into_precond_update: fit Q to what arrives here, else to the gradient.
-    delayed: fit after the update is made, so that it is made with the factors of the step before.
-    cached: keep Q_i^T Q_i, which halves the products of steps without a fit.
-    store_triu_as_line: keep the triangle of a factor only, half of the matrix.
-    q_dtype: of the stored factors; bfloat16 is rounded stochastically, computed is in float32.
+    momentum_into_precond_update: fit Q to the update that arrives here, else to the gradient.
+    delayed: fit after computing the update, which then uses the factors of the previous step.
+    cached: store Q_i^T Q_i, which halves the products in steps without a fit.
+    store_triu_as_line: store only the triangle of a factor, half of the matrix.
+    q_dtype: dtype of the stored factors; bfloat16 is rounded stochastically and computed in float32.
         "float32" is float64 for float64 parameters.
-    merge_dims: see a tensor of more than two dimensions as the more square matrix of
-        (all but the last, last) and (first, all but the first).
-    split: cut axes longer than `max_size_triangular` into blocks with factors of their own.
-    blocks, axis: pieces of an axis with factors of their own, as in `orthogonalize`.
+    merge_dims: view a tensor with more than two dimensions as a matrix, (all but the last, last) or
+        (first, all but the first), whichever is more square.
+    split: split axes longer than `max_size_triangular` into blocks with separate factors.
+    blocks, axis: blocks of an axis with separate factors, as in `orthogonalize`.
 
     Shapes: all (*).
-    Units: the result has none, its entries are about 1 in size; P is that of 1 / update.
+    Units: the result is dimensionless, its entries are about 1 in size; P is that of 1 / update.
     Errors: ValueError for blocks that do not add up, or of an axis that is merged with others.
     Source: Li 2015, https://arxiv.org/abs/1512.04202; the Kron optimizer of kron_torch 0.3.3.
-        Departures: the noise never reaches the update; an update that is all zero, or a fit that is
-        not finite, leaves the factors alone.
+        Departures: the noise never reaches the update; updates that are all zero and fits that are not
+        finite do not change the factors.
     """
     options = {
         "max_size_triangular": max_size_triangular,

@@ -131,7 +131,7 @@ def fitted(
     domains={"precond_lr": positive, "precond_init_scale": positive},
     left=State(_thin, "U, drawn at the first step"),
     right=State(_thin, "V, drawn at the first step"),
-    diagonal=State(_diagonal, "d, at first precond_init_scale"),
+    diagonal=State(_diagonal, "d, initially precond_init_scale"),
     load=scalar(0.0, low=0.0),
     left_load=scalar(0.0, low=0.0),
     right_load=scalar(0.0, low=0.0),
@@ -162,21 +162,21 @@ def psgd_lra(
 
     u' = d (I + V U^T) (I + U V^T) (d u), U and V N x r, d N numbers
 
-    and at some steps first, with v ~ N(0, I) and h = u + (damping + eps_machine |u|) v, U and V scaled
-    to one norm, a = Q h, b = Q^(-T) v:
+    and in some steps first, with v ~ N(0, I) and h = u + (damping + eps_machine |u|) v, U and V scaled
+    to the same norm, a = Q h, b = Q^(-T) v:
 
     d <- d - precond_lr / L (P h h - v P^(-1) v) d
-    U <- U - precond_lr / L' (a a^T - b b^T) V (I + V^T U), or, as a coin says,
+    U <- U - precond_lr / L' (a a^T - b b^T) V (I + V^T U), or, with probability 1/2,
     V <- V - precond_lr / L' (I + V U^T) (a a^T - b b^T) U
 
     L = max|P h h| + max|v P^(-1) v|, L' = ||a|| ||V V^T a|| + ||b|| ||V V^T b|| (U U^T for V), each as
     max(mean of the past with beta_load, newest).
 
-    Shapes: all (*); every parameter has a Q of its own, of rank min(r, N). U and V begin as normals
-        over sqrt(N (r + 10)).
-    Units: the result has none; P is that of 1 / update.
+    Shapes: all (*); every parameter has its own Q, of rank min(r, N). U and V are initialized with
+        normals over sqrt(N (r + 10)).
+    Units: the result is dimensionless; P is that of 1 / update.
     Source: Li 2022, https://arxiv.org/abs/2211.04422, and the LRA class of psgd_torch. Departure: one
-        Q for each parameter in place of one for all of them.
+        Q for each parameter instead of one for all.
     """
     x = update.flatten(1)[..., None]
     size, thin = x.shape[1], left.shape[-1]

@@ -112,7 +112,7 @@ def _times_p(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
 @whole_transform(
     requires=problem,
     domains={"precond_lr": positive, "precond_init_scale": positive},
-    factors=State(_first_factors, "Q_i, square or diagonal, at first the identity", several=True),
+    factors=State(_first_factors, "Q_i, square or diagonal, initially the identity", several=True),
     loads=State(_first_loads, "L_i, a number for each axis", several=True),
 )
 def psgd_pro(
@@ -140,11 +140,11 @@ def psgd_pro(
     blocks: Blocks = None,
     axis: Literal[0, 1] = 0,
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Multiply by P = Q^T Q with square factors, fitted without a solve.
+    """Multiply by P = Q^T Q with square factors, fitted without a linear solve.
 
     u' = u x_1 Q_1^T Q_1 ... x_n Q_n^T Q_n
 
-    and at some steps first, with G = u + (damping + eps_machine |u|) V, V ~ N(0, I), T the Gram
+    and in some steps first, with G = u + (damping + eps_machine |u|) V, V ~ N(0, I), T the Gram
     matrix of P G along axis i, c = numel / s_i and L = max(mean of the past with beta_load, bound of
     ||T|| + c):
 
@@ -153,11 +153,10 @@ def psgd_pro(
     quad        half of that step from the left, half of it from the right, and (Q + Q^T) / 2;
                 a diagonal q_i <- q_i (1 - precond_lr / 2L (t - c))^2
 
-    Which factors are full and which are diagonal is decided as in `psgd_kron`; the steps with a fit,
-    and balancing, too; so are `blocks` and `axis`.
+    Which factors are diagonal, which steps fit, balancing, `blocks` and `axis`: as in `psgd_kron`.
 
     Shapes: all (*).
-    Units: the result has none; P is that of 1 / update.
+    Units: the result is dimensionless; P is that of 1 / update.
     Errors: ValueError for blocks that do not add up, or of an axis that is merged with others.
     Source: the methods Q0.5EQ1.5 and QUAD of psgd_torch; Li 2015, https://arxiv.org/abs/1512.04202.
         Departure: the norm is bounded as in `psgd_kron`, not by a random subspace.

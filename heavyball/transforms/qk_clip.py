@@ -42,22 +42,23 @@ def qk_clip(
     exponent: Live = 0.5,
     signal: str | Mapping[str, str] = "max_logits",
 ) -> Tensor:
-    """Shrink the query or key rows of every head whose largest attention logit was above tau.
+    """Shrink the query or key rows of every head whose largest attention logit exceeded tau.
 
-    behind the write, rows of head h <- (tau / max(S_h, tau))^exponent times themselves
+    after the write, rows of head h <- (tau / max(S_h, tau))^exponent times themselves
 
     `feed(signal, S)` gives S_h before a step: the largest logit of head h over the whole batch, all
     micro-batches and processes. With more numbers than heads, as for the keys of grouped queries, each
-    head takes the largest of as many that lie together. A step without it, and an S_h that is not
-    finite, change nothing. Each layer has a signal of its own: {"*layers.0.*": "layers.0"}.
+    head uses the largest of its group of neighbouring numbers. Steps without a signal, and an S_h
+    that is not finite, change nothing. Each layer has its own signal: {"*layers.0.*": "layers.0"}.
 
-    heads: their number, or how axis 0 is cut, as `blocks` of `orthogonalize`.
-    exponent: 1 - exponent for the other of the two; 1 for rotary queries of MLA, whose shared keys stay.
+    heads: their number, or how axis 0 is split, as `blocks` of `orthogonalize`.
+    exponent: use 1 - exponent for the other of the two; 1 for rotary queries of MLA, whose shared keys
+        are not changed.
 
     Shapes: one or more dimensions.
     Units: tau is a logit.
     Errors: ValueError for heads that do not divide axis 0, and for a signal of another size.
-    Source: Kimi K2, Algorithm 1, https://arxiv.org/abs/2507.20534. The momentum is left as it is.
+    Source: Kimi K2, Algorithm 1, https://arxiv.org/abs/2507.20534. The momentum is not changed.
     """
     if fed is None:
         return update

@@ -29,7 +29,7 @@ def scale_by_radam(
     threshold: int = 5,
     silent: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Adam scaled by the variance of its second moment, and momentum while that is unknown.
+    """RAdam: Adam rectified by the variance of its second moment; momentum while that is large.
 
     m, v as in `scale_by_adam`;  rho_inf = 2 / (1 - beta2) - 1
     rho = rho_inf - 2 t beta2^t / (1 - beta2^t);  where rho > threshold

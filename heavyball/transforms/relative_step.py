@@ -9,7 +9,7 @@ from heavyball.core.transform import transform
 def relative_step(
     update: Tensor, *, step: Tensor, warmup_init: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Take the inverse root of the step for the learning rate of everything behind.
+    """Use the inverse square root of the step as the learning rate of later elements.
 
     lr' = min(1e-2, 1 / sqrt(t)), or with `warmup_init` min(1e-6 t, 1 / sqrt(t));  u' = u
 

@@ -30,7 +30,7 @@ def scale_by_exp_avg_sq(
     correct_bias: False leaves out the bias correction.
 
     Shapes: all (*).
-    Units: the result has none; on the first step it is the sign of u.
+    Units: the result is dimensionless; on the first step it is the sign of u.
     Source: Kingma and Ba 2015 with beta1 = 0, https://arxiv.org/abs/1412.6980.
     """
     exp_avg_sq = second_moment(exp_avg_sq, update, beta2, step, scheduled_beta2, correct_bias)
@@ -56,7 +56,8 @@ def scale_by_rms(
     centered: u' = u / (sqrt(v - m^2) + eps), m <- alpha m + (1 - alpha) u
 
     Shapes: all (*).
-    Units: the result has none; the first is sign(u) / sqrt(1 - alpha), ten times that of later ones.
+    Units: the result is dimensionless; the first is sign(u) / sqrt(1 - alpha), ten times that of
+        later ones.
     Source: torch.optim.RMSprop; Graves 2013, section 4.2, https://arxiv.org/abs/1308.0850.
         Departure: v - m^2, which rounding can put below zero, is kept at zero or above.
     """

@@ -35,15 +35,15 @@ def scale_by_rprop(
     etas: Live = (0.5, 1.2),
     step_sizes: Live = (1e-6, 50.0),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Grow the step of an element while its gradient keeps its sign, and shrink it where that turns.
+    """Rprop: increase an element's step while its gradient keeps its sign, else decrease it.
 
     s = sign(u q);  e <- clamp(e eta_plus where s > 0, e eta_minus where s < 0, *step_sizes)
     q <- u, and 0 where s < 0;  u' = sign(q) e;  lr' = 1
 
     Shapes: all (*).
-    Units: those of the weights. `lr` is the size of the first step alone: a scheduler has no effect.
+    Units: those of the weights. `lr` is the size of the first step only: a scheduler has no effect.
     Errors: ValueError together with a decay.
-    Source: Riedmiller and Braun 1993; torch.optim.Rprop. It is meant for gradients of all data.
+    Source: Riedmiller and Braun 1993; torch.optim.Rprop. Meant for full-batch gradients.
     """
     agreement = update.sign() * last_grad.sign()
     factor = torch.where(agreement > 0, etas[1], torch.where(agreement < 0, etas[0], 1.0))

@@ -23,13 +23,13 @@ def averaged_parameter(param: Tensor, running_average: Tensor) -> Tensor:
 def running_average(
     update: Tensor, running_average: Tensor, *, step: Tensor, param: Tensor, start: Fixed = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Average the parameters behind every step with equal weights, to evaluate with.
+    """Average the parameters after every step with equal weights, for evaluation.
 
     a_t = p_t up to t = start + 2, then the mean of p_(start+2) .. p_t:
     a <- a + (p - a) / (t - 1 - start)
 
     Shapes: all (*).
-    Source: Polyak and Juditsky 1992, as `ax` of torch.optim.ASGD, which begins with the second step.
+    Source: Polyak and Juditsky 1992, as `ax` of torch.optim.ASGD, which starts in the second step.
     """
     share = 1 / (step - 1 - start).clamp(min=1)
     return update, torch.where(share == 1, param, lerp(running_average, param, share))

@@ -32,12 +32,12 @@ def _relative(param: Tensor, *, rho: float, eta: float) -> Tensor:
     perturb=_plain, before_state="its gradient is the one that all others see", excludes=ALONE
 )
 def sam(update: Tensor, *, rho: Live = 0.05) -> Tensor:
-    """Take the gradient at the worst weights near by: `step(closure)` calls the closure twice.
+    """Sharpness-aware minimization: use the gradient at the worst weights nearby. Needs a closure.
 
     e = rho g / (||g|| + 1e-12), the norm over all parameters;  g' = the gradient at p + e;  u' = g'
 
-    The weights are put back to the bit before the step. The first loss is returned; statistics of
-    layers see both passes.
+    `step(closure)` calls the closure twice. The weights are restored exactly before the step. The first
+    loss is returned; statistics of layers (batch norm) see both passes.
 
     Shapes: all (*).
     Units: rho is a distance in weight units.
@@ -51,16 +51,16 @@ def sam(update: Tensor, *, rho: Live = 0.05) -> Tensor:
     perturb=_relative, before_state="its gradient is the one that all others see", excludes=ALONE
 )
 def asam(update: Tensor, *, rho: Live = 0.5, eta: Live = 0.01) -> Tensor:
-    """`sam` whose distance is measured in the size of each weight.
+    """`sam` with a perturbation proportional to the size of each weight.
 
-    w = |p| + eta, eta 0 for fewer than two dimensions;  e = rho w^2 g / (||w g|| + 1e-12)
+    w = |p| + eta, eta = 0 for fewer than two dimensions;  e = rho w^2 g / (||w g|| + 1e-12)
     g' = the gradient at p + e;  u' = g'
 
     Shapes: all (*).
     Units: rho has none.
     Errors: as `sam`.
-    Source: Kwon et al. 2021, Algorithm 1, https://arxiv.org/abs/2102.11600; implementations that people
-        use have eta = 0.
+    Source: Kwon et al. 2021, Algorithm 1, https://arxiv.org/abs/2102.11600; common implementations
+        use eta = 0.
     """
     return update.clone()
 
@@ -82,14 +82,14 @@ def looksam(
     k: int = 10,
     alpha: Live = 0.7,
 ) -> tuple[Tensor, Tensor]:
-    """`sam` in every k-th step; between them its gradient is guessed from the last one.
+    """`sam` in every k-th step; its gradient is approximated in between from the last one.
 
     at (t - 1) mod k = 0: g' as in `sam`, u' = g';  s <- g' - <g', g> g / ||g||^2
-    else u' = g + alpha ||g|| / (||s|| + 1e-8) s; an s that is but rounding is 0
+    else u' = g + alpha ||g|| / (||s|| + 1e-8) s; s is 0 if it is only rounding
 
     `step(closure)` calls the closure twice in the first of k steps, and once in the others.
 
-    Shapes: all (*), norms and products over the whole tensor, but that of rho.
+    Shapes: all (*), norms and products over the whole tensor, except rho's norm, over all of them.
     Units: rho is a distance in weight units; alpha has none.
     Errors: as `sam`.
     Source: Liu et al. 2022, Algorithm 1, https://arxiv.org/abs/2203.02714.

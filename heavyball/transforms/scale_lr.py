@@ -8,12 +8,12 @@ from heavyball.core.transform import transform
 
 @transform(provides=("lr",), modifier=True)
 def scale_lr(update: Tensor, *, lr: Tensor, factor: Live = 1.0) -> tuple[Tensor, Tensor]:
-    """Multiply the learning rate of everything behind this element, decay and write included.
+    """Multiply the learning rate of all later elements, including decay and write.
 
     lr' = factor lr;  u' = u
 
-    In one branch of a `route` it gives these parameters a learning rate of their own that follows the
-    group's through every schedule.
+    In one branch of a `route`, it gives these parameters their own learning rate, which follows every
+    schedule of the group.
 
     Shapes: all (*).
     """

@@ -89,30 +89,31 @@ def schedule_free(
     weight_at: Literal["peak", "now"] = "peak",
     shrink: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Step from z, average the steps in x, and take gradients in between, at y.
+    """Schedule-free averaging: step from z, average in x, compute gradients at y, in between.
 
     w_t = t^r max(lr_1..lr_t)^weight_lr_power;  c_t = w_t / (w_1 + .. + w_t)
     y <- y + c_t (z - y) - lr (1 - beta (1 - c_t)) u;  z <- z - lr u
-    which keeps y = (1 - beta) z + beta x with x <- (1 - c_t) x + c_t z. Where beta has changed since
-    the last step, y moves first, with x and z as they are: y <- z + beta / beta_old (y - z).
+    which keeps y = (1 - beta) z + beta x with x <- (1 - c_t) x + c_t z. If beta has changed since
+    the last step, y moves first, for the same x and z: y <- z + beta / beta_old (y - z).
 
-    The parameter holds y while training and x in evaluation mode, see `ChainOpt.eval`. A decay before
-    this element decays y and z by the same amount, as the authors do.
+    The parameter holds y during training and x in evaluation mode, see `ChainOpt.eval`. An earlier
+    weight decay decays y and z by the same amount, as the authors do.
 
     c: above 0, c_t is min(1, c (1 - beta) c_t), a longer average.
-    c_warmup: c_t = 1 and w_t = 0 in the first c_warmup steps, so that the average begins behind them.
-    beta_max, anneal_steps: 1 - beta falls geometrically to 1 - beta_max, in anneal_steps steps.
-    caution: masks (or gives signs to) the whole change of y by u, never z; `cautious` and `grams` as
-        elements before this one act on u instead. `caution_scale` is the `scale` of `cautious`.
-    weight_at: "now" weighs a step by its own lr_t, not by the largest so far.
+    c_warmup: c_t = 1 and w_t = 0 in the first c_warmup steps, so the average starts after them.
+    beta_max, anneal_steps: 1 - beta decreases geometrically to 1 - beta_max in anneal_steps steps.
+    caution: masks (or sets the signs of) the whole change of y by u, never of z; earlier `cautious` and
+        `grams` elements act on u instead. `caution_scale` is the `scale` of `cautious`.
+    weight_at: "now" weights a step by its own lr_t instead of the largest so far.
 
     Shapes: all (*).
-    Units: `lr` as in the chain before; there is no schedule but a warm-up.
-    Errors: beta must be above 0, x cannot be recovered from y otherwise.
+    Units: `lr` as in the chain before; no schedule is needed except a warm-up.
+    Errors: beta must be above 0, because x is recovered from y.
     Source: Defazio et al. 2024, Algorithm 1, https://arxiv.org/abs/2405.15682, weights as in the
         authors' package; c from https://arxiv.org/abs/2507.09846;
         c_warmup and beta_max from https://arxiv.org/abs/2605.19095. Departure: weights and lr_max are
-        kept per parameter, so one whose gradients begin late is averaged from its own first step.
+        stored per parameter, so a parameter whose gradients start late is averaged from its own
+        first step.
     """
     lr_max = torch.maximum(lr_max, lr)
     weight = step**r * (lr_max if weight_at == "peak" else lr) ** weight_lr_power

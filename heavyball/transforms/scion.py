@@ -35,12 +35,12 @@ def scale_update(update: Tensor, *, factor: Live = 1.0) -> Tensor:
 
 @transform()
 def row_normalize(update: Tensor, *, normalized: bool = True, eps: Live = 1e-8) -> Tensor:
-    """Bring every row of an R x C matrix to one norm.
+    """Normalize every row of an R x C matrix.
 
     u' = u / (||row|| sqrt(C) + eps);  normalized=False: u / (||row|| + eps)
 
     Shapes: all (*), rows over axis 0; a vector has rows of one entry.
-    Units: the result has none.
+    Units: the result is dimensionless.
     Source: Pethick et al. 2025, https://arxiv.org/abs/2502.07529, RowNorm.
     """
     axes = _row_axes(update)
@@ -52,15 +52,15 @@ def row_normalize(update: Tensor, *, normalized: bool = True, eps: Live = 1e-8) 
 def column_normalize(
     update: Tensor, *, normalized: bool = False, eps: Live = 1e-8, axis: Literal[0, 1] = 0
 ) -> Tensor:
-    """Bring every column of an R x C matrix to the root mean square 1.
+    """Normalize every column of an R x C matrix to root mean square 1.
 
-    u' = u / (sqrt(mean of u^2 over the rows) + eps);  normalized: over C besides
+    u' = u / (sqrt(mean of u^2 over the rows) + eps);  normalized: also divided by C
 
-    axis: 1 takes the mean over the columns: of the transpose, such as an embedding of a vocabulary x
+    axis: 1 takes the mean over the columns instead, for example for an embedding of shape vocabulary x
         width, whose tokens are rows.
 
     Shapes: all (*), rows over axis 0.
-    Units: the result has none.
+    Units: the result is dimensionless.
     Source: Pethick et al. 2025, https://arxiv.org/abs/2502.07529, ColNorm.
     """
     axes = _row_axes(update) if axis else (0,)
@@ -72,12 +72,12 @@ def column_normalize(
 
 @transform()
 def sign_normalize(update: Tensor, *, normalized: bool = True) -> Tensor:
-    """The sign of every entry, over the number of columns.
+    """Replace every entry with its sign, divided by the number of columns.
 
     u' = sign(u) / C;  normalized=False: sign(u)
 
     Shapes: all (*), rows over axis 0; C = 1 for vectors.
-    Units: the result has none.
+    Units: the result is dimensionless.
     Source: Pethick et al. 2025, https://arxiv.org/abs/2502.07529, Sign.
     """
     return update.sign() / _columns(update) if normalized else update.sign()

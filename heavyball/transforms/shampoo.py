@@ -93,26 +93,28 @@ def shampoo(
     blocks: Blocks = None,
     axis: Literal[0, 1] = 0,
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Multiply every axis by the inverse root of the sum of its gradients' Gram matrices.
+    """Multiply along every axis by the inverse root of the accumulated Gram matrices.
 
     L_i <- L_i + G G^T for the unfolding G of the gradient along axis i (beta2 = 1), or for beta2 < 1
         the mean of those with weights beta2^(t-j)
     u'  = u x_1 (L_1 + eps I)^(-1/(2n)) ... x_n (L_n + eps I)^(-1/(2n)), n preconditioned axes
 
-    The roots are made anew at the first step and then at every step that `precondition_frequency`
-    divides. Axes of one element or of more than `max_precond_dim` are left alone; with none left the
-    update passes as it is. merge_dims: multiply axes together from the right, as far as the product
-    is at most `max_precond_dim`. split: cut longer axes into blocks with matrices of their own.
-    sides: "smaller" or "larger" preconditions only the shortest or the longest axis. order: the root is
-    of this order in place of 2n; `sides="smaller", order=2` behind a momentum is ASGO. blocks, axis:
-    pieces of an axis with matrices of their own, as in `orthogonalize`.
+    The roots are computed in the first step and in every step that `precondition_frequency` divides.
+    Axes of one element or of more than `max_precond_dim` are skipped; if none is left, the update passes
+    unchanged.
+
+    merge_dims: merge axes from the right while the product is at most `max_precond_dim`.
+    split: split longer axes into blocks with separate matrices.
+    sides: "smaller" or "larger" preconditions only the shortest or the longest axis.
+    order: the order of the root instead of 2n; `sides="smaller", order=2` after a momentum is ASGO.
+    blocks, axis: blocks of an axis with separate matrices, as in `orthogonalize`.
 
     Shapes: all (*).
-    Units: with beta2 < 1 the result has none; its size falls with the rank of the gradients, so the
-        size is usually taken from elsewhere: `graft(shampoo, scale_by_adam)`.
+    Units: with beta2 < 1 the result has none; its size falls with the rank of
+        the gradients, so it is usually grafted: `graft(shampoo, scale_by_adam)`.
     Source: Gupta, Koren and Singer 2018, Algorithm 2, https://arxiv.org/abs/1802.09568; ASGO: An et
-        al. 2025, https://arxiv.org/abs/2503.20762. Departures: eps is added where a root is made (for a
-        sum that is the same), and the mean is unbiased.
+        al. 2025, https://arxiv.org/abs/2503.20762. Departures: eps is added when a root is computed
+        (for a sum that is equivalent), and the mean is unbiased.
     """
     view = _view(tuple(update.shape[1:]), max_precond_dim, merge_dims, split, blocks, axis)
     weight = 1.0 if beta2 == 1 else debiased_weight(beta2, count)  # type: ignore[arg-type]

@@ -8,9 +8,9 @@ from heavyball.numerics import norm
 
 @transform()
 def sign(update: Tensor, *, graft: bool = False) -> Tensor:
-    """Keep the sign of every element.
+    """Replace every element with its sign.
 
-    u' = sign(u);  graft: u' = sign(u) ||u|| / ||sign(u)||, which keeps the norm
+    u' = sign(u);  graft: u' = sign(u) ||u|| / ||sign(u)||, which preserves the norm
 
     Shapes: all (*); `graft` takes norms over the whole tensor.
     Units: none; with `graft` those of u.

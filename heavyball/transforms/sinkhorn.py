@@ -1,4 +1,4 @@
-"""SinkGD's normalization: rows and columns by turns, until both have one size."""
+"""SinkGD's normalization: rows and columns alternately, until both have the same size."""
 
 import math
 
@@ -11,17 +11,17 @@ from heavyball.numerics import norm
 
 @transform(domains={"iterations": positive})
 def sinkhorn_normalize(update: Tensor, *, iterations: int = 5) -> Tensor:
-    """Bring all rows and all columns of a matrix to the root mean square 1, by turns.
+    """Normalize rows and columns of a matrix alternately, until both have root mean square 1.
 
     `iterations` times: rows, then columns where R <= C, else columns, then rows;
     each line of k entries: x <- x sqrt(k) / max(||x||, 1 / sqrt(k))
 
-    The axis done last ends at 1 exactly. A vector is brought to the root mean square 1. Behind
+    The axis normalized last ends at exactly 1. A vector is normalized to root mean square 1. After
     `exp_avg(beta=0.9, correct_bias=False)` it is SinkSGD.
 
     Shapes: all (*), R x C as (size of axis 0, rest).
-    Units: the result has none, and an entry is about 1; lr as for signs.
-    Source: Scetbon et al. 2025, Algorithm 3, https://arxiv.org/abs/2502.06742, where rows always come
+    Units: the result is dimensionless, and an entry is about 1; lr as for signs.
+    Source: Scetbon et al. 2025, Algorithm 3, https://arxiv.org/abs/2502.06742, where rows are always
         first; the order and the floor are those of adv_optm 2.5.16.
     """
     columns = tuple(range(1, update.ndim))

@@ -20,10 +20,10 @@ def _count_nonfinite(update: Tensor, *, raw_grad: Tensor) -> Tensor:
 def skip_not_finite(
     update: Tensor, skipped: Tensor, *, total: Tensor, step: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Change nothing in a step in which any gradient holds a NaN or an infinity.
+    """Skip steps in which any gradient contains a NaN or an infinity.
 
-    Parameters, the state of everything behind, and its count of steps stay as they were. The decision
-    is one for all parameters and stays on the device. The state `skipped` counts the steps left out.
+    Parameters, the state of later elements and their step counts do not change. The decision is the same
+    for all parameters and is made on the device. The state `skipped` counts the skipped steps.
 
     Shapes: all (*).
     """

@@ -62,15 +62,15 @@ def scale_by_sm3(
     beta: Live = 0.0,
     eps: Live = 1e-30,
 ) -> tuple[Tensor | None, ...]:
-    """Divide by the root of a sum of squares that is bounded by what is kept along the axes.
+    """SM3: Adagrad with the sum of squares bounded by one number per index of each axis.
 
     v = least of a_k over the axes;  v <- v + g^2, with beta > 0: beta v + (1 - beta) g^2
     a_k <- largest v over the other axes, with beta > 0 at least what it was
-    m <- momentum m + (1 - momentum) g / sqrt(v + eps);  u = m, without momentum what it is a mean of
+    m <- momentum m + (1 - momentum) g / sqrt(v + eps);  u = m; without momentum, g / sqrt(v + eps)
 
-    Shapes: all (*) of up to 8 dimensions; a_k has one number for each place along axis k, and axes of
-        size 1 have none, which would never be the least.
-    Units: the result has none; lr is about 0.1 and falls as Adagrad's does.
+    Shapes: all (*) of up to 8 dimensions; a_k has one number for each index of axis k, and axes of
+        size 1 have none, because it would never be the smallest.
+    Units: the result is dimensionless; lr is about 0.1, and steps shrink as in Adagrad.
     Errors: ValueError for more dimensions.
     Source: Anil et al. 2019, SM3-II, https://arxiv.org/abs/1901.11150.
     """

@@ -127,7 +127,7 @@ def _problem(shape: torch.Size, options: Mapping[str, Any]) -> str | None:
     checked_refresh(options["zeroth_power_mode"])
     for name, plain in (("gram_of", "update"), ("refresh", "after"), ("first", "skip")):
         if options["gram"] == "kl" and options[name] != plain:
-            raise ValueError(f"{name}={options[name]!r} cannot be with gram='kl'")
+            raise ValueError(f"{name}={options[name]!r} is not supported with gram='kl'")
     usual: tuple[tuple[str, Any], ...] = (("first", "skip"), ("spread_refreshes", False))
     for name, value in usual:
         if options["refresh"] == "before" and options[name] != value:
@@ -197,41 +197,41 @@ def to_eigenbasis(
     """Rotate the update into the eigenvectors of its running second moments along each axis.
 
     GG_i <- b GG_i + (1 - b) G_(i) G_(i)^T, b = shampoo_beta, G_(i) the unfolding along axis i
-    t = 1: Q_i = eigenvectors of GG_i, by descending eigenvalue; nothing behind this element happens
-    t > 1: u = G x_i Q_i^T; after the write, if it is time: Q_i <- orthogonal factor of GG_i Q_i
+    t = 1: Q_i = eigenvectors of GG_i, by descending eigenvalue; later elements do not run
+    t > 1: u = G x_i Q_i^T; after the write, when due: Q_i <- orthogonal factor of GG_i Q_i
     gram="kl": with D_i the products of the other axes' eigenvalues l and Y = G x_i Q_i^T
         GG_i <- b GG_i + (1 - b) Q_i Y_(i) D_i^-1 Y_(i)^T Q_i^T / n_i, n_i columns
         l_i <- b l_i + (1 - b) mean of Y^2 D_i^-1 over the other axes
 
-    Belongs between `soap_precond`'s parentheses: the chain behind it runs in the basis, its step counts
-    from the second gradient, and its moments follow a refresh. First moments are carried into the new
-    basis exactly; second ones follow the sorting of the columns by q^T GG q.
+    Use it through `soap_precond(...)`: the chain inside runs in the basis, counts steps from the second
+    gradient, and its moments follow refreshes. First moments are transferred to the new basis exactly;
+    second moments follow the sorting of the columns by q^T GG q.
 
-    precondition_frequency, precond_scheduler: refresh every so many steps, or by a
-        `PrecondSchedule` (or its two numbers).
-    max_precond_dim: longer axes are not rotated; with `split` they are cut into blocks of this size.
-    merge_dims: True multiplies axes from the right, without the first, up to `max_precond_dim`; "left"
+    precondition_frequency, precond_scheduler: the interval between refreshes, or a `PrecondSchedule` (or
+        its two numbers).
+    max_precond_dim: longer axes are not rotated; with `split` they are split into blocks of this size.
+    merge_dims: True merges axes from the right, except the first, up to `max_precond_dim`; "left" merges
         from the left, as SOAP's authors do.
     precondition_1d: rotate vectors too.
     zeroth_power_mode: how a basis is refreshed, see `heavyball.linalg.eigenbasis.refreshed`.
     rotate_second_moment: rotate second moments with squared overlaps instead of sorting them.
-    spread_refreshes: refresh the bases of different tensors at different steps of an interval, by
-        their places in the optimizer, so that no step has all of the work.
+    spread_refreshes: refresh the bases of different tensors in different steps of an interval, depending
+        on their positions in the optimizer, to spread the work.
     sides: "smaller" or "larger" rotates only the shortest or the longest axis.
-    blocks, axis: pieces of an axis with bases of their own, as in `orthogonalize`.
-    first: what the first gradient does behind this element: nothing, or with "pass" and "sign" the
-        update itself or its sign, by which the chain in the basis is not reached.
-    refresh: "before" renews a basis before it is used, so that the first gradient steps too. Second
-        moments stay with their columns; first ones do not belong in such a basis.
-    gram: "kl" whitens the gradients of each GG_i by the other axes' eigenvalues l, which begin at
-        `eigenvalue_init` and are no smaller than 1 / max(10, min(n, 4000))^2 for an axis of n.
-    gram_of: "grad" makes GG_i of the gradient that the chain started from.
+    blocks, axis: blocks of an axis with separate bases, as in `orthogonalize`.
+    first: what the first gradient does: "skip" nothing; "pass" and "sign" apply the update itself or its
+        sign, without the chain in the basis.
+    refresh: "before" refreshes a basis before it is used, so the first gradient also steps. Second
+        moments stay with their columns; first moments are not supported in such a basis.
+    gram: "kl" whitens the gradients of each GG_i by the other axes' eigenvalues l, which start at
+        `eigenvalue_init` and are at least 1 / max(10, min(n, 4000))^2 for an axis of n.
+    gram_of: "grad" computes GG_i from the gradient at the start of the chain.
 
     Shapes: all (*); tensors with no axis to rotate pass through.
     Errors: ValueError for blocks that do not add up, and options that exclude each other.
     Source: Vyas et al. 2024, Algorithm 3, https://arxiv.org/abs/2409.11321, and the authors' code; KL:
-        https://arxiv.org/abs/2509.03378, whose authors keep l as means of their own.
-        Departure: a gradient with an entry that is not finite leaves GG's eigenvectors alone.
+        https://arxiv.org/abs/2509.03378, whose authors store l as separate means.
+        Departure: a gradient with an entry that is not finite does not change the eigenvectors of GG.
     """
     working = _view(update, max_precond_dim, merge_dims, split, blocks, axis)
     schedule = _schedule(precondition_frequency, precond_scheduler)
@@ -497,9 +497,9 @@ ADAM = (scale_by_adam(betas=(0.95, 0.95), eps_placement="biased"),)
 def soap_precond(*inner: Any, normalize_grads: bool = False, **options: Any) -> Within:
     """Run a chain, Adam by default, in the eigenbasis of Shampoo's preconditioner.
 
-    `soap_precond()` is SOAP, `soap_precond(scale_by_laprop)` is LaProp in the eigenbasis. The options
-    are those of `to_eigenbasis`, and `normalize_grads` of `from_eigenbasis`. `zeroth_power_mode` is
-    `heavyball.utils.zeroth_power_mode` if it is not given.
+    `soap_precond()` is SOAP, `soap_precond(scale_by_laprop)` is LaProp in the eigenbasis. It takes the
+    options of `to_eigenbasis`, and `normalize_grads` of `from_eigenbasis`. `zeroth_power_mode`
+    defaults to `heavyball.utils.zeroth_power_mode`.
     """
     if "zeroth_power_mode" in options:
         checked_refresh(options["zeroth_power_mode"])
@@ -507,7 +507,7 @@ def soap_precond(*inner: Any, normalize_grads: bool = False, **options: Any) -> 
         way = checked_refresh(utils.zeroth_power_mode, "heavyball.utils.zeroth_power_mode")
         options |= {"zeroth_power_mode": way} if way != "qr" else {}
     enter = to_eigenbasis(**options)
-    # a schedule that cannot be is refused here rather than at the first step
+    # an invalid schedule raises here rather than at the first step
     _schedule(enter.options["precondition_frequency"], enter.options["precond_scheduler"])
     leave = from_eigenbasis(normalize_grads=True) if normalize_grads else from_eigenbasis
     if len(inner) == 1 and is_sequence(inner[0]):
@@ -518,7 +518,7 @@ def soap_precond(*inner: Any, normalize_grads: bool = False, **options: Any) -> 
             held = (s for s in t.all_states.values() if t.options.get(s.needed_by or "", True))
             if any(state.holds == "moment" for state in held):
                 raise ValueError(
-                    f"soap_precond: {t.name} keeps a first moment, which refresh='before' would leave "
-                    "in the basis of the step before; put the momentum in front of soap_precond"
+                    f"soap_precond: {t.name} has a first moment, which refresh='before' would leave "
+                    "in the old basis; put the momentum before soap_precond"
                 )
     return Soap("soap_precond", enter, chain, leave)

@@ -32,21 +32,22 @@ def spectral_normalize(
     blocks: Blocks = None,
     axis: Literal[0, 1] = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Give the update of an R x C matrix the spectral norm sqrt(R / C).
+    """Normalize the update of an R x C matrix to the spectral norm sqrt(R / C).
 
     v = X^T a / ||X^T a||;  b = X v;  a <- b / ||b||;  sigma = <a, b>
     u = X sqrt(R / C) / max(sigma, 1 / (sqrt R + sqrt C))
 
-    a begins with all entries alike, and noise of the seed. sigma grows towards the largest singular
-    value and is too small at first: `iterations` are made at the first step, one at each behind it.
+    a is initialized with equal entries and noise from the seed. sigma increases towards the largest
+    singular
+    value and is initially too small: the first step runs `iterations` of them, later steps one.
 
     stacked, blocks, axis: as in `orthogonalize`.
 
     Shapes: two or more dimensions, R x C as in `orthogonalize`.
-    Units: the result has none; lr goes over from one width to another.
+    Units: the result is dimensionless; lr transfers from one width to another.
     Errors: ValueError for a parameter of fewer than two dimensions.
     Source: Large et al. 2024, https://arxiv.org/abs/2405.14813; adv_optm 2.5.16. Departure: v is not
-        kept, so that a product of zero gives zero in place of the v of before.
+        stored, so a product of zero gives zero instead of the previous v.
     """
     view = matrices(update.shape[1:], stacked, blocks, axis)
     if count == 1:

@@ -71,22 +71,22 @@ def spectral_sphere(
     R = scaler sqrt(rows / columns), or the first spectral norm;  p <- p R / sigma_1(p)
     (a, b) the leading singular vectors of p;  Theta = a b^T;  M = u / ||u||
     p <- p - lr R polar(M + k Theta) with <Theta, polar(M + k Theta)> = 0;  then p <- p R / sigma_1(p)
-    where u = 0 the weights stay
+    if u = 0 the weights stay
 
     solve: False takes k = 0, MuonSphere: one polar factor per step, where the root takes about 15.
-    retract: "before" leaves out the return behind the step, as the authors do.
-    method, steps: how polar factors are made. power_iterations: from the vector of the step before.
-    tolerance: how near the root the inner product must be to 0.
+    retract: "before" omits the retraction after the step, as the authors do.
+    method, steps: how polar factors are computed. power_iterations: starting from the previous vector.
+    tolerance: how close to 0 the inner product must be.
     stacked, blocks, axis: as in `orthogonalize`.
 
-    Belongs behind a momentum: `muon_momentum(momentum=0.9) | spectral_sphere`. A decay would be undone.
+    Use it after a momentum: `muon_momentum(momentum=0.9) | spectral_sphere`. A decay would be undone.
 
     Shapes: two or more dimensions, rows x columns as in `orthogonalize`.
-    Units: lr is the step as a share of R, about 0.02.
+    Units: lr is the step as a fraction of R, about 0.02.
     Errors: ValueError for a parameter of fewer than two dimensions.
-    Source: https://arxiv.org/abs/2601.08393, Algorithm 1. Departure: k is looked for as far as
-        2 sqrt(min(rows, columns)), where the authors' bracket is too short and the old one is taken
-        without a word.
+    Source: https://arxiv.org/abs/2601.08393, Algorithm 1. Departure: k is searched up to
+        2 sqrt(min(rows, columns)); the authors' bracket is too short, and falls back silently to the
+        old k.
     """
     view = matrices(update.shape[1:], stacked, blocks, axis)
     rate = _spread(lr, view.number_shape).to(param.dtype)

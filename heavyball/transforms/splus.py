@@ -86,11 +86,11 @@ def splus(
     after the write, at t = 1 and at every step that `inverse_every` divides: Q = eigenvectors
     vectors, and matrices with a side of max_dim or more: u = sign(m), lr' = lr nonstandard_constant
 
-    Q is the identity at first. A decay behind it follows lr'. blocks, axis: as in `orthogonalize`; R + C
+    Q is initially the identity. A later decay uses lr'. blocks, axis: as in `orthogonalize`; R + C
     is that of the whole matrix.
 
     Shapes: all (*); R x C as (size of axis 0, rest).
-    Units: the result has none; lr is about 0.1.
+    Units: the result is dimensionless; lr is about 0.1.
     Source: Frans, Levine and Abbeel 2025, https://arxiv.org/abs/2506.07254.
     """
     shape = tuple(update.shape[1:])

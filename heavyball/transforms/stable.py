@@ -21,13 +21,13 @@ def stable_adamw(
     betas: Live = (0.9, 0.99),
     eps: Live = 1e-8,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Adam whose learning rate drops where the gradient is larger than its second moment expects.
+    """Adam with a lower learning rate if the gradient is larger than its second moment.
 
     m, v, u as in `scale_by_adam`;  r = sqrt(mean(g^2 / max(v, eps^2)))
-    the learning rate of everything behind, decay included, is lr / max(1, r)
+    the learning rate of later elements, decay included, is lr / max(1, r)
 
     Shapes: all (*); r is one number per tensor, of the gradient and the updated v.
-    Units: the result has none.
+    Units: the result is dimensionless.
     Source: Wortsman et al. 2023, Algorithm 2, https://arxiv.org/abs/2304.13013.
     """
     exp_avg = ema(exp_avg, update, betas[0], step)
@@ -41,14 +41,14 @@ def stable_adamw(
 def clip_update_rms(
     update: Tensor, *, clip_threshold: Tensor | None = None, threshold: Live = 1.0
 ) -> Tensor:
-    """Scale an update down to the root mean square `threshold`.
+    """Clip the root mean square of the update at `threshold`.
 
     u' = u / max(1, RMS(u) / threshold)
 
     With `prodigy_plus_d`, `threshold` is multiplied by 50 until d has moved.
 
     Shapes: all (*).
-    Units: `threshold` has the unit of u; behind a preconditioner it is about 1.
+    Units: `threshold` has the unit of u; after a preconditioner it is about 1.
     Source: Shazeer and Stern 2018, section 6, https://arxiv.org/abs/1804.04235.
     """
     if clip_threshold is not None:

@@ -31,16 +31,16 @@ def stable_spam(
     eps: Live = 1e-8,
     every: int = 1000,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Scale down the largest entries, give the tensor its usual norm, and restart moments now and then.
+    """Clip the largest entries, normalize to the usual norm, and restart moments periodically.
 
     M = unbiased mean with theta of max|u|;  entries with |u| > M are scaled by M / max|u|
     a, c = unbiased means with gamma1, gamma2 of n = ||u|| and n^2;  u' = u / n a / (sqrt(c) + eps)
-    t' = t, counted from 1 again at every step that `every` divides; 0 never does
+    t' = t, restarted from 1 in every step that `every` divides; 0 never restarts
 
     Shapes: all (*); max and norms over the tensor. State is three numbers.
     Units: the norm of the result is about 1.
-    Source: Huang et al. 2025, https://arxiv.org/abs/2502.17055. At a restart the authors' file corrects
-        old moments as those of step 1; here they begin anew.
+    Source: Huang et al. 2025, https://arxiv.org/abs/2502.17055. At a restart, the authors' code
+        corrects old moments as if in step 1; here they are reset.
     """
     largest = update.abs().amax()
     max_avg = ema(max_avg, largest.to(max_avg.dtype), theta, step)

@@ -10,15 +10,15 @@ from heavyball.numerics import norm
 
 @transform()
 def trust_ratio(update: Tensor, *, param: Tensor, clip: bool = False) -> Tensor:
-    """Give the update of every tensor the norm of its weights.
+    """Scale the update of every tensor to the norm of its weights.
 
     u' = u ||p|| / ||u||, u where either norm is 0; with `clip` u min(1, ||p|| / ||u||)
 
-    It may stand behind a decay, which is then part of u; a decay that the chain adds by itself stands
-    behind it and is not.
+    If it is placed after a decay, the decay is part of u; a decay that the chain adds comes after it
+    and is not.
 
     Shapes: all (*), norms over the tensor.
-    Units: those of the weights, so `lr` is a share of them.
+    Units: those of the weights, so `lr` is a fraction of them.
     Source: You et al. 2019, LAMB, Algorithm 2, https://arxiv.org/abs/1904.00962, without bounds of
         ||p||; `clip` is LAMBC, https://arxiv.org/abs/2011.13584.
     """

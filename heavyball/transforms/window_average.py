@@ -34,12 +34,12 @@ def _declared(k: int) -> Transform:
         k: int = SNAPSHOTS,
         every: int = 1,
     ) -> tuple[Tensor, ...]:
-        """Average the last k of the snapshots that are taken behind every `every`-th step.
+        """Average the last k snapshots, taken after every `every`-th step, for evaluation.
 
-        a_t = mean of p_(n every), p_((n-1) every), .., k of them or all there are, n = floor(t / every)
+        a_t = mean of p_(n every), p_((n-1) every), .., k of them or all available, n = floor(t / every)
 
-        Evaluation is at a, and at p before the first snapshot. Each snapshot is a state of its own,
-        which every step reads and writes.
+        Evaluation uses a, or p before the first snapshot. Each snapshot is a separate state, which
+        every step reads and writes.
 
         Shapes: all (*).
         Source: Kaddour 2022, LAWA, https://arxiv.org/abs/2209.14981.

@@ -31,16 +31,16 @@ def scale_by_yogi(
     eps: Live = 1e-3,
     initial_accumulator_value: Fixed = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Let the second moment grow and shrink at the same rate.
+    """Yogi: Adam whose second moment changes by a bounded amount.
 
-    m as in `scale_by_adam`;  v <- v - (1 - beta2) sign(v - g^2) g^2, at first
+    m as in `scale_by_adam`;  v <- v - (1 - beta2) sign(v - g^2) g^2, initially
     `initial_accumulator_value`;  u = m / (sqrt(v / (1 - beta2^t)) + eps)
 
     Shapes: all (*).
-    Units: the result has none.
+    Units: the result is dimensionless.
     Source: Zaheer et al. 2018, Algorithm 2,
         https://papers.nips.cc/paper/8186-adaptive-methods-for-nonconvex-optimization. m starts at 0 as
-        in the paper; pytorch_optimizer starts it at `initial_accumulator_value` too.
+        in the paper; pytorch_optimizer also starts it at `initial_accumulator_value`.
     """
     new = update.square()
     square = square - (1 - betas[1]) * (square - new).sign() * new

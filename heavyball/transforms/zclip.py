@@ -31,16 +31,16 @@ def zclip(
     alpha: Live = 0.97,
     max_norm: Live | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Shorten all updates together where their norm is many deviations above its mean.
+    """Clip the global norm of all updates if it is many standard deviations above its mean.
 
-    n = norm of all updates as one vector; the first `warmup` give its mean and variance
+    n = norm of all updates as one vector; the first `warmup` steps give its mean and variance
     then s = (n - mean) / (std + 1e-6);  N = mean + z^2 std / s where s > z, else n
     mean <- alpha mean + (1 - alpha) N;  var <- alpha var + (1 - alpha) (N - mean)^2;  u' = u N / n
 
     max_norm: N is at most this, from the first step on.
 
-    Shapes: all (*). Mean and variance are kept per parameter, so one whose gradients begin late has a
-        warm-up of its own.
+    Shapes: all (*). Mean and variance are stored per parameter, so a parameter whose gradients start
+        late has its own warm-up.
     Units: those of u.
     Source: Kumar et al. 2025, https://arxiv.org/abs/2504.02507.
     """

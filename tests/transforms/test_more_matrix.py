@@ -1025,8 +1025,8 @@ def test_one_side_of_a_basis_is_soap_with_the_other_side_too_long(sides: str) ->
 def test_options_of_a_basis_that_exclude_each_other_are_refused() -> None:
     p = torch.zeros(4, 4)
     for options, message in (
-        ({"gram": "kl", "gram_of": "grad"}, "gram_of='grad' cannot be with gram='kl'"),
-        ({"gram": "kl", "first": "pass"}, "first='pass' cannot be with gram='kl'"),
+        ({"gram": "kl", "gram_of": "grad"}, "gram_of='grad' is not supported with gram='kl'"),
+        ({"gram": "kl", "first": "pass"}, "first='pass' is not supported with gram='kl'"),
         (
             {"refresh": "before", "first": "sign"},
             "first='sign' has no effect with refresh='before'",
