@@ -1,4 +1,4 @@
-"""Writes the generated parts of the documentation; `--check` only says whether they are current."""
+"""Writes the generated parts of the documentation; `--check` only reports whether they are current."""
 
 import ast
 import inspect
@@ -16,7 +16,7 @@ from heavyball.core.program import HiddenNode
 ROOT = Path(__file__).parent.parent
 CHECKS = tomllib.loads((ROOT / "docs" / "checks.toml").read_text())
 
-COMMON = "by the properties that every transform is tested for."
+COMMON = "by the property tests of all transforms."
 
 
 def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
@@ -49,7 +49,7 @@ def transforms() -> str:
 
 
 def with_blocks() -> str:
-    """What takes `blocks`: transforms, combinators by their entrances, and presets."""
+    """Transforms, combinators and presets that take `blocks`."""
     known = heavyball.chainable.TRANSFORMS.items()
     combinators = [
         name
@@ -68,7 +68,7 @@ def with_blocks() -> str:
 
 
 def details() -> Iterator[str]:
-    """A section per transform: docstring, hyper-parameters, state, and what it was checked against."""
+    """A section per transform: docstring, hyper-parameters, state, and how it was tested."""
     for name, t in heavyball.chainable.TRANSFORMS.items():
         yield f"### {name}\n\n{t.summary}\n"
         rest = t.doc.split("\n\n", 1)[1:]
@@ -92,11 +92,11 @@ def _plain(value: object) -> str:
 
 
 def schedule() -> str:
-    """The preconditioner schedule beside constant intervals."""
+    """The preconditioner schedule compared with constant intervals."""
     default, constants = heavyball.PrecondSchedule(), (2, 16)
     header = ["steps", "interval", "refreshes"]
     for n in constants:
-        header += [f"every {n}", "times as many"]
+        header += [f"every {n}", "ratio"]
     rows = []
     for power in range(1, 7):
         steps = 10**power
@@ -109,14 +109,14 @@ def schedule() -> str:
 
 
 def _interval(value: float) -> str:
-    """As many digits as show that it is not a whole number, and one of those that are small."""
+    """Enough digits to show that it is not a whole number; one for small values."""
     if value >= 500:
         return f"{value:.0f}"
     return f"{value:.{5 if value < 1.01 else 3 if value < 1.1 else 1}f}"
 
 
 def draw_schedule(path: Path) -> None:
-    """Refreshes so far over the steps, for the schedule and for constant intervals."""
+    """Cumulative refreshes over steps, for the schedule and for constant intervals."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
@@ -138,7 +138,7 @@ def draw_schedule(path: Path) -> None:
 
 
 def fill(text: str, name: str, content: str) -> str:
-    """Replace what stands between the marks `<!-- name -->` and `<!-- /name -->`."""
+    """Replace the text between the marks `<!-- name -->` and `<!-- /name -->`."""
     start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     before, rest = text.split(start)
     return f"{before}{start}\n{content}\n{end}{rest.split(end)[1]}"
