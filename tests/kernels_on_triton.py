@@ -30,17 +30,11 @@ from heavyball.state.held import held
 C = heavyball.chainable
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-NUMPY = {
-    "exp": np.exp,
-    "log": np.log,
-    "log1p": np.log1p,
-    "expm1": np.expm1,
-    "tanh": np.tanh,
+NUMPY = {  # those that numpy has under another name
     "erf": np.vectorize(math.erf, otypes=[float]),
     "nearbyint": np.rint,
     "atan2": np.arctan2,
     "pow": np.power,
-    "fmod": np.fmod,
 }
 # one element; less than a block; several axes; two blocks of which one is not full
 SHAPES = ((1,), (7,), (3, 5, 2), (BLOCK + 77,))
@@ -51,10 +45,12 @@ class LibDevice:
     """What the interpreter does not have."""
 
     def __getattr__(self, name: str):
+        fn = NUMPY.get(name) or getattr(np, name)
+
         def call(*arguments):
             with np.errstate(all="ignore"):
                 given = [a.handle.data for a in arguments]
-                data = np.asarray(NUMPY[name](*given)).astype(given[0].dtype)
+                data = np.asarray(fn(*given)).astype(given[0].dtype)
             widest = max(arguments, key=lambda a: a.handle.data.size)
             handle = interpreter.TensorHandle(data, widest.handle.dtype)
             return core.tensor(handle, widest.type)

@@ -122,8 +122,11 @@ def needed(columns: Iterable[Column]) -> list[Function]:
         found += [squared(), root(), nearest_root()]
     if any(c.word is not None and c.scale is None for c in columns):
         found.append(rounded_at_random())
-    if any(c.code_bits == 8 for c in columns):
-        found += [*codes(torch.int8), *codes(torch.uint8), scale()]
+    coded = {c.dtype: None for c in columns if c.code_bits == 8}
+    for dtype in coded:
+        found += codes(dtype)
+    if coded:
+        found.append(scale())
     if any(c.code_bits == 4 for c in columns):
         found += [*four_bit_codes(True), *four_bit_codes(False), four_bit_scale()]
     return found

@@ -17,15 +17,19 @@ SMALLEST = 4096
 
 @dataclass(frozen=True)
 class Format:
-    """One way to keep a tensor: the dtype of what stands under its key, and of the correction if any.
+    """One way to store a tensor: the dtype of the main tensor, and of its companions if it has any.
 
-    coarse: of a format that is for means of gradients and of squares alone, how it is off. fits: the
-    numbers of elements that it can have.
+    correction: the dtype of the correction of a 16-bit value. scale: the dtype of the scales of codes.
+    square: the dtype of codes of means of squares, if it differs. coarse: for formats that are only
+    for means of gradients and of squares, how coarse they are. fits: whether a tensor may have this
+    number of elements.
     """
 
     name: str
     dtype: torch.dtype
     correction: torch.dtype | None = None
+    scale: torch.dtype | None = None
+    square: torch.dtype | None = None
     coarse: str | None = None
     fits: Callable[[int], bool] = bool
 
@@ -39,11 +43,16 @@ DTYPES = {
     "bfloat16": Format("bfloat16", torch.bfloat16),
     "float16": Format("float16", torch.float16),
     "8bit": Format(
-        "8bit", torch.int8, coarse="has steps of about a hundredth of the largest of 32 neighbours"
+        "8bit",
+        torch.int8,
+        scale=torch.bfloat16,
+        square=torch.uint8,
+        coarse="has steps of about a hundredth of the largest of 32 neighbours",
     ),
     "4bit": Format(
         "4bit",
         torch.uint8,
+        scale=torch.float32,
         coarse="has steps of up to a quarter of the largest of 128 neighbours",
         fits=four_bit.fits,
     ),

@@ -11,6 +11,7 @@ import functools
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -18,27 +19,33 @@ from torch import Tensor
 from heavyball.numerics import Origin, random_bits, round_stochastically, stream
 from heavyball.state import four_bit, packing, rank_one
 from heavyball.state.declare import Holds
-from heavyball.state.formats import Format
+from heavyball.state.formats import DTYPES, ECC, Format
 from heavyball.state.packed import FourBit, RankOne
 
 CORRECTION, SCALE, COLUMNS, SIGNS = ":correction", ":scale", ":columns", ":signs"
 COMPANIONS = (CORRECTION, SCALE, COLUMNS, SIGNS)
 PARAM = "param"
-# The dtypes of a tensor and its companions, in every format that has some.
-LAYOUTS: tuple[dict[str, torch.dtype], ...] = (
-    *(
-        {"": half, CORRECTION: rest}
-        for half in (torch.bfloat16, torch.float16)
-        for rest in (torch.int8, torch.int16)
-    ),
-    {"": torch.int8, SCALE: torch.bfloat16},
-    {"": torch.uint8, SCALE: torch.bfloat16},
-    {"": torch.uint8, SCALE: torch.float32},
-    {"": torch.float32, COLUMNS: torch.float32, SIGNS: torch.uint8},
-    {"": torch.float32, COLUMNS: torch.float32},
-)
 # Blocks of codes that are encoded at a time.
 PART = 2**10
+
+
+def dtypes_of(chosen: Format, holds: Holds) -> dict[str, torch.dtype]:
+    """The dtypes of a tensor in this format and of its companions."""
+    is_square = holds == "square"
+    dtypes = {"": chosen.square if is_square and chosen.square is not None else chosen.dtype}
+    if chosen.correction is not None:
+        dtypes[CORRECTION] = chosen.correction
+    if chosen.scale is not None:
+        dtypes[SCALE] = chosen.scale
+    if chosen.name == "rank1":
+        dtypes[COLUMNS] = torch.float32
+        if not is_square:
+            dtypes[SIGNS] = torch.uint8
+    return dtypes
+
+
+# The dtypes of a tensor and its companions, in every format.
+LAYOUTS = [dtypes_of(f, h) for f in (*ECC.values(), *DTYPES.values()) for h in get_args(Holds)]
 
 
 @dataclass(frozen=True)
@@ -159,17 +166,7 @@ def create(
     if chosen is None or not value.is_floating_point():
         state[key] = value
         return
-    unsigned = chosen.name == "8bit" and holds == "square"
-    dtypes = {"": torch.uint8 if unsigned else chosen.dtype}
-    if chosen.correction is not None:
-        dtypes[CORRECTION] = chosen.correction
-    if chosen.name in ("8bit", "4bit"):
-        dtypes[SCALE] = torch.bfloat16 if chosen.name == "8bit" else torch.float32
-    if chosen.name == "rank1":
-        dtypes[COLUMNS] = torch.float32
-        if holds != "square":
-            dtypes[SIGNS] = torch.uint8
-    _make(state, key, value, dtypes)
+    _make(state, key, value, dtypes_of(chosen, holds))
     if not value.is_meta:
         held(state, key, holds, value.shape).store(value)
 

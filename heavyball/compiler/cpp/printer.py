@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 
 from heavyball.compiler.cpp.dialect import TYPES, Cpp
-from heavyball.compiler.cpp.storage import CODES, FOUR_BIT_CODES, WIDE
+from heavyball.compiler.cpp.storage import WIDE, blocks_of
 from heavyball.compiler.cpp.templates import CHUNKED, DRIVER, KEYS, PRELUDE, WALK
 from heavyball.compiler.dialect import KernelPrinter
 from heavyball.compiler.formats import needed, short
@@ -58,9 +58,7 @@ class CppPrinter(Cpp, KernelPrinter):
     def _formats(self) -> list[str]:
         """The functions for formats of fewer bits that this kernel needs."""
         columns = self.kernel.tensors
-        bits = {c.code_bits for c in columns}
-        codes = [text for n, text in ((8, CODES), (4, FOUR_BIT_CODES)) if n in bits]
-        return [*map(self.function, needed(columns)), KEYS, *codes]
+        return [*map(self.function, needed(columns)), KEYS, *blocks_of(columns)]
 
     # ---- layout
 

@@ -1,17 +1,22 @@
 """C++ for blocks of codes, whose arithmetic `compiler/formats.py` prints."""
 
+from collections.abc import Iterable
+
+from heavyball.compiler.cpp.dialect import TYPES
+from heavyball.compiler.formats import short
+from heavyball.compiler.passes.loops import Column
+
 # Elements that a tensor of codes is decoded to and encoded from at a time.
 WIDE = 1024
 
+# The functions of one type of codes under a common name.
+CODE_OF = """\
+static inline {type} code_of(const {type}*, float x, float scale) {{ return {name}_of(x, scale); }}
+static inline {type} code_of(const {type}*, float x, float scale, uint32_t key, uint32_t index) {{
+    return random_{name}_of(x, scale, key, index);
+}}
+"""
 CODES = """\
-static inline int8_t code_of(const int8_t*, float x, float scale) { return int8_of(x, scale); }
-static inline uint8_t code_of(const uint8_t*, float x, float scale) { return uint8_of(x, scale); }
-static inline int8_t code_of(const int8_t*, float x, float scale, uint32_t key, uint32_t index) {
-    return random_int8_of(x, scale, key, index);
-}
-static inline uint8_t code_of(const uint8_t*, float x, float scale, uint32_t key, uint32_t index) {
-    return random_uint8_of(x, scale, key, index);
-}
 template <class C>
 static inline void decode_block(const C* codes, float scale, float* out, int64_t count) {
     #pragma omp simd
@@ -103,3 +108,12 @@ static inline void encode_four_bit(uint8_t* codes, float* scales, const float* o
     }
 }
 """
+
+
+def blocks_of(columns: Iterable[Column]) -> list[str]:
+    """The functions that decode and encode blocks of the codes in these tensors."""
+    columns = list(columns)
+    of_bytes = {c.dtype: None for c in columns if c.code_bits == 8}
+    found = [CODE_OF.format(type=TYPES[dtype], name=short(dtype)) for dtype in of_bytes]
+    found += [CODES] if of_bytes else []
+    return [*found, FOUR_BIT_CODES] if any(c.code_bits == 4 for c in columns) else found
