@@ -20,6 +20,8 @@ TYPES = {
     torch.int32: "uint32_t",
 }
 HALVES = (torch.bfloat16, torch.float16)
+# Types that C++ lacks are structs around these bits, so that functions can be overloaded for them.
+STRUCTS = {torch.float16: "uint16_t", torch.bfloat16: "uint16_t"}
 
 
 class Cpp(Dialect):
@@ -50,9 +52,9 @@ class Cpp(Dialect):
         return f"({TYPES[target]}){'(int32_t)' if signed else ''}{text}"
 
     def view(self, text: str, source: torch.dtype, target: torch.dtype) -> str:
-        if source in HALVES:
+        if source in STRUCTS:
             return f"{text}.bits"
-        if target in HALVES:
+        if target in STRUCTS:
             return f"{TYPES[target]}{{{text}}}"
         return f"{'float_of' if target == torch.float32 else 'word_of'}({text})"
 
@@ -69,9 +71,9 @@ class Cpp(Dialect):
         given = [f"{TYPES[v.type]} {v.index}" for v in f.arguments]
         given += [f"{TYPES[e.dtype]}* to{n}" for n, e in enumerate(f.results) if several]
         # of 16 bits the word: gcc vectorizes no copy of a struct
-        halves = [".bits" if e.dtype in HALVES else "" for e in f.results]
-        places = [f"to{n}->bits" if bits else f"*to{n}" for n, bits in enumerate(halves)]
-        ends = [f"{p} = {x}{bits};" for p, x, bits in zip(places, found, halves, strict=True)]
+        fields = [".bits" if e.dtype in STRUCTS else "" for e in f.results]
+        places = [f"to{n}->bits" if bits else f"*to{n}" for n, bits in enumerate(fields)]
+        ends = [f"{p} = {x}{bits};" for p, x, bits in zip(places, found, fields, strict=True)]
         kind = "void" if several else TYPES[f.results[0].dtype]
         head = f"static inline {kind} {f.name}({', '.join(given)}) {{"
         lines += ends if several else [f"return {found[0]};"]

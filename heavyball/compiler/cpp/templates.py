@@ -1,4 +1,8 @@
-"""What stands around the loops of a C++ kernel."""
+"""The C++ around the loops of a kernel."""
+
+from heavyball.compiler.cpp.dialect import STRUCTS, TYPES
+
+_STRUCTS = "\n".join(f"struct {TYPES[t]} {{ {bits} bits; }};" for t, bits in STRUCTS.items())
 
 PRELUDE = """\
 #include <cmath>
@@ -8,8 +12,7 @@ PRELUDE = """\
 
 // Called for small and for large tensors: inlined, everything would be compiled twice.
 #define PART static __attribute__((noinline))
-struct f16 { uint16_t bits; };
-struct bf16 { uint16_t bits; };
+<structs>
 
 static inline uint32_t word_of(float v) { uint32_t w; std::memcpy(&w, &v, 4); return w; }
 static inline float float_of(uint32_t w) { float v; std::memcpy(&v, &w, 4); return v; }
@@ -59,7 +62,7 @@ template <typename F> static inline F remainder_of(F x, F y) {
     const F rest = std::fmod(x, y);
     return rest != 0 && (rest < 0) != (y < 0) ? rest + y : rest;
 }
-"""
+""".replace("<structs>", _STRUCTS)
 # The word from which a tensor that is rounded stochastically takes its bits in a step.
 KEYS = """\
 static inline uint32_t step_key(int64_t stream, double step) {
