@@ -1,4 +1,4 @@
-"""How much state an optimizer will hold, from shapes alone."""
+"""The memory that an optimizer's state will take, computed from shapes."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,7 +20,7 @@ SHOWN = 12
 
 @dataclass(frozen=True)
 class Planned:
-    """What one parameter will hold, in bytes by state key."""
+    """The state of one parameter, in bytes by state key."""
 
     name: str
     shape: tuple[int, ...]
@@ -39,10 +39,11 @@ class Planned:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The state that an optimizer will hold after its first step, exact to the byte.
+    """The state of an optimizer after its first step, exact to the byte.
 
-    chain: what steps the parameters; parameters: what each of them will hold. per_process: of a mesh,
-    the bytes of state that each of its processes will hold of all that.
+    chain: the chain as text. parameters: the state of each parameter. per_process: for a mesh, the
+        bytes of
+    state in each of its processes.
     """
 
     chain: str
@@ -51,7 +52,7 @@ class MemoryPlan:
 
     @property
     def state_bytes(self) -> int:
-        """What `ChainOpt.state_bytes()` will be after a step in which every parameter had a gradient."""
+        """The value of `ChainOpt.state_bytes()` after a step in which every parameter had a gradient."""
         return sum(p.state_bytes for p in self.parameters)
 
     @property
@@ -69,7 +70,7 @@ class MemoryPlan:
 
     @property
     def evaluation_bytes(self) -> int:
-        """What comes on top in evaluation mode, where the training weights are kept aside."""
+        """Additional bytes in evaluation mode, in which the training weights are stored."""
         return sum(p.evaluation_bytes for p in self.parameters)
 
     @property
@@ -82,7 +83,7 @@ class MemoryPlan:
 
     @property
     def per_parameter(self) -> dict[str, int]:
-        """Bytes of state by the parameter's name, or its place where it has none."""
+        """Bytes of state by the parameter's name, or its index if it has none."""
         return {p.name: p.state_bytes for p in self.parameters}
 
     def __str__(self) -> str:
@@ -92,18 +93,19 @@ class MemoryPlan:
 def memory_plan(
     model_or_params: Any, chain_or_preset: Any, *, mesh: Any = None, **options: Any
 ) -> MemoryPlan:
-    """The state that an optimizer will take, per parameter and per transform, allocating nothing.
+    """Compute the bytes of an optimizer's state, per parameter and per transform, without allocating it.
 
-    model_or_params: a module, or parameters in any form that an optimizer takes; their values are not
-        looked at, so they may be on the device "meta".
+    model_or_params: a module, or parameters in any form that an optimizer takes; their values are
+        not used, so they may be on the device "meta".
     chain_or_preset: a preset's class or name, a transform, a tuple of elements, text as the command
         `heavyball` takes it ("AdamW:amsgrad=True", "scale_by_adam | cautious"), or a function that
         makes the optimizer from its parameters.
-    mesh: say also what each process holds where `fully_shard` cuts the parameters: a `DeviceMesh`, a
-        number of processes, or (copies, processes of a copy); nothing of it need exist.
-    options: those of the preset, or of `ChainOpt`; `lr` may be left out.
+    mesh: also compute the bytes in each process if `fully_shard` shards the parameters: a
+        `DeviceMesh`, a number of processes, or (copies, processes per copy); the processes need not
+        exist.
+    options: those of the preset, or of `ChainOpt`; `lr` is optional.
 
-    Errors: as the optimizer's own, and ValueError for a name that nobody knows.
+    Errors: those of the optimizer, and ValueError for an unknown name.
     """
     make, options = _maker(chain_or_preset, options)
     opt = make(_on_meta(model_or_params), **options)

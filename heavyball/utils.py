@@ -1,4 +1,4 @@
-"""Settings of the process that a user may want."""
+"""Process-wide settings."""
 
 from typing import Any
 
@@ -18,12 +18,12 @@ zeroth_power_mode: str = "qr"
 
 
 def set_torch() -> dict[str, tuple[Any, Any]]:
-    """Allow torch the fast ways of multiplying float32 matrices.
+    """Enable torch's fast modes for float32 matrix products.
 
     Sets torch.set_float32_matmul_precision("high") (TF32 or bf16 passes where the hardware has them),
     torch.backends.opt_einsum.strategy = "auto-hq" (better contraction orders), and
-    torch.backends.cudnn.benchmark = True (measures convolution algorithms), the last not where
-    determinism was asked for by torch.use_deterministic_algorithms or cudnn.deterministic.
+    torch.backends.cudnn.benchmark = True (measures convolution algorithms), the last unless
+    determinism was requested with torch.use_deterministic_algorithms or cudnn.deterministic.
 
     Returns the settings that changed, name: (before, after).
     """

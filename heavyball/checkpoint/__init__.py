@@ -1,4 +1,4 @@
-"""Checkpoints: versions of our own, and state dicts of other optimizers."""
+"""Checkpoints: versions of this library's format, and state dicts of other optimizers."""
 
 from heavyball.checkpoint.adopt import AdoptionReport, adopt
 from heavyball.checkpoint.foreign import to_torch

@@ -1,4 +1,4 @@
-"""Goes on with what another optimizer has saved."""
+"""Loads state saved by other optimizers."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -23,11 +23,12 @@ from heavyball.runtime.state import add_missing_state
 
 @dataclass(frozen=True)
 class AdoptionReport:
-    """What `adopt` did, as `<parameter>.<name>` and `param_groups.<number>.<name>`.
+    """The result of `adopt`, as `<parameter>.<name>` and `param_groups.<number>.<name>`.
 
-    source: whose state dict it was. matching: whether the chain goes on as that optimizer would.
-    taken: what was saved and is used; invented: state that nothing was saved for, which begins;
-    left: what was saved and has no place here.
+    source: the optimizer that wrote the state dict. matching: whether the chain continues as that
+        optimizer
+    would. taken: saved entries that are used; invented: state that was not saved and is initialized;
+    left: saved entries that are ignored.
     """
 
     source: str
@@ -46,22 +47,22 @@ class AdoptionReport:
 
 
 def adopt(opt: ChainOpt, state_dict: Mapping[str, Any]) -> AdoptionReport:
-    """Take over what another optimizer has saved, where this one has a place for it.
+    """Load the state dict of another optimizer.
 
-    Into the chain of the same method everything is taken, hyper-parameters too, and it goes on as the
-    original would. Into another one moments are kept by their meaning (the first moment of Adam becomes
-    Muon's momentum), the rest begins, and hyper-parameters stay as they are.
+    If the chain implements the same method, everything is loaded, hyper-parameters included, and it
+    continues as the original would. Otherwise, moments are loaded by their meaning (Adam's first
+    moment becomes Muon's momentum), other state is initialized, and hyper-parameters do not change.
 
     Load the model's weights first: a schedule-free dict that was saved in evaluation mode leaves the
-    optimizer in it, and the weights to train with are made from those that the parameters hold.
+    optimizer in that mode, and the training weights are computed from the parameters.
 
     state_dict: of torch.optim (SGD, Adam, AdamW, NAdam, RMSprop, Adagrad, Adafactor, Muon), schedulefree
         1.4.1, prodigyopt, prodigy-plus-schedule-free 1.9.0 or the PyPI package heavyball 3.2.1 (AdamW,
-        SFAdamW, SOAP, PSGDKron, Muon). Parameters match by name where both sides have names, else by
-        place.
+        SFAdamW, SOAP, PSGDKron, Muon). Parameters are matched by name if both sides have names, else by
+        position.
 
-    Errors: ValueError for what is no state dict, is of none of these, has other parameters, or holds
-        numbers that cannot be. Nothing has been changed then.
+    Errors: ValueError for anything that is not a state dict of one of these, has other parameters, or
+        contains impossible values. Nothing is changed.
     """
     if not isinstance(opt, ChainOpt):
         raise TypeError(f"adopt: expected an optimizer of heavyball, got {type(opt).__name__}")

@@ -1,4 +1,4 @@
-"""Writes state dicts that torch.optim goes on with."""
+"""Writes state dicts that torch.optim can load."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -42,10 +42,12 @@ _OURS = ("warmup_steps", "seed", "train_mode", "params", "param_names")
 
 
 def to_torch(opt: ChainOpt) -> dict[str, Any]:
-    """A state dict with which an optimizer of torch.optim goes on as this one would.
+    """Return a state dict with which an optimizer of torch.optim continues as this one would.
 
-    For SGD, Adam, AdamW, NAdam and RMSprop, also as chains: `coupled | scale_by_adam` is Adam. It holds
-    every entry that torch's groups have, so one that was built with other values goes on as well.
+    Supports SGD, Adam, AdamW, NAdam and RMSprop, also written as chains: `coupled | scale_by_adam`
+        is Adam. It
+    contains all entries of torch's groups, so the values that torch's optimizer was built with do
+    not matter.
 
     Errors: ValueError for a chain that torch does not have, naming the element, and for a warm-up that
         has not ended.

@@ -1,4 +1,4 @@
-"""Combinators: several chains in one. `parallel` and `graft` join them, `route` picks one."""
+"""Combinators of chains: `parallel` and `graft` join several, `route` selects one."""
 
 import fnmatch
 import inspect
@@ -17,7 +17,7 @@ from heavyball.numerics import norm
 
 @transform(domains={"weights": finite})
 def weighted_sum(updates: tuple[Tensor, ...], *, weights: Live = (1.0,)) -> Tensor:
-    """Add the updates of several chains, each times its weight."""
+    """The weighted sum of the updates of several chains."""
     return sum(weight * update for weight, update in zip(weights, updates, strict=True))  # type: ignore[return-value]
 
 
@@ -34,7 +34,7 @@ def transplant(updates: tuple[Tensor, Tensor], *, step: Tensor, start: int = 0) 
 
 @dataclass(frozen=True)
 class Parallel:
-    """Several chains that see the same update; `merge` makes one update of theirs."""
+    """Several chains on the same update; `merge` combines their results."""
 
     name: str
     branches: tuple[tuple[Any, ...], ...]
@@ -153,7 +153,7 @@ class When:
 
 @dataclass(frozen=True)
 class Route:
-    """The first rule that matches a parameter gives its chain."""
+    """Selects the chain of the first rule that matches a parameter."""
 
     rules: tuple[When, ...]
     otherwise: tuple[Any, ...] | None
@@ -167,7 +167,7 @@ class Route:
 
 @dataclass(frozen=True)
 class Within:
-    """A chain between two transforms, the first of which may turn the states of the chain."""
+    """A chain between two transforms, of which the first may rotate the chain's states."""
 
     name: str
     enter: Transform
@@ -239,9 +239,10 @@ def graft(direction: Any, magnitude: Any, start: int = 0) -> Parallel:
 
 
 def within(enter: Transform, *chain: Any, leave: Transform, name: str = "within") -> Within:
-    """Run a chain between two transforms of whole tensors, such as into a basis and back out of it.
+    """Run a chain between two transforms of whole tensors, for example in a different basis.
 
-    `enter` finds the states of the chain that turn with a basis in its `after`; see `transform`.
+    `enter` receives the states of the chain that rotate with the basis in its `after`; see
+    `whole_transform`.
     """
     if not isinstance(enter, Transform) or not isinstance(leave, Transform):
         raise TypeError(f"{name}: enter={enter!r}, leave={leave!r}: expected two transforms")
@@ -256,13 +257,13 @@ def when(
     max_ndim: int | None = None,
     predicate: Callable[[str | None, Tensor], bool] | None = None,
 ) -> When:
-    """A rule for `route`: this chain for the parameters that meet every condition given.
+    """A rule for `route`: this chain for the parameters that meet all given conditions.
 
-    name: a shell pattern such as "*.bias", for parameters given with their names. What torch's wrappers
-        put into them is no part of them: `_orig_mod.`, `_fsdp_wrapped_module.` and
-        `_checkpoint_wrapped_module.` anywhere, and `module.` where all names begin with it.
+    name: a shell pattern such as "*.bias", for parameters with names. Prefixes of torch's wrappers are
+        ignored: `_orig_mod.`, `_fsdp_wrapped_module.` and `_checkpoint_wrapped_module.` anywhere, and
+        `module.` if all names start with it.
     ndim, min_ndim, max_ndim: the number of dimensions.
-    predicate: `fn(name, parameter) -> bool`; the name is the plain one, None where there is none.
+    predicate: `fn(name, parameter) -> bool`; the name is without prefixes, or None.
     """
     if len(chain) == 1 and is_sequence(chain[0]):
         chain = tuple(chain[0])
@@ -280,10 +281,10 @@ def when(
 
 
 def route(*rules: When, otherwise: Any = None) -> Route:
-    """Give different parameters different chains: the first rule that matches decides.
+    """Use different chains for different parameters: the first rule that matches decides.
 
     The choice is made once, when the parameter is added. `otherwise=()` leaves the update of the
-    remaining parameters as it is; without `otherwise` a parameter that no rule matches is an error.
+    remaining parameters unchanged; without `otherwise`, a parameter that no rule matches raises.
     """
     for position, rule in enumerate(rules):
         if not isinstance(rule, When):

@@ -1,4 +1,4 @@
-"""Live hyper-parameters and fixed options: their values, where they may lie, and sharing one."""
+"""Live hyper-parameters and fixed options: values, intervals, and sharing."""
 
 import inspect
 import math
@@ -44,7 +44,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class LargestLr(Interval):
-    """Of a number that stands for the largest learning rate, which a schedule sets while it is 0."""
+    """The interval of a number for which 0 stands for the schedule's largest learning rate."""
 
 
 nonnegative = Interval(0, math.inf)
@@ -67,7 +67,7 @@ def each(domain: Intervals) -> tuple[Interval, ...]:
 
 @dataclass(frozen=True)
 class Shared:
-    """A hyper-parameter that several transforms of a chain use under one name in the group."""
+    """A hyper-parameter that several transforms of a chain share as one entry of the group."""
 
     name: str
     value: Scheduled
@@ -90,13 +90,13 @@ class Shared:
 
 
 def shared(name: str, value: Any, index: int | None = None) -> Shared:
-    """Name a hyper-parameter once and give it, or one element of it, to several transforms.
+    """Share one hyper-parameter, or its elements, between several transforms.
 
     `betas = shared("betas", (0.9, 0.999))`, then `scale_by_exp_avg_sq(beta2=betas[1])` and
     `schedule_free(beta=betas[0])`: the group holds one `betas`, as in torch.
 
     value: a number, a schedule, or several of these.
-    index: the element; `shared("betas", (0.9, 0.999), 1)` is `betas[1]`, as text has it.
+    index: the element; `shared("betas", (0.9, 0.999), 1)` is `betas[1]`, as written in text.
     """
     if not isinstance(name, str) or not name.isidentifier():
         raise TypeError(f"shared({name!r}, ...): expected a name such as 'betas'")

@@ -1,4 +1,4 @@
-"""Schedules: functions of the steps of a parameter group, in place of any of its live numbers."""
+"""Schedules: functions of a group's step, used in place of its live hyper-parameters."""
 
 import functools
 import inspect
@@ -25,7 +25,7 @@ ROUNDING = 1e-9
 
 
 class Schedule:
-    """A function of a group's steps with a text that reads back; `heavyball.chainable` makes them.
+    """A function of a group's step whose `repr` can be parsed; see `heavyball.chainable`.
 
     make: the function that makes it of `arguments`. share: of n = 1, 2, ..; its values are multiplied
     by `peak`. corners: the steps at which it may turn, so that its extremes are among them.
@@ -84,7 +84,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Followed:
-    """An element at the head of a chain: the live number `name` of every group follows `fn`."""
+    """An element at the head of a chain that makes the entry `name` of every group follow `fn`."""
 
     name: str
     fn: Scheduled
@@ -94,7 +94,7 @@ class Followed:
 
 
 def schedule(name: str, fn: Scheduled) -> Followed:
-    """Let a live number of every group follow a function of the group's steps; at the head of a chain.
+    """Make a live hyper-parameter of every group follow a function of the step; at the head of a chain.
 
     name: of the entry in the group, "lr", "weight_decay", "momentum", "scale_by_adam.1.betas".
     fn: of n = 1, 2, .., the number of the group's step, counted by calls of `step()`. For `lr` its value
@@ -112,7 +112,7 @@ def schedule(name: str, fn: Scheduled) -> Followed:
 
 
 def plain(value: Any) -> Any:
-    """A number as Python has it, whose text reads back; also several. Others are left as they are."""
+    """A plain Python number, whose text can be parsed; also several. Other values are unchanged."""
     if isinstance(value, tuple | list):
         return type(value)(map(plain, value)) if type(value) in (tuple, list) else value
     if type(value) in (int, float) or not _is_number(value):

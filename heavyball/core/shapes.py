@@ -1,6 +1,6 @@
 """The shapes of schedules: functions of n = 1, 2, .., the steps of a parameter group.
 
-x = (n - 1) / T, from 0 in the first step on and never above 1; a `floor` f makes f + (1 - f) s of s.
+x = min(1, (n - 1) / T); with a `floor` f, a schedule s becomes f + (1 - f) s.
 torch's schedulers count from 0: their epoch is n - 1.
 """
 
@@ -71,15 +71,15 @@ def _half_wave(x: float) -> float:
 
 @_shape
 def constant(*, peak: float = 1.0) -> Live:
-    """The same in every step: s(n) = 1."""
+    """Constant: s(n) = 1."""
     return _made(constant, lambda n: 1.0, (), peak)
 
 
 @_shape
 def linear(T: float, floor: float = 0.0, *, peak: float = 1.0) -> Live:
-    """A straight line down: s(n) = 1 - x, the floor from n = T + 1 on.
+    """Linear decay: s(n) = 1 - x, the floor from n = T + 1 on.
 
-    Units: T in steps, `floor` in shares of the peak.
+    Units: T in steps, `floor` as a fraction of the peak.
     """
     _checked(linear, positive, T=T)
     _checked(linear, _SHARE, floor=floor)
@@ -88,9 +88,9 @@ def linear(T: float, floor: float = 0.0, *, peak: float = 1.0) -> Live:
 
 @_shape
 def cosine(T: float, floor: float = 0.0, *, peak: float = 1.0) -> Live:
-    """Half a wave down: s(n) = (1 + cos(pi x)) / 2; a floor of 0.1 is usual.
+    """Cosine decay: s(n) = (1 + cos(pi x)) / 2; a floor of 0.1 is common.
 
-    Units: T in steps, `floor` in shares of the peak.
+    Units: T in steps, `floor` as a fraction of the peak.
     Source: Loshchilov and Hutter 2016, https://arxiv.org/abs/1608.03983.
     """
     _checked(cosine, positive, T=T)
@@ -101,9 +101,9 @@ def cosine(T: float, floor: float = 0.0, *, peak: float = 1.0) -> Live:
 
 @_shape
 def rex(T: float, floor: float = 0.0, *, beta: float = 0.5, peak: float = 1.0) -> Live:
-    """Late down: s(n) = (1 - x) / (1 - b + b (1 - x)), with b = `beta`; of 0 it is `linear`.
+    """REX, a late decay: s(n) = (1 - x) / (1 - b + b (1 - x)), b = `beta`; `linear` for 0.
 
-    Units: T in steps, `floor` in shares of the peak.
+    Units: T in steps, `floor` as a fraction of the peak.
     Source: Chen, Wolfe and Kyrillidis 2021, https://arxiv.org/abs/2107.04197.
     """
     _checked(rex, positive, T=T)
@@ -119,9 +119,9 @@ def rex(T: float, floor: float = 0.0, *, beta: float = 0.5, peak: float = 1.0) -
 
 @_shape
 def polynomial(T: float, q: float = 1.0, floor: float = 0.0, *, peak: float = 1.0) -> Live:
-    """A power of what is left: s(n) = (1 - x)^q.
+    """Polynomial decay: s(n) = (1 - x)^q.
 
-    Units: T in steps, `floor` in shares of the peak.
+    Units: T in steps, `floor` as a fraction of the peak.
     Source: torch.optim.lr_scheduler.PolynomialLR.
     """
     _checked(polynomial, positive, T=T)
@@ -148,14 +148,14 @@ def wsd(
     *,
     peak: float = 1.0,
 ) -> Live:
-    """Warm up, stay, and cool down over the last `decay` of T steps.
+    """Warm-up, stable, decay: cool down over the last `decay` of T steps.
 
     s(n) = min(1, n / warmup) c(d), d = (n - 1 - (T - decay)) / decay in [0, 1],
     and c is 1 - sqrt(d), 1 - d, or (1 + cos(pi d)) / 2
 
     The floor is that of the cool-down.
 
-    Units: T, `warmup` and `decay` in steps, `floor` in shares of the peak.
+    Units: T, `warmup` and `decay` in steps, `floor` as a fraction of the peak.
     Source: Hu et al. 2024, https://arxiv.org/abs/2404.06395; "sqrt" of Hägele et al. 2024,
         https://arxiv.org/abs/2405.18392.
     """
@@ -180,7 +180,7 @@ def wsd(
 
 @_shape
 def inverse_sqrt(warmup: float, *, peak: float = 1.0) -> Live:
-    """Warm up, then fall as the root of the steps: s(n) = min(1, n / w) sqrt(w / max(n, w)).
+    """Warm-up, then inverse square root: s(n) = min(1, n / w) sqrt(w / max(n, w)).
 
     Units: w = `warmup` in steps.
     Source: Vaswani et al. 2017, section 5.3, https://arxiv.org/abs/1706.03762.
@@ -192,11 +192,11 @@ def inverse_sqrt(warmup: float, *, peak: float = 1.0) -> Live:
 
 @_shape
 def power(T: float, flat: float, q: float = 1.2, floor: float = 0.0, *, peak: float = 1.0) -> Live:
-    """Stay for `flat` steps, then fall as a power of what is left.
+    """Constant for `flat` steps, then polynomial decay.
 
     s(n) = min(1, ((T - n + 1) / (T - flat))^q)
 
-    Units: T and `flat` in steps, `floor` in shares of the peak.
+    Units: T and `flat` in steps, `floor` as a fraction of the peak.
     Source: PowerCool of modded-nanogpt's track 3, https://github.com/KellerJordan/modded-nanogpt.
     """
     _checked(power, positive, T=T)
@@ -211,7 +211,7 @@ def power(T: float, flat: float, q: float = 1.2, floor: float = 0.0, *, peak: fl
 
 @_shape
 def exponential(k: float, *, peak: float = 1.0) -> Live:
-    """The same factor in every step: s(n) = k^(n - 1); above 1 for a search of the largest rate.
+    """Exponential: s(n) = k^(n - 1); above 1 for a learning-rate range test.
 
     Source: torch.optim.lr_scheduler.ExponentialLR.
     """
@@ -228,7 +228,7 @@ def exponential(k: float, *, peak: float = 1.0) -> Live:
 
 @_shape
 def step(at: int | tuple[int, ...], factor: float = 0.1, *, peak: float = 1.0) -> Live:
-    """A factor after each of some steps: s(n) = factor^(number of those that n is above).
+    """Step decay: s(n) = factor^(number of steps in `at` that are below n).
 
     at: steps after which it applies, one or several.
 
@@ -254,7 +254,7 @@ def one_cycle(
     *,
     peak: float = 1.0,
 ) -> Live:
-    """Half a wave up to the peak and half a wave down again.
+    """One-cycle: cosine up to the peak, then cosine down.
 
     From 1 / div_factor to 1 over the first `pct_start` of the steps, then down to
     1 / (div_factor final_div_factor) in the last one, where it stays.
@@ -290,9 +290,9 @@ def one_cycle(
 
 @_shape
 def cosine_restarts(T_0: int, T_mult: int = 1, floor: float = 0.0, *, peak: float = 1.0) -> Live:
-    """Half waves down that begin anew, each `T_mult` times as long as the one before.
+    """Cosine decay with restarts; each cycle is `T_mult` times as long as the one before.
 
-    Units: T_0 in steps, `floor` in shares of the peak.
+    Units: T_0 in steps, `floor` as a fraction of the peak.
     Source: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts; https://arxiv.org/abs/1608.03983.
     """
     _checked(cosine_restarts, positive, T_0=T_0)
@@ -310,12 +310,12 @@ def cosine_restarts(T_0: int, T_mult: int = 1, floor: float = 0.0, *, peak: floa
 
 @_shape
 def ramp(lo: float, hi: float, up: float, T: float, down: float) -> Live:
-    """From one number to another, and back at the end: the momentum of Muon.
+    """Ramp from one value to another, and back at the end, as for Muon's momentum.
 
     s(n) = lo + (hi - lo) (a - b), a = (n - 1) / up and b = (n - 1 - (T - down)) / down in [0, 1]
 
     Units: `lo` and `hi` are the numbers themselves; `up`, T and `down` in steps, 0 for a jump at the
-        first and behind the last of them.
+        first and after the last of them.
     Source: modded-nanogpt, 0.85 to 0.95 over 300 steps and back over the last 50 to 200,
         https://github.com/KellerJordan/modded-nanogpt.
     """
@@ -350,7 +350,7 @@ SHAPES = {
 
 
 def beta_of_half_life(steps: float) -> float:
-    """The beta of a mean in which a value has lost half of its weight after so many steps.
+    """The beta of a running mean with the given half-life in steps.
 
     beta = 1 - ln 2 / h
 
@@ -362,7 +362,7 @@ def beta_of_half_life(steps: float) -> float:
 
 
 def beta_of_batch(beta: float, ratio: float) -> float:
-    """The beta that keeps the half-life in samples, where the batch is `ratio` times as large.
+    """The beta with the same half-life in samples, for a batch that is `ratio` times as large.
 
     beta' = beta^ratio
 

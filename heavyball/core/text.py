@@ -1,11 +1,11 @@
-"""Read chains and optimizer specifications from text, without ever evaluating it.
+"""Parse chains and optimizer specifications from text, without evaluating it.
 
     chain    exp_avg | scale_by_adam(betas=(0.9, 0.95)) | graft(sign, exp_avg | scale_by_adam)
     optimizer    AdamW:lr=0.01,betas=(0.9, 0.95)        torch.SGD:momentum=0.9
 
-The text is checked token by token against a short list of what may occur, then read by `ast`; of
-the tree only names, calls, `|`, tuples and literals are accepted. Nothing is looked up but the
-names of transforms and combinators.
+The text is checked token by token against a short list of allowed tokens, then parsed by `ast`; only
+names, calls, `|`, tuples and literals are accepted in the tree. Only names of transforms and combinators
+are looked up.
 """
 
 import ast

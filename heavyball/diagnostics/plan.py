@@ -54,7 +54,7 @@ class EagerStep:
 
 @dataclass(frozen=True)
 class OwnedStep:
-    """Parameters of which other processes have parts, and that one process works on.
+    """Sharded parameters whose step one process computes.
 
     owner: which of the `processes` that is, counted from 0. calls: the keys of the transforms of whole
     tensors that it runs, while what lies around them is computed on the parts; () for the whole step.
@@ -70,9 +70,11 @@ class OwnedStep:
 class StepPlan:
     """How the next step runs, for the parameters that have a gradient.
 
-    chain: what steps them. kernels: as they are launched, in order. eager: what no kernel steps.
-    reordered: parameters of which a copy in another order is made in each step, or of their gradients.
-    without_gradient: parameters that the step leaves alone. owned: where processes share work out.
+    chain: the chain as text. kernels: in the order of their launches. eager: parameters without a
+        kernel.
+    reordered: parameters that are copied in each step to change their memory layout, or whose
+        gradients are.
+    without_gradient: parameters that the step does not change. owned: work distributed over processes.
     """
 
     chain: str

@@ -1,4 +1,4 @@
-"""Callbacks for frameworks; each module needs its framework, which heavyball does not install."""
+"""Callbacks for training frameworks, which heavyball does not install."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -7,7 +7,7 @@ from heavyball.optim.optimizer import ChainOpt
 
 
 def averaging(optimizers: Any) -> Iterator[ChainOpt]:
-    """Those of some optimizers that evaluate at an average, whatever has wrapped them."""
+    """The optimizers that evaluate at an average, unwrapped."""
     several = optimizers if isinstance(optimizers, Iterable) else [optimizers]
     for opt in several:
         found = unwrapped(opt)
@@ -16,7 +16,7 @@ def averaging(optimizers: Any) -> Iterator[ChainOpt]:
 
 
 def unwrapped(opt: Any) -> ChainOpt | None:
-    """The optimizer of heavyball that a framework has wrapped, if it is one."""
+    """The heavyball optimizer inside a framework's wrapper, if it is one."""
     for _ in range(8):  # accelerate, Lightning and others hold it as `optimizer`
         if opt is None or isinstance(opt, ChainOpt):
             return opt
@@ -25,7 +25,7 @@ def unwrapped(opt: Any) -> ChainOpt | None:
 
 
 def plain_metrics(optimizers: Any, prefix: str) -> dict[str, float]:
-    """The metrics of some optimizers as plain numbers, which waits for the device."""
+    """The metrics of several optimizers as plain numbers; synchronizes with the device."""
     several = optimizers if isinstance(optimizers, Iterable) else [optimizers]
     found = [opt for opt in map(unwrapped, several) if opt is not None]
     made: dict[str, float] = {}

@@ -10,12 +10,12 @@ from heavyball.integrations import averaging, plain_metrics
 
 
 class AveragedWeights(Callback):
-    """Validates and saves at the average of schedule-free optimizers (or of `parameter_ema`).
+    """Validate and save at the average of schedule-free optimizers (or of `parameter_ema`).
 
-    Validation, checkpoints and the model after `fit()` hold x. A checkpoint holds the weights to train
-    with as well, in the optimizer's state, so a resume from it is bit-identical. `optimizer.train()`
-    after the training gives y back. Several optimizers, manual optimization and optimizers of others
-    beside ours are fine; those are left alone.
+    Validation, checkpoints and the model after `fit()` use x. Checkpoints also contain the training
+    weights, in the optimizer's state, so resuming is bit-identical. Call `optimizer.train()` after
+    training to restore y. Several optimizers and manual optimization are supported; optimizers of
+    other libraries are ignored.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -41,7 +41,7 @@ class AveragedWeights(Callback):
 
 
 def _save_averaged(trainer: Trainer, save: Callable[..., None], *args: Any, **options: Any) -> None:
-    """Save a checkpoint with x in the model, and the optimizers as they are in evaluation mode."""
+    """Save a checkpoint with x in the model and the optimizers in evaluation mode."""
     ours = list(averaging(trainer.optimizers))
     trained = [opt for opt in ours if all(g["train_mode"] for g in opt.param_groups)]
     try:
@@ -54,9 +54,9 @@ def _save_averaged(trainer: Trainer, save: Callable[..., None], *args: Any, **op
 
 
 class Metrics(Callback):
-    """Logs `opt.metrics()` with the module's logger, under `optimizer/`.
+    """Log `opt.metrics()` with the module's logger, under `optimizer/`.
 
-    every: so many batches.
+    every: the interval in batches.
     """
 
     def __init__(self, every: int = 50):

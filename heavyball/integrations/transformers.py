@@ -8,11 +8,11 @@ from heavyball.integrations import averaging, plain_metrics
 
 
 class AveragedWeights(TrainerCallback):
-    """Evaluates and saves at the average of a schedule-free optimizer (or of `parameter_ema`).
+    """Evaluate and save at the average of a schedule-free optimizer (or of `parameter_ema`).
 
-    Evaluation, checkpoints, `load_best_model_at_end` and the model after `train()` hold x. A checkpoint
-    holds the weights to train with as well, in the optimizer's state, so a resume from it is
-    bit-identical. `optimizer.train()` after the training gives y back. Other optimizers are left alone.
+    Evaluation, checkpoints, `load_best_model_at_end` and the model after `train()` use x.
+    Checkpoints also contain the training weights, in the optimizer's state, so resuming is
+    bit-identical. Call `optimizer.train()` after training to restore y. Other optimizers are ignored.
     """
 
     def on_step_begin(
@@ -44,7 +44,7 @@ class AveragedWeights(TrainerCallback):
 
 
 class Metrics(TrainerCallback):
-    """Adds `opt.metrics()` to what the Trainer logs, as plain numbers under `optimizer/`."""
+    """Add `opt.metrics()` to the Trainer's logs, as plain numbers under `optimizer/`."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any

@@ -1,4 +1,4 @@
-"""When to do what is not worth doing at every step: decided from the step alone, and so never saved."""
+"""Decisions about occasional work, made from the step alone, so that nothing needs to be saved."""
 
 import functools
 import math
@@ -32,15 +32,15 @@ def annealed(
 
 
 class Occasions:
-    """The steps at which something happens, given its probability at every step.
+    """The steps in which something happens, given its probability in every step.
 
     stochastic     where a number drawn for the step from [0, 1) is below the probability
     cumulative     where the whole part of the sum of the probabilities grows
     deterministic  where at least 1 / probability steps have passed since the last time
 
-    The third happens less often than the others where 1 / probability is not a whole number. Steps
-    are counted from 0. From LATE on the present probability stands for those of all steps before. All
-    of it follows from the step, so there is nothing to save.
+    "deterministic" happens less often than the others if 1 / probability is not an integer. Steps are
+    counted from 0. From LATE on, the current probability is used for all earlier steps. Everything
+    follows from the step, so there is nothing to save.
 
     Errors: ValueError where a probability is not in [0, 1].
     Source: stochastic and cumulative of HeavyBall, deterministic of kron_torch.

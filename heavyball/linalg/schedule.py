@@ -1,7 +1,7 @@
-"""When to refresh a preconditioner: often at first, ever more rarely later, or at equal intervals.
+"""When to refresh a preconditioner: at a decreasing rate, or at equal intervals.
 
-A schedule is a value: a pure function of the step, so it needs no state, a resumed run goes on as
-if it had not stopped, and all parameters and all ranks decide alike.
+A schedule is a pure function of the step. It needs no state, resumed runs continue exactly, and all
+parameters and ranks make the same decision.
 """
 
 import functools
@@ -71,11 +71,11 @@ class Every:
 
 @dataclass(frozen=True)
 class PrecondSchedule:
-    """Refresh at nearly every step at first and ever more rarely later.
+    """Refresh in nearly every step at first, and less and less often later.
 
     interval(n) = 1 + (a log10(n))^b, and 1 at n = 0
     S(n) = 1 / interval(1) + .. + 1 / interval(n); the schedule has fired floor(S(n) + 1/4) times by
-    step n, and fires at the steps at which that number grows.
+    step n, and fires in the steps in which that number grows.
 
     a: 1 / a is the logarithm of the step at which the interval has grown to 2.
     b: how steeply it grows there.
@@ -117,7 +117,7 @@ class PrecondSchedule:
 
 
 def as_schedule(frequency: int | None, scheduler: object) -> Schedule:
-    """The schedule that a pair of options asks for; `scheduler` rules where it is not None.
+    """The schedule for a pair of options; `scheduler` takes precedence unless it is None.
 
     scheduler: a pair of numbers (a, b) for `PrecondSchedule`, or a schedule.
     """

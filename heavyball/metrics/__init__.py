@@ -1,7 +1,7 @@
-"""What an optimizer does, as numbers: `opt.metrics()` and `C.probe`.
+"""Measurements of an optimizer: `opt.metrics()` and `C.probe`.
 
-`opt.metrics()` gives a dict of 0-d tensors on the device, which it does not wait for. Keys are
-`group_<number>/<name>`; each number is over all parameters of the group, as of its last step:
+`opt.metrics()` returns a dict of 0-d tensors on the device, without synchronizing. Keys are
+`group_<number>/<name>`; each number covers all parameters of the group, in its last step:
 
 lr              the group's learning rate
 effective_lr    lr times d, where the chain estimates d
@@ -9,20 +9,20 @@ grad_norm       Euclidean norm of the raw gradients
 update_norm     of the change of the parameters, decay included, before it is rounded to 16 bits
 param_norm      of the parameters after the step
 update_to_param update_norm / param_norm
-skipped_steps   how many steps `skip_not_finite` has left out so far
-d               Prodigy's estimate, as after the step, where there is one
+skipped_steps   the number of steps that `skip_not_finite` has skipped so far
+d               Prodigy's estimate after the step, if there is one
 
-`C.probe("name")` adds, of the update at its place in the chain, `group_<number>/<name>/<what>`:
+`C.probe("name")` adds, for the update at its position in the chain, `group_<number>/<name>/<what>`:
 
 rms             root mean square
 norm            Euclidean norm
 max             the largest absolute value
-cosine          between the update and the gradient that the chain started from
-zeros           how many entries are 0
+cosine          between the update and the gradient at the start of the chain
+zeros           the number of entries that are 0
 
-They are asked for by `metrics=True` of `ChainOpt` and every preset, or by a first call of
-`opt.metrics()`, after which the numbers of steps are there from the next one on (NaN before). They are
-sums inside the kernels that run anyway, change no step, and are in no checkpoint.
+Measuring is turned on by `metrics=True` of `ChainOpt` and every preset, or by the first call of
+`opt.metrics()`, which returns NaN until the next step. The measurements are sums inside the step's
+kernels. They do not change steps and are not saved in checkpoints.
 
 To log them:
 

@@ -1,4 +1,4 @@
-"""Sizes of a tensor, summed in float64 so that no sum of float32 squares overflows."""
+"""Norms and counts, summed in float64 so that sums of float32 squares do not overflow."""
 
 import contextlib
 import contextvars
@@ -93,7 +93,7 @@ def dot(x: Tensor, y: Tensor) -> Tensor:
 def saturate(x: Tensor, narrow: bool = False) -> Tensor:
     """Clamp to +-2^56 (float64: +-2^504), so that the square of a sum of several stays finite.
 
-    narrow: what is computed in float64 is kept in fewer bits, with the range of float32.
+    narrow: float64 values are stored in fewer bits, with the range of float32.
 
     A gradient of 1e30 would otherwise make a float32 second moment infinite for good. An infinite
     entry becomes the bound; NaN stays.

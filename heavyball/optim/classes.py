@@ -1,4 +1,4 @@
-"""Classes of a chain, for whatever asks for a class: trainers, registries, configurations."""
+"""Optimizer classes for chains, for APIs that expect a class: trainers, registries, configurations."""
 
 import copyreg
 import weakref
@@ -21,13 +21,13 @@ class ChainClass(type):
 def optimizer_class(what: Any, name: str = "ChainOptimizer") -> type[ChainOpt]:
     """A subclass of `ChainOpt` for one chain, with the constructor `(params, lr, **options)`.
 
-    It and its instances pickle and copy, also into a process that has not made it.
+    The class and its instances can be pickled and copied, also to processes that did not create it.
 
     what: text such as "scale_by_adam | cautious", an element, or a sequence of both.
     name: what the class is called.
     options: those of `ChainOpt`.
 
-    Errors: as of `ChainOpt` for a chain that cannot be; TypeError for a name that cannot be a class's.
+    Errors: those of `ChainOpt` for an invalid chain; TypeError for an invalid class name.
     """
     if not isinstance(name, str) or not name.isidentifier():
         raise TypeError(f"optimizer_class: name={name!r}, expected a name such as 'CautiousAdam'")

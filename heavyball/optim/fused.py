@@ -19,14 +19,15 @@ from heavyball.runtime.tracing import opaque
 
 
 def fuse_backward(opt: Any) -> "FusedBackward":
-    """Step each parameter inside `backward()`, as soon as its gradient is complete, and free that.
+    """Step each parameter inside `backward()` once its gradient is complete, and free the gradient.
 
-    At no time do all gradients exist. The results are those of the ordinary step with
-    `foreach=False` to the bit, and without it too unless matrix methods step small parameters of one
-    shape together, whose batched products round otherwise.
-    `opt.step()` then ends the step: it steps what has a gradient all the same (one assigned by hand)
-    and must follow every `backward()`. Calling this again changes nothing; `remove()` undoes it. A
-    copied or unpickled optimizer is fused as its original was, over its own parameters.
+    The gradients never exist all at once. The results are bit-identical to those of the ordinary
+    step with `foreach=False`, and also without it unless matrix methods batch small parameters of
+    the same shape, because batched products round differently.
+
+    Call `opt.step()` after every `backward()`: it ends the step, and steps parameters that still have a
+    gradient (one assigned by hand). Calling this function again changes nothing; `remove()` undoes it. A
+    copied or unpickled optimizer is fused like the original, over its own parameters.
 
     Errors: ValueError if a chain in use needs a sum over all parameters, naming the element, or a
         parameter is in the optimizer twice. In `backward()`: RuntimeError for a second gradient of a
@@ -62,7 +63,7 @@ class FusedBackward:
         self._told = False  # of a clip that has no effect
 
     def remove(self) -> None:
-        """Take the hooks away: from now on `backward()` leaves gradients, and `step()` uses them."""
+        """Remove the hooks: `backward()` then leaves gradients, and `step()` uses them."""
         for param, handle in self._handles.items():
             handle.remove()
             _owners[param].discard(self)

@@ -1,4 +1,4 @@
-"""What an optimizer shows of itself: its chain, its plan, its numbers."""
+"""Inspection of an optimizer: its chain, its plan, its numbers."""
 
 import torch
 from torch import Tensor
@@ -15,14 +15,14 @@ from heavyball.runtime.tracing import opaque
 
 
 class Looking(Saving):
-    """The part of `ChainOpt` that is asked and changes no weights."""
+    """The part of `ChainOpt` for inspection, which changes no weights."""
 
     @opaque
     def metrics(self) -> dict[str, Tensor]:
-        """What the last step did, by group: 0-d tensors on the device, see `heavyball.metrics`.
+        """Measurements of the last step, by group: 0-d tensors on the device, see `heavyball.metrics`.
 
-        Nothing waits for the device. Without `metrics=True` the first call asks for them, and the
-        numbers of steps are NaN until the next one.
+        It does not synchronize with the device. Without `metrics=True`, the first call turns
+        measuring on, and the measurements are NaN until the next step.
         """
         if not self._chain.around:
             self._chain = Chain(
@@ -38,17 +38,17 @@ class Looking(Saving):
 
     @property
     def d(self) -> list[float]:
-        """The estimated distance of each group, of a chain that finds its learning rate.
+        """The estimated distance of each group, for chains that estimate their learning rate.
 
-        In a step of one parameter at a time it counts those that were stepped so far. It is read from
-        the device, so a program that asks in every step waits in every step.
+        In a step of one parameter at a time, it includes those stepped so far. Reading it
+        synchronizes with the device.
         """
         estimate, groups = self._steps.estimates()
         return [float(group[estimate.name]) for group in groups]
 
     @property
     def effective_lr(self) -> list[float]:
-        """What multiplies each group's updates in the next step: lr d, without `warmup_steps`."""
+        """The factor of each group's updates in the next step: lr d, without `warmup_steps`."""
         estimate, groups = self._steps.estimates()
         entry = estimate.steps_with or estimate.name
         ahead = [self._registry.schedules.ahead(i, group) for i, group in enumerate(groups)]
@@ -61,7 +61,7 @@ class Looking(Saving):
 
     @property
     def registry(self) -> Registry:
-        """The parameters: where each stands, what runs for it, its state and its part of a step."""
+        """The parameters: the position, program, state and job of each."""
         return self._registry
 
     def routing(self) -> str:
@@ -73,8 +73,8 @@ class Looking(Saving):
     def plan(self) -> StepPlan:
         """How the next step runs: which kernels step which parameters, what runs eagerly, and why.
 
-        It is of the parameters that have a gradient now, and makes their state, as a step would. With
-        `fuse_backward` each parameter has a kernel launch of its own.
+        It covers the parameters that have a gradient, and creates their state, as a step would. With
+        `fuse_backward`, each parameter has its own kernel launch.
 
         Errors: as `step`; nothing is stepped.
         """
@@ -83,9 +83,9 @@ class Looking(Saving):
 
     @without_autocast
     def kernel_sources(self) -> list[str]:
-        """The source of each kernel that steps the parameters which have a gradient now.
+        """The source of each kernel that steps the parameters which have a gradient.
 
-        Errors: NotPrintableError if one of them has no kernel, naming what stands in the way.
+        Errors: NotPrintableError if one of them has no kernel, with the reason.
         """
         from heavyball.compiler.run.engine import sources
 

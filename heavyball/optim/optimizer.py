@@ -40,48 +40,49 @@ from heavyball.state.held import CORRECTION, PARAM
 
 
 class ChainOpt(Looking):
-    """An optimizer made of a chain of transforms.
+    """An optimizer built from a chain of transforms.
 
-    params: tensors, parameter groups, or (name, tensor) pairs, as in torch; or a module, which gives its
-        parameters and their names.
-    lr: the step size; its unit is the parameter's over the update's. It, `weight_decay` and every live
-        hyper-parameter may be a schedule, such as `C.cosine(1000, peak=3e-4)`: see docs/schedules.md.
-    transforms: what happens to the gradient, in order; elements, or text such as "sign | exp_avg", also
-        as one sequence `transforms=`. A chain in which nothing has a
-        `weight_decay` gets `decoupled`, one without a writer `descend`, so the step ends in
-        `p <- p (1 - lr weight_decay) - lr u`.
-    weight_decay: the decay's coefficient, a live hyper-parameter like every float of the chain.
-    warmup_steps: lr grows linearly over this many steps of each parameter: lr min(1, t / warmup).
-    foreach: False steps one parameter at a time, for the smallest peak memory; else intermediate
-        tensors may be kept for all of them where that saves time. The bits are the same where
-        no whole transform (SOAP, Muon, PSGD, Shampoo) takes several parameters of one shape at once;
-        batched products round otherwise, see docs/fused_backward.md.
-    compile: "auto" runs the chain as one compiled kernel where that is possible and warns once where it
-        is not; True raises there; False runs it as plain torch operations. Kernels are C++ on the CPU
-        and Triton on CUDA.
-    stochastic_rounding: how bfloat16 parameters and state and codes are written: without bias, or to
-        nearest.
-    seed: what the bits for the rounding are hashed from, together with the parameter's place, the
-        state's name, the parameter's step and the element. They do not touch torch's generators.
-    storage_dtype: how state is kept: "float32", "bfloat16", "float16", "8bit", "4bit" or "rank1", for
-        all of it or as a dict by the state's name or key. The last three are for means of gradients and
-        of squares of 4096 elements or more. None: as it is computed, in float32 (float64 for float64).
-    ecc: a 16-bit value and a correction instead: "bf16+8", "bf16+16", "fp16+8" or "fp16+16", likewise.
-    param_ecc: the same for the parameters, whose correction is state; they must have that 16-bit dtype.
+    params: tensors, parameter groups, or (name, tensor) pairs, as in torch; or a module, whose named
+        parameters are used.
+    lr: the step size, in units of the parameter over those of the update. `lr`, `weight_decay` and every
+        live hyper-parameter may be a schedule, such as `C.cosine(1000, peak=3e-4)`: see
+        docs/schedules.md.
+    transforms: the elements of the chain, in order, or text such as "sign | exp_avg"; also as a
+        sequence, `transforms=`. `decoupled` is added if nothing in the chain has a `weight_decay`,
+        and `descend` if
+        nothing writes the parameters, so the step ends in `p <- p (1 - lr weight_decay) - lr u`.
+    weight_decay: the coefficient of the decay, a live hyper-parameter.
+    warmup_steps: lr increases linearly over this many steps of each parameter: lr min(1, t / warmup).
+    foreach: False steps one parameter at a time, which minimizes peak memory; otherwise intermediate
+        tensors of all parameters may be kept to save time. The results are bit-identical unless a whole
+        transform (SOAP, Muon, PSGD, Shampoo) batches parameters of the same shape, because batched
+        products round differently; see docs/fused_backward.md.
+    compile: "auto" runs the chain as one compiled kernel if possible, and warns once if not; True raises
+        instead; False uses plain torch operations. Kernels are C++ on the CPU and Triton on CUDA.
+    stochastic_rounding: write bfloat16 parameters, bfloat16 state and codes without bias; False
+        rounds to nearest.
+    seed: random bits are hashed from it, the parameter's position, the state's name, the parameter's
+        step and the element. torch's generators are not used.
+    storage_dtype: the format of state: "float32", "bfloat16", "float16", "8bit", "4bit" or "rank1",
+        for all state or as a dict by the state's name or key. The last three apply to means of
+        gradients and of squares with at least 4096 elements. None: float32 (float64 for float64
+        parameters).
+    ecc: store state as a 16-bit value and a correction: "bf16+8", "bf16+16", "fp16+8" or "fp16+16",
+        for all state or as a dict.
+    param_ecc: the same for parameters, which must have that 16-bit dtype; the correction is state.
     fuse_backward: step each parameter inside `backward()`, as soon as its gradient is complete, and
         free the gradient; see `heavyball.fuse_backward`.
-    replicas: processes on which plain parameters are equal (DDP): the work of matrix methods and its
-        state are shared out over them. A `ProcessGroup` or a `DeviceMesh` of one dimension; see
+    replicas: processes with equal plain parameters (DDP): the work of matrix methods and its state are
+        distributed over them. A `ProcessGroup` or a `DeviceMesh` of one dimension; see
         docs/distributed.md, also for DTensors, which need no option.
-    stages: processes that hold other parameters of the model (pipelines, `ZeroRedundancyOptimizer`):
-        sums over all parameters are completed over them. Likewise.
-    metrics: measure each step for `metrics()`, inside the kernels that run anyway.
-    fused, capturable, differentiable: torch's, taken where they ask for nothing that is not so:
-        every chain is fused where it can be, elementwise ones can be captured, and none is
-        differentiable.
+    stages: processes with other parameters of the same model (pipelines, `ZeroRedundancyOptimizer`):
+        sums over all parameters include theirs. Same types as `replicas`.
+    metrics: measure each step for `metrics()`, inside the step's kernels.
+    fused, capturable, differentiable: torch's arguments. `fused` has no effect, `capturable` works for
+        elementwise chains, and `differentiable=True` raises.
 
-    Errors: TypeError or ValueError when the chain or a hyper-parameter cannot be right, naming it;
-        at a step, ValueError before anything has been changed.
+    Errors: TypeError or ValueError for an invalid chain or hyper-parameter, naming it; in a step,
+        ValueError before anything is changed.
     """
 
     def __init__(
@@ -129,7 +130,7 @@ class ChainOpt(Looking):
         self._begin(Registry(self, self._chain, self._options.stochastic_rounding))
 
     def _begin(self, registry: Registry) -> None:
-        """Know nothing of the steps so far."""
+        """Reset everything that depends on previous steps."""
         self._registry = registry
         self._inputs = Inputs(self._chain, type(self).__name__)
         rounds = self._options.stochastic_rounding
@@ -158,13 +159,12 @@ class ChainOpt(Looking):
     # ---- groups
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters, in mid-training too, with hyper-parameters of their own.
+        """Add parameters, also during training, with their own hyper-parameters.
 
-        Entries that the chain does not know are kept, saved and loaded, as in torch: they are
-        somebody else's.
+        Entries that the chain does not use are kept, saved and loaded, as in torch.
 
-        Errors: ValueError naming a key that is nearly a known one, a value outside its interval, or a
-            parameter that cannot be optimized; the optimizer is then as it was.
+        Errors: ValueError for a key that resembles a known one, a value outside its interval, or a
+            parameter that cannot be optimized; the optimizer is not changed.
         """
         group = self._registry.values.checked_group(type(self), param_group, self.defaults)
         if "train_mode" in self.defaults and self.param_groups:
@@ -190,15 +190,14 @@ class ChainOpt(Looking):
     def step(  # type: ignore[override]
         self, closure: Callable[[], Any] | None = None, *, loss: float | Tensor | None = None
     ) -> Any:
-        """Update every parameter that has a gradient; return the loss of the closure, if one is given.
+        """Update every parameter that has a gradient; return the closure's loss, if one is given.
 
-        loss: of the gradients, for chains that read it (`momo`, `polyak_rate`), a number or a tensor of
-            one element; without it they take what the closure returns. Processes that share parameters
-            (DTensors, `replicas=`) take the mean of theirs.
+        loss: for chains that read the loss (`momo`, `polyak_rate`), a number or a tensor with one
+            element; by default, the value that the closure returns. Processes that share parameters
+            (DTensors, `replicas=`) use the mean of theirs.
 
-        Errors: RuntimeError in evaluation mode; ValueError naming a sparse or complex gradient, one
-            of the wrong shape, device or dtype, or a hyper-parameter out of its interval. Nothing
-            has been changed then.
+        Errors: RuntimeError in evaluation mode; ValueError for a sparse or complex gradient, one of the
+            wrong shape, device or dtype, or a hyper-parameter outside its interval. Nothing is changed.
         """
         if self._fused.active:
             refuse_scaler(vars(self))
@@ -217,7 +216,7 @@ class ChainOpt(Looking):
         return returned
 
     def _step_all(self, loss: float | Tensor | None, returned: Any) -> None:
-        """Step with the gradients that are there, and with what was given besides."""
+        """Step with the current gradients and the other inputs."""
         if self._inputs.needed or loss is not None:
             with self._steps.heard(), self._inputs.given(self._registry, loss, returned):
                 self._step_recorded()
@@ -232,13 +231,13 @@ class ChainOpt(Looking):
 
     @opaque
     def feed(self, name: str, value: float | Tensor) -> None:
-        """Give the next step what an element of the chain reads of the model, such as "max_logits".
+        """Pass a signal of the model to the next step, for elements that read it, such as "max_logits".
 
-        It is used once: every step needs its own. With `fuse_backward` it must be there before
+        A signal is used once: every step needs a new one. With `fuse_backward`, feed it before
         `backward()`.
 
-        Errors: ValueError for a name that nothing in the chain asks for, and at the step for a number of
-            numbers that it does not expect; TypeError for what holds no real numbers.
+        Errors: ValueError for a name that no element reads, and in the step for a wrong number of
+            values; TypeError for values that are not real numbers.
         """
         self._inputs.feed(name, value)
         if self._fused.active:
@@ -249,16 +248,16 @@ class ChainOpt(Looking):
     def step_parameter(
         self, param: Tensor, group: dict[str, Any] | None = None, index: int | None = None
     ) -> None:
-        """Step one parameter with the gradient that it has now, and free the gradient.
+        """Step one parameter with its current gradient, and free the gradient.
 
-        For trainers that register hooks of their own; `heavyball.fuse_backward` does it for all
-        parameters. A parameter without a gradient is left alone.
+        For trainers that register their own hooks; `heavyball.fuse_backward` does this for all
+        parameters. A parameter without a gradient is not changed.
 
-        group, index: the parameter's group and its place there, as such trainers give them; they
-            are checked, and may be left out.
+        group, index: the parameter's group and its index there, as some trainers pass them;
+            optional, but checked.
 
-        Errors: ValueError if it is not a parameter of this optimizer, or its chain needs a sum over
-            all parameters; else as `step`. Nothing has been changed then.
+        Errors: ValueError if it is not a parameter of this optimizer, or its chain needs a sum over all
+            parameters; otherwise as in `step`. Nothing is changed.
         """
         self._perturbation.refuse("step_parameter()")
         self._recorder.refuse("step_parameter()")
@@ -270,8 +269,8 @@ class ChainOpt(Looking):
     def init_state(self) -> Self:
         """Create the state of every parameter that requires a gradient, before the first step.
 
-        The steps are the same to the bit with and without it. `torch.distributed.checkpoint` writes
-        into tensors that exist, so it needs this; see docs/checkpoints.md.
+        It does not change the steps, bit for bit. `torch.distributed.checkpoint` needs it, because
+        it writes into existing tensors; see docs/checkpoints.md.
         """
         self._registry.init_state()
         self._steps.backend.forget()
@@ -283,16 +282,15 @@ class ChainOpt(Looking):
     @torch.no_grad()
     @without_autocast
     def train(self, mode: bool = True) -> Self:
-        """Put the weights to train with into the parameters (`mode=False`: those to evaluate with).
+        """Write the training weights into the parameters; with `mode=False`, the evaluation weights.
 
-        A chain with `schedule_free` or `parameter_ema` evaluates at an average. In evaluation mode
-        a copy of the training weights is kept, so that training goes on bit for bit. Calling it
-        again changes nothing, and for other chains it does nothing at all. Ended by an exception, it
-        leaves the weights to train with in the parameters.
+        A chain with `schedule_free` or `parameter_ema` is evaluated at an average. In evaluation
+        mode, a copy of the training weights is stored, so training continues bit for bit. Repeated
+        calls change nothing, and for other chains this does nothing. If it is interrupted by an
+        exception, the training weights remain in the parameters.
 
-        Other weights that were written into the parameters, in either mode, are taken for the point to
-        train on and for the average, with a warning; those that come with the state of their
-        optimizer are not.
+        Other weights that were written into the parameters, in either mode, become both the training
+        weights and the average, with a warning, unless they were loaded with the optimizer's state.
         """
         if not isinstance(mode, bool):
             raise TypeError(f"train(mode={mode!r}): expected True or False")
@@ -302,13 +300,13 @@ class ChainOpt(Looking):
         return self
 
     def eval(self) -> Self:
-        """Put the average into the parameters: `train(False)`."""
+        """Write the average into the parameters: `train(False)`."""
         return self.train(False)
 
     @opaque
     @contextlib.contextmanager
     def averaged(self) -> Iterator[Self]:
-        """Evaluate inside a `with` block, and go back to the mode of before."""
+        """Evaluation mode inside a `with` block; restores the previous mode afterwards."""
         before = self._registry.training
         try:
             self.eval()
@@ -318,10 +316,10 @@ class ChainOpt(Looking):
 
     @torch.no_grad()
     def reset_corrections(self) -> None:
-        """Forget what `param_ecc` holds beside the parameters, after other weights were put into them.
+        """Clear the corrections of `param_ecc`, after other weights were written into the parameters.
 
-        Without it the old corrections move the new weights by up to half of the distance between two
-        of their neighbours, once.
+        Otherwise the old corrections move the new weights once, by up to half the distance between
+        neighbouring values.
         """
         for state in self.state.values():
             if PARAM + CORRECTION in state:
@@ -337,13 +335,13 @@ class ChainOpt(Looking):
 
     @opaque
     def updates(self, *, loss: float | Tensor | None = None) -> dict[str, Tensor]:
-        """What a step would add to each parameter that has a gradient now, without doing it.
+        """The change that a step would make to each parameter with a gradient, without making it.
 
-        By name, or by number where parameters have none; decay and warm-up are part of it. It is
-        computed with a copy of the parameters and the state, so it takes that much memory.
+        Keys are names, or indices if parameters have no names; decay and warm-up are included. It is
+        computed on a copy of the parameters and the state, which takes that much memory.
 
-        loss: as of `step`. What was fed is used, and still waits for the step.
+        loss: as in `step`. Fed signals are used, but remain for the step.
 
-        Errors: those of `step`. Nothing is changed in any case.
+        Errors: those of `step`. Nothing is ever changed.
         """
         return updates(self, self._inputs.told(), loss)
