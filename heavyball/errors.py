@@ -78,7 +78,7 @@ def shown(value: object, length: int = 60) -> str:
     try:
         text = repr(value)
     except ValueError:  # more digits than Python prints
-        text = f"{type(value).__name__} of too many digits"
+        text = f"{type(value).__name__} with too many digits"
     return text if len(text) <= length else text[:length] + "..."
 
 

@@ -110,7 +110,7 @@ def memory_plan(
     make, options = _maker(chain_or_preset, options)
     opt = make(_on_meta(model_or_params), **options)
     if not isinstance(opt, ChainOpt):
-        raise TypeError(f"memory_plan: {type(opt).__name__} is not made of a chain")
+        raise TypeError(f"memory_plan: {type(opt).__name__} is not an optimizer of heavyball")
     opt.init_state()
     return MemoryPlan(repr(opt.chain), tuple(_planned(opt)), _per_process(opt, mesh))
 

@@ -314,7 +314,7 @@ def test_tensors_that_a_format_is_not_for_stay(form: str, kept: tuple) -> None:
 @pytest.mark.parametrize("form", ["4bit", "rank1"])
 def test_weights_are_refused_by_name_and_left_alone_otherwise(form: str) -> None:
     chain = (C.scale_by_adam, C.schedule_free)
-    with pytest.raises(ValueError, match=f"'schedule_free.z' cannot be kept as '{form}'"):
+    with pytest.raises(ValueError, match=f"'schedule_free.z' cannot be stored as '{form}'"):
         made(chain, storage_dtype={"z": form})
     params, opt = made(chain, storage_dtype=form)
     step(opt, 1)

@@ -330,7 +330,7 @@ def test_what_cannot_be_is_refused_before_anything_changes(rate, steps, way):
         assert common(opt) == numbers
         assert all(torch.equal(p, q) for p, q in zip(weights(opt), before, strict=True))
     kept = group.pop("d")
-    with pytest.raises(ValueError, match="group 1 has lost its entry 'd'"):
+    with pytest.raises(ValueError, match="group 1 is missing its entry 'd'"):
         walk(opt, way, [steps])
     group["d"] = kept
     opt.zero_grad()

@@ -435,5 +435,5 @@ def test_groups_of_torchs_adafactor_mean_the_same() -> None:
     assert _beside_torch("Adafactor", settings, {}) < 1e-12
     both = {**settings, "eps": (1e-6, 1e-2)}
     assert _beside_torch("Adafactor", both, {"eps": (1e-8, 1e-3)}) < 1e-12
-    with pytest.raises(ValueError, match="give eps to Adafactor"):
+    with pytest.raises(ValueError, match="pass eps to Adafactor"):
         _beside_torch("Adafactor", both, {})

@@ -100,7 +100,7 @@ def test_a_step_that_fails_leaves_what_was_fed():
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("lod", 1.0, "nothing in the chain asks for it; known: load; did you mean 'load'"),
+        ("lod", 1.0, "nothing in the chain reads it; known: load; did you mean 'load'"),
         ("load", "1", "'1', expected a number or a tensor"),
         ("load", True, "True, expected a number or a tensor"),
         ("load", 1j, "expected a number or a tensor"),

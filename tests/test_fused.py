@@ -633,7 +633,7 @@ def test_a_parameter_put_in_anothers_place_is_stepped_and_the_old_one_is_not():
     fused_steps(opt, [0])
     opt.param_groups[0]["params"][0] = new
     before = clones([old, new])
-    with pytest.raises(ValueError, match="in place of one that has state"):
+    with pytest.raises(ValueError, match="replaced a parameter in its group that has state"):
         old.sum().backward()
     opt.zero_grad()
     old.grad = None
@@ -763,11 +763,11 @@ def test_step_parameter_refuses_what_does_not_fit():
     opt = heavyball.SFAdamW(params)
     fill_gradients([*params, other], 0)
     before = clones(params)
-    with pytest.raises(ValueError, match=r"shape \(5,\) that is not a parameter"):
+    with pytest.raises(ValueError, match=r"shape \(5,\) is not a parameter"):
         opt.step_parameter(other)
     with pytest.raises(ValueError, match="not in the group"):
         opt.step_parameter(params[0], {"params": params})
-    with pytest.raises(ValueError, match="does not stand at index 1"):
+    with pytest.raises(ValueError, match="is not at index 1"):
         opt.step_parameter(params[0], opt.param_groups[0], 1)
     opt.eval()
     with pytest.raises(RuntimeError, match=r"step_parameter\(\) in evaluation mode"):

@@ -127,7 +127,7 @@ FAULTS: dict[Callable, str] = {
     let_of_another_type: "is torch.float64, expected torch.float32",
     sum_in_float32: "is torch.float32, expected torch.float64",
     types_that_differ: "types differ",
-    a_sum_of_no_loop: "left behind by no loop",
+    a_sum_of_no_loop: "no loop computes the sum",
 }
 
 

@@ -230,7 +230,7 @@ def test_a_learning_rate_and_hyper_parameters_of_a_group_count():
         ("AdamWW:eps=1", {}, ValueError, "AdamWW.*AdamW"),
         ("scale_by_adm", {}, ValueError, "scale_by_adam"),
         ("AdamW", {"nonsense": 1}, TypeError, "nonsense"),
-        (torch.optim.AdamW, {}, TypeError, "AdamW is no optimizer of heavyball"),
+        (torch.optim.AdamW, {}, TypeError, "AdamW is not an optimizer of heavyball"),
         (C.ChainOpt, {}, TypeError, "chain itself"),
         ((C.exp_avg, 3), {}, TypeError, "element 1"),
         (3, {}, TypeError, "element 0"),

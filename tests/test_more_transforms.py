@@ -1113,7 +1113,7 @@ def test_a_signal_of_another_size_is_refused_before_anything_changes() -> None:
     with pytest.raises(ValueError, match=r"'max_logits'\): 3 numbers.*q_proj.*expects 4 numbers"):
         optimizer.step()
     assert all(torch.equal(p, q) for (_, p), q in zip(named, before, strict=True))
-    with pytest.raises(ValueError, match="nothing in the chain asks for it"):
+    with pytest.raises(ValueError, match="nothing in the chain reads it"):
         optimizer.feed("max_logit", 1.0)
 
 

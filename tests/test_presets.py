@@ -892,7 +892,7 @@ def test_a_preset_with_options_is_the_chain_that_it_stands_for(name, option):
 @pytest.mark.parametrize("clipping", CLIPPINGS)
 def test_a_clipping_is_found_by_its_name(option, clipping):
     if (option, clipping) == ("update_clipping", "last_norm_clip"):  # it clips gradients alone
-        with pytest.raises(ValueError, match="give it as gradient_clipping"):
+        with pytest.raises(ValueError, match="pass it as gradient_clipping"):
             preset("AdamW", parameters(), **{option: clipping})
         return
     ours = preset("AdamW", parameters(), **{option: clipping})

@@ -164,7 +164,7 @@ def test_a_pair_of_options_makes_a_schedule() -> None:
     assert as_schedule(7, None) == Every(7)
     assert as_schedule(7, (1 / 3, 9)) == PrecondSchedule()
     assert as_schedule(None, Every(2)) == Every(2)
-    with pytest.raises(ValueError, match="neither a frequency nor a schedule"):
+    with pytest.raises(ValueError, match="neither a frequency nor a refresh schedule"):
         as_schedule(None, None)
     with pytest.raises(TypeError, match=r"precond_scheduler=\(1, 2, 3\): expected two numbers"):
         as_schedule(2, (1, 2, 3))

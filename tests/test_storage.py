@@ -201,7 +201,7 @@ def test_factors_of_a_preconditioner_stay_though_they_have_the_shape_of_a_square
             {"storage_dtype": {"exp_average": "8bit"}},
             "no state .*exp_avg_sq.*did you mean 'exp_avg",
         ),
-        ({"storage_dtype": {"z": "8bit"}}, "'schedule_free.z' cannot be kept as '8bit'"),
+        ({"storage_dtype": {"z": "8bit"}}, "'schedule_free.z' cannot be stored as '8bit'"),
         ({"ecc": {"weight_sum": "bf16+8"}}, "one number per parameter"),
         ({"storage_dtype": "bfloat16", "ecc": "bf16+8"}, "both apply"),
         ({"param_ecc": "bf16+8"}, r"torch.float32, param_ecc='bf16\+8' is for .*torch.bfloat16"),

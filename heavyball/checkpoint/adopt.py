@@ -71,7 +71,7 @@ def adopt(opt: ChainOpt, state_dict: Mapping[str, Any]) -> AdoptionReport:
     source = source_of(saved["param_groups"])
     if source is None:
         known = ", ".join(sorted({each.named for each in SOURCES}))
-        raise ValueError(f"adopt: the state dict is of no optimizer that is known: {known}")
+        raise ValueError(f"adopt: the state dict is not of a known optimizer: {known}")
     with _named(source):
         found = list(_found(opt, saved, source))
         matching = all(each.matches(source) for each in found) and bool(found)
@@ -128,9 +128,7 @@ def _flat(state: Any) -> Any:
     if not isinstance(state, Mapping) or not state or not all(isinstance(k, int) for k in state):
         return state
     if len(state) > 1:
-        raise ValueError(
-            "adopt: a parameter was saved in several parts, which cannot be taken over"
-        )
+        raise ValueError("adopt: a parameter was saved in several parts, which is not supported")
     return next(iter(state.values()))
 
 

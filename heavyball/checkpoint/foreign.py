@@ -62,7 +62,7 @@ def to_torch(opt: ChainOpt) -> dict[str, Any]:
     for index, group in enumerate(opt.param_groups):
         members = [programs[p] for p in group["params"]] or [*opt.chain.programs]
         if len({id(program) for program in members}) > 1:
-            raise ValueError(f"to_torch: torch has no routes: {opt.chain!r}")
+            raise ValueError(f"to_torch: torch does not support routes: {opt.chain!r}")
         made = _group(members[0], group, index)
         made["params"] = [numbers[param] for param in group["params"]]
         if "param_names" in group:
@@ -128,7 +128,7 @@ def _decay(program: Program, group: Mapping[str, Any], kind: str) -> dict[str, A
     decays = {name: value for name, value in found.items() if value}
     separate = kind in ("Adam", "NAdam")
     if len(decays) > 1 or ("decoupled" in decays and not separate):
-        raise _refused(program, f"{kind} does not decay so")
+        raise _refused(program, f"{kind} has no such weight decay")
     made: dict[str, Any] = {"weight_decay": next(iter(decays.values()), 0.0)}
     if separate:
         made["decoupled_weight_decay"] = "decoupled" in (decays or found)
@@ -138,8 +138,8 @@ def _decay(program: Program, group: Mapping[str, Any], kind: str) -> dict[str, A
 def _check_warm_up(group: Mapping[str, Any], index: int) -> None:
     if group["warmup_steps"]:
         raise ValueError(
-            f"to_torch: warmup_steps={group['warmup_steps']} of parameter group {index} has no place in "
-            "torch.optim: set it to 0 when it has ended, or take a scheduler"
+            f"to_torch: warmup_steps={group['warmup_steps']} of parameter group {index} has no "
+            "equivalent in torch.optim: set it to 0 when it has ended, or use a scheduler"
         )
 
 

@@ -85,7 +85,7 @@ class Dialect:
         """An operation on arguments that are spelled already."""
         form = self.form(OPERATIONS[e.name])
         if form is None:
-            raise NotPrintableError(f"the operation {e.name} in {self.language}")
+            raise NotPrintableError(f"the operation {e.name} has no form in {self.language}")
         constants = {"zero": 0, "one": 1, "minus": -1}
         return form.format(*arguments, **{n: self.literal(v, e.type) for n, v in constants.items()})
 

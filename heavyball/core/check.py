@@ -28,7 +28,7 @@ def _check_order(nodes: tuple[Node | Fork, ...]) -> None:
         for inner in [] if isinstance(node, Node) else flatten((node,)):
             if inner.transform.kind != "transform":
                 raise ValueError(
-                    f"{inner.key} is a {inner.transform.kind}: it cannot stand inside "
+                    f"{inner.key} is a {inner.transform.kind}: it cannot be inside "
                     f"{node.merge.key}, only in the chain itself"  # type: ignore[union-attr]
                 )
         leaf = node if isinstance(node, Node) else node.merge
@@ -36,21 +36,21 @@ def _check_order(nodes: tuple[Node | Fork, ...]) -> None:
         if kind == "writer" and writer:
             raise ValueError(f"two writers: {writer} and {leaf.key}; a chain writes once")
         if kind == "post" and not writer:
-            raise ValueError(f"{leaf.key} stands before the writer, it changes what was written")
+            raise ValueError(f"{leaf.key} is before the writer, but changes what was written")
         if writer and kind not in ("post", "observer"):
-            raise ValueError(f"{leaf.key} stands after the writer {writer}, which must be last")
+            raise ValueError(f"{leaf.key} is after the writer {writer}, which must be last")
         kept = (s for n in flatten((node,)) for s in n.transform.states.values())
         has_state = any(not state.passing for state in kept)
         # what excludes every decay is refused for that
         refuses = "decay" in leaf.transform.rules.excludes
         if decay and kind == "transform" and has_state and not refuses:
             raise ValueError(
-                f"{leaf.key} stands after the decay {decay} and would average it; put {decay} right "
+                f"{leaf.key} is after the decay {decay} and would average it; put {decay} right "
                 "before the write, or decay the gradient itself"
             )
         reason = leaf.transform.rules.before_state
         if reason and stateful:
-            raise ValueError(f"{leaf.key} stands after {stateful}: {reason}")
+            raise ValueError(f"{leaf.key} is after {stateful}: {reason}")
         writer = leaf.key if kind == "writer" else writer
         decay = leaf.key if kind == "decay" else decay
         stateful = leaf.key if has_state else stateful
@@ -68,7 +68,7 @@ def _check_path(
             for n in inner:
                 for name in _asked_behind(nodes[place + 1 :]) & set(n.transform.provides):
                     raise ValueError(
-                        f"{n.key} decides on {name!r} for all that follows, so it cannot stand in one "
+                        f"{n.key} decides on {name!r} for all later elements, so it cannot be in one "
                         f"branch of {node.merge.key}"
                     )
             path = (*path, *inner, node.merge)
@@ -114,7 +114,7 @@ def _check_modifiers(path: tuple[Node, ...]) -> None:
         asked = {n for later in path[position + 1 :] for n in _asks(later.transform)}
         if node.transform.rules.modifier and not asked & set(node.transform.provides):
             raise ValueError(
-                f"{node.key} has no effect: nothing behind it asks for "
+                f"{node.key} has no effect: nothing after it uses "
                 f"{', '.join(node.transform.provides)}"
             )
 

@@ -143,14 +143,14 @@ def _check(t: Transform, name: str) -> None:
     for wrong in OUTER:
         if wrong in t.context or t.over_all:
             raise ValueError(
-                f"{t.name} asks for {wrong!r}, so it cannot stand inside {name}, which works in "
+                f"{t.name} reads {wrong!r}, so it cannot be inside {name}, which works in "
                 "another shape than the parameter's"
             )
     decides = {"gate", "lr", "grad", "step"} & set(t.provides)
     turns = isinstance(t, Whole) and t.after is not None
     if t.kind != "transform" or turns or decides:
         raise ValueError(
-            f"{t.name} decides on more than the update, so it cannot stand inside {name}, which works "
+            f"{t.name} provides more than the update, so it cannot be inside {name}, which works "
             "in another shape than the parameter's"
         )
 

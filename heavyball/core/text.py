@@ -209,7 +209,7 @@ class _Reader:
             raise self.error("a quote is not closed, or a sign is out of place", 0) from None
         if self.text.startswith("|") or self.text.endswith("|"):
             at = 0 if self.text.startswith("|") else len(self.text) - 1
-            raise self.error("an element is missing beside |", at)
+            raise self.error("an element is missing next to |", at)
 
     def _check_token(self, token: tokenize.TokenInfo, position: int, opened: list[int]) -> None:
         if token.type == tokenize.OP and token.string not in _OPERATORS:

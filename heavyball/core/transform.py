@@ -457,7 +457,7 @@ def checked(declared: T) -> T:
         raise TypeError(f"{declared.name}: `fed` needs an option `signal`, the name that is fed")
     if FED in declared.optional and not declared.whole:
         raise TypeError(
-            f"{declared.name}: only a transform of whole tensors does without what is `fed`; "
+            f"{declared.name}: only a transform of whole tensors may have optional `fed`; "
             "leave out the default None"
         )
     for name, value in declared.defaults.items():

@@ -79,18 +79,18 @@ class Advice:
         if clipped:
             norm, same = clipped
             warn(
-                f"the norm of all gradients was {norm:.4g} in {same} of the first {NORMS} steps, though "
-                "they were not the same: something clips them before the optimizer sees them, and that "
-                f"distorts the estimate of {estimate.name}. Leave the clip out (the preset bounds its "
-                "updates itself), or clip updates: update_clipping=..."
+                f"the norm of all gradients was {norm:.4g} in {same} of the first {NORMS} steps, "
+                "although the gradients differ: something clips them before the optimizer sees them, which "
+                f"distorts the estimate of {estimate.name}. Remove the clipping (the preset bounds "
+                "its updates itself), or clip updates: update_clipping=..."
             )
         for index, group in enumerate(groups):
             start = group.get(estimate.start, 0.0)
             if self._should_move(group) and float(group[estimate.name]) <= start:
                 warn(
                     f"{estimate.name} of parameter group {index} is still {estimate.start}={start:g} "
-                    f"after {LOOK} steps: the gradients do not agree on a direction, or weights move "
-                    f"too little to tell. Try {estimate.try_instead}"
+                    f"after {LOOK} steps: the gradients have no consistent direction, or the weights "
+                    f"move too little. Try {estimate.try_instead}"
                 )
 
     def _clipped(self) -> tuple[float, int] | None:
@@ -132,8 +132,8 @@ class Advice:
             lr = max(_rates(group), default=0.0)
             if lr and group["params"] and group.get(estimate.start, 0.0) < PLAIN:
                 warn(
-                    f"lr={lr:g} in parameter group {index}: here it multiplies a learning rate that is "
-                    "found while training, so leave it at 1 (a schedule may lower it)"
+                    f"lr={lr:g} in parameter group {index}: it multiplies the estimated learning "
+                    "rate, so leave it at 1 (a schedule may lower it)"
                     + (f" and tune {estimate.tuned_by}" if estimate.tuned_by else "")
                 )
 

@@ -173,7 +173,7 @@ class Matrices:
             return (flat, Cut(each), -2) if self.axis == 0 else (flat, self.cut, -1)
         if shape == self.number_shape:
             return x.reshape(number, *shape[-2:]), Cut(each), -2
-        raise ValueError(f"a tensor of shape {shape} beside matrices of {self.shape}")
+        raise ValueError(f"a tensor of shape {shape}, expected matrices of {self.shape}")
 
 
 @functools.lru_cache(maxsize=4096)

@@ -123,7 +123,7 @@ def as_schedule(frequency: int | None, scheduler: object) -> Schedule:
     """
     if scheduler is None:
         if frequency is None:
-            raise ValueError("neither a frequency nor a schedule of refreshes was given")
+            raise ValueError("neither a frequency nor a refresh schedule was given")
         return Every(frequency)
     if isinstance(scheduler, Schedule):
         return scheduler

@@ -95,7 +95,7 @@ def line_size(length: int) -> int:
     size = int((2 * length) ** 0.5)
     if line_length(size) != length:
         raise ValueError(
-            f"a line of {length} numbers is no upper triangle: n (n + 1) / 2 is not it"
+            f"a line of {length} numbers is not an upper triangle of n (n + 1) / 2 numbers"
         )
     return size
 

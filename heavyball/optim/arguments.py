@@ -63,7 +63,7 @@ def given_elements(places: tuple[Any, ...], options: dict[str, Any]) -> tuple[An
     if "transforms" not in options:
         return read_elements(places)
     if places:
-        raise TypeError("transforms were given twice: in their places, and as transforms=")
+        raise TypeError("transforms were given twice: as arguments, and as transforms=")
     return read_elements(options.pop("transforms"))
 
 

@@ -161,7 +161,7 @@ def migration(version: int) -> Callable[[Migration], Migration]:
 
     def register(fn: Migration) -> Migration:
         if version in MIGRATIONS:
-            raise ValueError(f"there is a migration from version {version} already")
+            raise ValueError(f"a migration from version {version} is already registered")
         MIGRATIONS[version] = fn
         return fn
 
@@ -189,11 +189,13 @@ def migrate(state_dict: Mapping[str, Any], version: int | None = None) -> dict[s
     if version > VERSION:
         raise ValueError(
             f"load_state_dict: the state dict has version {version}, and this heavyball reads up to "
-            f"{VERSION}: load it with the one that wrote it, or a newer one"
+            f"{VERSION}: load it with the release that wrote it, or a newer one"
         )
     for number in range(version, VERSION):
         if number not in MIGRATIONS:
-            raise ValueError(f"load_state_dict: nothing brings version {number} to {number + 1}")
+            raise ValueError(
+                f"load_state_dict: there is no migration from version {number} to {number + 1}"
+            )
         moved = MIGRATIONS[number](moved)
         if isinstance(moved.get(DESCRIPTION), dict):
             moved[DESCRIPTION]["version"] = number + 1

@@ -51,7 +51,7 @@ def check_torch_switches(owner: str, given: Mapping[str, Any], foreach: bool | N
             raise TypeError(f"{owner}: {name}={value!r}: expected True or False, as in torch.optim")
         if value and reason:
             raise ValueError(
-                f"{owner}: {name}=True is an argument of torch.optim that cannot be met: {reason}; "
+                f"{owner}: {name}=True is an argument of torch.optim that is not supported: {reason}; "
                 "leave it out"
             )
     if given.get("fused") and foreach:
@@ -91,12 +91,12 @@ def check_entries(owner: type, group: Mapping[Any, Any], known: list[str], chain
     if found and not of_another:
         starts = sorted({start for start in common.values() if isinstance(start, str)})
         raise ValueError(
-            f"parameter group: {', '.join(found)} cannot be given, it is found while training; give "
-            f"{', '.join(starts)}"
+            f"parameter group: {', '.join(found)} cannot be set here, it is estimated during training; "
+            f"set {', '.join(starts)}"
         )
     for key in group:
         if not isinstance(key, str):
-            raise ValueError(f"parameter group: the entry {key!r} is no name")
+            raise ValueError(f"parameter group: the entry {key!r} is not a string")
         others = (*known, *common, *RESERVED, *BOOKKEEPING, *_ASKED, *TORCH_SWITCHES)
         if of_another or key in others or key.startswith("_"):
             continue
@@ -115,8 +115,8 @@ def _check_asked(owner: type, group: Mapping[Any, Any], chain: Chain) -> None:
             continue
         if not any(does(node) for program in chain.programs for node in program.flat):
             raise ValueError(
-                f"parameter group: {key}=True has no effect on {chain!r}: it cannot be an entry of a "
-                f"group{f', give it to {owner.__name__}' if key in options else ''}"
+                f"parameter group: {key}=True has no effect on {chain!r}: it cannot be set per "
+                f"group{f', pass it to {owner.__name__}' if key in options else ''}"
             )
 
 
@@ -185,12 +185,12 @@ def check_gradient(label: str, param: Tensor, grad: Tensor) -> None:
         raise ValueError(f"{label} has a gradient of {grad.dtype}, expected a real floating dtype")
     if grad.dtype == torch.float64 != param.dtype:
         raise ValueError(
-            f"{label} is {param.dtype}, its gradient {grad.dtype} is finer than the step"
+            f"{label} is {param.dtype}, but its gradient is {grad.dtype}, which has more precision"
         )
     if grad.shape != param.shape:
         raise ValueError(f"{label} has a gradient of shape {tuple(grad.shape)}")
     if grad.device != param.device:
-        raise ValueError(f"{label} is on {param.device}, its gradient on {grad.device}")
+        raise ValueError(f"{label} is on {param.device}, but its gradient on {grad.device}")
 
 
 def check_state(label: str, program: Program, param: Tensor, state: Mapping[str, Tensor]) -> None:
@@ -216,4 +216,6 @@ def check_count(label: str, step: Any) -> None:
     if step.numel() == 1 and not step.is_complex():
         count = step.item()
         if not (count >= 0 and count == int(count)):
-            raise ValueError(f"{label}: its state 'step' is {count}, expected a count from 0 on")
+            raise ValueError(
+                f"{label}: its state 'step' is {count}, expected a count of at least 0"
+            )

@@ -21,8 +21,8 @@ def check_fixed(chain: Chain, group: Mapping[str, Any]) -> None:
     for name, value in t.options.items():
         if name in group and group[name] != value and name not in chain.hyper:
             raise ValueError(
-                f"parameter group: {name}={group[name]!r} has no effect, since {t.name} has "
-                f"{name}={value!r} for all groups: give it to the optimizer"
+                f"parameter group: {name}={group[name]!r} has no effect, because {t.name} has "
+                f"{name}={value!r} for all groups: pass it to the optimizer"
             )
 
 
@@ -48,9 +48,8 @@ def check_alike(chain: Chain, groups: Iterable[Mapping[str, Any]]) -> None:
             said += f"but {start[key]!r} of group {first}"
             if unlike is None:
                 raise ValueError(
-                    f"{said}: the groups share one {estimate.name}, which is estimated with one of "
-                    f"them; give both the same, or pass {estimate.split}=True for a {estimate.name} of "
-                    "each"
+                    f"{said}: the groups share one {estimate.name}, which needs a single value; use the "
+                    f"same in both, or pass {estimate.split}=True for a separate {estimate.name} in each"
                 )
             if unlike:
                 warn(f"{said}: {unlike}, or pass {estimate.split}=True")

@@ -293,7 +293,7 @@ def read(path: str | os.PathLike) -> Flight:
     except OSError:
         raise
     except Exception as error:
-        raise ValueError(f"{path} is no file of flight_recorder: {one_line(error)}") from None
+        raise ValueError(f"{path} is not a file of flight_recorder: {one_line(error)}") from None
     if not isinstance(content, dict) or content.pop("flight", None) != FORMAT:
-        raise ValueError(f"{path} is no file of flight_recorder in format {FORMAT}")
+        raise ValueError(f"{path} is not a file of flight_recorder in format {FORMAT}")
     return Flight(**content)

@@ -125,7 +125,7 @@ class FusedBackward:
         if len(owners) > 1:
             raise RuntimeError(
                 f"{single.place.label} is in {len(owners)} optimizers that step inside backward(), "
-                "and only one of them could: remove() the other's hooks"
+                "but only one of them can: remove() the other's hooks"
             )
         again = param in self._stepped
         if again and not self._ends_step:
@@ -207,8 +207,8 @@ def refuse_scaler(attributes: MutableMapping[str, Any]) -> None:
             attributes.pop(name, None)
         raise RuntimeError(
             "GradScaler with fuse_backward: the parameters were already stepped in backward(), with "
-            "scaled gradients. Start again from a checkpoint, with bfloat16 or float32 and without a "
-            "scaler, or without fuse_backward"
+            "scaled gradients. Restart from a checkpoint with bfloat16 or float32 and without a scaler, "
+            "or without fuse_backward"
         )
 
 

@@ -33,7 +33,7 @@ class Inputs:
         said = f"{self._owner}.feed({name!r})"
         if name not in self._signals:
             raise ValueError(
-                f"{said}: nothing in the chain asks for it; {nearest(name, self._signals)}"
+                f"{said}: nothing in the chain reads it; {nearest(name, self._signals)}"
             )
         if not isinstance(value, Tensor) and not is_real(value):
             raise TypeError(f"{said}: {value!r}, expected a number or a tensor")
@@ -58,7 +58,7 @@ class Inputs:
         missing = sorted(n for n, must in self._signals.items() if must and n not in self._fed)
         if missing:
             raise ValueError(
-                f"{self._owner}.step(): the chain reads {missing[0]!r}, call feed({missing[0]!r}, ...) "
+                f"{self._owner}.step(): the chain reads {missing[0]!r}: call feed({missing[0]!r}, ...) "
                 "before every step"
             )
         self.put(registry)
@@ -118,8 +118,8 @@ class Inputs:
                     )
         if unread:
             raise ValueError(
-                f"{self._owner}.feed({min(unread)!r}): no parameter has an element that reads it, "
-                "print(opt.routing()) shows what each has and why (parameters need their names)"
+                f"{self._owner}.feed({min(unread)!r}): no parameter has an element that reads it; "
+                "print(opt.routing()) shows the chain of each (parameters need names)"
             )
 
     def _checked(self, loss: Any) -> float | Tensor:
@@ -129,7 +129,7 @@ class Inputs:
             )
         if loss is None:
             raise ValueError(
-                f"{self._owner}.step(): the chain reads the loss, pass step(loss=loss), or a closure "
+                f"{self._owner}.step(): the chain reads the loss: pass step(loss=loss), or a closure "
                 "that returns it"
             )
         if isinstance(loss, Tensor) and loss.numel() == 1 and not loss.is_complex():

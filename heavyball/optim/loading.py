@@ -156,7 +156,7 @@ def fit(registry: Registry, loading: Mapping[str, Any], strict: bool) -> Fitted:
         if match.lacks_weights():
             raise ValueError(
                 f"load_state_dict: the state saved for {match.label} is of evaluation mode, but the "
-                f"weights to train on with, {SAVED_WEIGHTS!r}, are missing; see docs/checkpoints.md"
+                f"training weights, {SAVED_WEIGHTS!r}, are missing; see docs/checkpoints.md"
             )
     left = LoadResult([], [])
     if strict:
@@ -233,7 +233,7 @@ def _refuse(registry: Registry, loading: Mapping[str, Any], matches: list[Match]
     described, own = loading.get(DESCRIPTION), structure(registry.chain)
     if isinstance(described, Mapping) and described.get("chain") != own:
         raise ValueError(
-            "load_state_dict: the state was saved by another chain\n"
+            "load_state_dict: the state was saved by a different chain\n"
             f"  saved:     {described.get('chain')}\n  this one:  {own}\n  {keys}\n  {HINT}"
         )
     for match in matches:
@@ -322,7 +322,7 @@ def _by_name(
     if counts[0] != counts[1]:
         raise ValueError(
             f"load_state_dict: the groups saved have {counts[0]} parameters, those here {counts[1]}; "
-            "which is which can only be told by names, given as model.named_parameters()"
+            "pass model.named_parameters(), so that they can be matched by name"
         )
     return None
 

@@ -31,10 +31,10 @@ def eigenvectors_as_rows(state_dict: dict[str, Any]) -> dict[str, Any]:
         return state_dict
     if not (columns < rows and columns * CLEARLY <= rows):
         raise ValueError(
-            "load_state_dict: 'to_eigenbasis.basis' was saved as version 1, which held eigenvectors as "
-            "columns at first and as rows later, and the Gram matrices do not tell which these are. If "
-            "you know, turn columns into rows and set the description's version to 2; else leave out "
-            "the state of the parameters that have it, so that they begin anew"
+            "load_state_dict: 'to_eigenbasis.basis' was saved as version 1, which stored eigenvectors "
+            "as columns at first and as rows later, and the Gram matrices do not determine which. If "
+            "you know, convert columns to rows and set the description's version to 2; otherwise remove the "
+            "state of the parameters that have it"
         )
     state_dict["state"] = {
         number: {key: _turned(key, value) for key, value in state.items()}

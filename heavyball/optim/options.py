@@ -61,7 +61,7 @@ def check_names(owner: str, others: Mapping[str, Any], foreach: bool | None) -> 
     for name in others.keys() - TORCH_SWITCHES.keys():
         raise TypeError(
             f"{owner} has no option {name!r}; {nearest(name, NAMES)}; the "
-            "hyper-parameters of a transform are given to the transform, or per group"
+            "hyper-parameters of a transform are passed to the transform, or set per group"
         )
 
 
@@ -81,7 +81,7 @@ def check_capturable(chain: Chain, capturable: Any, schedules: Iterable[str]) ->
         raise ValueError(f"capturable=True: {CAPTURED.format(', '.join(schedules))}")
     if capturable and any(program.has_whole for program in chain.programs):
         raise ValueError(
-            "capturable=True: a chain with transforms of whole tensors decides on the host, so it "
+            "capturable=True: a chain with transforms of whole tensors makes decisions on the host and "
             f"cannot be captured in a CUDA graph: {chain!r}"
         )
 
@@ -128,7 +128,7 @@ def _check_decay(chain: Chain, weight_decay: Scheduled) -> None:
     for program in chain.programs:
         if not any(key == "weight_decay" for n in program.flat for key, _ in n.hyper.values()):
             raise ValueError(
-                f"weight_decay={weight_decay} would not reach the branch {program!r}: give it to "
+                f"weight_decay={weight_decay} would not reach the branch {program!r}: pass it to "
                 "each decay in the chain"
             )
     hyper = chain.hyper["weight_decay"]

@@ -26,9 +26,8 @@ def refuse_replaced(
     if bare and lost:
         shapes = ", ".join(str(tuple(p.shape)) for p in lost[:3])
         raise ValueError(
-            f"{labels[bare[0]]} was put into its group by hand, in place of one that has state (of "
-            f"shape {shapes}): give it that state, opt.state[new] = opt.state.pop(old), or let it begin "
-            "anew, del opt.state[old]"
+            f"{labels[bare[0]]} replaced a parameter in its group that has state (of shape {shapes}): "
+            "move the state, opt.state[new] = opt.state.pop(old), or discard it, del opt.state[old]"
         )
 
 
@@ -51,7 +50,7 @@ def fitting_state(
         wrong.append(f"missing: {by_transform(missing)}; has no place: {by_transform(extra)}")
     if wrong:
         raise ValueError(
-            f"{label} was resized or replaced, and its state does not fit: {'; '.join(wrong)}. Give it "
-            "state of that shape, or let it begin anew, del opt.state[parameter]"
+            f"{label} was resized or replaced, and its state does not fit: {'; '.join(wrong)}. Assign "
+            "state of that shape, or discard it, del opt.state[parameter]"
         )
     return expected

@@ -124,8 +124,8 @@ class Registry:
         """
         if not self.training:
             raise RuntimeError(
-                f"{self.type.__name__}.{what} in evaluation mode, where the parameters hold the "
-                "average: call train() before the forward pass that the step is for"
+                f"{self.type.__name__}.{what} in evaluation mode, in which the parameters hold "
+                "the average: call train() before the forward pass of the step"
             )
 
     def note_step(self) -> None:
@@ -217,8 +217,8 @@ class Registry:
                 if param not in self._made_for:
                     continue  # of a copy, or put there by hand: each step looks at its shapes
                 raise ValueError(
-                    f"{label} was redistributed or given another dtype, and its state is as before: "
-                    "save a state dict first, make the optimizer anew, and load it"
+                    f"{label} was redistributed or its dtype changed, but its state was not: save a "
+                    "state dict before, create a new optimizer after, and load it"
                 )
             if "step" in state.get(param, ()):
                 expected[param] = fitting_state(label, program, param, place.group, state[param])

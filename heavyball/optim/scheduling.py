@@ -314,13 +314,13 @@ class Scheduling:
             if name not in schedules:
                 continue
             if name not in group:
-                raise ValueError(f"parameter group {index} has lost its entry {name!r}")
+                raise ValueError(f"parameter group {index} is missing its entry {name!r}")
             now = group[name]
             if now is not value and (isinstance(now, Tensor) or frozen(now) != value):
                 raise ValueError(
                     f"parameter group {index}: {name}={now!r} was set, but it follows "
-                    f"{told(schedules[name])}: take it out of group[{SCHEDULES!r}] first; torch's "
-                    "schedulers take cycle_momentum=False"
+                    f"{told(schedules[name])}: remove it from group[{SCHEDULES!r}] first; for torch's "
+                    "schedulers, pass cycle_momentum=False"
                 )
 
     def _values(self, index: int, schedules: Schedules, n: int) -> dict[str, Any]:

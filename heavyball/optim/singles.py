@@ -228,14 +228,14 @@ class Singles:
         single = self.find(param)
         if single is None:
             raise ValueError(
-                f"step_parameter: a tensor of shape {tuple(param.shape)} that is not a parameter of "
-                "this optimizer"
+                f"step_parameter: the tensor of shape {tuple(param.shape)} is not a parameter of this "
+                "optimizer"
             )
         place = single.place
         if group is not None and group is not place.group:
             raise ValueError(f"step_parameter: {place.label} is not in the group that was given")
         if index is not None and index != place.position:
-            raise ValueError(f"step_parameter: {place.label} does not stand at index {index!r}")
+            raise ValueError(f"step_parameter: {place.label} is not at index {index!r}")
         if param.grad is not None:
             self.step(single, "step_parameter()")
         self.registry.note_step()

@@ -66,7 +66,7 @@ def check_form(state_dict: Any) -> None:
             _check_entries(number, entries)
         if number not in seen and isinstance(number, int):
             raise ValueError(
-                f"load_state_dict: there is state of parameter {number}, which is in no group"
+                f"load_state_dict: it has state for parameter {number}, which is in no group"
             )
     _check_description(state_dict.get(DESCRIPTION))
 
@@ -127,7 +127,8 @@ def check_source(loading: Mapping[str, Any]) -> None:
             raise ValueError(
                 "load_state_dict: this is a state dict of torch.optim (its groups have "
                 f"{', '.join(map(repr, foreign))} and neither 'seed' nor 'warmup_steps'), whose state "
-                "has other names and meanings; strict=False loads what matches"
+                "has other names and meanings; use heavyball.checkpoint.adopt, or strict=False for what "
+                "matches"
             )
 
 
@@ -157,7 +158,7 @@ def check_hyper(chain: Chain, index: int, group: Mapping[str, Any], strict: bool
             elif key in chain.hyper:
                 parts = value if isinstance(value, list | tuple) else (value,)
                 if any(isinstance(v, float) and math.isnan(v) for v in parts):
-                    raise ValueError(f"{key}={value!r}: expected no NaN")
+                    raise ValueError(f"{key}={value!r}: expected a number, not NaN")
         for key, first in chain.rate.transform.numbers.items() if chain.rate else ():
             if key in group:
                 _check_common(key, group[key], isinstance(first, int))

@@ -80,7 +80,7 @@ class Values:
     def _check_group(self, index: int, group: Mapping[str, Any]) -> None:
         for key in self.keys:
             if key not in group:
-                raise ValueError(f"parameter group {index} has lost its entry {key!r}")
+                raise ValueError(f"parameter group {index} is missing its entry {key!r}")
             value = group[key]
             try:
                 if key != "lr":

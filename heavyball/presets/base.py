@@ -144,8 +144,8 @@ class Preset(ChainOpt):
             value = param_group.get(key, usual)
             if value not in (own, usual):
                 raise ValueError(
-                    f"parameter group: {key}={value!r} has no effect here, where it is {own!r}: it "
-                    f"cannot be an entry of a group, give {option} to {type(self).__name__}"
+                    f"parameter group: {key}={value!r} has no effect, because it is {own!r}: it "
+                    f"cannot be set per group, pass {option} to {type(self).__name__}"
                 )
         super().add_param_group(param_group)
 
@@ -236,7 +236,7 @@ def _clipping(option: str, value: Clipping) -> list[Transform]:
         value = CLIPPINGS[value]
     if isinstance(value, Rate) and option == "update_clipping":
         raise ValueError(
-            f"update_clipping={value!r}: it clips gradients, give it as gradient_clipping"
+            f"update_clipping={value!r}: it clips gradients, pass it as gradient_clipping"
         )
     if value is None or isinstance(value, Transform):
         return [] if value is None else [value]

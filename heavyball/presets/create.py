@@ -87,10 +87,10 @@ def chosen(what: Any, owner: str) -> tuple[Callable[..., ChainOpt], dict[str, An
     if isinstance(what, str):
         return _from_text(what, owner)
     if what is ChainOpt:
-        raise TypeError(f"{owner}: give the chain itself in place of ChainOpt")
+        raise TypeError(f"{owner}: pass the chain itself instead of ChainOpt")
     if isinstance(what, type):
         if not issubclass(what, ChainOpt):
-            raise TypeError(f"{owner}: {what.__name__} is no optimizer of heavyball")
+            raise TypeError(f"{owner}: {what.__name__} is not an optimizer of heavyball")
         return functools.partial(what, lr=LR) if isinstance(what, ChainClass) else what, {}
     return _of_chain(what), {}
 
@@ -139,7 +139,7 @@ def _split(
     names = [name for name, _ in named]
     if factor is not None and None in names:
         raise ValueError(
-            "create: layer_decay goes by names: pass the model, or model.named_parameters()"
+            "create: layer_decay needs names: pass the model, or model.named_parameters()"
         )
     plain = names if None in names else plain_names(names)  # type: ignore[arg-type]
     kinds = {} if model is None else kinds_of(model)
@@ -219,7 +219,8 @@ def _powers(names: Sequence[str], kinds: Mapping[str, str]) -> Iterator[int]:
     blocks = _blocks(names)
     if not blocks:
         raise ValueError(
-            "create: layer_decay: no names count blocks, as 'blocks.0.weight' does; the first names are "
+            "create: layer_decay: no names have numbered blocks, as in 'blocks.0.weight'; the "
+            "first names are "
             f"{', '.join(map(repr, names[:3]))}"
         )
     first = next(i for i, name in enumerate(names) if name in blocks)

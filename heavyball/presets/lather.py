@@ -53,7 +53,7 @@ class LATHER(Preset):
     ):
         if not momentum_into_precond_update:
             raise ValueError(
-                "momentum_into_precond_update=False has no effect: no momentum stands in front"
+                "momentum_into_precond_update=False has no effect: there is no momentum before it"
             )
         b = shared("betas", betas if beta is None else (beta, betas[1]))
         adam = C.scale_by_adam(betas=b, eps=eps)

@@ -204,7 +204,7 @@ def which_are_hidden(params: Any, chosen: Mapping[str, Any], options: tuple[str,
     names, predicate = (chosen[option] for option in options)
     if names is not None and predicate is not None:
         raise ValueError(
-            f"{options[0]}={names!r} has no effect with {options[1]}; give one of them"
+            f"{options[0]}={names!r} has no effect with {options[1]}; pass only one of them"
         )
     if predicate is not None:
         return predicate

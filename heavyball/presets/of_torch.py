@@ -253,8 +253,8 @@ def _of_adafactor(group: Any, first_eps: float | None) -> Any:
     first, second = group["eps"]
     if first_eps is None and first is not None:
         raise ValueError(
-            f"parameter group: eps={group['eps']!r}: its first number cannot be an entry of a group, "
-            "give eps to Adafactor"
+            f"parameter group: eps={group['eps']!r}: its first number cannot be set per group, "
+            "pass eps to Adafactor"
         )
     names = ("eps",) if first_eps is None else ("scale_by_parameter_rms.eps",)
     group["eps"] = first_eps if first is None else first

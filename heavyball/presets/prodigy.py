@@ -300,7 +300,7 @@ def _check_pairs(chosen: dict[str, bool], eps: float | None) -> None:
         reason = "the arc tangent already bounds the update"
         _exclude("eps=None", "use_stableadamw=True", reason, "use_stableadamw=False")
     if chosen["use_muon_pp"] and not chosen["use_schedulefree"]:
-        reason = "the orthogonalized direction has no first moment of its own"
+        reason = "the orthogonalized direction has no first moment"
         _exclude("use_muon_pp=True", "use_schedulefree=False", reason, "one of them")
     if chosen["use_focus"]:
         if chosen["factored"]:
@@ -310,7 +310,7 @@ def _check_pairs(chosen: dict[str, bool], eps: float | None) -> None:
             reason = "focus replaces the direction"
             _exclude("use_focus=True", "use_muon_pp=True", reason, "one of them")
         if eps is None:
-            reason = "focus divides by nothing, so there is no arc tangent to take"
+            reason = "focus has no denominator, so there is no arc tangent"
             _exclude("use_focus=True", "eps=None", reason, "a number for eps")
         if chosen["use_adopt"]:
             reason = "focus has no second moment that ADOPT could delay"

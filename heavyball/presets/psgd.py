@@ -331,7 +331,7 @@ class Shampoo(Preset):
         start = start_preconditioning_step
         if size is None and start:
             raise ValueError(
-                f"start_preconditioning_step={start!r} needs grafting: before it, whose updates?"
+                f"start_preconditioning_step={start!r} needs grafting, for the updates before it"
             )
         chain = direction if size is None else (C.graft(direction, size, start=start),)
         self.build(params, lr, chain, options, beta1=b[0], weight_decay=weight_decay)

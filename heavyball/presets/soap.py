@@ -108,7 +108,7 @@ class BasisPreset(Preset):
         if chosen["precond_scheduler"] is not None and "precondition_frequency" in mine:
             raise ValueError(
                 f"precondition_frequency={chosen['precondition_frequency']!r} has no effect with "
-                f"precond_scheduler={chosen['precond_scheduler']!r}; give one of them"
+                f"precond_scheduler={chosen['precond_scheduler']!r}; pass only one of them"
             )
         self.build(
             params,

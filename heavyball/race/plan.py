@@ -104,7 +104,7 @@ class Plan:
         known = {f.name for f in fields(cls)}
         if set(saved) != known:
             names = ", ".join(map(shown, sorted(set(saved) ^ known)))
-            raise RaceError(f"the saved arguments differ from what is known: {names}")
+            raise RaceError(f"the saved arguments are not those of this version: {names}")
         values: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
         return cls(**values)
 

@@ -33,7 +33,7 @@ def tables(path: Path, wanted: Sequence[str] = ()) -> Iterator[Any]:
         if name not in flight.names.values():
             raise RaceError(unknown("parameter", name, flight.names.values()))
     yield Text(f"step {flight.count} of {flight.chain}")
-    yield Text(f"changed by what cannot be right: {', '.join(flight.wrong)}")
+    yield Text(f"abnormal changes: {', '.join(flight.wrong)}")
     again, reason = _again(flight)
     if reason:
         yield Text(f"not computed again: {reason}")

@@ -71,7 +71,7 @@ class Store:
         """
         for path in (self.summary, self.picture):
             if os.path.lexists(path) and not path.is_file():
-                raise RaceError(f"{path} cannot be written: something that is no file is there")
+                raise RaceError(f"{path} cannot be written: it exists and is not a file")
         for path in (self.folder, self.folder / RUNS):
             check_folder(path)
 

@@ -79,8 +79,8 @@ _ALL = (
         "Muon of AdamW's size with clipped queries and keys",
         "MuonClip:weight_decay=0.1",
         2e-4,
-        "Kimi K2, https://arxiv.org/abs/2507.20534, section 2.5 as read: lr 2e-4 behind a warm-up of "
-        "500 steps, weight decay 0.1; tau 100; without its cosine to 2e-5 behind 10T of 15.5T tokens. "
+        "Kimi K2, https://arxiv.org/abs/2507.20534, section 2.5 as read: lr 2e-4 after a warm-up of "
+        "500 steps, weight decay 0.1; tau 100; without its cosine to 2e-5 after 10T of 15.5T tokens. "
         "Momentum and AdamW's numbers are Muon's. Give `heads`, and feed max_logits before every step",
     ),
     Recipe(

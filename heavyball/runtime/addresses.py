@@ -151,9 +151,9 @@ def check_writable(params: Iterable[Tensor]) -> None:
     for param in params:
         if param.is_inference():
             raise RuntimeError(
-                f"a parameter of shape {tuple(param.shape)} was made inside torch.inference_mode(), so "
-                "outside of it only a compiled kernel can step it: step inside, or make the "
-                "parameter outside (a clone() made there will do)"
+                f"a parameter of shape {tuple(param.shape)} was created inside torch.inference_mode(), "
+                "so outside of it only a compiled kernel can step it: step inside, or create the "
+                "parameter outside, for example with clone()"
             )
 
 

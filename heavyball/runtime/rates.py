@@ -166,7 +166,7 @@ class Together:
         put, given = self._put.get(id(group), {}), {}
         for name in self.common:
             if name not in group:
-                raise ValueError(f"parameter group {index} has lost its entry {name!r}")
+                raise ValueError(f"parameter group {index} is missing its entry {name!r}")
             value, known = group[name], put.get(name)
             if known is None or not known.stands(value):
                 given[name] = self.checked(name, value, index)
@@ -215,8 +215,8 @@ class Together:
         for name, source in {**t.past, **t.made_from}.items():
             if name in new and source not in new:
                 raise ValueError(
-                    f"parameter group {index}: {name!r} was set, but is made from {source!r} in every "
-                    "step; set that"
+                    f"parameter group {index}: {name!r} was set, but is computed from {source!r} in "
+                    "every step; set that instead"
                 )
 
     def following(self, new: Mapping[str, float], groups: list[dict[str, Any]]) -> dict[str, float]:
@@ -252,8 +252,8 @@ class Together:
                 other, before = one.setdefault(name, (index, value))
                 if before != value:
                     raise ValueError(
-                        f"parameter groups {other} and {index} have one estimate, and {name!r} was set "
-                        f"to {before!r} and {value!r}: set the same in both, or in one of them"
+                        f"parameter groups {other} and {index} share one estimate, but {name!r} was set "
+                        f"to {before!r} and {value!r}: set it in one of them, or to the same value"
                     )
         return {
             i: {**{n: v for n, (_, v) in one.items()}, **given.get(i, {})} for i in range(count)

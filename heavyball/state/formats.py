@@ -47,19 +47,19 @@ DTYPES = {
         torch.int8,
         scale=torch.bfloat16,
         square=torch.uint8,
-        coarse="has steps of about a hundredth of the largest of 32 neighbours",
+        coarse="has steps of about 1/100 of the largest of 32 neighbours",
     ),
     "4bit": Format(
         "4bit",
         torch.uint8,
         scale=torch.float32,
-        coarse="has steps of up to a quarter of the largest of 128 neighbours",
+        coarse="has steps of up to 1/4 of the largest of 128 neighbours",
         fits=four_bit.fits,
     ),
     "rank1": Format(
         "rank1",
         torch.float32,
-        coarse="keeps the means of rows and columns and not single values",
+        coarse="stores row and column sums instead of single values",
         fits=rank_one.fits,
     ),
 }
@@ -143,7 +143,7 @@ class Storage:
                     )
                 if name not in known:
                     raise ValueError(
-                        f"{option}: no state is called {name!r}; {nearest(str(name), known)}"
+                        f"{option}: there is no state {name!r}; {nearest(str(name), known)}"
                     )
         for key, name, declared in states:
             self.choose(key, name, declared)
@@ -156,15 +156,15 @@ class Storage:
             found = {o: chosen[place] for o, chosen in self._options.items() if place in chosen}
             if len(found) > 1:
                 both = " and ".join(f"{o}={f.name!r}" for o, f in found.items())
-                raise ValueError(f"{key}: {both} both apply; give one of them by the state's name")
+                raise ValueError(f"{key}: {both} both apply; pass one of them by the state's name")
             for option, chosen in found.items():
                 if chosen.coarse and declared.holds not in ("moment", "square"):
                     if place is None:
                         return None, False
                     raise ValueError(
-                        f"{option}: {key!r} cannot be kept as {chosen.name!r}, which {chosen.coarse}: "
-                        "enough for a mean of gradients or of squares, too coarse for weights and other "
-                        "values"
+                        f"{option}: {key!r} cannot be stored as {chosen.name!r}, which {chosen.coarse}: "
+                        "sufficient for means of gradients and of squares, too coarse for weights and "
+                        "other values"
                     )
                 return chosen, place is not None
         return None, False

@@ -237,7 +237,7 @@ def mixture(dtypes: Mapping[str, torch.dtype], key: str, holds: Holds | None) ->
         packed_moment = COLUMNS in dtypes and holds == "moment"
         if dtypes not in LAYOUTS or (packed_moment and SIGNS not in dtypes):
             beside = ", ".join(f"{key + part!r} of {dtypes[part]}" for part in dtypes if part)
-            return f"is {dtypes['']}, with {beside}: no format is so"
+            return f"is {dtypes['']}, with {beside}: this is not a storage format"
     return None
 
 

@@ -33,8 +33,8 @@ def _first_norm(param: Tensor, options: Mapping[str, Any]) -> Tensor:
         found = norm(param)
     if param.numel() and not param.is_meta and not found > 0:
         raise ValueError(
-            f"hyperball: a parameter of shape {tuple(param.shape)} is all zero, so it has no sphere: "
-            "give it other first weights, or a number as radius"
+            f"hyperball: a parameter of shape {tuple(param.shape)} is all zero, so its norm cannot be "
+            "kept: initialize it differently, or pass a number as radius"
         )
     return found
 
@@ -44,7 +44,7 @@ def _problem(shape: torch.Size, options: Mapping[str, Any]) -> str | None:
     if not isinstance(radius, str) and not 0 < radius < float("inf"):
         raise ValueError(f"radius={radius!r}: expected 'initial', 'spectral', or a number above 0")
     if len(shape) < 2:
-        return "is for two dimensions or more; route the parameter to another chain"
+        return "needs two or more dimensions; route the parameter to another chain"
     return wrong_blocks(shape, options)
 
 
@@ -67,8 +67,8 @@ def _first_norms(param: Tensor, options: Mapping[str, Any]) -> Tensor:
     found = view.whole(values, found)[0]
     if not (found > 0).all():
         raise ValueError(
-            f"hyperball: a block of a parameter of shape {tuple(param.shape)} is all zero, so it has no "
-            "sphere: give it other first weights, or a number as radius"
+            f"hyperball: a block of a parameter of shape {tuple(param.shape)} is all zero, so its "
+            "norm cannot be kept: initialize it differently, or pass a number as radius"
         )
     return found
 

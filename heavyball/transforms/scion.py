@@ -103,7 +103,7 @@ def scion_init_(
     for p in given:
         if p.ndim < 2:
             raise ValueError(
-                f"scion_init_: a parameter of shape {tuple(p.shape)} is no matrix; leave it out"
+                f"scion_init_: a parameter of shape {tuple(p.shape)} is not a matrix; leave it out"
             )
     for p in given:
         rows, columns = len(p), _columns(p)

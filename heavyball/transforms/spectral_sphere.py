@@ -30,7 +30,7 @@ def _radius(param: Tensor, options: Mapping[str, Any]) -> Tensor | None:
     if not (found > 0).all():
         raise ValueError(
             f"spectral_sphere: a matrix of a parameter of shape {tuple(param.shape)} is all zero, so "
-            "it has no sphere: give it other first weights, or radius='mup'"
+            "its norm cannot be kept: initialize it differently, or pass radius='mup'"
         )
     return found
 

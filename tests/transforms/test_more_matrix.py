@@ -598,7 +598,7 @@ def test_scions_first_weights_lie_on_the_sphere() -> None:
         }[norm]
         torch.testing.assert_close(found, torch.full_like(found, 3.0))
     q = torch.nn.Parameter(torch.ones(3))
-    with pytest.raises(ValueError, match=r"shape \(3,\) is no matrix"):
+    with pytest.raises(ValueError, match=r"shape \(3,\) is not a matrix"):
         heavyball.scion_init_([p, q])
     with pytest.raises(ValueError, match="norm='x': expected one of 'spectral'"):
         heavyball.scion_init_(p, "x")
@@ -662,7 +662,7 @@ def test_the_size_of_the_update_and_a_decay_are_no_matter_on_the_hyperball() -> 
     for t in (C.hyperball, C.spectral_sphere, C.muown):
         with pytest.raises(ValueError, match=f"decoupled and {t.name} exclude each other"):
             C.ChainOpt([start], 0.1, C.decoupled, t)
-    with pytest.raises(ValueError, match=r"shape \(2, 2\) is all zero, so it has no sphere"):
+    with pytest.raises(ValueError, match=r"shape \(2, 2\) is all zero, so its norm cannot be kept"):
         C.ChainOpt([torch.nn.Parameter(torch.zeros(2, 2))], 0.1, C.hyperball).init_state()
     with pytest.raises(ValueError, match="hyperball is for two dimensions or more"):
         C.ChainOpt([torch.ones(3)], 0.1, C.hyperball)
@@ -913,9 +913,9 @@ def test_what_cannot_work_in_another_shape_is_refused() -> None:
         (C.apollo, "apollo has rank=256, which is larger than the shorter side"),
         (
             C.galore(C.cautious, rank=2),
-            "cautious asks for 'grad', so it cannot stand inside galore",
+            "cautious reads 'grad', so it cannot be inside galore",
         ),
-        (C.fira(C.stable_adamw, rank=2), "stable_adamw decides on more than the update"),
+        (C.fira(C.stable_adamw, rank=2), "stable_adamw provides more than the update"),
         (C.galore(C.muon(blocks=2), rank=1), r"in the shape \(3, 1\), of which muon has blocks=2"),
     ):
         with pytest.raises(ValueError, match=message):

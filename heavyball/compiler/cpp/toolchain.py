@@ -173,7 +173,7 @@ def _home_cache() -> Path:
         return Path.home() / ".cache"
     except (RuntimeError, KeyError):
         raise ToolchainError(
-            "there is no home directory to keep kernels in: set HEAVYBALL_CACHE"
+            "there is no home directory for cached kernels: set HEAVYBALL_CACHE"
         ) from None
 
 

@@ -315,7 +315,7 @@ class Recorder(TorchDispatchMode):
         if value.level == "scalar":
             return index
         if value.level != "element":
-            raise NotPrintableError(f"a slice of what is one per {value.level}")
+            raise NotPrintableError(f"a slice of values per {value.level}")
         if value.op == "load":
             return self.graph.add("pick", value.args, "slice", value.kind)
         args = tuple(Ref(self._sliced(a.index, k)) if isinstance(a, Ref) else a for a in value.args)
@@ -346,7 +346,7 @@ class Recorder(TorchDispatchMode):
             return "slice"
         if tensor.numel() == self.numel:
             if not any_dtype and tensor.dtype not in (self.dtype, torch.bool):
-                raise NotPrintableError(f"elements of {tensor.dtype} beside {self.dtype}")
+                raise NotPrintableError(f"elements of {tensor.dtype}, expected {self.dtype}")
             return "element"
         if tensor.numel() == 1:
             return "scalar"
@@ -646,7 +646,7 @@ def _run(job: Job, recorder: Recorder, share: str | None) -> dict[str, Tensor]:
         if isinstance(request, Call):
             if share is not None:
                 raise NotPrintableError(
-                    f"{share} sums over all parameters behind {request.node.key}, which needs whole "
+                    f"{share} sums over all parameters after {request.node.key}, which needs whole "
                     "tensors"
                 )
             return recorder.ask(request)

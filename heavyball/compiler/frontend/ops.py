@@ -248,7 +248,7 @@ def expression(op: str, args: Sequence[Expr | float], dtype: torch.dtype, kind: 
     Errors: NotPrintableError for an operation that is not in the table.
     """
     if op not in OPERATIONS:
-        raise NotPrintableError(f"the operation {op}")
+        raise NotPrintableError(f"the operation {op} is not supported")
     operation = OPERATIONS[op]
     given = [
         as_type(lifted(a, dtype), torch.bool if t == "b" else dtype)

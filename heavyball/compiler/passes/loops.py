@@ -283,7 +283,7 @@ class _Verifier:
                     raise LoopError(f"{s.column.name} is read after it was stored")
             for s in walk.sums:
                 if not any(s in loop.body for loop in walk.loops):
-                    raise LoopError(f"{s.var} is left behind by no loop")
+                    raise LoopError(f"no loop computes the sum {s.var}")
                 self.known.add(_plain(s.var))
         self._numbers(self.kernel.final)
         for name, var in self.kernel.written.items():

@@ -129,7 +129,7 @@ def idx(path: Path, dimensions: int) -> Tensor:
     except (OSError, EOFError, zlib.error) as error:
         raise RaceError(f"{path} cannot be read: {one_line(error)}") from None
     if header[:4] != bytes([0, 0, UNSIGNED_BYTE, dimensions]) or len(header) < start:
-        raise RaceError(f"{path} is no idx file of unsigned bytes with {dimensions} dimensions")
+        raise RaceError(f"{path} is not an idx file of unsigned bytes with {dimensions} dimensions")
     shape = [int.from_bytes(header[i : i + 4], "big") for i in range(4, start, 4)]
     size = math.prod(shape)
     if max(*shape, size) > LARGEST:
