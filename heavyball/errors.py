@@ -1,4 +1,4 @@
-"""Errors, the words that their messages share, and warnings that point at the line of the user."""
+"""Errors, shared parts of their messages, and warnings that point at the user's line."""
 
 import difflib
 import sys
@@ -60,11 +60,11 @@ REFUSALS = (TypeError, ValueError, ArithmeticError, RuntimeError, NotImplemented
 
 
 class RaceError(ValueError):
-    """Something that the user asked for cannot be done; the message says what and why."""
+    """A request that cannot be fulfilled; the message says what and why."""
 
 
 class ChainError(RaceError):
-    """A text that is not a chain, or not an optimizer with arguments."""
+    """Text that is not a valid chain or optimizer."""
 
 
 def one_line(error: BaseException | str) -> str:
@@ -83,7 +83,7 @@ def shown(value: object, length: int = 60) -> str:
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
-    """The message for a name nobody knows, with the nearest known ones, or those that are known."""
+    """The message for an unknown name, with the nearest known ones, or all known ones."""
     known = sorted(known)
     lower = {k.lower(): k for k in reversed(known)}
     close = difflib.get_close_matches(name[:80].lower(), lower, n=3, cutoff=0.5)
@@ -99,7 +99,7 @@ def _listed(names: list[str]) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of an error message: what is known, and the nearest of it."""
+    """The end of an error message: the known names, and the nearest one."""
     known = list(dict.fromkeys(known))
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if not close:

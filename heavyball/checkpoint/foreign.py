@@ -82,7 +82,7 @@ def _refused(program: Program, why: str) -> ValueError:
 
 
 def _rules(program: Program) -> tuple[Node, ...]:
-    """The nodes besides decay and write, in order."""
+    """The nodes other than decay and write, in order."""
     if len(program.flat) != len(program.nodes):
         raise _refused(program, "it has branches")
     return tuple(node for node in program.flat if node.transform.name not in _KNOWN)

@@ -263,7 +263,7 @@ class Chain:
         return tuple(bound)
 
     def _bind_transform(self, element: Transform) -> tuple[Any, ...]:
-        """A node, with those that run before and behind it as a part of it."""
+        """A node, with those that run before and after it as part of it."""
         other = element.instead and element.instead(element.options)
         if other:
             names = ("name", "hyper", "options", "given")
@@ -367,7 +367,7 @@ class Chain:
         return self._programs[picks]
 
     def _complete(self, nodes: tuple[Node | Fork, ...]) -> tuple[Node | Fork, ...]:
-        """Add the default decay and write; move observers behind the write, a rate to the front."""
+        """Add the default decay and write; move observers after the write, and a rate to the front."""
         nodes = _rate_first(nodes)
         kinds = [kind_of(node) for node in nodes]
         body = [n for n, kind in zip(nodes, kinds, strict=True) if kind != "observer"]

@@ -85,7 +85,7 @@ class GivenName(str):
 
 
 def as_given(name: str) -> GivenName:
-    """A name whose optimizer's other names are not known."""
+    """A name without knowledge of the optimizer's other names."""
     return name if isinstance(name, GivenName) else GivenName(name, private_name(name))
 
 

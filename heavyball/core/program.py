@@ -50,7 +50,7 @@ class RateNode(Node):
 
 @dataclass(frozen=True, eq=False)
 class HiddenNode(Node):
-    """A node that is no element of the chain: a gate of it, or the unit of what stands behind one."""
+    """A node that is not an element of the chain: a gate, or the unit of moments after one."""
 
 
 @dataclass(frozen=True, eq=False)

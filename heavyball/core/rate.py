@@ -1,4 +1,4 @@
-"""An element that finds the learning rate: numbers of a group, and what makes them anew."""
+"""Learning-rate estimators: numbers of a group, and the function that updates them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,12 +13,12 @@ from heavyball.state.declare import State
 
 @dataclass(frozen=True)
 class Member:
-    """One group as `finish` sees it. Its numbers are 0-d tensors, or on the host what computes alike.
+    """One group as `finish` sees it. Its numbers are 0-d tensors, or equivalent host numbers.
 
-    sums: what its parameters gave, added up; None if none of them had a gradient in this step, or a
-        gate has left it out.
-    values: the element's common numbers (after this step, for its count), hyper-parameters, `lr` with
-        the group's warm-up, and the `loss` where the chain reads it.
+    sums: the sums over its parameters; None if none of them had a gradient in this step, or a gate
+        skipped it.
+    values: the element's numbers (counters after this step), hyper-parameters, `lr` with the group's
+        warm-up, and the `loss` if the chain reads it.
     """
 
     sums: tuple[Tensor, ...] | None
@@ -30,17 +30,17 @@ Finish = Callable[[Sequence[Member], Mapping[str, Any]], list[dict[str, Any]]]
 
 @dataclass(frozen=True)
 class Estimate:
-    """What an optimizer shows of a rate, and what it says of groups that it does not suit.
+    """The user-facing side of a rate: its names, and the warnings about its groups.
 
-    name: the number that is estimated, as users know it. steps_with: the one that multiplies `lr`.
-    split: the option that gives each group an estimate of its own; without one each has. mean: the
-        option with which these step alike.
-    unlike: `fn(name, one, other, hyper)`, of a hyper-parameter that differs between groups with one
-        estimate: what to warn of, "" if nothing, None where it must not be.
-    start: the hyper-parameter that the estimate begins at.
-    stands: `fn(group, options)`, whether the estimate was asked not to move.
-    early: `fn(options)`, whether it will stand still before it can have been found.
-    tuned_by: what to tune where `lr` is not. try_instead: what to try where it does not move.
+    name: the estimated number, as users know it. steps_with: the number that multiplies `lr`.
+    split: the option that gives each group its own estimate; without this option, each group has
+        one. mean: the option that makes all groups step with a mean.
+    unlike: `fn(name, one, other, hyper)`, for a hyper-parameter that differs between groups with one
+        estimate: the warning, "" for none, or None if it must not differ.
+    start: the hyper-parameter with the initial estimate.
+    stands: `fn(group, options)`, whether the user asked for a constant estimate.
+    early: `fn(options)`, whether the estimate stops changing too early to be found.
+    tuned_by: what to tune instead of `lr`. try_instead: what to try if the estimate does not change.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Estimate:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Rate(Transform):
-    """An element that decides on the learning rate with numbers of the parameter group."""
+    """An element that determines the learning rate from numbers of the parameter group."""
 
     numbers: dict[str, str | float] = field(default_factory=dict)
     past: dict[str, str] = field(default_factory=dict)
@@ -72,7 +72,7 @@ class Rate(Transform):
 
     @property
     def results(self) -> tuple[str, ...]:
-        """What the function returns behind the update and the states."""
+        """The results of the function after the update and the states."""
         return (*self.provides, *self.gives)
 
     @property
@@ -112,32 +112,34 @@ def rate(
     excludes: Mapping[str, str] | None = None,
     **states: State,
 ) -> Callable[[Callable[..., Any]], Rate]:
-    """Declare what decides on the learning rate: `@rate(numbers={"d": "d0"}, finish=...)`.
+    """Declare a learning-rate estimator: `@rate(numbers={"d": "d0"}, finish=...)`.
 
-    The function is that of a `transform`. Wherever it is written in a chain, it runs before every
+    The function is that of a `transform`. Wherever it is placed in a chain, it runs before every
     element whose state it may have to rescale. The numbers are entries of the parameter group, saved
     with it, and context for every element.
 
-    numbers: each with a hyper-parameter that it begins at, or a float; an int counts the group's steps.
-    finish: `fn(members, options)` gets a `Member` for each group and returns the new numbers of each. It
-        computes with torch on 0-d tensors, and reads none of them: that would wait for the device.
-    past: those of the numbers that keep what another was before `finish`, by their names.
-    made_from: those that `finish` makes from another in every step, by their names.
+    numbers: their initial values, each a hyper-parameter or a float; an int counts the group's steps.
+    finish: `fn(members, options)` receives a `Member` for each group and returns the new numbers of
+        each. It computes with torch on 0-d tensors and reads no values, which would synchronize with
+        the device.
+    past: numbers that keep the value of another before `finish`, by name.
+    made_from: numbers that `finish` computes from another in every step, by name.
     from_sums: `fn(update, ...)`, one tensor's shares, a tuple, of sums over all parameters; `finish` is
-        called before the step goes on, so the function runs with the new numbers.
-    gives: in place of that, names of further results, behind those of `provides`: shares of sums over
-        all parameters that are not needed in this step. `finish` is called after it.
-    moment_unit: which result of `provides` is the unit in which moments behind it are kept, where that
-        changes with the rate. moment_change: the result by which they are multiplied in this step, and
-        squares by its square: the unit of the parameter's last step over that of this one.
-    hyper_change: hyper-parameters of elements behind it, by name, that have this unit too, each with the
-        result of `provides` that it is multiplied by.
-    shared: whether all groups have the same numbers, counters excepted, where no `estimate` says it.
-    estimate: what the optimizer shows of it, see `Estimate`.
-    kind: "writer" stands where a writer does, and returns the new parameter.
+        called before the step continues, so the function sees the new numbers.
+    gives: alternatively, names of additional results after those of `provides`: shares of sums over all
+        parameters that are not needed in this step. `finish` is called after it.
+    moment_unit: the result of `provides` that is the unit of later moments, if it changes with the rate.
+        moment_change: the result by which they are multiplied in this step, and squares by its
+            square: the
+        unit of the parameter's last step over that of this one.
+    hyper_change: hyper-parameters of later elements, by name, that have this unit too, each with the
+        result of `provides` that multiplies it.
+    shared: whether all groups have the same numbers, except counters, if there is no `estimate`.
+    estimate: the user-facing side, see `Estimate`.
+    kind: "writer" is placed like a writer, and returns the new parameter.
     provides, domains, excludes: as in `transform`.
 
-    Errors: TypeError if the signature and the declared state differ, or the sums come from nowhere.
+    Errors: TypeError if the signature and the declared state differ, or there are no sums.
     """
     rules = Rules(dict(domains or {}), dict(excludes or {}), "", False, None, False)
 

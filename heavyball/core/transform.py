@@ -38,23 +38,23 @@ LOSS = "loss"
 FED = "fed"
 # What a second gradient replaces, see `perturb`.
 FIRST = "first_grad"
-# What the runner offers to any transform that names it as a keyword-only argument.
+# Context that any transform may request as a keyword-only argument.
 CONTEXT = {
     "step": "how many gradients this parameter has had, from 1",
     "param": "the parameter (after the write, for an observer)",
-    "grad": "the gradient the chain started from",
-    "raw_grad": "the gradient as it came, before saturation",
+    "grad": "the gradient at the start of the chain",
+    "raw_grad": "the gradient before it is clamped",
     "lr": "the learning rate of this step, warm-up included",
     "base_lr": "the learning rate of the group, without warm-up",
     LOSS: "the loss that `step` was given, or its closure has returned",
     FED: "what `feed` was given under the name that the option `signal` has",
 }
-# What elements behind the writer may name besides.
+# Additional context for elements after the writer.
 WRITTEN_CONTEXT = {
     "old_param": "the parameter before the write",
     "written": "the update that the writer got, decay included",
 }
-# What the runner offers to transforms of whole tensors besides.
+# Additional context for transforms of whole tensors.
 WHOLE_CONTEXT = {
     "count": "`step` as a Python int, for decisions on the host",
     "places": "the places of the B parameters in the optimizer, counted from 0, as a tuple",
@@ -70,10 +70,10 @@ DEFAULTS: dict[str, "Transform"] = {}
 
 @dataclass(frozen=True)
 class Signature:
-    """What a function takes besides the update and the states.
+    """The arguments of a function after the update and the states.
 
-    defaults, annotations: of its hyper-parameters and options, in order. context: what it cannot do
-        without. optional: what it is given if it is there.
+    defaults, annotations: of its hyper-parameters and options, in order. context: required context.
+    optional: context that may be missing.
     """
 
     defaults: dict[str, Any]
@@ -84,7 +84,7 @@ class Signature:
 
 @dataclass(frozen=True)
 class Rules:
-    """Where a transform may stand, and what it can be used for; see `transform`."""
+    """Where a transform may be placed, and what it applies to; see `transform`."""
 
     domains: dict[str, Domain]
     excludes: dict[str, str]
@@ -116,9 +116,9 @@ class _Signature:
 class Transform:
     """One element of a chain: a pure function and what it declares.
 
-    `update` is the function itself. `hyper` are the live hyper-parameters (floats and tuples of
-    floats: they go to the parameter group), `options` the fixed ones. Calling a transform with some
-    of either gives a configured copy.
+    `update` is the function itself. `hyper` are the live hyper-parameters (floats and tuples of floats,
+    stored in the parameter group), `options` the fixed ones. Calling a transform with some of either
+    returns a configured copy.
     """
 
     name: str
@@ -165,12 +165,12 @@ class Transform:
 
     @property
     def results(self) -> tuple[str, ...]:
-        """What the function returns behind the update and the states."""
+        """The results of the function after the update and the states."""
         return self.provides
 
     @property
     def signal(self) -> str | None:
-        """The name under which `feed` gives what it asks for."""
+        """The name of the signal that it reads from `feed`."""
         return self.options["signal"] if FED in (*self.context, *self.optional) else None
 
     def refused_fed(self, shape: torch.Size, count: int) -> str:
@@ -179,7 +179,7 @@ class Transform:
 
     @property
     def reads_loss(self) -> bool:
-        """Whether it asks for the loss of the step."""
+        """Whether it reads the loss of the step."""
         return LOSS in (*self.context, *keyword_names(self.over_all))
 
     @property
@@ -192,7 +192,7 @@ class Transform:
 
     @property
     def all_states(self) -> dict[str, State]:
-        """Its states, and those of a transform that runs right before it as a part of it."""
+        """Its states, and those of its `lead` transform."""
         return self.states
 
     def asks_for(self, name: str) -> bool:
@@ -205,7 +205,7 @@ class Transform:
         return {*self.context, *self.optional, *keyword_names(self.over_all)}
 
     def domain(self, name: str) -> Intervals:
-        """Where the live hyper-parameter `name` may lie: [0, 1) for betas, else not negative."""
+        """The interval of the hyper-parameter `name`: by default [0, 1) for betas, else [0, inf)."""
         default = fraction if name.startswith("beta") else nonnegative
         domain = self.rules.domains.get(name, default)
         return domain(self.options) if callable(domain) else domain
@@ -302,39 +302,38 @@ def transform(
 ) -> Any:
     """Declare a transform: `@transform(mean=zeros)` above a function of one tensor.
 
-    The function is `fn(update, *states, *, context, hyper-parameters) -> (update, *states)`, or just
-    the update where there is no state. Keyword-only arguments without a default (or annotated
-    `Tensor | None`) are context that the runner gives; floats and tuples of floats are live
-    hyper-parameters and arrive as 0-d tensors; every other default is a fixed option.
+    The function is `fn(update, *states, *, context, hyper-parameters) -> (update, *states)`; without
+    state it returns just the update. Keyword-only arguments without a default (or annotated `Tensor
+    | None`) are context provided by the chain; floats and tuples of floats are live hyper-parameters
+    and arrive as 0-d tensors; every other default is a fixed option.
 
-    kind: "decay" goes right before the write, "writer" returns the new parameter in place of an
-        update, "post" runs behind the writer and returns the parameter once more, "observer" runs
-        after both.
-    provides: names of further results, context for the elements behind it. `gate` (a 0-d bool that
-        freezes everything behind while it is false), `step`, `lr` and `grad` are replaced for them.
-    domains: the interval of a hyper-parameter, a tuple of one for each of its numbers, or a function of
-        the options that returns either; without one, a float lies in [0, inf), one whose name begins
-        with `beta` in [0, 1).
-    excludes: names of transforms that cannot stand in the same chain, with the reason. "decay" stands
-        for all of that kind; the chain then gets no decay by itself.
-    before_state: why the transform must stand before every transform that holds state, if it must.
-    modifier: acts only through what it provides, so something behind it must ask for that.
+    kind: "decay" runs right before the write, "writer" returns the new parameter instead of an
+        update, "post" runs after the writer and returns the parameter again, "observer" runs after both.
+    provides: names of additional results, which become context for later elements. `gate` (a 0-d
+        bool that freezes all later elements while it is false), `step`, `lr` and `grad` are replaced
+        for them.
+    domains: the interval of a hyper-parameter, a tuple with one for each of its numbers, or a
+        function of the options that returns either. The default is [0, 1) for names that start with
+        `beta`, else [0, inf).
+    excludes: names of transforms that cannot be in the same chain, with the reason. "decay" means all of
+        that kind; the chain then adds no decay by default.
+    before_state: the reason why the transform must be before every transform with state, if it must.
+    modifier: it acts only through what it provides, so a later element must use that.
     over_all: `fn(update, ...)`, one tensor's share of a sum over all parameters; the sum arrives as
         the context `total`.
     evaluate: `fn(param, *states, hyper-parameters)`, the weights to evaluate with.
     perturb: `fn(param, *, hyper-parameters)`, the metric w in which the weights are moved by `rho` for a
         second gradient: by rho w^2 g over the norm of w g.
-    offers: context for all elements, those before it too, made of its state as the last step has left
-        it: by name, `fn(param, *states, *, context, hyper-parameters)`.
-    requires: `fn(shape, options)`, why a parameter of this shape cannot have the transform, or None;
-        asked when the parameter is added.
-    opens_once: the `gate` that it provides is closed in a parameter's first steps alone.
-    instead: `fn(options)`, another transform of the same hyper-parameters that takes this one's place in
-        a chain where it has these options, or None.
-    `@transform` without parentheses declares one with no state.
+    offers: context for all elements, earlier ones included, computed from its state after the last step:
+        by name, `fn(param, *states, *, context, hyper-parameters)`.
+    requires: `fn(shape, options)`, the reason why a parameter of this shape is not supported, or
+        None; called when the parameter is added.
+    opens_once: the `gate` that it provides is closed only in a parameter's first steps.
+    instead: `fn(options)`, a transform with the same hyper-parameters that replaces this one in a
+        chain for these options, or None.
+    `@transform` without parentheses declares a transform without state.
 
-    Transforms of whole tensors are declared with `@whole_transform`, those that decide on the learning
-    rate with `@rate`.
+    Use `@whole_transform` for transforms of whole tensors, and `@rate` for learning-rate estimators.
 
     Errors: TypeError if the signature and the declared state differ.
     """
@@ -412,11 +411,11 @@ def _check_states(states: Mapping[str, Any]) -> None:
 def signed(
     fn: Callable[..., Any], states: Mapping[str, State], lead: Transform | None = None
 ) -> tuple[str, Callable[..., Any], Signature, dict[str, State], dict[str, Any], dict[str, Any]]:
-    """What the signature of a function says: the first fields of its declaration.
+    """Read the signature of a function: the first fields of its declaration.
 
     lead: a transform that is configured as part of it.
 
-    Errors: TypeError if it and the declared state differ.
+    Errors: TypeError if the signature and the declared state differ.
     """
     _check_states(states)
     positional: list[inspect.Parameter] = []
@@ -450,7 +449,7 @@ T = TypeVar("T", bound=Transform)
 
 
 def checked(declared: T) -> T:
-    """A declaration whose defaults are such as it takes, with the docstring of its function."""
+    """Check the defaults of a declaration, and give it the docstring of its function."""
     if FED in (*declared.context, *declared.optional) and not isinstance(
         declared.options.get("signal"), str
     ):

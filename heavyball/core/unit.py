@@ -1,4 +1,4 @@
-"""The unit of moments behind a gate, which stand still in steps that a rate's own state goes on in."""
+"""The unit of moments after a gate, which do not change in steps in which a rate's own state does."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -19,7 +19,7 @@ def own_unit(update: Tensor, last: Tensor, /, **present: Any) -> tuple[Tensor, .
 
 
 def with_units(nodes: tuple[Node | Fork, ...]) -> tuple[Node | Fork, ...]:
-    """Give the moments behind each gate that stands behind a rate a unit of their own.
+    """Give the moments after each gate that follows a rate their own unit.
 
     A gate that is closed in a parameter's first steps alone needs none: what is behind it is still
     zero then.

@@ -32,7 +32,7 @@ class Whole(Transform):
 
     @property
     def results(self) -> tuple[str, ...]:
-        """What the function returns behind the update and the states."""
+        """The results of the function after the update and the states."""
         return (*self.provides, *self.opaque)
 
     def refused_fed(self, shape: torch.Size, count: int) -> str:
@@ -48,7 +48,7 @@ class Whole(Transform):
         return {**(self.lead.states if self.lead else {}), **self.states}
 
     def asks_for(self, name: str) -> bool:
-        """Whether the function or what it does after the write has an argument of this name."""
+        """Whether the function or its `after` has an argument of this name."""
         return name in self.context or name in keyword_names(self.after)
 
 
@@ -79,34 +79,35 @@ def whole_transform(
 ) -> Any:
     """Declare a transform of whole tensors: `@whole_transform(gram=State(...))` above a function.
 
-    The function gets the update and the states of B parameters of one shape, stacked to (B, *shape),
-    and returns them so. It is plain torch, may decide on the host by `count`, and is not run while a
-    `gate` before it is false. Its arguments are those of a `transform`, and `count`, `places`, `noise`
-    and `chance` besides.
+    The function receives and returns the update and the states of B parameters of the same shape,
+    stacked to (B, *shape). It is plain torch code, may make host decisions based on `count`, and
+    does not run while an earlier `gate` is false. Its arguments are those of a `transform`, and
+    `count`, `places`, `noise` and `chance`.
 
-    kind: "writer" returns the new parameter in place of an update; "post" runs behind the writer: the
-        update is the parameter then, and so is the result.
-    provides: names of numbers for the elements behind it: one Python number or B values; a `gate` that
-        is the Python value False ends the step of these parameters.
-    opaque: names of results after those of `provides`, handed to whole transforms behind it as they
-        are: tensors that begin with B, tuples of such, or Python values.
+    kind: "writer" returns the new parameter instead of an update; "post" runs after the writer, with the
+        parameter as update and as result.
+    provides: names of numbers for later elements: a Python number or B values; a `gate` that is the
+        Python value False ends the step of these parameters.
+    opaque: names of results after those of `provides`, passed unchanged to later whole transforms:
+        tensors with a leading dimension of B, tuples of such tensors, or Python values.
     host: hyper-parameters that arrive as Python numbers.
     after: `fn(*states, *, vectors, squares, ...)`, run after the write with the new states; returns
-        (*states, vectors, squares). `vectors` and `squares` are the rotating states of the elements
-        that `within` puts inside this one. Other keywords are options, hyper-parameters, `count`,
+        (*states, vectors, squares). `vectors` and `squares` are the rotating states of the
+        elements inside this one in `within`. Other keywords are options, hyper-parameters, `count`,
         `step`, `noise`, `chance`.
     due: `fn(count, **options)`, whether `after` has anything to do at this count.
-    lead: an ordinary transform that runs right before this one and is configured as part of it, so that
-        its elementwise part is compiled with the elements around.
-    noise_every: the option that says for how many steps `noise` stays the same.
-    inner_shape: `fn(shape, options)`, the shape in which the chain `within` works and keeps its states.
-    fed_numbers: `fn(shape, options)`, of which a multiple can be `fed`; else any tensor.
-    rounds: `fn(shape, options, dtype, device)`, the dtypes of fewer bits to which the function rounds
-        the update before anything else, and in which its result is exact, or None for each. Between
-        processes they travel so.
-    perturb: as in `transform`. The function may ask for `first_grad`, the gradient at the weights as
-        they are, which is None in steps that take no second.
-    perturb_every: the option k that says in which steps there is a second gradient: 1, k + 1, 2k + 1, ..
+    lead: an ordinary transform that runs right before this one and is configured as part of it, so
+        that the elementwise part is compiled.
+    noise_every: the option with the number of steps for which `noise` stays the same.
+    inner_shape: `fn(shape, options)`, the shape of the update and states of the inner chain in `within`.
+    fed_numbers: `fn(shape, options)`, a divisor of the number of values that can be `fed`; else any
+        tensor.
+    rounds: `fn(shape, options, dtype, device)`, the lower-precision dtypes to which the function
+        rounds the update before anything else, and in which its result is exact, or None for each.
+        They are used for communication between processes.
+    perturb: as in `transform`. The function may use `first_grad`, the gradient at the unperturbed
+        weights, which is None in steps without a second gradient.
+    perturb_every: the option k for steps with a second gradient: 1, k + 1, 2k + 1, ..
     domains, excludes, before_state, requires, opens_once, instead: as in `transform`.
 
     Errors: TypeError if the signature and the declared state differ.

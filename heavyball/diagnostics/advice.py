@@ -80,7 +80,7 @@ class Advice:
             norm, same = clipped
             warn(
                 f"the norm of all gradients was {norm:.4g} in {same} of the first {NORMS} steps, "
-                "although the gradients differ: something clips them before the optimizer sees them, which "
+                "although the gradients differ: something clips them before the optimizer, which "
                 f"distorts the estimate of {estimate.name}. Remove the clipping (the preset bounds "
                 "its updates itself), or clip updates: update_clipping=..."
             )

@@ -1,4 +1,4 @@
-"""The two elements that measure a step: one before everything, one behind the write."""
+"""The two elements that measure a step: one before everything, one after the write."""
 
 import torch
 from torch import Tensor

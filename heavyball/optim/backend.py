@@ -34,7 +34,7 @@ class Backend:
         return Backend(self._options, self)
 
     def forget(self) -> None:
-        """Look at every tensor anew in the next step."""
+        """Recheck every tensor in the next step."""
         if self._engine is not None:
             self._engine.forget()
 

@@ -194,7 +194,7 @@ def check_gradient(label: str, param: Tensor, grad: Tensor) -> None:
 
 
 def check_state(label: str, program: Program, param: Tensor, state: Mapping[str, Tensor]) -> None:
-    """Refuse state that is no tensor or number, or stayed behind when its parameter was moved."""
+    """Refuse state that is not a tensor or number, or is not on the device of its parameter."""
     for key, tensor in state.items():
         if not program.owns((key,)) or is_plain_number(program, key, tensor):
             continue

@@ -1,4 +1,4 @@
-"""What a step is given besides gradients: its loss, and signals of the model."""
+"""Inputs of a step other than gradients: the loss, and signals of the model."""
 
 import contextlib
 from collections.abc import Iterator

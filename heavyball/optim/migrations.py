@@ -33,8 +33,8 @@ def eigenvectors_as_rows(state_dict: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             "load_state_dict: 'to_eigenbasis.basis' was saved as version 1, which stored eigenvectors "
             "as columns at first and as rows later, and the Gram matrices do not determine which. If "
-            "you know, convert columns to rows and set the description's version to 2; otherwise remove the "
-            "state of the parameters that have it"
+            "you know, convert columns to rows and set the description's version to 2; otherwise remove "
+            "the state of the parameters that have it"
         )
     state_dict["state"] = {
         number: {key: _turned(key, value) for key, value in state.items()}
@@ -52,7 +52,7 @@ def _migrated(state: Any) -> Any:
 
 
 def _bases(states: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every basis beside its Gram matrix, of a trace of 1."""
+    """Every basis beside its Gram matrix, with trace 1."""
     for state in states:
         for key, basis in state.items() if isinstance(state, Mapping) else ():
             match = BASIS.match(str(key))

@@ -56,7 +56,7 @@ class Options:
 
 
 def check_names(owner: str, others: Mapping[str, Any], foreach: bool | None) -> None:
-    """Refuse what is no option, and what torch's own arguments ask for in vain."""
+    """Refuse unknown options, and torch arguments that are not supported."""
     check_torch_switches(owner, others, foreach)
     for name in others.keys() - TORCH_SWITCHES.keys():
         raise TypeError(
@@ -66,7 +66,7 @@ def check_names(owner: str, others: Mapping[str, Any], foreach: bool | None) -> 
 
 
 def check_switches(**switches: Any) -> None:
-    """Refuse what is neither on nor off."""
+    """Refuse switches that are not booleans."""
     for name, value in switches.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name}={value!r}: expected True or False")

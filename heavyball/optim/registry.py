@@ -257,7 +257,7 @@ class Registry:
         return [self._job(place, programs[place.param]) for place in stepped]
 
     def _job(self, place: Place, program: Program) -> Job:
-        """A parameter's part of a step. Behind this, nobody sees the parameter but as the job has it."""
+        """A parameter's part of a step. Later code sees the parameter only through its job."""
         param, group = place.param, place.group
         while len(self._scalars) <= place.index:
             self._scalars.append(Scalars())

@@ -48,7 +48,7 @@ class Saving(Optimizer):
         """Have every step tell this one which weights it has written."""
 
     def _rebuild(self) -> None:
-        """Make everything anew that was made for the chain; state and numbers of groups stay."""
+        """Recreate everything that was made for the chain; state and group numbers stay."""
         self._steps.singles.pending.close(self.param_groups)
         written, measured = self._evaluation.written, self._steps.measured
         inputs, recorder, before = self._inputs, self._recorder, self._registry

@@ -107,7 +107,7 @@ class Singles:
         self.evaluation: Evaluation | None = None
 
     def forget(self) -> None:
-        """Look for every parameter anew: groups have changed."""
+        """Recheck every parameter: groups have changed."""
         self._known = {}
 
     def find(self, param: Tensor) -> Single | None:

@@ -36,7 +36,7 @@ class Steps:
         self.measured: set[Tensor] | None = None  # what had a part in the last step
 
     def forget(self) -> None:
-        """Look at every parameter anew in the next step."""
+        """Recheck every parameter in the next step."""
         self.backend.forget()
         self.singles.forget()
         self._rivals.forget()

@@ -215,7 +215,7 @@ def _as_groups(given: Any) -> list[dict[str, Any]]:
 
 
 def _powers(names: Sequence[str], kinds: Mapping[str, str]) -> Iterator[int]:
-    """For each parameter how many layers are behind its own."""
+    """For each parameter the number of layers after its own."""
     blocks = _blocks(names)
     if not blocks:
         raise ValueError(

@@ -21,7 +21,7 @@ from heavyball.race.training import train
 
 
 class Watcher(Protocol):
-    """Who is told how a race goes."""
+    """Receives the progress of a race."""
 
     def begin(self, race: Race, done: int) -> None:
         """The race begins, with so many runs done before."""
@@ -119,7 +119,7 @@ def default_threads(task: str) -> int | None:
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
-    """What the numbers depend on beside the arguments."""
+    """What the results depend on besides the arguments."""
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "heavyball": getattr(heavyball, "__version__", None),

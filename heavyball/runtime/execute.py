@@ -180,7 +180,7 @@ def _apply(node: Node, update: Any, frame: Frame) -> Run:
 
 
 def _written(kind: str, before: Tensor, after: Tensor, frame: Frame) -> Tensor:
-    """The parameter behind a write, which those behind it see in place of an update."""
+    """The parameter after a write, which later elements see in place of an update."""
     env, gate = frame.env, frame.env["gate"]
     if kind == "writer" and frame.job.program.has_post:
         env["old_param"], env["written"] = env["param"], before

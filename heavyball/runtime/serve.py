@@ -241,7 +241,7 @@ def _shown(value: Any) -> str:
 
 
 def _number(node: "WholeNode", name: str, value: Any, index: int, size: int) -> Any:
-    """One parameter's part of a number for the elements behind."""
+    """One parameter's part of a number for later elements."""
     if not isinstance(value, Tensor) or value.ndim == 0:
         return value
     if name == "grad":

@@ -1,4 +1,4 @@
-"""What a transform says of its state: how it begins and what it holds."""
+"""State declarations: how a state is initialized, and what it holds."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -15,19 +15,19 @@ Holds = Literal["moment", "square", "weights", "values"]
 
 @dataclass(frozen=True)
 class State:
-    """How one state begins: `init(param, options)` gives a tensor, or None where there is none.
+    """Declaration of one state: `init(param, options)` returns a tensor, or None if there is none.
 
-    holds: what it is, so that `state/held.py` knows which formats lose nothing that matters; a "moment"
-        and a "square" also turn with the basis that they are kept in, see `within`, and are in the unit
-        of the gradient and in its square, see `unit_change` in the runner.
-    several: for transforms of whole tensors: `init` gives a tuple of tensors (or None), kept as
+    holds: what the state contains, which determines its storage formats; a "moment" and a "square" also
+        rotate with their basis, see `within`, and have the unit of the gradient and its square, see
+        `unit_change` in the runner.
+    several: for transforms of whole tensors: `init` returns a tuple of tensors (or None), stored as
         `<key>.0`, `<key>.1`, ... It also runs on meta tensors.
     slice_by: the option k of a state with an entry for every k-th element, see `numerics.every`.
-    low: of a number, the least that it can be; what is loaded is held against it.
-    until: (option, counter): it is given up one step before the group's counter reaches the option;
-        0 keeps it for good.
-    passing: what was measured in the last step and changes none: it is written whether or not a gate is
-        open, and no checkpoint has it.
+    low: the smallest valid value of a number, checked when it is loaded.
+    until: (option, counter): the state is freed one step before the group's counter reaches the
+        option; 0 keeps it.
+    passing: a measurement of the last step that changes nothing: it is written even if a gate is
+        closed, and is not saved in checkpoints.
     """
 
     init: Callable[[Tensor, Mapping[str, Any]], Any]
@@ -42,15 +42,15 @@ class State:
     passing: bool = False
 
     def needs(self, name: str) -> "State":
-        """The same state, held only while the option or hyper-parameter `name` is not zero."""
+        """The same state, present only while the option or hyper-parameter `name` is nonzero."""
         return replace(self, needed_by=name, rule=f"{self.rule}, if {name}")
 
     def holding(self, what: Holds) -> "State":
-        """The same state, declared to hold something else."""
+        """The same state with a different content."""
         return replace(self, holds=what)
 
     def gone_at(self, option: str, counter: str) -> "State":
-        """The same state, given up one step before the group's `counter` reaches the option."""
+        """The same state, freed one step before the group's `counter` reaches the option."""
         return replace(self, until=(option, counter), rule=f"{self.rule}, until {option}")
 
     def given_up(self, options: Mapping[str, Any], group: Mapping[str, Any]) -> bool:

@@ -74,7 +74,7 @@ def _of_blocks(
     blocks: Blocks = None,
     axis: Literal[0, 1] = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`apollo` of each block; the images are kept one behind the other."""
+    """`apollo` of each block; the images are kept one after the other."""
     view = matrices(update.shape[1:], False, blocks, axis)
     shapes = image_shapes(view, rank)
     m, v = unpacked(exp_avg, shapes), unpacked(exp_avg_sq, shapes)

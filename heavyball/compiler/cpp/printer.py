@@ -265,7 +265,7 @@ class CppPrinter(Cpp, KernelPrinter):
         return [*lines, *inner, *ends, "    }"]
 
     def _by_turns(self, walk: Walk, inner: list[str]) -> list[str]:
-        """Both loops by turns; that over a slice finds in the cache what the other has read."""
+        """Both loops alternately; that over a slice finds in the cache what the other has read."""
         # whole blocks of codes
         steps = 4 * STEPS if any(c.code_bits == 4 for c in walk.elements.columns) else STEPS
         bit = steps * self.kernel.every  # type: ignore[operator]

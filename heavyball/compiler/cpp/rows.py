@@ -183,7 +183,7 @@ class RowPrinter(CppPrinter):
         return "\n".join([*lines, "}\n"])
 
     def _by_turns(self, walk: Walk, inner: list[str]) -> list[str]:
-        """Both loops by turns, a few rows at a time."""
+        """Both loops alternately, a few rows at a time."""
         bit = STEPS * self.kernel.every  # type: ignore[operator]
         old = [s.column.number for s in walk.elements.of(Save)]
         return [

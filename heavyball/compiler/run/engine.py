@@ -32,7 +32,7 @@ from heavyball.runtime.rates import Pending, Together
 
 
 def forget_kernels() -> None:
-    """Find kernels on the disk or compile them anew, as in a new process, also those that failed."""
+    """Load kernels from disk or recompile them, as in a new process, including those that failed."""
     for part in (kernels, toolchain):
         part.forget()
     watch.native.cache_clear()
@@ -55,7 +55,7 @@ class Engine:
         return type(self)(self._kernels, self._foreach)
 
     def forget(self) -> None:
-        """Look at every tensor anew in the next step."""
+        """Recheck every tensor in the next step."""
         self._plan = None
 
     def row(self, keys: tuple[str, ...]) -> Row | None:

@@ -120,7 +120,7 @@ class Layouts:
     def addresses(self, moving: list[Any]) -> Tensor | None:
         """Where the moving ones are now; None if anything but that has changed.
 
-        The answer is filled anew by the next call.
+        The next call overwrites the answer.
         """
         run = native()
         if run is None or self._seen is None:

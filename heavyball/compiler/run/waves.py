@@ -208,7 +208,7 @@ class Wave:
         return torch.as_strided(self.scratch[place], shape, strides, entry.offset)
 
     def _take(self, entry: Entry, k: int, node: WholeNode, answer: Answer) -> None:
-        """Put an answer where the segments behind read it."""
+        """Put an answer where later segments read it."""
         place = f"whole.{k}"
         entry.results[f"{place}.update"] = laid_out(answer.update, entry.job.param, self.dtype)
         for name, value in answer.provided.items():

@@ -98,7 +98,7 @@ class Chars(Task):
 
 
 class Block(nn.Module):
-    """Causal attention and a two-layer perceptron, each behind a LayerNorm and added."""
+    """Causal attention and a two-layer perceptron, each after a LayerNorm, with residual connections."""
 
     def __init__(self) -> None:
         super().__init__()
