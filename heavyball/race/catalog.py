@@ -1,4 +1,4 @@
-"""`heavyball list` and `heavyball show`: what there is, and what a chain does."""
+"""`heavyball list` and `heavyball show`: the available names, and explanations of chains."""
 
 import inspect
 import re
@@ -47,7 +47,7 @@ def listing() -> Iterator[Table]:
 
 
 def recipe_listing() -> Iterator[Table]:
-    """A table of the recipes: what each is, its text, its learning rate and its source."""
+    """A table of the recipes: description, text, learning rate and source."""
     for recipe in RECIPES.values():
         rows = [
             ("what", recipe.summary),

@@ -1,4 +1,4 @@
-"""The command line: options are read here, everything else is elsewhere."""
+"""The command line; the commands themselves are implemented in other modules."""
 
 import datetime
 import functools
@@ -21,7 +21,7 @@ INTERRUPTED = 130
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 def cli() -> None:
-    """Race optimizers that are chains of gradient transforms, and take chains apart."""
+    """Benchmark optimizers and chains of gradient transforms, and inspect them."""
 
 
 class Numbers(click.ParamType):
@@ -86,58 +86,64 @@ class Place(click.Path):
 
 
 OPTIONS = (
-    click.option("--task", help=f"What is trained: {', '.join(TASKS)}. [default: digits]"),
+    click.option("--task", help=f"The training task: {', '.join(TASKS)}. [default: digits]"),
     click.option(
         "--lr",
         "lrs",
         type=Numbers(float, "lr,..."),
         multiple=True,
-        help="Learning rates to try for every contender that has none of its own; the best counts. "
+        help="Learning rates to try for every contender without its own lr; the best one is reported. "
         "[default: the optimizer's own, 0.001 for a chain]",
     ),
     click.option(
         "--seeds",
         type=Seeds(),
-        help="A number N for the seeds 0 to N-1, or seeds as 0,1,5. [default: 3]",
+        help="A number N for the seeds 0 to N-1, or a list such as 0,1,5. [default: 3]",
     ),
     click.option(
         "--grid-seeds",
         type=int,
-        help="Try all learning rates with so many seeds, and run the others at the best one only. "
+        help="Try all learning rates with this many seeds, and run the other seeds at the best one. "
         "[default: all]",
     ),
-    click.option("--steps", type=int, help="Steps of a run. [default: the task's]"),
-    click.option("--epochs", type=int, help="The same, in passes over the training data."),
-    click.option("--batch-size", type=int, help="Examples in a batch. [default: the task's]"),
+    click.option("--steps", type=int, help="Steps per run. [default: the task's]"),
     click.option(
-        "--eval-every", type=int, help="Steps between evaluations. [default: about 30 a run]"
+        "--epochs", type=int, help="Passes over the training data per run, instead of --steps."
+    ),
+    click.option("--batch-size", type=int, help="Examples per batch. [default: the task's]"),
+    click.option(
+        "--eval-every",
+        type=int,
+        help="Steps between evaluations. [default: about 30 evaluations per run]",
     ),
     click.option(
         "--target",
         type=Target(),
-        help="Test accuracy (digits, mnist) or test loss (the others) that counts as there, or a "
-        "contender whose test loss at the end does.",
+        help="Target test accuracy (digits, mnist) or test loss (other tasks), or a contender whose "
+        "final test loss is the target.",
     ),
     click.option(
         "--weight-decay",
         type=float,
-        help="For every contender that has a decay and does not set its own.",
+        help="Weight decay of every contender that has one and does not set its own.",
     ),
     click.option(
-        "--data", type=Place(), help="Folder of the data files, or a .txt file for the task chars."
+        "--data",
+        type=Place(),
+        help="Folder with the data files, or a .txt file for the task chars.",
     ),
     click.option(
         "--metric",
         "metrics",
         multiple=True,
-        help="Draw this of opt.metrics() too, as update_norm or NAME/rms of a probe(name='NAME'). "
-        "Repeatable.",
+        help="Also plot this entry of opt.metrics(), such as update_norm, or NAME/rms for "
+        "probe(name='NAME'). Repeatable.",
     ),
-    click.option("--threads", type=int, help="Threads of torch. [default: the task's]"),
+    click.option("--threads", type=int, help="Number of torch threads. [default: the task's]"),
     click.option(
         "--device",
         type=click.Choice(["cpu", "cuda"]),
-        help="Where models and data are. [default: cpu]",
+        help="Device of models and data. [default: cpu]",
     ),
     click.option(
         "--out",
@@ -147,9 +153,9 @@ OPTIONS = (
     click.option(
         "--resume",
         type=Place(file_okay=False),
-        help="Finish the race in this folder, with the arguments it was begun with.",
+        help="Finish the race in this folder, with its original arguments.",
     ),
-    click.option("--overwrite", is_flag=True, help="Replace the race that --out holds."),
+    click.option("--overwrite", is_flag=True, help="Replace the race in --out."),
 )
 
 
@@ -165,9 +171,8 @@ def race_options(command: Callable[..., Any]) -> Callable[..., Any]:
     "optimizers",
     multiple=True,
     metavar="NAME[:ARG=VALUE,...]",
-    help="A preset or torch.NAME, as AdamW:betas=(0.9,0.95); lr=(0.001,0.01) is its own grid, "
-    "lr=cosine(1000,peak=0.01) a schedule. "
-    "Repeatable.",
+    help="A preset or torch.NAME, such as AdamW:betas=(0.9,0.95); lr=(0.001,0.01) sets its own grid, "
+    "lr=cosine(1000,peak=0.01) a schedule. Repeatable.",
 )
 @click.option(
     "--chain",
@@ -175,14 +180,14 @@ def race_options(command: Callable[..., Any]) -> Callable[..., Any]:
     "chains",
     multiple=True,
     metavar="CHAIN",
-    help="Transforms joined by |, as 'exp_avg | scale_by_adam(betas=(0.9, 0.95))'. Repeatable.",
+    help="Transforms separated by |, such as 'exp_avg | scale_by_adam(betas=(0.9, 0.95))'. Repeatable.",
 )
 @click.option(
     "--recipe",
     "recipes",
     multiple=True,
     metavar="NAME",
-    help="A chain as published, see `heavyball list --recipes`. Repeatable.",
+    help="A published configuration, see `heavyball list --recipes`. Repeatable.",
 )
 @race_options
 @click.pass_context
@@ -203,7 +208,7 @@ def ablate(context: click.Context, chain: str | None, **options: Any) -> None:
 @cli.command("list")
 @click.option("--recipes", is_flag=True, help="Show the recipes, with their sources, instead.")
 def list_names(recipes: bool) -> None:
-    """Show the presets, transforms, combinators and tasks, one line each."""
+    """Show the presets, transforms, combinators, schedules and tasks, one line each."""
     from heavyball.race.catalog import listing, recipe_listing
     from heavyball.race.report import console
 
@@ -214,9 +219,9 @@ def list_names(recipes: bool) -> None:
 
 @cli.command()
 @click.argument("chain")
-@click.option("--source", is_flag=True, help="Print the kernel that it is compiled to instead.")
+@click.option("--source", is_flag=True, help="Print the source of its kernel instead.")
 def show(chain: str, source: bool) -> None:
-    """Show what CHAIN, or the preset of that name, does: its state and its hyper-parameters."""
+    """Explain CHAIN, or the preset of that name: elements, state and hyper-parameters."""
     from heavyball.race.catalog import explanation, kernels
     from heavyball.race.report import console
 
@@ -245,13 +250,15 @@ def show(chain: str, source: bool) -> None:
     help="The dtype of the parameters.",
 )
 @click.option(
-    "--storage-dtype", help="How state is kept: float32, bfloat16, float16, 8bit, 4bit or rank1."
+    "--storage-dtype", help="Format of state: float32, bfloat16, float16, 8bit, 4bit or rank1."
 )
-@click.option("--ecc", help="State as a value and a correction: bf16+8, bf16+16, fp16+8, fp16+16.")
-@click.option("--param-ecc", help="The same for parameters of that 16-bit dtype.")
+@click.option(
+    "--ecc", help="State as a 16-bit value and a correction: bf16+8, bf16+16, fp16+8, fp16+16."
+)
+@click.option("--param-ecc", help="The same for parameters, which need that 16-bit dtype.")
 def plan_memory(optimizers: tuple[str, ...], model: str, dtype: str, **options: str | None) -> None:
-    """Show how much state presets or chains take for a well-known architecture; all presets if
-    none is named. Nothing is allocated."""
+    """Show the bytes of state of presets or chains for a well-known architecture, without allocating
+    them; by default for all presets."""
     from heavyball.race.planning import plans, tables
     from heavyball.race.report import console
 
@@ -263,20 +270,20 @@ def plan_memory(optimizers: tuple[str, ...], model: str, dtype: str, **options: 
 
 @cli.command()
 @click.option(
-    "--seeds", type=Seeds(), default="3", help="A number N, or seeds as 0,1,5. [default: 3]"
+    "--seeds", type=Seeds(), default="3", help="A number N, or a list such as 0,1,5. [default: 3]"
 )
-@click.option("--steps", type=click.IntRange(1), help="Steps of every run.")
-@click.option("--data", type=Place(), help="As for a race on chars.")
+@click.option("--steps", type=click.IntRange(1), help="Steps per run.")
+@click.option("--data", type=Place(), help="As for the task chars of a race.")
 @click.option("--task", "names", multiple=True, help="chars or digits. [default: both]")
 @click.option(
     "--page",
     type=Place(dir_okay=False),
-    help="A page with the marks of docs/precision.md, into which the table is put.",
+    help="Write the table into this page, between the marks as in docs/precision.md.",
 )
 @click.option(
     "--picture",
     type=Place(dir_okay=False),
-    help="Where the picture goes. [default: precision.png]",
+    help="File of the figure. [default: precision.png]",
 )
 def precision(
     seeds: tuple[int, ...],
@@ -286,7 +293,7 @@ def precision(
     page: Path | None,
     picture: Path | None,
 ) -> None:
-    """Train with float32 weights, and with bfloat16 ones in three ways.
+    """Compare training with float32 weights and three kinds of bfloat16 weights.
 
     500 steps at 0.002 on chars, 440 (20 epochs) at 0.003 on digits; under ten
     minutes on two cores.
@@ -300,9 +307,11 @@ def precision(
 
 @cli.command()
 @click.argument("file", type=Place(dir_okay=False))
-@click.option("--parameter", "-p", "wanted", multiple=True, help="Show this one. Repeatable.")
+@click.option(
+    "--parameter", "-p", "wanted", multiple=True, help="Show only this parameter. Repeatable."
+)
 def replay(file: Path, wanted: tuple[str, ...]) -> None:
-    """Compute the steps in a FILE of C.flight_recorder again, element by element."""
+    """Recompute the steps in a FILE written by C.flight_recorder, element by element."""
     from heavyball.race.replay import tables
     from heavyball.race.report import console
 
@@ -316,14 +325,14 @@ def _tell(line: str) -> None:
 
 
 class Refusal(click.ClickException):
-    """An error that the user can mend."""
+    """An error that the user can fix."""
 
     exit_code = 2
 
 
 @contextmanager
 def clean_errors() -> Iterator[None]:
-    """Show what the user can mend as one paragraph and exit with code 2; warnings as notes."""
+    """Show user errors as one paragraph and exit with code 2; show warnings as notes."""
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _note
@@ -349,7 +358,7 @@ def _race(context: click.Context, kind: str, options: dict[str, Any]) -> None:
         given = {name: value for name, value in options.items() if value not in (None, ())}
         if resume is not None:
             if overwrite or out not in (None, resume):
-                raise RaceError("--resume says where the race is, without --out or --overwrite")
+                raise RaceError("--resume names the folder of the race; omit --out and --overwrite")
             store = Store(resume)
             plan = store.plan()
             refuse_conflicts(plan, given)
@@ -381,7 +390,7 @@ def make_plan(kind: Any, given: dict[str, Any]) -> Any:
 
 
 def refuse_conflicts(plan: Any, given: dict[str, Any]) -> None:
-    """Refuse an option that differs from what a race was begun with.
+    """Refuse an option that differs from the original arguments of a race.
 
     Errors: RaceError naming the option and both values.
     """
@@ -394,7 +403,7 @@ def refuse_conflicts(plan: Any, given: dict[str, Any]) -> None:
 
 
 def default_folder(task: str) -> Path:
-    """A folder that is named for the task and the moment."""
+    """A folder named after the task and the time."""
     return Path("races") / f"{task}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
 
 
