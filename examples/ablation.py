@@ -1,4 +1,4 @@
-"""What each element of a chain is good for: the chain, and the chain without each of them.
+"""Measure what each element of a chain contributes, by removing one at a time.
 
 python examples/ablation.py "mars | scale_by_adam | cautious"
 
@@ -17,7 +17,7 @@ C = heavyball.chainable
 
 
 def loss_after(elements: tuple, steps: int, seed: int) -> float:
-    """The loss of a small regression after some steps."""
+    """The loss of a small regression after the given number of steps."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 1))
     points = torch.randn(512, 8)

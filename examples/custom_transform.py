@@ -1,4 +1,4 @@
-"""An optimizer of one's own: a new transform, in a chain that gives matrices another one than the rest.
+"""A custom optimizer: a new transform, in a chain that treats matrices differently from the rest.
 
 python examples/custom_transform.py
 """

@@ -1,4 +1,4 @@
-"""Trains with FSDP2 on two processes, goes on with three, and compares with one that never stopped.
+"""Train with FSDP2 on two processes, resume on three, and compare with an uninterrupted run.
 
     python examples/fsdp2.py
 
@@ -28,7 +28,7 @@ STEPS = 10
 
 
 def data(step: int) -> torch.Tensor:
-    """A batch of 12, the same wherever it is made."""
+    """A batch of 12, the same in every process."""
     return torch.randn(12, 16, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
 
 
@@ -42,7 +42,7 @@ def train(rank: int, world: int, first: int, last: int, folder: Path) -> list[to
         fully_shard(model, mesh=mesh)
     opt = heavyball.Muon(model.named_parameters(), lr=0.01)
     if first:
-        opt.init_state()  # dcp.load writes into tensors that exist
+        opt.init_state()  # dcp.load writes into existing tensors
         state = {
             "model": get_model_state_dict(model),
             "opt": get_optimizer_state_dict(model, opt),
@@ -51,14 +51,14 @@ def train(rank: int, world: int, first: int, last: int, folder: Path) -> list[to
         set_model_state_dict(model, state["model"])
         set_optimizer_state_dict(model, opt, state["opt"])
     for step in range(first, last):
-        batch = data(step).chunk(world)[rank]  # of one size on every process
+        batch = data(step).chunk(world)[rank]  # the same size on every process
         loss = (model(batch) - batch).square().mean()
         loss.backward()
         opt.step()
         opt.zero_grad()
         if rank == 0 and step % 5 == 0:
             print(f"step {step:2d} on {world} processes: loss {loss.item():.4f}", flush=True)
-    # every process takes part: an owner has what others have not
+    # collective: an owner has state that other processes do not have
     state = {"model": get_model_state_dict(model), "opt": get_optimizer_state_dict(model, opt)}
     if world > 1:
         dcp.save(state, checkpoint_id=folder / str(last))
@@ -67,7 +67,7 @@ def train(rank: int, world: int, first: int, last: int, folder: Path) -> list[to
 
 
 def work(rank: int, world: int, first: int, last: int, folder: Path) -> None:
-    """What each process does."""
+    """The program of each process."""
     store = dist.FileStore(str(folder / f"store-{world}"), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     weights = train(rank, world, first, last, folder)
@@ -77,7 +77,7 @@ def work(rank: int, world: int, first: int, last: int, folder: Path) -> None:
 
 
 def main() -> None:
-    """Train twice, each time with other processes."""
+    """Train twice, with different numbers of processes."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for world, first in ((2, 0), (3, STEPS)):

@@ -35,7 +35,7 @@ def main() -> None:
             loss.backward()
             opt.step()
         with opt.averaged(), torch.no_grad():
-            for batch in train.split(64)[:10]:  # the statistics of batch norm at the average
+            for batch in train.split(64)[:10]:  # batch norm statistics at the average
                 model(images[batch])
             model.eval()
             right = (model(images[test]).argmax(1) == labels[test]).float().mean().item()

@@ -1,4 +1,4 @@
-"""A small language model from scratch: Muon for the matrices, AdamW for the rest, lr down to 0.
+"""A small language model from scratch: Muon for the matrices, AdamW for the rest, lr decaying to 0.
 
 python examples/language_model.py FILE.txt    # any text; without one, this file
 """
@@ -64,7 +64,7 @@ def main() -> None:
     symbols = sorted(set(text))
     tokens = torch.tensor([symbols.index(c) for c in text])
     model = Model(len(symbols), given.width, given.layers, given.context)
-    # a module gives its names, by which embeddings and the head go to AdamW
+    # pass the module: embeddings and the head use AdamW and are identified by name
     opt = heavyball.Muon(
         model.named_parameters(), lr=0.02, adamw_lr=3e-3, gradient_clipping="global_norm_clip"
     )

@@ -1,4 +1,4 @@
-"""Fine-tuning with LoRA and nothing but torch: a product of two thin matrices beside frozen weights.
+"""Fine-tuning with LoRA in plain torch: trainable low-rank matrices added to frozen weights.
 
 python examples/lora.py
 """
@@ -12,7 +12,7 @@ import heavyball
 
 
 class Lora(nn.Module):
-    """A linear layer that stays as it is, and what is learned beside it: W x + (alpha / r) B A x."""
+    """A frozen linear layer plus a trainable low-rank term: W x + (alpha / r) B A x."""
 
     def __init__(self, layer: nn.Linear, rank: int = 4, alpha: float = 8.0):
         super().__init__()
@@ -25,7 +25,7 @@ class Lora(nn.Module):
 
 
 def with_lora(model: nn.Module) -> nn.Module:
-    """The model with a Lora in the place of each linear layer."""
+    """Replace each linear layer of the model by a Lora layer."""
     for name, child in model.named_children():
         if isinstance(child, nn.Linear):
             setattr(model, name, Lora(child))
@@ -44,7 +44,7 @@ def main() -> None:
     with torch.no_grad():
         wanted = model(points) + 0.3 * points.roll(1, 1)
     with_lora(model)
-    # B learns faster than A (Hayou et al. 2024); what is frozen is left alone
+    # B gets a larger lr than A (Hayou et al. 2024); frozen weights are not passed
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     groups = [
         {"params": [p for n, p in named if n.endswith("lora_a")], "lr": 1e-3},
@@ -62,7 +62,7 @@ def main() -> None:
         losses.append(loss.item())
         if step % 50 == 0:
             print(f"step {step:4d}  loss {loss.item():.4f}")
-    with torch.no_grad():  # the layers as they are used afterwards
+    with torch.no_grad():  # merge the adapters
         for part in model:
             if isinstance(part, Lora):
                 part.layer.weight += part.scale * part.lora_b @ part.lora_a

@@ -1,4 +1,4 @@
-"""Train a small model, stop in the middle, and go on from the checkpoint, bit for bit.
+"""Train a small model, stop in the middle, and resume from the checkpoint, bit for bit.
 
     python examples/train_and_resume.py --optimizer PrecondSchedulePaLMSOAP --steps 200
 
@@ -17,7 +17,7 @@ import heavyball
 
 
 def spirals(count: int) -> tuple[Tensor, Tensor]:
-    """Points of two arms in the plane, and which arm each is on."""
+    """Points on two spiral arms in the plane, and the arm of each."""
     labels = torch.arange(count) % 2
     turn = torch.linspace(0.5, 3.0, count) * math.pi
     angle = turn + labels * math.pi
@@ -26,7 +26,7 @@ def spirals(count: int) -> tuple[Tensor, Tensor]:
 
 
 def build(name: str, lr: float) -> tuple[nn.Module, heavyball.chainable.ChainOpt]:
-    """A model and its optimizer, the same ones each time."""
+    """A model and its optimizer, the same in every call."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2)
@@ -37,7 +37,7 @@ def build(name: str, lr: float) -> tuple[nn.Module, heavyball.chainable.ChainOpt
 def train(
     model: nn.Module, opt: heavyball.chainable.ChainOpt, data: tuple[Tensor, Tensor], steps: int
 ) -> None:
-    """`steps` steps on the whole set."""
+    """Make `steps` full-batch steps."""
     points, labels = data
     model.train()
     opt.train()
@@ -50,7 +50,7 @@ def train(
 def accuracy(
     model: nn.Module, opt: heavyball.chainable.ChainOpt, data: tuple[Tensor, Tensor]
 ) -> float:
-    """The share of points on the right arm, with the weights to evaluate with."""
+    """The accuracy with the evaluation weights."""
     points, labels = data
     model.eval()
     with torch.no_grad(), opt.averaged():
@@ -68,7 +68,7 @@ def main() -> None:
 
     model, opt = build(given.optimizer, given.lr)
     train(model, opt, data, given.steps // 2)
-    checkpoint = io.BytesIO()  # a file name does as well
+    checkpoint = io.BytesIO()  # or a file name
     torch.save({"model": model.state_dict(), "optimizer": opt.state_dict()}, checkpoint)
     train(model, opt, data, given.steps - given.steps // 2)
 
