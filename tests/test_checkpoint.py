@@ -359,7 +359,7 @@ def test_a_missing_migration_is_named_and_a_second_one_is_refused(monkeypatch):
     saved["heavyball"]["version"] = 1
     with pytest.raises(ValueError, match="no migration from version 2 to 3"):
         adam(parameters()).load_state_dict(saved)
-    with pytest.raises(ValueError, match="from version 1 already"):
+    with pytest.raises(ValueError, match="from version 1 is already registered"):
         checkpoint.migration(1)(lambda sd: sd)
 
 

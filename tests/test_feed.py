@@ -69,7 +69,7 @@ def test_a_signal_is_used_once_and_the_last_one_counts():
     opt = stepping(scaled_by, param=p)
     before = p.detach().clone()
     with pytest.raises(
-        ValueError, match=r"reads 'load', call feed\('load', ...\) before every step"
+        ValueError, match=r"reads 'load': call feed\('load', ...\) before every step"
     ):
         opt.step()
     assert torch.equal(p, before)

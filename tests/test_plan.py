@@ -80,7 +80,7 @@ def sorts(update):
 REASONS = {
     "no compiler": ((C.scale_by_adam,), {"compile": False}, "compile=False"),
     "no form": ((sorts,), {}, "sort"),
-    "sum behind products": ((C.muon, C.clip_by_global_norm), {}, "behind muon"),
+    "sum behind products": ((C.muon, C.clip_by_global_norm), {}, "after muon"),
 }
 
 

@@ -355,7 +355,7 @@ def test_a_sum_over_all_behind_a_whole_transform_runs_eagerly_and_says_so():
     opt = C.ChainOpt([param], 0.1, C.muon, C.clip_by_global_norm, compile=True)
     param.grad = torch.randn(3, 3)
     with pytest.raises(
-        RuntimeError, match="clip_by_global_norm sums over all parameters behind muon"
+        RuntimeError, match="clip_by_global_norm sums over all parameters after muon"
     ):
         opt.step()
 

@@ -96,7 +96,7 @@ def adopt(opt: ChainOpt, state_dict: Mapping[str, Any]) -> AdoptionReport:
 
 @contextlib.contextmanager
 def _named(source: Source) -> Iterator[None]:
-    """Say of what goes wrong that the dict is not as its optimizer writes it."""
+    """Report errors as a state dict that is not as its optimizer writes it."""
     try:
         yield
     except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
@@ -137,7 +137,7 @@ def _flat(state: Any) -> Any:
 
 @dataclass(eq=False)
 class _Found:
-    """A parameter, what was saved of it, and what of that its program takes."""
+    """A parameter, its saved state, and the part of it that its program takes."""
 
     place: Place
     program: Program
@@ -173,7 +173,7 @@ class _Found:
     def state(
         self, group: Mapping[str, Any], evaluating: bool, report: AdoptionReport
     ) -> dict[str, Any]:
-        """The state of the parameter here; the report is told what it is made of."""
+        """The parameter's state here; records its sources in the report."""
         unused = [key for key in self.record.keys if key not in self.used | _COUNTS]
         report.left.extend(f"{self.name}.{key}" for key in (*unused, *self.record.aside))
         if not self.given and self.record.count is None:

@@ -1,4 +1,4 @@
-"""What the states of optimizers mean, so that one can go on where another has stopped.
+"""The meaning of optimizer states, so that one optimizer can continue from another.
 
 A `Record` says what is known of a parameter: moments by their meaning rather than by their name.
 `SOURCES` (`sources.py`) makes records from the dicts of other libraries; `TARGETS` here says which
@@ -17,7 +17,7 @@ from heavyball.core.program import Node
 
 @dataclass(frozen=True)
 class Moment:
-    """A running mean, as it was kept.
+    """A running mean, as it was stored.
 
     raw: the tensor. beta: of what came before. count: of how many values it is, None where that is
     not known, and is taken to be many. form: "mean" is divided by 1 - beta^count, "ema" is not, "sum"
@@ -80,7 +80,7 @@ class Record:
 
 @dataclass
 class Given:
-    """States of one transform, and the names of what they were made from."""
+    """States of one transform, and the names of their sources."""
 
     states: dict[str, Any]
     keys: set[str]
@@ -111,7 +111,7 @@ def _moments(**wanted: tuple[str, str]) -> Target:
 
 
 def _kept(*names: str) -> Target:
-    """States that are kept as they are, under these names."""
+    """States that are copied unchanged, under these names."""
 
     def give(node: Node, record: Record) -> Given:
         there = [n for n in names if n in record.others and keeps(node, n)]

@@ -1,4 +1,4 @@
-"""Reads the state dicts of other optimizers: what they are of, and what each state in them means.
+"""Reads the state dicts of other optimizers: which optimizer wrote them, and what each state means.
 
 torch.optim, schedulefree 1.4.1, prodigyopt 1.1.2, prodigy-plus-schedule-free 1.9.0, and heavyball 3.2.1
 of PyPI, as their source has it.

@@ -95,7 +95,7 @@ PREFIXES = {"scalar": "c", "element": "v", "slice": "q"}
 
 
 class KernelPrinter(Dialect):
-    """What the printers of all languages share; each adds the text of its loops and what is around."""
+    """The shared part of the printers; each language adds its loops and the code around them."""
 
     def __init__(self, kernel: Kernel):
         self.kernel = kernel
@@ -123,7 +123,7 @@ class KernelPrinter(Dialect):
 
 
 def _named(results: Sequence[Expr]) -> list[Op]:
-    """The choices, and what is used more than once, each behind the operations that it is made of."""
+    """The choices and repeated subexpressions, each after its operands."""
     uses: dict[int, int] = {}
     order: list[Op] = []
 

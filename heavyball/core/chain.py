@@ -318,7 +318,7 @@ class Chain:
         return Node(replace(lead, hyper=hyper, options=options), node.key, where), node
 
     def _name(self, transform: Transform, key: str, name: str) -> tuple[str, int | None]:
-        """Where the group keeps a hyper-parameter: `name`, or `key.name` where that is taken."""
+        """The group entry of a hyper-parameter: `name`, or `key.name` if that is taken."""
         value, domain = transform.hyper[name], transform.domain(name)
         if isinstance(value, Shared):
             first = Hyper(value_at(value.value, 1), (), "shared", value.value)
@@ -388,7 +388,7 @@ class Chain:
 
 
 def _mark(node: Node | Fork | Switch) -> Any:
-    """What a node is known by in a program, where nodes are made anew."""
+    """The identity of a node across programs, for which nodes are recreated."""
     if isinstance(node, Switch):
         return node
     return (node.merge if isinstance(node, Fork) else node).key
@@ -401,7 +401,7 @@ def written(update: Tensor) -> Tensor:
 
 
 def _written(rules: Rules) -> Transform:
-    """The write of a transform of whole tensors, which stands where that may stand."""
+    """The write of a transform of whole tensors."""
     return replace(written, rules=replace(written.rules, excludes=rules.excludes))
 
 

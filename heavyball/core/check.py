@@ -59,7 +59,7 @@ def _check_order(nodes: tuple[Node | Fork, ...]) -> None:
 def _check_path(
     before: tuple[Node, ...], nodes: tuple[Node | Fork, ...], context: set[str]
 ) -> tuple[Node, ...]:
-    """Check what each node asks for and excludes, given the nodes that ran before it."""
+    """Check the context and exclusions of each node, given the nodes before it."""
     path = before
     for place, node in enumerate(nodes):
         if isinstance(node, Fork):

@@ -74,7 +74,7 @@ def plain_names(names: Sequence[str]) -> list[str]:
 
 
 class GivenName(str):
-    """A parameter's name as it was given, and what it is in the model itself."""
+    """A parameter's name as given, and without the prefixes of wrappers."""
 
     plain: str
 
@@ -90,7 +90,7 @@ def as_given(name: str) -> GivenName:
 
 
 def _matches(name: GivenName, pattern: str) -> bool:
-    """Whether a pattern is for this parameter, as it is called in the model or in what wraps it."""
+    """Whether a pattern matches the parameter's name, with or without prefixes of wrappers."""
     names = {str(name), private_name(name), name.plain}
     patterns = {pattern}
     for wrapper in PRIVATE_WRAPPERS:
@@ -129,7 +129,7 @@ class When:
         return self.predicate is None or bool(self.predicate(name, param))
 
     def told(self, name: str | None, param: Tensor) -> str:
-        """What a predicate says of its choice, where it can."""
+        """The predicate's reason for its choice, if it gives one."""
         reason = getattr(self.predicate, "reason", None)
         plain = None if name is None else as_given(name).plain
         return reason(plain, param)[1] if reason is not None else ""

@@ -151,7 +151,7 @@ class Program:
 
     @functools.cached_property
     def is_library(self) -> bool:
-        """Whether nothing in it is the user's, so that it may be kept when its optimizers are gone."""
+        """Whether it contains no user code, so that it may outlive its optimizers."""
         return _is_library(tuple(node.transform for node in self.flat), set())
 
     def __repr__(self) -> str:

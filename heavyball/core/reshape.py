@@ -234,7 +234,7 @@ def _inner(
 
 
 def _one(value: Any, index: int, size: int) -> Any:
-    """A number of one parameter, of those that come for a batch."""
+    """One parameter's number of those for a batch."""
     if isinstance(value, Tensor) and value.ndim > 0 and len(value) == size:
         return value[index].reshape(()) if value[index].numel() == 1 else value[index]
     return value

@@ -166,7 +166,7 @@ def largest(value: Scheduled) -> Any:
 
 
 def told(fn: Scheduled) -> str:
-    """A schedule as text, which is what a state dict says of it."""
+    """A schedule as text, as stored in state dicts."""
     if isinstance(fn, tuple | list):
         inner = ", ".join(map(told, fn))
         return f"({inner},)" if len(fn) == 1 else f"({inner})"

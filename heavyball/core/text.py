@@ -76,7 +76,7 @@ class Names:
 
 
 def known_names() -> Names:
-    """The transforms and combinators of `heavyball.chainable`, and what makes values for them."""
+    """The transforms and combinators of `heavyball.chainable`, and functions that make values."""
     from heavyball import chainable
     from heavyball.presets.low_rank import HasRank
     from heavyball.presets.muon import IsHidden, IsNamed

@@ -95,7 +95,7 @@ class Rules:
 
 
 class _Signature:
-    """What `inspect.signature` says of a transform: its hyper-parameters and options."""
+    """The `inspect.signature` of a transform: its hyper-parameters and options."""
 
     def __get__(self, transform: "Transform | None", owner: type) -> inspect.Signature:
         if transform is None:  # the class has its constructor's
@@ -174,7 +174,7 @@ class Transform:
         return self.options["signal"] if FED in (*self.context, *self.optional) else None
 
     def refused_fed(self, shape: torch.Size, count: int) -> str:
-        """What is expected in place of so many `fed` numbers for a parameter of this shape, or ""."""
+        """The expected number of `fed` values for this shape, if `count` is wrong, else ""."""
         return "" if count == 1 else "one number"
 
     @property

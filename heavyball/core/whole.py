@@ -36,7 +36,7 @@ class Whole(Transform):
         return (*self.provides, *self.opaque)
 
     def refused_fed(self, shape: torch.Size, count: int) -> str:
-        """What is expected in place of so many `fed` numbers for a parameter of this shape, or ""."""
+        """The expected number of `fed` values for this shape, if `count` is wrong, else ""."""
         if self.fed_numbers is None:
             return ""
         number = self.fed_numbers(shape, self.options)

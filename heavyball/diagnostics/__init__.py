@@ -1,1 +1,1 @@
-"""What an optimizer says of itself, and what it warns of."""
+"""Reports about an optimizer, and its warnings."""

@@ -1,4 +1,4 @@
-"""Warnings about a learning rate that is found while training: what users get wrong, each said once.
+"""Warnings about learning-rate estimates: common mistakes, each reported once.
 
 Nothing here makes a step wait for the device, but for step `LOOK`: it reads the numbers that were
 gathered before it, once.
@@ -112,7 +112,7 @@ class Advice:
         return (largest, same) if any(_differ(first, other) for other in others) else None
 
     def _should_move(self, group: Mapping[str, Any]) -> bool:
-        """Whether the estimate of a group has had all these steps, and nobody asked it not to move."""
+        """Whether a group's estimate has had enough steps and was not asked to stay constant."""
         estimate = self._estimate
         if estimate is None or estimate.name not in group:
             return False
@@ -139,7 +139,7 @@ class Advice:
 
 
 def _rates(group: Mapping[str, Any]) -> Iterator[float]:
-    """A group's lr, and those that schedules have noted to come back to or to go to."""
+    """A group's lr, and the base and peak values stored by schedulers."""
     for name in ("lr", "initial_lr", "max_lr", BASE_LR):
         value = group.get(name)
         # a tensor elsewhere would have to be waited for

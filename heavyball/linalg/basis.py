@@ -1,4 +1,4 @@
-"""The bases of one parameter: which axes have one, when each is refreshed, and what goes with it.
+"""The bases of one parameter: which axes have one, when each is refreshed, and its states.
 
 A parameter is cut into blocks (`view.py`), a block has a piece per axis: a tensor, or None for an axis
 that is not rotated. Pieces stand in one flat tuple, block after block.
@@ -155,7 +155,7 @@ def by_block(working: WorkingShape, pieces: Sequence[Any]) -> Iterator[tuple[Any
 def each_block(
     working: WorkingShape, x: Tensor, fn: Callable[..., Tensor], *pieces: Sequence[Any]
 ) -> Tensor:
-    """Put together what `fn(block, its pieces, ...)` makes of every block of x (B, *shape)."""
+    """Assemble the results of `fn(block, its pieces, ...)` for every block of x (B, *shape)."""
     groups = zip(*(by_block(working, p) for p in pieces), strict=True)
     blocks = zip(working.blocks_of(x), groups, strict=True)
     return working.whole_of([fn(block, *group) for block, group in blocks])

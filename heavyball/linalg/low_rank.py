@@ -65,7 +65,7 @@ def channels(x: Tensor, wide: bool, scale_type: str) -> Tensor:
 
 
 def limit(x: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-    """What matrices are divided by to be at most GROWTH times as long as those of the step before.
+    """The divisors that limit the growth of the norms of matrices to GROWTH per step.
 
     last: the lengths of before, one for each matrix; 0 at first. Returns the divisors (B, 1, 1), and how
     long the matrices then are.

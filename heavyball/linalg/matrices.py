@@ -147,7 +147,7 @@ class Matrices:
         return cut.whole(parts, dim).reshape(like.shape)
 
     def map(self, fn: Callable[..., Any], *tensors: Tensor, more: Sequence[Tensor] = ()) -> Any:
-        """Put together what `fn` makes of the batches of each size.
+        """Assemble the results of `fn` for the batches of each size.
 
         fn: gets a batch of every tensor and of every one in `more`, and returns one for every tensor.
         """

@@ -85,7 +85,7 @@ def table(coefficients: Coefficients, steps: int) -> tuple[Row, ...]:
 
 
 def restarts(steps: int) -> tuple[int, ...]:
-    """The steps before which the Gram form begins anew by default."""
+    """The default steps before which the Gram form restarts."""
     return (2,) if steps <= FEW_STEPS else tuple(range(2, steps, 2))
 
 

@@ -27,7 +27,7 @@ OFFSET = 0.25
 
 @runtime_checkable
 class Schedule(Protocol):
-    """What a transform asks of a schedule; steps count from 1.
+    """The interface of a schedule; steps count from 1.
 
     phase: the share of an interval by which to be early, in [0, 1). Things that need not be refreshed
         together take different phases, so that no step has all of the work.
@@ -143,7 +143,7 @@ def _checked(step: int) -> int:
 
 @functools.lru_cache(maxsize=64)
 def _sums(schedule: PrecondSchedule, block: int) -> tuple[int, list[float]]:
-    """S after each step of a block, as a whole number and what comes to it."""
+    """S after each step of a block, as an integer and the rest."""
     if block < ADDED_UP:
         return 0, running_sums(schedule, block, _starts(schedule)[block]).tolist()
     first = ADDED_UP * BLOCK

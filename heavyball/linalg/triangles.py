@@ -11,7 +11,7 @@ BLOCK = 128
 
 
 def places(size: int, like: Tensor) -> Iterator[tuple[int, int]]:
-    """Where blocks of rows begin and end: all rows where there is nothing to be gained by blocks."""
+    """The bounds of blocks of rows; a single block if blocks do not help."""
     block = size if _at_once(size, like) else BLOCK
     return ((low, min(low + block, size)) for low in range(0, size, block))
 

@@ -24,12 +24,12 @@ def working(tensor: Tensor) -> Tensor:
 
 
 def version_of(tensor: Tensor) -> int | None:
-    """How often a tensor was written to; None where inference mode made it, which does not count."""
+    """The version counter of a tensor; None for inference tensors, which have none."""
     return None if tensor.is_inference() else tensor._version
 
 
 @contextlib.contextmanager
 def lasting() -> Iterator[None]:
-    """What is made here may be written to when the caller's inference mode has ended."""
+    """Create tensors that can be written after the caller's inference mode has ended."""
     with torch.inference_mode(False), torch.no_grad():  # the first alone would record gradients
         yield

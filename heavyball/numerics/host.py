@@ -91,7 +91,7 @@ def _tensor(value: Any) -> Any:
 
 
 def _number(value: Any) -> Any:
-    """What torch has computed, as numbers where it is a number."""
+    """A result of torch, as a host number if it is a number."""
     if isinstance(value, Tensor) and value.ndim == 0 and value.dtype in (SCALAR, torch.bool):
         return Number(value.reshape(1).tolist()[0]) if on_host(value) else value
     return value
@@ -127,7 +127,7 @@ def _defined(name: str, function: Callable[[Any, Any], Any]) -> None:
 
 
 def _left_to_torch(name: str) -> None:
-    """Define an operator that is torch's alone: Python's raises where torch gives infinity or NaN."""
+    """Define an operator by torch's: Python's raises where torch gives infinity or NaN."""
     torchs = getattr(Tensor, name)
     setattr(Number, name, lambda *args: Number.__torch_function__(torchs, (), args))
 

@@ -10,7 +10,7 @@ from heavyball.core.text import read_elements
 
 
 class GroupsOf(list):
-    """Parameter groups that were made from a model, which is asked for the types of its modules."""
+    """Parameter groups made from a model, which provides the types of its modules."""
 
     def __init__(self, groups: Sequence[Any], model: nn.Module):
         super().__init__(groups)
@@ -37,7 +37,7 @@ NORMS = (
 
 
 def kinds_of(model: nn.Module) -> dict[str, str]:
-    """Of a model's parameters, by plain name, those of embeddings and norms: what their modules are.
+    """The kinds of a model's embedding and norm parameters, by plain name.
 
     One that several modules share is an embedding if one of them is. Modules of other libraries are
     known by their names: `LlamaRMSNorm`, `T5LayerNorm`, `ScaledWordEmbedding`.

@@ -55,12 +55,12 @@ class LoadResult(NamedTuple):
 
 
 def description(chain: Chain) -> dict[str, Any]:
-    """What a state dict says of itself."""
+    """The description in a state dict."""
     return {"version": VERSION, "chain": structure(chain)}
 
 
 def describe(saved: dict[str, Any], chain: Chain) -> None:
-    """Make what torch saved plain values, and add what it says of itself."""
+    """Convert torch's state dict to plain values, and add the description."""
     for group in saved["param_groups"]:
         if SCHEDULES in group:
             group[SCHEDULES] = texts(group[SCHEDULES])
@@ -219,7 +219,7 @@ def _own(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _named(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a group; where its parameters are names by themselves, those are their names.
+    """A copy of a group; if its parameters are given by name, these are the names.
 
     `torch.distributed.checkpoint` makes groups anew, as those of the optimizer that loads, and leaves
     them the names that another group or another order had.
@@ -279,7 +279,7 @@ def misfits(
     shapes: Callable[[str], torch.Size],
     full: Mapping[str, Tensor] | None = None,
 ) -> tuple[list[str], list[str], list[str]]:
-    """Keys that are missing, keys that are too many, and what is wrong with the others.
+    """Missing keys, unexpected keys, and faults of the others.
 
     shapes: of the values, by key, see `value_shapes`. full: what state there could be under other values
     of the group.

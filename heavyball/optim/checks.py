@@ -1,4 +1,4 @@
-"""Checks of what an optimizer is given; each error names the value and what was expected."""
+"""Checks of an optimizer's inputs; each error names the value and what was expected."""
 
 import inspect
 import numbers

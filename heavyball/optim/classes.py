@@ -13,7 +13,7 @@ from heavyball.optim.optimizer import ChainOpt
 
 
 class ChainClass(type):
-    """The type of classes that `optimizer_class` makes, which pickle as what they were made from."""
+    """The metaclass of `optimizer_class`; its classes pickle as their chain."""
 
     made_from: tuple[Any, str]
 

@@ -178,7 +178,7 @@ class Evaluation:
             self._begin_at(places)
 
     def _begin_at(self, places: list[Place]) -> None:
-        """Make what parameters hold their average, and all that it is made from."""
+        """Make the parameters' current values the average, and the state it is computed from."""
         programs, params = self._registry.programs(), {place.param for place in places}
         for place, param, state in self._registry.views():
             if place.param not in params:
@@ -222,7 +222,7 @@ class Evaluation:
         self._switching = False
 
     def _restore_weights(self, but: Collection[Tensor] = ()) -> None:
-        """Put the weights to train with back. What an exception has ended can be begun again.
+        """Restore the training weights. It can be called again after an exception.
 
         but: parameters that keep what they hold.
         """

@@ -1,4 +1,4 @@
-"""Keeps the last steps of an optimizer, writes them to a file where one goes wrong, and replays them."""
+"""Records the last steps of an optimizer, writes them to a file if one fails, and replays them."""
 
 import contextlib
 import math
@@ -49,7 +49,7 @@ def unrecorded(opt: Any) -> Iterator[None]:
 
 
 class Recorder:
-    """What `flight_recorder` asks for.
+    """The options of `flight_recorder`.
 
     build: makes the optimizer with which a step is computed again.
     """
@@ -224,7 +224,7 @@ def _copy(value: Any) -> Any:
 def replayed(
     build: Build, elements: Any, step: Mapping[str, Any], options: Mapping[str, Any]
 ) -> list[Output]:
-    """What each element gives in a step that was kept: the parameter's number, the key, the update."""
+    """The outputs of each element in a recorded step: the parameter's number, the key, the update."""
     params = {n: torch.nn.Parameter(tensor.clone()) for n, tensor in step["params"].items()}
     groups = [{"params": [params[n] for n in g["params"]], **_given(g)} for g in step["groups"]]
     with warnings.catch_warnings():
@@ -233,7 +233,7 @@ def replayed(
 
 
 def _stepped(opt: Any, params: Mapping[int, Tensor], step: Mapping[str, Any]) -> list[Output]:
-    """Make a step with what was kept of it, and note what each element gives."""
+    """Repeat a recorded step, and record the output of each element."""
     for index, (group, kept) in enumerate(zip(opt.param_groups, step["groups"], strict=True)):
         group.pop(SCHEDULES, None)
         opt.registry.schedules.settle(index, opt.param_groups)

@@ -16,7 +16,7 @@ from heavyball.runtime.job import LOSS_KEY, fed_key
 
 
 class Inputs:
-    """Puts the loss and what was fed into the groups, where kernels read them."""
+    """Stores the loss and fed signals in the groups, where kernels read them."""
 
     def __init__(self, chain: Chain, owner: str):
         self._owner = owner
@@ -75,7 +75,7 @@ class Inputs:
 
     @contextlib.contextmanager
     def imagined(self, groups: list[dict[str, Any]]) -> Iterator[None]:
-        """Have something in the place of what a step is told, for who asks how it would run."""
+        """Provide placeholder inputs, for plans of a step."""
         names = [LOSS_KEY] if self._reads_loss else []
         names += [fed_key(name) for name, must in self._signals.items() if must]
         put = [(group, name) for group in groups for name in names if name not in group]

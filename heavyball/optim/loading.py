@@ -107,7 +107,7 @@ class Match:
 
 @dataclass
 class Fitted:
-    """What is to be loaded: state by parameter, groups, entries of no parameter, and what was left."""
+    """The content to load: state by parameter, groups, other entries, and what was skipped."""
 
     states: dict[Tensor, dict[str, Any]]
     groups: list[dict[str, Any]]
@@ -136,7 +136,7 @@ def all_or_nothing(attributes: dict[str, Any]) -> Iterator[None]:
 
 
 def fit(registry: Registry, loading: Mapping[str, Any], strict: bool) -> Fitted:
-    """What of a state dict is to be loaded, in memory of its own, and what was left of it.
+    """The content of a state dict to load, copied, and what was skipped.
 
     Errors: ValueError with `strict` if anything is left; else if it cannot be said which parameter is
         which, or a number cannot be. Nothing has been changed then.
@@ -392,7 +392,7 @@ def _present(saved: Mapping[str, Any], program: Program) -> dict[str, Any]:
 
 
 def _state(registry: Registry, match: Match, left: LoadResult) -> dict[str, Any]:
-    """The state of one parameter: what was saved, and what it has where nothing was."""
+    """The state of one parameter: saved entries, and current ones where nothing was saved."""
     parts = match.parts
     held = registry.state.get(match.param, {}) if parts is None else parts.held(match.param)
     own, taken = dict(held), match.usable()
@@ -426,7 +426,7 @@ def _nowhere(
 def _entries(
     registry: Registry, index: int, saved: Mapping[str, Any], left: LoadResult
 ) -> dict[str, Any]:
-    """A group's hyper-parameters: those saved that it knows and can take, else its own."""
+    """A group's hyper-parameters: saved ones that are known and valid, else its own."""
     group = {k: v for k, v in registry.groups[index].items() if k != "params"}
     if "train_mode" in group:
         group["train_mode"] = True  # where nothing else was saved

@@ -89,7 +89,7 @@ def check_capturable(chain: Chain, capturable: Any, schedules: Iterable[str]) ->
 def group_defaults(
     chain: Chain, lr: float | Tensor, weight_decay: Any, warmup_steps: Any, seed: Any
 ) -> dict[str, Any]:
-    """What a group has where nothing else is given: its hyper-parameters, the seed and the mode.
+    """The defaults of a group: hyper-parameters, seed and mode.
 
     Errors: TypeError or ValueError naming the value, and where it would have no effect.
     """

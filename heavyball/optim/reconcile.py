@@ -1,4 +1,4 @@
-"""Refuses what was done to parameters by hand where it would lose or misread state."""
+"""Refuses changes to parameters that would lose or misread state."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +15,7 @@ def refuse_replaced(
     labels: Mapping[Tensor, str],
     state: Mapping[Tensor, Mapping[str, Any]],
 ) -> None:
-    """Refuse parameters without state where ones with state have gone: their training would be lost.
+    """Refuse parameters without state that replace ones with state, which would lose their training.
 
     labels: what errors call the new ones.
 

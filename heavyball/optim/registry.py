@@ -1,4 +1,4 @@
-"""The parameters of an optimizer: where each stands, what runs for it, its state and its jobs."""
+"""The parameters of an optimizer: the place, program, state and jobs of each."""
 
 import contextlib
 import weakref
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class Registry:
-    """What an optimizer knows of its parameters; whoever works on them asks here.
+    """What an optimizer knows about its parameters.
 
     Groups and state are read from the optimizer each time, since users change and replace them. What
     was done to them by hand is noticed by `programs`.
@@ -99,7 +99,7 @@ class Registry:
 
     @property
     def state(self) -> dict[Tensor, Any]:
-        """The state of each parameter; whoever asks may change it."""
+        """The state of each parameter, which the caller may change."""
         return self._owner.state
 
     @property
@@ -109,7 +109,7 @@ class Registry:
 
     @property
     def defaults(self) -> Mapping[str, Any]:
-        """What groups have where nothing else was given."""
+        """The defaults of groups."""
         return self._owner.defaults
 
     @property
@@ -129,11 +129,11 @@ class Registry:
             )
 
     def note_step(self) -> None:
-        """Tell schedulers, which warn where `step()` did not come first, that it needs not come."""
+        """Prevent the warning of schedulers that `step()` was not called first."""
         self._owner._opt_called = True  # type: ignore[attr-defined]
 
     def places(self) -> Iterator[Place]:
-        """Where each parameter stands."""
+        """The place of each parameter."""
         first = 0
         for index, group in enumerate(self.groups):
             for position, (name, param) in enumerate(labelled(index, group)):
@@ -205,7 +205,7 @@ class Registry:
         return self._programs
 
     def _reconcile(self, changed: Mapping[Tensor, Place], gone: list[Tensor]) -> None:
-        """Take what was put into the groups or changed by hand, and let go what was taken out."""
+        """Adopt parameters added to the groups or changed, and release removed ones."""
         state, labels = self.state, {param: place.label for param, place in changed.items()}
         new = [param for param in changed if param not in self._programs]
         refuse_replaced(new, gone, labels, state)
@@ -306,7 +306,7 @@ class Registry:
         self._fresh[place.param] = [(tensor, version_of(tensor)) for tensor in made.values()]
 
     def take_unstepped(self, other: "Registry") -> None:
-        """Know of the state that no step has touched what a registry of the same tensors knows."""
+        """Copy another registry's knowledge of untouched state, for the same tensors."""
         self._fresh = other._fresh
 
     def unstepped(self) -> list[int]:
@@ -371,7 +371,7 @@ class Registry:
         return saved
 
     def agreeing(self) -> AbstractContextManager[None]:
-        """Where what raises here raises on all processes that hold parts of the parameters."""
+        """A context in which errors raise on all processes that share the parameters."""
         return contextlib.nullcontext() if self.parts is None else self.parts.agreeing()
 
     def put_state(self, loaded: Mapping[Tensor, dict[str, Any]]) -> None:

@@ -86,7 +86,7 @@ def texts(schedules: Mapping[str, Any] | None) -> dict[str, str]:
 
 
 def base_and_schedule(lr: Any) -> tuple[Any, Schedule | None]:
-    """What a learning rate begins with, and the schedule that multiplies it; 1 where it has no peak."""
+    """The base of a learning rate, and the schedule that multiplies it; the base is 1 without a peak."""
     if not isinstance(lr, Schedule):
         return lr, None
     return (1.0, lr) if lr.peak is None else (lr.peak, lr.with_peak(1.0))
@@ -103,7 +103,7 @@ def warn_of_peak(owner: type, lr: Any) -> None:
 
 
 def default_lr(owner: type) -> float:
-    """The learning rate of a class of optimizers where none is given; infinite where one must be."""
+    """The default learning rate of an optimizer class; infinite if it has none."""
     for cls in owner.__mro__:
         init = vars(cls).get("__init__")
         parameter = inspect.signature(init).parameters.get(LR) if inspect.isfunction(init) else None
@@ -178,7 +178,7 @@ class Scheduling:
         return self.active
 
     def _forget(self, group: dict[str, Any]) -> None:
-        """Know no schedules of a group, and leave nothing of those that were taken out of it."""
+        """Forget a group's schedules, and remove what they stored."""
         self._known.pop(id(group), None)
         self._put.pop(id(group), None)
         if SCHEDULES not in group:
@@ -243,7 +243,7 @@ class Scheduling:
             place.group[BEGUN][place.position] = True
 
     def _has_ended(self, groups: list[dict[str, Any]], place: Place | None) -> bool:
-        """Whether what is about to be stepped has been, in the step that goes on."""
+        """Whether a parameter to be stepped already was, in the current step."""
         if place is not None:
             return place.position in place.group.get(BEGUN, ())
         return any(
@@ -258,7 +258,7 @@ class Scheduling:
         self.active = any(SCHEDULES in group for group in groups)
 
     def _begin(self, index: int, group: dict[str, Any]) -> Before:
-        """Count a step of a group and give it the numbers of that; returns what it had before."""
+        """Count a step of a group and set its scheduled numbers; return the previous ones."""
         put = self._put.get(id(group), {})
         schedules = self._checked(index, group) if SCHEDULES in group else Schedules({})
         names = (SCHEDULES, COUNT, SCHEDULED_LR, *schedules)
@@ -385,7 +385,7 @@ def _put_back(replaced: list[Replaced]) -> None:
 
 
 def _scaled(base: Any, factor: float) -> Any:
-    """A learning rate times what its schedule says; it stays what it is where it is no number."""
+    """A learning rate times its schedule's factor; unchanged if it is not a number."""
     return base * factor if isinstance(base, Tensor) or is_real(base) else base
 
 
@@ -402,7 +402,7 @@ def _peak(group: Mapping[str, Any], fn: Scheduled, base: Any) -> float | None:
 
 
 def check_saved(group: Mapping[str, Any]) -> None:
-    """Refuse what no state dict says of the schedules of a group.
+    """Refuse invalid entries about schedules in a saved group.
 
     Errors: ValueError naming the entry.
     """
@@ -420,7 +420,7 @@ def _is_count(value: Any) -> bool:
 
 
 def differing(saved: Mapping[str, Any], own: Mapping[str, Any]) -> str | None:
-    """What differs between the schedules of a saved group and those of the group here, if anything."""
+    """The difference between the schedules of a saved group and this one, if any."""
     there, here = texts(saved.get(SCHEDULES)), texts(own.get(SCHEDULES))
     if there == here:
         return None

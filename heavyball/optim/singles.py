@@ -36,7 +36,7 @@ class Single:
     stepped_in: "Backward | None" = None
 
     def holds(self, groups: list[dict[str, Any]]) -> bool:
-        """Whether the parameter still stands where it stood."""
+        """Whether the parameter is still at the same place."""
         place = self.place
         if place.index >= len(groups) or groups[place.index] is not place.group:
             return False
@@ -242,7 +242,7 @@ class Singles:
 
 
 def sums_in(program: Program) -> ValueError | None:
-    """What to raise where a parameter's step needs the other parameters' gradients."""
+    """The error for a step of one parameter that needs the gradients of others."""
     given = [n for n in program.flat if n.transform.reads_loss or FED in n.transform.context]
     if given and not program.total_keys:
         # where only others' chains read the loss, the gate is what waits for it

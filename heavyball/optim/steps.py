@@ -23,7 +23,7 @@ from heavyball.runtime.rates import Pending, Together
 
 
 class Steps:
-    """What an optimizer knows from step to step, and no checkpoint needs."""
+    """What an optimizer keeps from step to step that is not saved in checkpoints."""
 
     def __init__(self, registry: Registry, options: Options, chain: Chain, advice: Advice):
         self.registry = registry

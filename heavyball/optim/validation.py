@@ -1,4 +1,4 @@
-"""Whether what is to be loaded can be a state dict, and its numbers those of a training run.
+"""Checks that a loaded object is a state dict with possible values.
 
 Every function raises ValueError that names the entry, before anything has been changed.
 """

@@ -70,7 +70,7 @@ class Target(click.ParamType):
 
 
 class Place(click.Path):
-    """A path that can be one; whether something is there is asked where it matters."""
+    """A valid path; whether it exists is checked where it matters."""
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Path:
         try:

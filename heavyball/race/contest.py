@@ -24,7 +24,7 @@ class Watcher(Protocol):
     """Receives the progress of a race."""
 
     def begin(self, race: Race, done: int) -> None:
-        """The race begins, with so many runs done before."""
+        """Called when the race starts, with the number of runs already done."""
 
     def run(self, label: str, lr: float, seed: int) -> None:
         """A run begins."""

@@ -39,7 +39,7 @@ KINDS = ("race", "ablate")
 
 @dataclass(frozen=True)
 class Plan:
-    """What the user asked for; all that is needed to do it again. None stands for the default."""
+    """The arguments of a race, complete enough to repeat it. None stands for the default."""
 
     kind: Literal["race", "ablate"] = "race"
     task: str = "digits"
@@ -158,7 +158,7 @@ def check_metric(name: str) -> None:
 
 
 def check_seeds(seeds: tuple[int, ...]) -> None:
-    """Refuse seeds that are none, stand twice or are out of range."""
+    """Refuse seeds that are invalid, repeated or out of range."""
     if not seeds or len(set(seeds)) != len(seeds):
         raise RaceError(f"--seeds {shown(seeds)}: expected one or more, each once")
     for seed in seeds:

@@ -133,7 +133,7 @@ def _band(curves: Sequence[Sequence[float]]) -> list[Point]:
 
 
 def _known(curves: Sequence[Sequence[float | None]]) -> list[Point]:
-    """The band of what was measured, NaN where a seed has none."""
+    """The band of the measurements, NaN if a seed has none."""
     return _band([[math.nan if v is None else v for v in curve] for curve in curves])
 
 
@@ -275,7 +275,7 @@ def _one_grid(axes: Axes, result: Mapping[str, Any], style: dict[str, Any], mark
 def _handles(
     lines: Sequence[Line], results: Sequence[Mapping[str, Any]], with_markers: bool
 ) -> list[Line2D]:
-    """What the legend lists: the lowest final loss first, those that diverged last."""
+    """The order of the legend: lowest final loss first, diverged ones last."""
     handles = []
     for line in lines:
         text = f"{line.label}, lr {line.lr:g}: loss {line.loss[-1][0]:.3g}"

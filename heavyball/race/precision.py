@@ -239,7 +239,7 @@ def _marked(page: Path) -> re.Match:
 
 
 def put_into(page: Path, text: str) -> None:
-    """Replace what stands between the marks of a page.
+    """Replace the text between the marks of a page.
 
     Errors: RaceError if the page has no such marks.
     """

@@ -160,7 +160,7 @@ def number(value: float | None, digits: int) -> str:
 
 
 def notes(content: Mapping[str, Any]) -> list[str]:
-    """What the table cannot show: runs that diverged, grids that end too early, what is missing."""
+    """Notes below the table: diverged runs, grids that are too narrow, missing runs."""
     found = [f"{entry['label']}: left out, {entry['reason']}" for entry in content["left_out"]]
     if content["arguments"]["kind"] == "ablate":
         found.insert(0, f"the full chain: {content['arguments']['chains'][0]}")

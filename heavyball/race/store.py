@@ -1,4 +1,4 @@
-"""The directory of a race: what was asked, a record of every finished run, and the results."""
+"""The directory of a race: arguments, a record of every finished run, and results."""
 
 import hashlib
 import json
@@ -125,7 +125,7 @@ def digest(content: dict[str, Any]) -> str:
 
 
 def _intact(path: Path) -> dict[str, Any] | None:
-    """A record as it was written, or None where it is damaged in any way."""
+    """A record as it was written, or None if it is damaged."""
     try:
         if not path.is_file():
             return None
@@ -146,7 +146,7 @@ def _are_environments(value: Any) -> bool:
 
 
 def fingerprint(race: Race) -> str:
-    """What makes two runs parts of one race: its arguments, its data and its settings."""
+    """What two runs of the same race have in common: arguments, data and settings."""
     parts = [race.plan.to_json(), race.task.facts(), race.settings.facts()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -162,7 +162,7 @@ class _Run:
         return True
 
     def _now(self) -> float:
-        """The time when the device has done what it was told."""
+        """The time after the device has finished its work."""
         if self.task.device.type == "cuda":
             torch.cuda.synchronize(self.task.device)
         return time.perf_counter()
@@ -187,7 +187,7 @@ class _Run:
         return True
 
     def measured(self) -> dict[str, float | None]:
-        """The metrics that were asked for, of the first group where no other is named."""
+        """The requested metrics, of the first group unless another is named."""
         names = self.metrics
         if not names or not isinstance(self.optimizer, ChainOpt):
             return dict.fromkeys(names)

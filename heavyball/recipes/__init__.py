@@ -18,7 +18,7 @@ __all__ = ["RECIPES", "Recipe", "build"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """A chain, or a preset with options, as text, and where it comes from.
+    """A chain, or a preset with options, as text, and its source.
 
     lr: the learning rate that goes with it. source: who has published it, and what is not part of it.
     """
@@ -36,7 +36,7 @@ class Recipe:
 
 
 def _adamw_beside(matrices: str, behind: str, adamw: str) -> str:
-    """A chain for hidden matrices, what stands behind their write, and AdamW for the rest."""
+    """A chain for hidden matrices, the elements after their write, and AdamW for the rest."""
     hidden = f"when({matrices}, predicate=IsHidden())"
     last = f"when({behind}, predicate=IsHidden())"
     return f"route({hidden}, otherwise={adamw}) | route({last}, otherwise=())"

@@ -142,7 +142,7 @@ def is_plain_number(program: Program, key: str, value: Any) -> bool:
 
 
 def check_writable(params: Iterable[Tensor]) -> None:
-    """Refuse what torch's operations cannot write to: outside of inference mode, what it has made.
+    """Refuse tensors that torch's operations cannot write to: inference tensors outside inference mode.
 
     Errors: RuntimeError that names the shape.
     """

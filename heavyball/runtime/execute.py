@@ -26,7 +26,7 @@ Run = Generator[Request, Any, Any]
 
 
 def advance(run: Run, answer: Any = None) -> Request | None:
-    """Send a run what it waits for (None to begin); returns what it waits for now, None at its end."""
+    """Send a run its answer (None to start); return its next request, None at its end."""
     try:
         return run.send(answer)
     except StopIteration:
@@ -77,7 +77,7 @@ def execute(nodes: Iterable[Node | Fork], update: Any, frame: Frame) -> Run:
 
 
 def offered(frame: Frame) -> dict[str, Any]:
-    """What nodes make of their state, as the last step has left it, for others that ask for it."""
+    """Context that nodes compute from their state after the last step, for other nodes."""
     found = {}
     for name, node in frame.job.program.offers.items():
         fn, t = node.transform.offers[name], node.transform
@@ -232,7 +232,7 @@ def _in_present_unit(node: Node, name: str, frame: Frame) -> Tensor | None:
 
 
 def _results(node: Node, result: Any) -> tuple[Any, tuple, tuple]:
-    """Split what a transform returned into the update, its new state and what it provides."""
+    """Split a transform's results into the update, its new state and provided values."""
     t = node.transform
     parts = result if isinstance(result, tuple) else (result,)
     expected = 1 + len(t.states) + len(t.results)
@@ -245,7 +245,7 @@ def _results(node: Node, result: Any) -> tuple[Any, tuple, tuple]:
 
 
 def _call(node: WholeNode, update: Tensor, frame: "Frame") -> Generator[Any, Any, Tensor]:
-    """A whole transform's turn: what it may ask for, and what it has changed."""
+    """The call of a whole transform: its context, and its results."""
     t, env = node.transform, frame.env
     served = (*WHOLE_CONTEXT, FED, FIRST)
     known = {n: frame.context(n) for n in t.context if n not in served}

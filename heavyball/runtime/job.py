@@ -1,4 +1,4 @@
-"""What one parameter's step is made of: the job, what its run knows, what it asks and is answered."""
+"""The parts of one parameter's step: the job, the frame of its run, requests and answers."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -60,7 +60,7 @@ class Call:
 
 @dataclass(eq=False)
 class Answer:
-    """What one parameter got: the update, the new states, and what the transform provides."""
+    """The results for one parameter: the update, the new states, and provided values."""
 
     update: Any
     states: list[Pieces]
@@ -168,7 +168,7 @@ def has_narrow(state: Mapping[str, Tensor]) -> bool:
 
 @dataclass
 class Frame:
-    """What one run of a program knows: context for its elements, and the new state so far."""
+    """The frame of a program's run: context for its elements, and the new state so far."""
 
     job: Job
     env: dict[str, Any]

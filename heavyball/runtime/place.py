@@ -1,4 +1,4 @@
-"""Where a parameter stands, and how an error names it."""
+"""The place of a parameter, and its name in errors."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ def describe(name: str | None, group: int, position: int, param: Tensor) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """Where a parameter stands: its group, its position there, and its number among all."""
+    """The place of a parameter: its group, its index there, and its number among all."""
 
     param: Tensor
     group: dict[str, Any]

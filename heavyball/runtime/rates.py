@@ -68,7 +68,7 @@ class Together:
 
     @property
     def common(self) -> Mapping[str, str | float]:
-        """The entries, and what each begins at."""
+        """The entries, and their initial values."""
         return {} if self.node is None else self.node.transform.numbers
 
     @property
@@ -81,7 +81,7 @@ class Together:
 
     @lasting()
     def begin(self, index: int, groups: list[dict[str, Any]]) -> None:
-        """Give a new group its numbers, whatever it had in another optimizer."""
+        """Give a new group its numbers, ignoring those of another optimizer."""
         group = groups[index]
         group.pop(WAITING, None)
         for name in self.common:
@@ -98,7 +98,7 @@ class Together:
                 self._write(group, name, self._first(name, index, groups))
 
     def _first(self, name: str, index: int, groups: list[dict[str, Any]]) -> Any:
-        """What an entry of a group begins at: that of the other groups where they have one estimate."""
+        """The initial value of a group's entry: that of the other groups if they share one estimate."""
         first, group = self.common[name], groups[index]
         others = [g for i, g in enumerate(groups) if i != index and set(self.common) <= g.keys()]
         if others and self._shared:
@@ -220,7 +220,7 @@ class Together:
                 )
 
     def following(self, new: Mapping[str, float], groups: list[dict[str, Any]]) -> dict[str, float]:
-        """What follows from entries that were set: those that begin as they do."""
+        """Entries that follow from others that were set, because they start equal."""
         if self.node is None:
             return {}
         leaders: dict[str, str] = {}

@@ -56,7 +56,7 @@ def serve(calls: list[Call], stack: bool) -> list[Answer | None]:
 
 
 def _cost(group: list[Call]) -> float:
-    """About how many operations, of those that gain by running beside others; 0 for the rest.
+    """The approximate cost of calls that gain from running in parallel; 0 for others.
 
     Decompositions are what an `after` and the first step of a basis are for. On one thread each they
     take 0.65 to 0.75 of their time on two; products, which need the cache, take 1.1 of theirs.

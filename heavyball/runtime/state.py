@@ -1,4 +1,4 @@
-"""State as transforms see it, promoted, and as it is kept: created and written."""
+"""State as transforms see it (promoted), and as it is stored (created and written)."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ PLAIN = Storage()
 
 
 class Own(dict[str, Tensor]):
-    """What of a parameter's state is the optimizer's, where others keep entries there too.
+    """The optimizer's own entries of a parameter's state.
 
     What is put in or taken out is so in the state itself.
     """

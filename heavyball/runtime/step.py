@@ -83,7 +83,7 @@ def _run_together(jobs: list[Job], total_keys: list[str], finisher: Finisher | N
 
 
 class Runs:
-    """Runs that go on together, and what each waits for."""
+    """Runs that advance together, and the request of each."""
 
     def __init__(self, runs: Iterable[Run]):
         self._runs = list(runs)
@@ -94,7 +94,7 @@ class Runs:
         return [i for i, request in enumerate(self.waiting) if isinstance(request, kind)]
 
     def shares_for(self, key: str) -> dict[int, Shares]:
-        """What those that wait for this sum give to it, by their numbers."""
+        """The shares of the runs that wait for this sum, by number."""
         requests = ((i, self.waiting[i]) for i in self.asking(tuple))
         return {i: request[1] for i, request in requests if request[0] == key}  # type: ignore[index]
 
@@ -174,7 +174,7 @@ def _answer(job: Job, totals: Mapping[str, Tensor], request: Request, trial: boo
 def _meet(
     key: str, found: list[tuple[Job, Shares]], finisher: Finisher | None
 ) -> dict[str, Tensor]:
-    """The sum of all shares; where an element makes numbers of the group from them, that is done."""
+    """The sum of all shares; also computes the numbers of a group that depend on it."""
     if not found:
         return {}
     rate = found[0][0].program.rate

@@ -64,7 +64,7 @@ def each(
 
 
 def _by_turns(fn: Callable[[Item], Result], items: Mapping[int, Item]) -> dict[int, Result]:
-    """What threads would compute, where none can be started: with one of torch's, to the same bits."""
+    """Compute without threads if none can be started: with one torch thread, to the same bits."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -101,7 +101,7 @@ def _watched() -> bool:
 
 
 def _pool(size: int) -> ThreadPoolExecutor | None:
-    """Threads that have begun; None where so many cannot be started."""
+    """Started threads; None if they cannot be started."""
     with _lock:
         if size not in pools:
             ready = threading.Barrier(size)

@@ -1,1 +1,1 @@
-"""State: what is declared, the formats in which it is kept, and their arithmetic."""
+"""State: declarations, storage formats and their arithmetic."""

@@ -54,7 +54,7 @@ class State:
         return replace(self, until=(option, counter), rule=f"{self.rule}, until {option}")
 
     def given_up(self, options: Mapping[str, Any], group: Mapping[str, Any]) -> bool:
-        """Whether the steps of this group have come to the point where the state is not needed."""
+        """Whether this group has reached the step from which the state is not needed."""
         if self.until is None:
             return False
         option, counter = self.until

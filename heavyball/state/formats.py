@@ -1,4 +1,4 @@
-"""The options that choose how state and parameters are kept: which format, for which state."""
+"""The options for storage formats of state and parameters."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -34,7 +34,7 @@ class Format:
     fits: Callable[[int], bool] = bool
 
     def suits(self, numel: int) -> bool:
-        """Whether a tensor of so many elements is kept so."""
+        """Whether a tensor with this number of elements is stored in this format."""
         return self.coarse is None or (numel >= SMALLEST and self.fits(numel))
 
 
@@ -127,7 +127,7 @@ class Storage:
         return any(f.name in ROUNDED for f in formats)
 
     def check(self, states: Iterable[tuple[str, str, State]]) -> None:
-        """Refuse what these states (key, name, declaration) cannot be kept as.
+        """Refuse formats that these states (key, name, declaration) cannot have.
 
         Errors: ValueError for a name that no state has, listing those that there are, for two
             formats of one state, and for weights in a coarse format.
@@ -149,7 +149,7 @@ class Storage:
             self.choose(key, name, declared)
 
     def choose(self, key: str, name: str, declared: State) -> tuple[Format | None, bool]:
-        """The format of a state by its names alone, and whether it was asked for by name."""
+        """The format of a state by its names, and whether it was selected by name."""
         if declared.is_number:
             return None, False
         for place in (key, name, None):

@@ -1,4 +1,4 @@
-"""How state and parameters are kept in memory: formats of fewer bits than the mathematics has.
+"""How state and parameters are stored: formats with fewer bits than the computation.
 
 A tensor with the key `exp_avg` may have companions: `exp_avg:correction` beside a 16-bit value,
 `exp_avg:scale` beside codes (of bfloat16 for 8 bits, of float32 for 4), `exp_avg:columns` and
@@ -50,7 +50,7 @@ LAYOUTS = [dtypes_of(f, h) for f in (*ECC.values(), *DTYPES.values()) for h in g
 
 @dataclass(frozen=True)
 class Held:
-    """A tensor as it is kept, with its companions."""
+    """A stored tensor with its companions."""
 
     main: Tensor
     correction: Tensor | None = None
@@ -73,7 +73,7 @@ class Held:
         return value.to(dtype)
 
     def store(self, value: Tensor, bits: Callable[[], Tensor] | None = None) -> None:
-        """Write values; `bits` gives what to round with where that is done at random."""
+        """Write values; `bits` gives the random bits for stochastic rounding."""
         if self.scale is None and self.main.dtype not in (torch.float16, torch.bfloat16):
             self.main.copy_(value)
             return
@@ -219,7 +219,7 @@ def layout(state: Mapping[str, Tensor], key: str) -> dict[str, torch.dtype]:
 
 
 def fault(state: Mapping[str, Tensor], key: str, shape: torch.Size) -> str | None:
-    """What is wrong with the tensors under one key, if they cannot be read together.
+    """The fault of the tensors under one key, if they cannot be read together.
 
     shape: of the values.
     """
@@ -232,7 +232,7 @@ def fault(state: Mapping[str, Tensor], key: str, shape: torch.Size) -> str | Non
 
 
 def mixture(dtypes: Mapping[str, torch.dtype], key: str, holds: Holds | None) -> str | None:
-    """What is wrong with the dtypes of a tensor and its companions, if no format has them."""
+    """The fault of the dtypes of a tensor and its companions, if no format has them."""
     if len(dtypes) > 1:
         packed_moment = COLUMNS in dtypes and holds == "moment"
         if dtypes not in LAYOUTS or (packed_moment and SIGNS not in dtypes):
@@ -275,13 +275,13 @@ def recode(
 
 @functools.cache
 def word_of(key: str) -> int:
-    """What makes the random stream of a state differ from that of its parameter, which has 0."""
+    """The number that distinguishes the random stream of a state from that of its parameter, 0."""
     return 0 if key == PARAM else zlib.crc32(key.encode())
 
 
 @functools.lru_cache(maxsize=65536)
 def stream_of(seed: int, number: int) -> int:
-    """`numerics.stream`, kept: every step asks for it again."""
+    """`numerics.stream`, cached because every step needs it."""
     return stream(seed, number)
 
 

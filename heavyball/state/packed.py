@@ -1,4 +1,4 @@
-"""State that is kept in tensors of other shapes than its values have; see `state/held.py`."""
+"""State stored in tensors with a different shape than its values; see `state/held.py`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

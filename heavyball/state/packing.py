@@ -1,4 +1,4 @@
-"""Ways to keep float32 values in fewer bits, as pure functions of tensors; `state/held.py` uses them.
+"""Ways to store float32 values in fewer bits, as pure functions of tensors; used by `state/held.py`.
 
 Kernels do the same: they print what `split`, `join`, `root`, `nearest_root`, `scale_of`, `code_of` and
 `value_of` make of expressions (`compiler/formats.py`), so these use only what a printer can spell.

@@ -217,7 +217,7 @@ class RowPrinter(CppPrinter):
         return lines
 
     def _one_row(self, walk: Walk) -> list[str]:
-        """The statements for row r: what it begins with, its elements, and what it leaves."""
+        """The statements for row r: its prologue, its elements, and its results."""
         begin, inner, ends = list[str](), list[str](), list[str]()
         numbers = [s for s in walk.elements.sums if not is_along(s.var.level)]
         for s in walk.elements.body:
@@ -280,7 +280,7 @@ class RowPrinter(CppPrinter):
         ]
 
     def _at(self, v: Var) -> str:
-        """Where the values of row r begin in an array."""
+        """The offset of the values of row r in an array."""
         mine, rows = self.frame.runs(v.level), self.frame.outer
         outer = tuple(k for k in mine if k in rows)
         inside = [k for k in mine if k not in rows]
@@ -290,7 +290,7 @@ class RowPrinter(CppPrinter):
     # ---- driver
 
     def _join(self, k: int, walk: Walk) -> str:
-        """The function that adds up what the blocks of rows left behind, in their order."""
+        """The function that adds the partial sums of the blocks of rows, in order."""
         lines = [
             f"PART void join_{k}(const int64_t* row, double* s, T* memory, const double* parts,"
             " const double* sums, int64_t blocks) {",

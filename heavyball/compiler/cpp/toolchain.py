@@ -49,7 +49,7 @@ Command = tuple[str, ...]
 
 
 class ToolchainError(Exception):
-    """No kernel can be had on this machine; the message says why.
+    """Kernels are not available on this machine; the message says why.
 
     cause: the message without what differs from source to source.
     """
@@ -87,7 +87,7 @@ def load(source: str, name: str | None = None) -> ctypes.CDLL:
 
 
 def prepare(sources: Collection[str], name: str | None = None) -> None:
-    """Compile at the same time what is not on the disk. What fails is left for `load` to say so."""
+    """Compile in parallel what is not on the disk; `load` reports failures."""
     if len(sources) < 2:
         return
     stop = threading.Event()
@@ -210,7 +210,7 @@ def _digest(path: Path, content: bytes) -> bytes:
 
 
 def _intact(path: Path) -> bool:
-    """Whether the file is there, is the user's, and ends in the digest of what stands before."""
+    """Whether the file exists, belongs to the user, and ends with the digest of its content."""
     try:
         if not stat.S_ISREG(_check_private(path).st_mode):
             return False
@@ -349,7 +349,7 @@ class _Build:
         return True
 
     def _attempt(self, source: str, flags: Command, name: str | None) -> tuple[Path, ctypes.CDLL]:
-        """Compile and load: what is kept in the cache has been loaded and has the function."""
+        """Compile and load; only libraries that were loaded and have the function are cached."""
         # each library has a name of its own, since the loader knows those that it has by their names
         label = hashlib.sha256(repr((source, flags)).encode()).hexdigest()[:8]
         code, made = self.folder / f"{label}.cpp", self.folder / f"{label}.so"

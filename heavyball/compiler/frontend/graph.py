@@ -72,7 +72,7 @@ class Opaque:
 
 @dataclass
 class Graph:
-    """Nodes in the order in which they can be computed, and what is written where."""
+    """Nodes in topological order, and the outputs."""
 
     values: list[Value] = field(default_factory=list)
     outputs: dict[str, int] = field(default_factory=dict)
@@ -94,7 +94,7 @@ class Graph:
 
     @property
     def counted(self) -> int:
-        """The node of the step, whoever writes it: random bits come from it."""
+        """The node of the step, from which random bits are derived."""
         return self.outputs["step"] if self.step is None else self.step
 
     @property
@@ -299,7 +299,7 @@ class Recorder(TorchDispatchMode):
             return tensor.numel() == 1
 
     def every(self, tensor: Tensor, k: int) -> Tensor:
-        """What `numerics.every` gives: what the elements are made of, for every k-th of them."""
+        """The result of `numerics.every`: the inputs of the elements, for every k-th of them."""
         if self.graph.every not in (None, k):
             raise NotPrintableError(
                 f"slices of every {self.graph.every}-th and every {k}-th element"
@@ -539,7 +539,7 @@ def record(
     group: Mapping[str, Any],
     share: str | None = None,
 ) -> tuple[Graph, bool]:
-    """Run a program once on meta tensors; also says whether the graph is for this shape alone.
+    """Run a program once on meta tensors; also return whether the graph is specific to this shape.
 
     shape, dtype: the parameter's. state: tensors of which shape and dtype matter.
     share: the element whose share of a sum over all parameters is wanted instead of a step.

@@ -1,4 +1,4 @@
-"""The table of operations: what the recorder knows, what it is made of, and how each printer spells it.
+"""The table of operations: how each is recorded, decomposed and printed.
 
 A new operation is a row: `tests/operations.py` runs every row eagerly, in C++ and in Triton.
 """
@@ -14,7 +14,7 @@ from heavyball.compiler.frontend.symbols import Const, Expr, Op, as_type, lifted
 
 
 class NotPrintableError(Exception):
-    """The graph cannot become a kernel; the message says what stands in the way."""
+    """The graph cannot be printed as a kernel; the message gives the reason."""
 
 
 # When a result is never below zero: always, if no argument is, or if one argument is not.

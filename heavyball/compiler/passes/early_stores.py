@@ -1,4 +1,4 @@
-"""What a kernel for a sum over all parameters stores besides its shares.
+"""The states that kernels for sums over all parameters store, in addition to their shares.
 
 A program with such sums is one kernel for the shares of each, and the step. A state is written by the
 first of them that knows its new value, if every tensor that the value is made of is read there in any
@@ -56,7 +56,7 @@ class _Kernel:
         self.before: dict[int, str] = {}
 
     def find(self, step: Graph, index: int) -> Ref | None:
-        """A node of the step in this graph, made of what the kernel reads anyway; or None."""
+        """A node of the step in this graph, computed from what the kernel reads anyway; or None."""
         moved: dict[int, Ref | None] = {}
         for i in sorted(step.needed([index])):
             moved[i] = self._find(step.values[i], moved)

@@ -218,7 +218,7 @@ class Kernel:
 
     @property
     def leading(self) -> tuple[str, ...]:
-        """What stands in a row of the table before the addresses."""
+        """The entries of a table row before the addresses."""
         runs = () if self.frame is None else self.frame.later
         return ("numel", "group", "stream", *(f"axis {axis}" for axis in runs))
 

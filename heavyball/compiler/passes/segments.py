@@ -36,7 +36,7 @@ FREE = ("const", "hyper", "total", "numel", "members", "slices")
 
 @dataclass
 class Told:
-    """Where a whole transform finds what it is told: names of temporary tensors and numbers.
+    """Where a whole transform finds its arguments: names of temporary tensors and numbers.
 
     "param" and "grad" are the parameter and the gradient themselves.
     """
@@ -50,7 +50,7 @@ class Told:
 
 @dataclass
 class Segment:
-    """What runs between two cuts: a graph, or None where nothing is computed, and what is asked then."""
+    """The part between two cuts: a graph, or None if nothing is computed, and the request after it."""
 
     graph: Graph | None
     told: Told | None
@@ -113,7 +113,7 @@ class _Cutter:
         self.reached: list[set[int]] = []
 
     def _place(self, name: str) -> int:
-        """The segment that writes an output: where its transform stands, the parameter at the end."""
+        """The segment that writes an output: that of its transform; for the parameter, the last."""
         if name == "step":
             return 0
         known = (k for k, question in enumerate(self.questions) if name in question.known)
@@ -167,7 +167,7 @@ class _Cutter:
     # ---- what is where
 
     def _untouched(self, name: str, k: int) -> bool:
-        """Whether an input is still what it was when segment k begins, and there already."""
+        """Whether an input is available and unchanged when segment k starts."""
         if name.startswith("whole."):
             return int(name.split(".")[1]) < k
         return self.placed.get(name, k) >= k
@@ -208,7 +208,7 @@ class _Cutter:
         return max(done or could, default=None)
 
     def _reach(self, index: int, k: int) -> None:
-        """Walk from a node of segment k to what it is computed from; carry what is not there."""
+        """Walk from a node of segment k to its inputs; carry those that are not available."""
         if index in self.reached[k] or self._stored(index, k):
             return
         value = self.graph.values[index]

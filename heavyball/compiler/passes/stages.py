@@ -67,7 +67,7 @@ class _Planner:
         return self._level(value.args[0].index) == "slice"
 
     def _slices_can_wait(self) -> bool:
-        """Whether nothing but numbers is made of what is found by looking at every k-th element."""
+        """Whether only scalars depend on the slice of every k-th element."""
         found: set[int] = set()
         for i, v in enumerate(self.graph.values):
             arguments = [a.index for a in v.args if isinstance(a, Ref)]

@@ -1,4 +1,4 @@
-"""Finds, builds and keeps the kernels of programs, and says why there is none."""
+"""Finds, builds and caches the kernels of programs, and reports why there is none."""
 
 import contextlib
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ warned: set[str] = set()
 
 
 def forget() -> None:
-    """Build again what the process has, also what failed."""
+    """Rebuild all kernels of the process, including those that failed."""
     _built.clear()
     warned.clear()
 
@@ -62,7 +62,7 @@ def build(printed: Printed) -> Kernel:
 
 
 def _build_all(printed: Any) -> Kernel | Parts:
-    """What is printed for a program, built: its kernel, or those of its segments."""
+    """The built kernels of a program: one, or one for each segment."""
     if isinstance(printed, Printed):
         return build(printed)
     segments, several = printed
@@ -70,7 +70,7 @@ def _build_all(printed: Any) -> Kernel | Parts:
 
 
 def signature(job: Job) -> Signature:
-    """What a kernel depends on, apart from the shape where the program looks at it."""
+    """What a kernel depends on, except the shape."""
     param, grad = job.param, job.grad
     states = tuple(
         (k, t.dtype, axes_of(t.shape, param.shape), t.is_contiguous()) for k, t in job.state.items()
@@ -142,7 +142,7 @@ class Kernels:
             self._printed.clear()
 
     def _print(self, job: Job, share: str | None) -> tuple[Any, bool]:
-        """What is printed for a job, and whether it is for its shape alone."""
+        """The printed kernels of a job, and whether they are specific to its shape."""
         for key in _keys(job, share):
             if key in self._printed:
                 return self._printed[key]
@@ -157,7 +157,7 @@ class Kernels:
         return printed[share], sized
 
     def _kept(self, job: Job) -> dict[Signature, Any]:
-        """Where what is built for a job's program is kept."""
+        """The cache of a job's kernels."""
         return _built if job.program.is_library else self._own
 
     def _find(self, job: Job, share: str | None) -> Any:
@@ -198,7 +198,7 @@ class Kernels:
 
 
 def _keys(job: Job, share: str | None) -> tuple[Signature, Signature]:
-    """What a kernel is kept under if it serves all shapes, and if it serves the job's alone."""
+    """The cache keys of a kernel for all shapes, and of one for the job's shape."""
     general = (*signature(job), share)
     return general, (*general, job.param.shape)
 

@@ -1,4 +1,4 @@
-"""What one step does with a set of parameters: tables, sums and what is left for the eager runner."""
+"""One step of a set of parameters: tables, sums, and the parameters of the eager runner."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -207,7 +207,7 @@ class Plan:
 
 @dataclass(frozen=True, eq=False)
 class Given:
-    """What jobs give to a sum: a row for each job, of zeros for those that give nothing."""
+    """The shares of a sum: a row for each job, zeros for jobs without a share."""
 
     rows: Tensor
     members: set[int]

@@ -83,7 +83,7 @@ class Stages:
         return self.arrays[row][low : low + size]
 
     def _place(self, row: list[int], node: int) -> tuple[int, int]:
-        """Where a tensor's array of values begins, and how many it has."""
+        """The offset and the length of a tensor's array of values."""
         frame, leading = self.form.frame, len(self.form.leading)
         assert frame is not None
         later = row[leading - len(frame.later) : leading]

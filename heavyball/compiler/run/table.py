@@ -78,7 +78,7 @@ def compiled(printed: Printed) -> Kernel:
 
 
 def walks_of(kernel: Kernel) -> tuple[Any, Any]:
-    """The functions of a C++ kernel for one walk alone, and for the values kept between two."""
+    """The functions of a C++ kernel for a single walk, and for the values stored between two."""
     library = toolchain.load("#define ONE_WALK\n" + kernel.source, FUNCTION)
     walk, kept = library.walk, library.kept
     walk.argtypes, walk.restype = [*ARGUMENTS, ctypes.c_int64, ctypes.c_void_p], None

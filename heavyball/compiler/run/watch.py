@@ -104,7 +104,7 @@ def native() -> Callable[..., int] | None:
 
 
 class Layouts:
-    """How tensors lie in memory: those that must not move, and the dtypes and strides of others.
+    """The memory layout of tensors: addresses that must not change, dtypes and strides.
 
     The others, the gradients of a step, are not kept alive.
     """
@@ -231,7 +231,7 @@ class Kept:
         self._waiting = self._wait = 1
 
     def holds(self, attributes: Mapping[str, Any]) -> bool:
-        """Whether the state is what and where it was."""
+        """Whether the state is unchanged and in the same memory."""
         unseen = attributes.get(SHOWN, 0) == self._shown and attributes["state"] is self._state
         if self.sealed and unseen:
             return True

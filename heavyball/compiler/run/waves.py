@@ -224,7 +224,7 @@ class Wave:
                     _put(self.numbers[entry.row, self.columns[f"{place}.{name}"]], value)
 
     def _pointers(self, entries: list[Entry], name: str) -> Tensor:
-        """Where a temporary tensor of each parameter begins."""
+        """The offset of a temporary tensor for each parameter."""
         if name.startswith("whole."):
             return _host([e.results[name].data_ptr() for e in entries])
         size = self.dtype.itemsize
@@ -245,7 +245,7 @@ def _put(place: Tensor, value: Tensor | float) -> None:
 
 @dataclass(eq=False)
 class SegmentRows(Table):
-    """The tensors of one segment; those that are made anew in each step have their own columns."""
+    """The tensors of one segment; temporary ones have their own columns."""
 
     entries: list[Entry] = field(default_factory=list)
     moving: list[tuple[int, str]] = field(default_factory=list)
@@ -341,7 +341,7 @@ class Waves:
 
 
 def _elements(job: Job) -> int:
-    """What a parameter adds to a wave: its own elements, or those of the matrices kept with it.
+    """The size of a parameter in a wave: its elements, or those of its matrices.
 
     New matrices wait for the end of their wave, and can be many times the parameter.
     """

@@ -90,7 +90,7 @@ class Mirror:
         self._captured: list[Tensor] = []
 
     def send(self, host: Tensor) -> bool:
-        """Make the device's tensor equal to the host's; says whether anything had to be done."""
+        """Copy the host's tensor to the device if it changed; return whether it did."""
         capturing = _capturing(self.tensor.device)
         # A replayed graph fills the tensor behind our back: from then on it is filled every time.
         known = self._sent is not None and not capturing and not self._captured
@@ -127,7 +127,7 @@ def _capturing(device: torch.device) -> bool:
 
 @dataclass(eq=False)
 class DeviceTable(Table):
-    """A table in the memory of a device. Its buffers stay where they are as long as it is used."""
+    """A table in the memory of a device. Its buffers do not move while it is used."""
 
     device: torch.device = field(default_factory=lambda: torch.device("cuda"))
     aligned: bool = False

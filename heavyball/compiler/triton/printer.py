@@ -49,7 +49,7 @@ class TritonPrinter(Triton, KernelPrinter):
         self.bound = self._bound()
 
     def source(self) -> str:
-        """The whole module; its names `triton`, `tl` and `libdevice` come from whoever loads it."""
+        """The whole module; the loader provides the names `triton`, `tl` and `libdevice`."""
         walks = [
             self._slice_block(k, w) + self._block(k, w) + self._kernel(k, w)
             for k, w in enumerate(self.kernel.walks)
@@ -227,7 +227,7 @@ class TritonPrinter(Triton, KernelPrinter):
     # ---- blocks
 
     def _given(self, loop: Loop) -> list[str]:
-        """What a block of a loop is given besides its lanes: keys, tensors, numbers, sums so far."""
+        """The arguments of a loop's block besides its lanes: keys, tensors, numbers, partial sums."""
         return [
             *(f"key{c.number}" for c in loop.random),
             *(f"t{c.number}" for c in loop.columns),
@@ -333,24 +333,24 @@ class TritonPrinter(Triton, KernelPrinter):
         ]
 
     def zero(self, walk: Walk, s: Reduce) -> str:
-        """Where a sum begins."""
+        """The initial value of a sum."""
         start = 'float("-inf")' if s.how == "max" else "0.0"
         width = SLICE if walk.slices and s in walk.slices.body else BLOCK
         return f"r{s.var.index} = tl.full([{width}], {start}, tl.float64)"
 
     @staticmethod
     def total(s: Reduce) -> str:
-        """What a program leaves behind of a sum."""
+        """Store a program's partial sum."""
         return f"tl.{'max' if s.how == 'max' else 'sum'}(r{s.var.index}, 0)"
 
     @staticmethod
     def joined(s: Reduce, first: str, count: str, stride: int) -> str:
-        """Add up what the programs of a tensor left behind."""
+        """Add the partial sums of a tensor's programs."""
         over = "find_largest" if s.how == "max" else "add_up"
         return f"x{s.var.index} = {over}({first}, {count}, {stride}, 128)"
 
     def _finish(self, k: int, walk: Walk) -> list[str]:
-        """What the last program of a tensor does: sums, what follows from them, what is kept."""
+        """The last program of a tensor: sums, numbers that follow from them, stored values."""
         lines = [
             self.joined(s, f"first + {n}", "pieces", self.kernel.parts)
             for n, s in enumerate(walk.sums)

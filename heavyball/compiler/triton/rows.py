@@ -29,7 +29,7 @@ HEIGHT = 64
 
 @dataclass(frozen=True)
 class Memory:
-    """What a tensor needs between the walks: arrays that are kept, and parts of sums.
+    """The memory of a tensor between walks: arrays and partial sums.
 
     kept: the runs of each array. row_sums, lane_sums, tile_sums: how many sums of a walk belong to
     rows, to places along the lane, and to the whole tensor. lane: the run that a tile is wide; group:
@@ -177,7 +177,7 @@ class TritonRowPrinter(TritonPrinter):
         return BETWEEN.format(k=k, head=self._head(), body=indented(lines, 1))
 
     def _joined(self, walk: Walk) -> Iterable[list[str]]:
-        """Add up what the tiles of a walk left behind."""
+        """Add the partial sums of a walk's tiles."""
         frame, sizes = self.frame, self.sizes
         for n, s in enumerate(self._sums(walk, "row")):
             runs, gone = frame.runs(s.var.level), frame.missing(s.var.level, frame.rows)

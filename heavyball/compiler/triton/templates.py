@@ -1,4 +1,4 @@
-"""What stands around the loops of a Triton kernel."""
+"""The code around the loops of a Triton kernel."""
 
 PRELUDE = '''\
 @triton.jit

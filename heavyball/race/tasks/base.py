@@ -1,4 +1,4 @@
-"""What a race needs to know of a task: a model, batches, a loss and an evaluation."""
+"""The interface of a task: a model, batches, a loss and an evaluation."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
