@@ -1,7 +1,7 @@
-"""Bases of eigenvectors, refreshed a little at a time, and what is carried into a new basis.
+"""Bases of eigenvectors, refreshed incrementally, and the transfer of moments to a new basis.
 
 All functions take batches (B, n, n). A matrix with entries that are not finite is never used: its basis
-stays as it is.
+does not change.
 """
 
 import functools
@@ -43,8 +43,8 @@ def checked_refresh(way: Any, name: str = "zeroth_power_mode") -> Refresh:
 def eigenbasis(matrix: Tensor, fallback: Tensor | None = None) -> Tensor:
     """Eigenvectors as columns, by descending eigenvalue.
 
-    A decomposition that does not converge is tried again in float64; where that fails too, the result
-    is `fallback` (the identity if None), and a warning says so once.
+    A decomposition that does not converge is retried in float64; if that fails too, the result is
+    `fallback` (the identity if None), with one warning.
     """
     return _decomposed(
         _by_eigh, matrix, lambda: _identity(matrix) if fallback is None else fallback
@@ -54,21 +54,21 @@ def eigenbasis(matrix: Tensor, fallback: Tensor | None = None) -> Tensor:
 def refreshed(
     matrix: Tensor, basis: Tensor, way: Refresh, sort: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """A basis nearer to the eigenvectors of `matrix`, and the order of the old columns that it is in.
+    """A basis closer to the eigenvectors of `matrix`, and the order of the old columns in it.
 
     With e_i = q_i^T A q_i, the columns are first sorted by descending e (`order`); then
 
     qr            the orthogonal factor of A Q: one power iteration.
     newtonschulz  the polar factor of Q (I + L - L^T), with L the strictly lower triangle of Q^T A Q,
-                  its columns over their norms in Q^T A Q: the iteration of qr to first order, made of
-                  products alone. "newtonschulz5" makes 5 steps for the polar factor instead of 8, which
-                  leaves the basis as far from orthogonal as they do.
+                  its columns over their norms in Q^T A Q: the iteration of qr to first order, with
+                  products only. "newtonschulz5" makes 5 steps for the polar factor instead of 8, with a
+                  correspondingly less orthogonal basis.
     svd           the left singular vectors of A Q: all the way to the eigenvectors.
     eigh          the eigenvectors of A.
 
-    sort: False leaves the columns in the order that they are in.
+    sort: False keeps the order of the columns.
 
-    The polar factor of A Q itself would be Q, whatever the positive definite A: it refreshes nothing.
+    The polar factor of A Q itself is Q for any positive definite A, so it would not refresh the basis.
 
     Shapes: matrix, basis (B, n, n); order (B, n).
     """
@@ -93,7 +93,7 @@ def refreshed(
 
 
 def followed(factor: Tensor, basis: Tensor) -> Tensor:
-    """A basis nearer to the eigenvectors of Q^T Q, given the factor Q.
+    """A basis closer to the eigenvectors of Q^T Q, given the factor Q.
 
     B' = orthogonal factor of Q^T Q B, its columns b by descending ||Q b||, each with the sign that makes
     its product with the old column at its place positive. A basis stays where B' is not finite.
@@ -113,7 +113,7 @@ def followed(factor: Tensor, basis: Tensor) -> Tensor:
 
 
 def carry(x: Tensor, old: Sequence[Tensor | None], new: Sequence[Tensor | None]) -> Tensor:
-    """The coordinates in the new bases of what has the coordinates x in the old ones: exact."""
+    """Transform coordinates x in the old bases to the new ones, exactly."""
     return rotate(rotate(x, old, back=True), new)
 
 
@@ -131,7 +131,7 @@ def carry_square(x: Tensor, old: Sequence[Tensor | None], new: Sequence[Tensor |
 
 
 def reorder(x: Tensor, orders: Sequence[Tensor | None]) -> Tensor:
-    """Permute every axis of x (B, n_0, .., n_k) by its order (B, n_i); None leaves it alone."""
+    """Permute every axis of x (B, n_0, .., n_k) by its order (B, n_i); None does not permute."""
     for axis, order in enumerate(orders, start=1):
         if order is not None and len(x) == 1:
             x = x.index_select(axis, order[0])

@@ -1,8 +1,8 @@
 """A Kronecker-factored preconditioner P = Q^T Q, Q = Q_1 x ... x Q_n, with one factor for every axis.
 
-A tensor has the shape (batch, s_1, ..., s_n): so many parameters of one shape, each on its own. The
-factor of axis i is upper triangular, (batch, s_i, s_i), or diagonal, (batch, s_i). Nothing here writes
-to its arguments.
+Tensors have the shape (batch, s_1, ..., s_n): independent parameters of the same shape. The
+factor of axis i is upper triangular, (batch, s_i, s_i), or diagonal, (batch, s_i). Functions do not
+write to their arguments.
 """
 
 import math
@@ -38,15 +38,15 @@ def triangular_axes(
 ) -> tuple[bool, ...]:
     """Which axes of a tensor get a triangular factor; the others get a diagonal one.
 
-    Diagonal are axes of one element or of more than `max_size`, all axes of a tensor with fewer than
-    `min_ndim` dimensions, and what the mode says:
+    Axes of one element or of more than `max_size`, and all axes of a tensor with fewer than `min_ndim`
+    dimensions, are diagonal, and so are, depending on the mode:
 
     one_diag        the largest axis
     smart_one_diag  the largest axis, if it is larger than every other
     all_diag        all
     one_triu        all but the smallest of the axes that may be triangular
 
-    Of equal axes the last is the largest and the first is the smallest.
+    Among equal axes, the last counts as the largest and the first as the smallest.
     """
     allowed = [1 < size <= max_size and len(shape) >= min_ndim for size in shape]
     order = sorted(range(len(shape)), key=lambda axis: shape[axis])
@@ -95,7 +95,7 @@ def _along(
 ) -> Tensor:
     """A product along one axis: of columns (s, rest), or of rows (rest, s) if it is the innermost.
 
-    So a matrix is multiplied from the left and from the right as it lies in memory.
+    Matrices are multiplied from either side without a copy.
     """
     places = _by_stride(x)
     axis += 1
@@ -124,7 +124,7 @@ def _both_right(q: Tensor, y: Tensor) -> Tensor:
 
 
 def _by_stride(x: Tensor) -> list[int]:
-    """The axes of a tensor behind the batch, the outermost in memory first."""
+    """The axes of a tensor after the batch, the outermost in memory first."""
     return sorted(range(1, x.ndim), key=x.stride().__getitem__, reverse=True)
 
 
@@ -299,9 +299,9 @@ def fitted(
     triangular  Q_i <- Q_i - lr triu(T1 - T2) Q_i / bound of ||T1 + T2||
     diagonal    q_i <- q_i - lr (t1 - t2) q_i / max(t1 + t2)
 
-    x' is x with noise of relative size sqrt(2^-23). The factors of a member of the batch stay what
-    they were where x is zero, which says nothing about its scale, or where a new factor would not
-    be finite. passing: new triangles are good until the next fit only, see `scratch`.
+    x' is x with noise of relative size sqrt(2^-23). The factors of a member of the batch do not change
+    if x is zero, which does not determine its scale, or if a new factor would not be finite.
+    passing: new triangles are valid only until the next fit, see `scratch`.
 
     Shapes: x, noise (batch, s_1, ..., s_n).
     Source: Li 2015, https://arxiv.org/abs/1512.04202, and 2024, https://arxiv.org/abs/2402.11858,

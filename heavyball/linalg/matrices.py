@@ -1,7 +1,7 @@
-"""The matrices that a parameter holds: a flattened kernel, stacked experts, blocks of rows or columns.
+"""The matrices in a parameter: a flattened kernel, stacked experts, blocks of rows or columns.
 
-A matrix method works on batches (n, rows, columns); `Matrices` cuts a tensor into them and puts the
-results together again.
+A matrix method works on batches (n, rows, columns); `Matrices` splits a tensor into them and
+assembles the results.
 """
 
 import functools
@@ -23,7 +23,7 @@ Blocks = int | tuple | Mapping | None
 
 @dataclass(frozen=True)
 class Cut:
-    """The lengths of the blocks along one axis, and in how many groups their parts lie."""
+    """The lengths of the blocks along one axis, and the number of groups of their parts."""
 
     sizes: tuple[int, ...]
     groups: int = 1
@@ -180,7 +180,7 @@ class Matrices:
 def matrices(
     shape: tuple[int, ...], stacked: bool = False, blocks: Any = None, axis: int = 0
 ) -> Matrices:
-    """How a matrix method sees a tensor of this shape: kernels are (size of axis 0, rest).
+    """The matrices in a tensor of this shape: kernels are (size of axis 0, rest).
 
     stacked: the tensor is a batch of matrices in its last two axes.
     blocks, axis: the rows (0) or columns (1) of each matrix that are a matrix of their own.

@@ -36,9 +36,9 @@ def add_product(start: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) 
 
 
 def rotate(x: Tensor, bases: Sequence[Tensor | None], back: bool = False) -> Tensor:
-    """Multiply every axis of x by the transpose of its basis, or by the basis where `back`.
+    """Multiply every axis of x by the transpose of its basis, or by the basis if `back`.
 
-    For a matrix: Q_0^T x Q_1, and back Q_0 x Q_1^T. An axis without a basis is left alone.
+    For a matrix: Q_0^T x Q_1, and back Q_0 x Q_1^T. Axes without a basis are skipped.
 
     Shapes: x (B, n_0, .., n_k); bases (B, n_i, n_i) each, or None.
     """
@@ -83,7 +83,7 @@ def _contraction(
 def update_gram(x: Tensor, axis: int, start: Tensor, beta: float) -> Tensor:
     """`beta start + (1 - beta) X X^T`, in `start`; X is x unfolded along an axis, 0 for the first.
 
-    Only the lower triangle of `start` is looked at where it is large: it must be symmetric.
+    If `start` is large, only its lower triangle is read: it must be symmetric.
 
     Shapes: x (B, n_0, .., n_k); start and the result (B, n_axis, n_axis).
     """

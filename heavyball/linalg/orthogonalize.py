@@ -99,25 +99,29 @@ def newton_schulz(
     restart: tuple[int, ...] | None = None,
     normalize: Normalize = "frobenius",
 ) -> Tensor:
-    """Matrices whose singular values are pushed towards 1, with the singular vectors of `x`.
+    """Push the singular values of matrices towards 1, keeping their singular vectors.
 
     X_0 = x / (||x||_F + eps);  X_k+1 = a_k X_k + (b_k A + c_k A^2) X_k with A = X_k X_k^T;
     result = scale * X_steps.  A tall matrix is multiplied from the right, with A = X_k^T X_k.
     normalize="aol": X_0 = diag(s) x, s_i = max(sum_j |x x^T|_ij, eps)^(-1/2), of the shorter side.
 
-    Where the longer side is ELONGATED times the shorter or more, the same polynomials act on the Gram
-    matrix A of the shorter side alone: with P_k = a I + b A + c A^2, A <- P A P and Q <- P Q, and the
-    result is Q X. Squaring doubles the exponent of the condition number, and what it has rounded away
-    grows with every step, so X <- Q X, A <- X X^T and Q <- I begin anew before some of them.
+    If the longer side is at least ELONGATED times the shorter, the same polynomials are applied to
+    the Gram
+    matrix A of the shorter side: with P_k = a I + b A + c A^2, A <- P A P and Q <- P Q, and the
+        result is Q X.
+    Squaring doubles the exponent of the condition number, and the rounding error grows with every
+    step, so
+    X <- Q X, A <- X X^T and Q <- I restart before some steps.
 
-    restart: the steps, counted from 0, before which the Gram form begins anew; None for (2,) up to five
-        steps and for every second step of more: at a condition of 1e5 float32 then stays within ten
-        times the error of the products with X. () never does.
+    restart: the steps, counted from 0, before which the Gram form restarts; None for (2,) up to five
+        steps
+        and for every second step of more: at a condition number of 1e5, float32 then stays within
+            ten times
+        the error of the products with X. () never restarts.
     products: "full" multiplies in the dtype of x; "bfloat16" in bfloat16, to which x is rounded first,
-        as the authors do; that puts the result off by up to 0.035 per entry; "auto" takes bfloat16 for
-        float32 where there are units for it, and "full" elsewhere. They are ten times faster on CUDA;
-        on a CPU with AMX up to three times, from 256 rows and columns on and unless the Gram form has
-        less to do.
+        as the authors do, which changes the result by up to 0.035 per entry; "auto" uses bfloat16 for
+        float32 if the hardware supports it, else "full". bfloat16 is ten times faster on CUDA, and up to
+        three times on a CPU with AMX, from 256 rows and columns on and unless the Gram form is cheaper.
 
     Shapes: (..., m, n); norms and products are per matrix.
     """
@@ -153,7 +157,7 @@ def newton_schulz(
 
 
 def _almost_orthogonal(x: Tensor, eps: float | Tensor) -> Tensor:
-    """What the rows of the shorter side are divided by, so that no singular value is above 1."""
+    """Scale the rows of the shorter side so that no singular value is above 1."""
     sums = _gram(x).abs().sum(-1, keepdim=True)
     size = sums.clamp(min=eps).sqrt()
     return size.mT if _is_tall(x) else size
@@ -164,7 +168,7 @@ def in_bfloat16(
 ) -> bool:
     """Whether the products of matrices (..., m, n) are computed in bfloat16.
 
-    With "auto" where that takes less time than in float32: a matter of the machine and the sizes.
+    With "auto", if it is faster than float32, which depends on the machine and the sizes.
     """
     if products != "auto" or dtype != torch.float32:
         return products == "bfloat16"

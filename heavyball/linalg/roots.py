@@ -9,11 +9,11 @@ from heavyball.errors import warn
 def inverse_root(matrix: Tensor, order: int, eps: float, fallback: Tensor) -> Tensor:
     """`(S + eps I)^(-1/order)` for a batch of symmetric positive semi-definite matrices S.
 
-    A negative eigenvalue is a rounding error and taken for zero. An eigenvalue below the rounding
+    Negative eigenvalues are rounding errors and treated as zero. An eigenvalue below the rounding
     error of the largest is raised to that, so that the root does not amplify noise.
 
-    fallback: what to return for members that are not finite or whose decomposition fails, also in
-        float64; that is reported by a warning.
+    fallback: the result for members that are not finite or whose decomposition fails, also in float64;
+        with a warning.
     """
     finite = matrix.flatten(1).isfinite().all(dim=1)
     safe = torch.where(finite[:, None, None], matrix, 0)

@@ -1,8 +1,7 @@
-"""The shape in which a matrix method works on a tensor: adjacent axes merged, long ones cut.
+"""The shape in which a matrix method works on a tensor: adjacent axes merged, long ones split.
 
-A `WorkingShape` is made from a shape alone, once. `blocks_of` gives the pieces of a tensor, as views
-where its strides allow, and `whole_of` puts pieces together again; any number of leading batch axes
-is left alone.
+A `WorkingShape` is computed once from a shape. `blocks_of` returns the pieces of a tensor, as views
+if its strides allow, and `whole_of` assembles pieces; leading batch axes are preserved.
 """
 
 import functools
@@ -158,7 +157,7 @@ def working_shape(
     blocks: Any = None,
     axis: int = 0,
 ) -> WorkingShape:
-    """How a matrix method sees a tensor of this shape.
+    """The working shape of a tensor of this shape.
 
     limit: the largest product of merged axes and, with `split`, the largest piece of an axis.
     blocks, axis: the axis that is cut into blocks, see `matrices.Blocks`.

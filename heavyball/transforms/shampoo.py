@@ -110,8 +110,8 @@ def shampoo(
     blocks, axis: blocks of an axis with separate matrices, as in `orthogonalize`.
 
     Shapes: all (*).
-    Units: with beta2 < 1 the result is dimensionless; its size falls with the rank of the gradients, so it is
-        usually grafted: `graft(shampoo, scale_by_adam)`.
+    Units: with beta2 < 1 the result is dimensionless; its size falls with the rank of the gradients,
+        so it is usually grafted: `graft(shampoo, scale_by_adam)`.
     Source: Gupta, Koren and Singer 2018, Algorithm 2, https://arxiv.org/abs/1802.09568; ASGO: An et
         al. 2025, https://arxiv.org/abs/2503.20762. Departures: eps is added when a root is computed
         (for a sum that is equivalent), and the mean is unbiased.
