@@ -81,8 +81,8 @@ _ALL = (
         2e-4,
         "Kimi K2, https://arxiv.org/abs/2507.20534, section 2.5 as read: lr 2e-4 after a warm-up of "
         "500 steps, weight decay 0.1; tau 100; without its cosine to 2e-5 after 10T of 15.5T tokens. "
-        "Momentum and AdamW's settings are those of Muon. Pass `heads`, and feed max_logits before every "
-        "step",
+        "Momentum and AdamW's settings are those of Muon. Pass `heads`, and feed max_logits before "
+        "every step",
     ),
     Recipe(
         "deepseek-v4",
