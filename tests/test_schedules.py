@@ -986,7 +986,7 @@ BAD_USES = {
     "one of two": (built(C.scale_by_adam, C.schedule("betas", LR)), "betas"),
     "what is found": (
         lambda: heavyball.Prodigy([leaf()], d0=C.constant(peak=1e-6)),
-        "finds d while training",
+        "estimates d during training",
     ),
     "capturable": (built(C.sign, lr=LR, capturable=True), "capturable=True: the schedules of lr"),
     "a group's unknown number": (

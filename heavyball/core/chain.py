@@ -187,7 +187,7 @@ class Chain:
         begins = self.rate.transform.numbers.items() if self.rate else ()
         for number, start in begins:
             if name in (start, number):
-                return f"{self.rate.key} finds {number} while training"  # type: ignore[union-attr]
+                return f"{self.rate.key} estimates {number} during training"  # type: ignore[union-attr]
         if name == LR or name in self.hyper:
             return None
         for node in every_node(self._nodes):

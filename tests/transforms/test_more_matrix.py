@@ -1036,7 +1036,7 @@ def test_options_of_a_basis_that_exclude_each_other_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             C.ChainOpt([p], 0.1, C.soap_precond(C.sign, **options))
-    with pytest.raises(ValueError, match="scale_by_adam keeps a first moment"):
+    with pytest.raises(ValueError, match="scale_by_adam has a first moment"):
         C.soap_precond(refresh="before")
 
 
