@@ -179,7 +179,9 @@ def test_a_parameter_put_in_the_place_of_one_with_state_is_refused(compiled):
     old, new = replaced(opt)
     fill_gradients([params[0], new, params[2]], 3)
     for _ in range(2):
-        unchanged_by(opt, opt.step, r"parameter 1 of group 0 of shape \(4,\) .*replaced a parameter")
+        unchanged_by(
+            opt, opt.step, r"parameter 1 of group 0 of shape \(4,\) .*replaced a parameter"
+        )
     assert opt.state[params[0]]["step"] == 3
     with pytest.raises(ValueError, match="replaced a parameter in its group"):
         opt.init_state()
