@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from heavyball.compiler.frontend.ops import OPERATIONS, RECORDED, NotPrintableError
+from heavyball.compiler.frontend.meta import result_of
 from heavyball.compiler.passes.axes import Runs, along, first_axes, is_along
 from heavyball.core.hyper import is_sequence
 from heavyball.core.program import Program, WholeNode
@@ -374,7 +375,8 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = str(func).removeprefix("aten.")
-        result = func(*args, **kwargs)
+        with self.watch.ignored():
+            result = result_of(func, args, kwargs)
         if name == "empty.memory_format":
             return result
         if not isinstance(result, Tensor):
