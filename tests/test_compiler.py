@@ -5,12 +5,11 @@ import gc
 import multiprocessing
 import os
 import pickle
-import subprocess
-import sys
 import threading
 import warnings
 import weakref
 
+import fresh
 import pytest
 import torch
 from helpers import CONDITIONS, anywhere, conditional, modifies, one_step
@@ -455,12 +454,10 @@ print(p.double().sum().item().hex())
 
 def test_two_processes_build_at_once_and_a_third_loads(tmp_path) -> None:
     env = {**os.environ, "HEAVYBALL_CACHE": str(tmp_path / "cache")}
-    command = [sys.executable, "-c", STEP]
-    both = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    results = [p.communicate(timeout=120)[0] for p in both]
-    results.append(
-        subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
-    )
+    both = [fresh.start(STEP, env=env) for _ in range(2)]
+    done = [*(ended() for ended in both), fresh.run(STEP, env=env)]
+    assert not any(process.returncode for process in done), [process.stderr for process in done]
+    results = [process.stdout for process in done]
     assert len(set(results)) == 1
     assert results[0].strip()
 

@@ -3,9 +3,8 @@
 import copy
 import inspect
 import pickle
-import subprocess
-import sys
 
+import fresh
 import pytest
 import torch
 from torch import nn
@@ -320,7 +319,8 @@ for p in opt.param_groups[0]["params"]:
 opt.step()
 print(opt.param_groups[0]["params"][0].tolist())
 """
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = fresh.run(code)
+    assert found.returncode == 0, found.stderr
     p = opt.param_groups[0]["params"][0]
     p.grad = p.detach().clone()
     opt.step()

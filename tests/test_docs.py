@@ -4,10 +4,9 @@ import importlib.util
 import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
 
@@ -18,9 +17,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_the_generated_pages_are_current() -> None:
-    done = subprocess.run(
-        [sys.executable, ROOT / "docs" / "build.py", "--check"], capture_output=True, text=True
-    )
+    build = str(ROOT / "docs" / "build.py")
+    program = f"import runpy; runpy.run_path({build!r}, run_name='__main__')"
+    done = fresh.run(program, "--check")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -107,8 +106,9 @@ def run_pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         script.write_text(script_of(page))
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     # torch's own deprecations are not the pages'
-    words = [sys.executable, "-W", "error::UserWarning", "-c", RUNNER, *scripts.values()]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=folder, env=environment)
+    done = fresh.run(
+        RUNNER, *scripts.values(), cwd=folder, env=environment, warned=[("error", UserWarning)]
+    )
     assert done.returncode == 0, done.stderr
     return scripts
 
@@ -149,13 +149,8 @@ def test_the_transform_in_ten_lines_is_compiled(tmp_path: Path) -> None:
         "print(len(opt.kernel_sources()))"
     )
     script.write_text(f"import torch\nmodel = torch.nn.Linear(64, 10)\n{block}\n{steps}")
-    done = subprocess.run(
-        [sys.executable, "-W", "error::RuntimeWarning", script],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
+    program = f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')"
+    done = fresh.run(program, cwd=tmp_path, warned=[("error", RuntimeWarning)])
     assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
 
 
@@ -191,12 +186,7 @@ def test_the_checkpoints_of_the_page_survive_a_process_that_is_killed(
     moment: str, tmp_path: Path
 ) -> None:
     pattern = blocks(ROOT / "docs/checkpoints.md")[0]
-    killed = subprocess.run(
-        [sys.executable, "-c", pattern + KILLED, moment],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    killed = fresh.run(pattern + KILLED, moment, cwd=tmp_path)
     assert killed.returncode == (0 if moment == "never" else -signal.SIGKILL), killed.stderr
     names: dict = {}
     exec(pattern, names)  # the functions as the page has them

@@ -2,11 +2,11 @@
 
 import os
 import runpy
-import subprocess
 import sys
 import warnings
 from pathlib import Path
 
+import fresh
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -32,11 +32,13 @@ ALONE = {"train_and_resume.py", "fsdp2.py"}
 @pytest.mark.parametrize("name", sorted(ALONE))
 def test_the_example_runs_as_a_program(name: str) -> None:
     words, said = RUNS[name]
-    done = subprocess.run(
-        [sys.executable, ROOT / "examples" / name, *words],
+    path = str(ROOT / "examples" / name)
+    program = f"import runpy, sys; runpy.run_path({path!r}, run_name='__main__')"
+    done = fresh.run(
+        program,
+        *words,
         env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error"},
-        capture_output=True,
-        text=True,
+        warned=[("error", Warning)],
     )
     assert done.returncode == 0, done.stderr
     assert said in done.stdout

@@ -1,11 +1,12 @@
 """Who imports whom: folders stand in an order, and no two modules import each other."""
 
 import ast
+import functools
 import itertools
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+import fresh
 
 import heavyball
 
@@ -37,14 +38,18 @@ ORDER = (
 AGAINST = {("distributed", "optim"), ("diagnostics", "distributed")}
 
 
-def modules() -> dict[str, Path]:
+@functools.cache
+def modules() -> dict[str, ast.Module]:
+    """What every module of the library says."""
     found = {}
     for path in ROOT.rglob("*.py"):
         parts = path.relative_to(ROOT.parent).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        found[name] = ast.parse(path.read_text())
     return found
 
 
+@functools.cache
 def imports() -> dict[str, set[str]]:
     """What importing each module imports: not what a function imports when it is called, nor types."""
     known = modules()
@@ -67,9 +72,8 @@ def imports() -> dict[str, set[str]]:
             yield from (alias.name for alias in node.names)
 
     return {
-        name: {m for node in nodes(ast.parse(path.read_text())) for m in named(node)}
-        & known.keys() - {name}
-        for name, path in known.items()
+        name: {m for node in nodes(tree) for m in named(node)} & known.keys() - {name}
+        for name, tree in known.items()
     }
 
 
@@ -114,9 +118,9 @@ def test_nobody_reads_the_private_attributes_of_an_optimizer() -> None:
     names = {"opt", "optimizer", "registry"}
     found = [
         f"{name}:{node.lineno} {ast.unparse(node)}"
-        for name, path in modules().items()
+        for name, tree in modules().items()
         if name != "heavyball.optim.optimizer"
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(tree)
         if isinstance(node, ast.Attribute)
         and isinstance(node.value, ast.Name)
         and node.value.id in names
@@ -140,7 +144,5 @@ for name, fused in {list(ways)}:
 found = [name for name in sys.modules if name.startswith("heavyball.compiler")]
 assert not found, found
 """
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True
-    )
+    done = fresh.run(program, warned=[("ignore", Warning)])
     assert done.returncode == 0, done.stderr

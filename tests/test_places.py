@@ -2,12 +2,11 @@
 
 import os
 import re
-import subprocess
-import sys
 import tomllib
 import warnings
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
 
@@ -81,12 +80,7 @@ for name in ("fcntl", "pwd", "grp", "resource", "termios"):
 def on_a_machine(before, tmp_path, **environment):
     """What a new process with an empty cache of kernels prints, and what it warns of."""
     home = {"HEAVYBALL_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", f"import torch\n{before}{STEP}"],
-        env={**os.environ, **home, **environment},
-        capture_output=True,
-        text=True,
-    )
+    done = fresh.run(f"import torch\n{before}{STEP}", env={**os.environ, **home, **environment})
     assert done.returncode == 0, done.stderr
     return done.stdout, done.stderr
 

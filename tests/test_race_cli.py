@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 
+import fresh
 import pytest
 from click.testing import CliRunner
 from helpers import modifies
@@ -331,13 +332,7 @@ def test_without_the_extra_the_package_imports_and_the_program_says_what_is_miss
         "print(heavyball.core.text.parse_chain('exp_avg | sign'));"
         "heavyball.race.main()"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=subprocess_environment(),
-    )
+    done = fresh.run(code, env=subprocess_environment())
     assert done.returncode == 2
     assert done.stdout.strip() == "(exp_avg, sign)"
     assert done.stderr.strip() == (

@@ -3,10 +3,9 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh
 import pytest
 
 from heavyball.race.store import Store
@@ -47,12 +46,7 @@ store.write({"runs": 2, "text": "x" * 100_000})
 
 @pytest.mark.parametrize("moment", ["write", "replace"])
 def test_a_process_killed_while_it_writes_leaves_the_file_of_before(tmp_path, moment):
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, tmp_path, moment],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+    done = fresh.run(KILLED, tmp_path, moment)
     assert done.returncode == -signal.SIGKILL, done.stderr
     store = Store(tmp_path)
     assert store.saved()["runs"] == 1

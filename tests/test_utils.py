@@ -1,5 +1,6 @@
 """`set_torch` changes what it says, says what it changed, and leaves determinism alone."""
 
+import fresh
 import pytest
 import torch
 
@@ -98,16 +99,13 @@ def test_determinism_as_a_warning_counts_too():
 
 def test_importing_the_library_changes_no_setting():
     """In a new process, so that nothing else has imported it."""
-    import subprocess
-    import sys
-
     code = (
         "import torch;"
         "read = lambda: (torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark,"
         " torch.backends.opt_einsum.strategy, torch.get_num_threads(), torch.get_default_dtype());"
         "before = read(); import heavyball; assert read() == before, (before, read())"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = fresh.run(code)
     assert done.returncode == 0, done.stderr
 
 
