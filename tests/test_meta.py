@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from heavyball.compiler.frontend import meta
+from heavyball.runtime import meta
 
 aten = torch.ops.aten
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.bool, torch.int64)

@@ -15,6 +15,7 @@ from heavyball.distributed.layout import WEIGHTS, Beginning, Kept, kept_states, 
 from heavyball.distributed.recipe import Recipe, recipe, staged
 from heavyball.distributed.shard import Layout, local
 from heavyball.numerics import Origin, compute_dtype
+from heavyball.runtime.meta import Remembering
 from heavyball.runtime.place import Place
 from heavyball.runtime.state import add_missing_state
 from heavyball.state.held import main_of
@@ -188,7 +189,8 @@ def whole_state(
     """The state of the whole tensor, without memory."""
     found: dict[str, Tensor] = {}
     like = torch.empty(shape, dtype=dtype, device="meta")
-    add_missing_state(program, like, group, found, lazy)
+    with Remembering():
+        add_missing_state(program, like, group, found, lazy)
     return found
 
 

@@ -18,6 +18,7 @@ from heavyball.core.program import Fork, Node, Program, visible
 from heavyball.core.schedule import SCHEDULES
 from heavyball.core.transform import Transform
 from heavyball.optim.scheduling import BEGUN, texts
+from heavyball.runtime.meta import Remembering
 from heavyball.runtime.rates import WAITING
 from heavyball.runtime.state import add_missing_state, value_shape
 from heavyball.state.held import (
@@ -267,7 +268,8 @@ def expected_state(
     all_lazy: also what it would be given under other values of the group.
     """
     expected: dict[str, Tensor] = {}
-    add_missing_state(program, param.detach().to("meta"), group, expected, all_lazy)
+    with Remembering():
+        add_missing_state(program, param.detach().to("meta"), group, expected, all_lazy)
     return expected
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from heavyball.core.program import Program
 from heavyball.numerics import lasting
+from heavyball.runtime.meta import Remembering
 from heavyball.runtime.state import PLAIN, add_missing_state
 from heavyball.state.held import (
     CORRECTION,
@@ -125,7 +126,8 @@ def _expected(
     if place not in program.expected:
         made: dict[str, Tensor] = {}
         like = param.detach().to("meta")
-        add_missing_state(program, like, group, made, all_lazy=True, storage=PLAIN)
+        with Remembering():
+            add_missing_state(program, like, group, made, all_lazy=True, storage=PLAIN)
         program.expected[place] = {
             key: (tensor.shape, is_real(made, key))
             for key, tensor in made.items()

@@ -9,6 +9,7 @@ from torch import Tensor
 from heavyball.core.program import Node, Program, WholeNode
 from heavyball.numerics import SCALAR, compute_dtype, working
 from heavyball.runtime.job import Job, Pieces
+from heavyball.runtime.meta import Remembering
 from heavyball.state.declare import Holds, State
 from heavyball.state.formats import Storage
 from heavyball.state.held import create, create_param, drawing, held, held_param, is_packed
@@ -89,10 +90,11 @@ def value_shape(program: Program, key: str, param: Tensor) -> torch.Size:
     if place not in program.shapes:
         made: dict[str, Tensor] = {}
         like = param.detach().to("meta")
-        for node, name, declared in program.states:
-            own = node.state_key(name)
-            if own == key or (declared.several and key.rpartition(".")[0] == own):
-                _add(program, node, name, like, made, PLAIN)
+        with Remembering():
+            for node, name, declared in program.states:
+                own = node.state_key(name)
+                if own == key or (declared.several and key.rpartition(".")[0] == own):
+                    _add(program, node, name, like, made, PLAIN)
         program.shapes[place] = made[key].shape
     return program.shapes[place]
 
@@ -148,7 +150,8 @@ def pieces(program: Program, node: Node, name: str, param: Tensor) -> tuple[str 
     place = node.state_key(name), param.shape, param.dtype
     if place not in program.pieces:
         init = node.transform.states[name].init
-        made = init(working(param.detach().to("meta")), node.transform.options)
+        with Remembering():
+            made = init(working(param.detach().to("meta")), node.transform.options)
         if not isinstance(made, tuple):
             raise TypeError(f"{place[0]}: init returned {type(made).__name__}, expected a tuple")
         keys = (f"{place[0]}.{i}" for i in range(len(made)))

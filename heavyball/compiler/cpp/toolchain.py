@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from heavyball.compiler.recent import Recent
+from heavyball.runtime.recent import Recent
 
 # Newer standards bring a <cmath> that takes a third of the time of a small kernel.
 NEEDED = ("-std=c++14", "-fPIC", "-shared")

@@ -11,13 +11,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from heavyball.compiler.frontend.ops import OPERATIONS, RECORDED, NotPrintableError
-from heavyball.compiler.frontend.meta import result_of
 from heavyball.compiler.passes.axes import Runs, along, first_axes, is_along
 from heavyball.core.hyper import is_sequence
 from heavyball.core.program import Program, WholeNode
 from heavyball.numerics import measures
 from heavyball.runtime.execute import Request, complete, share_name
 from heavyball.runtime.job import Answer, Call, Job, has_narrow
+from heavyball.runtime.meta import result_of
 from heavyball.runtime.state import packed_shape
 from heavyball.runtime.step import SCALAR, compute_dtype, start, working
 from heavyball.state.held import COLUMNS, is_companion

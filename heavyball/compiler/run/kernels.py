@@ -11,7 +11,6 @@ from heavyball.compiler.frontend.graph import NotPrintableError
 from heavyball.compiler.passes.axes import axes_of
 from heavyball.compiler.passes.segments import Segments
 from heavyball.compiler.pipeline import Printed
-from heavyball.compiler.recent import Recent
 from heavyball.compiler.run.printing import (
     OrderError,
     check_layout,
@@ -22,6 +21,7 @@ from heavyball.compiler.run.table import FUNCTION, Kernel, compiled
 from heavyball.compiler.triton import device as cuda
 from heavyball.errors import warn
 from heavyball.runtime.job import Job
+from heavyball.runtime.recent import Recent
 
 # What a kernel depends on.
 Signature = tuple[Any, ...]

@@ -5,12 +5,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from heavyball.compiler.recent import Recent
+from heavyball.runtime.recent import Recent
 
 # torch infers most results in Python, which takes up to a millisecond an operation; chains make few
 # different ones, again and again.
 _results: dict[Any, tuple[torch.Size, tuple[int, ...], torch.dtype]] = Recent(2**14)
+
+
+class Remembering(TorchDispatchMode):
+    """While it is entered, operations on meta tensors are not inferred twice."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return result_of(func, args, kwargs or {})
 
 
 def result_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -24,7 +32,7 @@ def result_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         shape, strides, dtype = known
         return torch.empty_strided(shape, strides, dtype=dtype, device="meta")
     result = func(*args, **kwargs)
-    if key is not None and isinstance(result, Tensor) and result.is_meta:
+    if key is not None and type(result) is Tensor and result.is_meta:
         _results[key] = result.shape, result.stride(), result.dtype
     return result
 
