@@ -2,14 +2,11 @@
 
 import copy
 import io
-import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import continued
+import fresh
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -67,9 +64,8 @@ def test_a_run_goes_on_in_a_new_process_as_if_it_had_not_stopped(tmp_path):
     saved, endings = continued.begin()
     utils.compile_mode = before
     torch.save(saved, tmp_path / "saved")
-    command = [sys.executable, continued.__file__, tmp_path / "saved", tmp_path / "results"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    program = f"import runpy; runpy.run_path({continued.__file__!r}, run_name='__main__')"
+    done = fresh.run(program, tmp_path / "saved", tmp_path / "results")
     assert done.returncode == 0, done.stderr
     resumed = torch.load(tmp_path / "results", weights_only=True)
     assert resumed.keys() == endings.keys()

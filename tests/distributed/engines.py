@@ -1,12 +1,13 @@
 """Ways to put a model on several processes, and optimizers to step it with, there and on one."""
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -27,7 +28,8 @@ class Model(nn.Module):
 
     def __init__(self, dtype: torch.dtype = torch.float64):
         super().__init__()
-        torch.manual_seed(0)
+        # not torch.manual_seed, which prints the whole stack to a string for devices that come later
+        torch.default_generator.manual_seed(0)
         self.first = nn.Linear(10, 8)
         self.second = nn.Linear(8, 6)
         self.norm = nn.LayerNorm(6)
@@ -38,11 +40,16 @@ class Model(nn.Module):
         return self.third(self.norm(torch.tanh(self.second(torch.tanh(self.first(x))))))
 
 
+@functools.cache
+def _shapes() -> list[torch.Size]:
+    return [p.shape for p in Model().parameters()]
+
+
 def gradients(step: int, dtype: torch.dtype = torch.float64) -> Iterator[Tensor]:
     """The gradients of a step: multiples of 2^-20, the same on every process."""
     generator = torch.Generator().manual_seed(100 + step)
-    for p in Model().parameters():
-        g = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+    for shape in _shapes():
+        g = torch.randn(shape, generator=generator, dtype=torch.float64)
         yield ((g * 2**20).round() / 2**20).to(dtype)
 
 
@@ -70,6 +77,12 @@ def placed_as(param: DTensor, tensor: Tensor) -> DTensor:
 # ---- engines: what is done to a model, and what the optimizer is told
 
 
+@functools.cache
+def mesh_of(*sizes: int, names: tuple[str, ...] | None = None) -> DeviceMesh:
+    """The mesh of this process; each new one would be new groups of processes."""
+    return init_device_mesh("cpu", sizes, mesh_dim_names=names)
+
+
 def _plain(model: nn.Module, world: int) -> dict[str, Any]:
     return {}
 
@@ -79,12 +92,12 @@ def _replicas(model: nn.Module, world: int) -> dict[str, Any]:
 
 
 def _fsdp(model: nn.Module, world: int) -> dict[str, Any]:
-    fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+    fully_shard(model, mesh=mesh_of(world))
     return {}
 
 
 def _nested(model: nn.Module, world: int) -> dict[str, Any]:
-    mesh = init_device_mesh("cpu", (world,))
+    mesh = mesh_of(world)
     fully_shard(model.first, mesh=mesh)
     fully_shard(model.third, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -92,25 +105,25 @@ def _nested(model: nn.Module, world: int) -> dict[str, Any]:
 
 
 def _columns(model: nn.Module, world: int) -> dict[str, Any]:
-    mesh = init_device_mesh("cpu", (world,))
+    mesh = mesh_of(world)
     fully_shard(model, mesh=mesh, shard_placement_fn=lambda p: Shard(p.ndim - 1))
     return {}
 
 
 def _hsdp(model: nn.Module, world: int) -> dict[str, Any]:
-    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("copies", "parts"))
+    mesh = mesh_of(2, world // 2, names=("copies", "parts"))
     fully_shard(model, mesh=mesh)
     return {}
 
 
 def _tensor_parallel(model: nn.Module, world: int) -> dict[str, Any]:
-    mesh = init_device_mesh("cpu", (world,))
+    mesh = mesh_of(world)
     parallelize_module(model, mesh, {"first": ColwiseParallel(), "second": RowwiseParallel()})
     return {}
 
 
 def _both(model: nn.Module, world: int) -> dict[str, Any]:
-    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("data", "tensor"))
+    mesh = mesh_of(2, world // 2, names=("data", "tensor"))
     plan = {"first": ColwiseParallel(), "second": RowwiseParallel()}
     parallelize_module(model, mesh["tensor"], plan)
     fully_shard(model, mesh=mesh["data"])

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import QUICK
 from torch import Tensor
 
 import heavyball
@@ -68,7 +69,7 @@ FEW = ("cautious AdamW", "CAME", "metrics", "Prodigy")
     ("engine", "without", "names"),
     [
         ("fsdp2-uneven", None, CHAINS),
-        ("fsdp2-and-tensor-parallel", None, CHAINS),
+        ("fsdp2-and-tensor-parallel", None, FEW if QUICK else CHAINS),
         ("columns", 1, FEW),
         ("hsdp", 2, FEW),
     ],
