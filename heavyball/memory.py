@@ -42,8 +42,7 @@ class MemoryPlan:
     """The state of an optimizer after its first step, exact to the byte.
 
     chain: the chain as text. parameters: the state of each parameter. per_process: for a mesh, the
-        bytes of
-    state in each of its processes.
+        bytes of state in each of its processes.
     """
 
     chain: str

@@ -26,9 +26,9 @@ class AdoptionReport:
     """The result of `adopt`, as `<parameter>.<name>` and `param_groups.<number>.<name>`.
 
     source: the optimizer that wrote the state dict. matching: whether the chain continues as that
-        optimizer
-    would. taken: saved entries that are used; invented: state that was not saved and is initialized;
-    left: saved entries that are ignored.
+        optimizer would.
+    taken: saved entries that are used; invented: state that was not saved and is initialized;
+        left: saved entries that are ignored.
     """
 
     source: str

@@ -45,9 +45,8 @@ def to_torch(opt: ChainOpt) -> dict[str, Any]:
     """Return a state dict with which an optimizer of torch.optim continues as this one would.
 
     Supports SGD, Adam, AdamW, NAdam and RMSprop, also written as chains: `coupled | scale_by_adam`
-        is Adam. It
-    contains all entries of torch's groups, so the values that torch's optimizer was built with do
-    not matter.
+    is Adam. The dict contains all entries of torch's groups, so the values that torch's optimizer
+    was built with do not matter.
 
     Errors: ValueError for a chain that torch does not have, naming the element, and for a warm-up that
         has not ended.

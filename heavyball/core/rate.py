@@ -130,8 +130,7 @@ def rate(
         parameters that are not needed in this step. `finish` is called after it.
     moment_unit: the result of `provides` that is the unit of later moments, if it changes with the rate.
         moment_change: the result by which they are multiplied in this step, and squares by its
-            square: the
-        unit of the parameter's last step over that of this one.
+            square: the unit of the parameter's last step over that of this one.
     hyper_change: hyper-parameters of later elements, by name, that have this unit too, each with the
         result of `provides` that multiplies it.
     shared: whether all groups have the same numbers, except counters, if there is no `estimate`.

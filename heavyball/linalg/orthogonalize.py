@@ -116,8 +116,7 @@ def newton_schulz(
     restart: the steps, counted from 0, before which the Gram form restarts; None for (2,) up to five
         steps
         and for every second step of more: at a condition number of 1e5, float32 then stays within
-            ten times
-        the error of the products with X. () never restarts.
+            ten times the error of the products with X. () never restarts.
     products: "full" multiplies in the dtype of x; "bfloat16" in bfloat16, to which x is rounded first,
         as the authors do, which changes the result by up to 0.035 per entry; "auto" uses bfloat16 for
         float32 if the hardware supports it, else "full". bfloat16 is ten times faster on CUDA, and up to

@@ -52,8 +52,7 @@ def scale_by_tensor_rms(
     r <- beta2 r + (1 - beta2) max(RMS(u), 1e-8)^2;  u' = u / (sqrt(r) + eps)
 
     correct_bias: correct the bias of r. first_only: r stays that of the first step, and u' is
-        limited to 2^56, so
-    that its square is finite.
+        limited to 2^56, so that its square is finite.
 
     Shapes: all (*).
     Units: the result is dimensionless.
