@@ -45,7 +45,8 @@ def printed(chain: tuple, dtype: torch.dtype, shape=(8, 3), **options) -> list[P
         graph, _ = record(job.program, param.shape, dtype, job.state, job.group, share)
         random, holds = job.stream is not None, job.program.holds_of
         compute = compute_dtype(dtype)
-        found.append(print_kernel(graph, dtypes, compute, holds, random, torch.device("cuda")))
+        device = torch.device("cuda")
+        found.append(print_kernel(graph, dtypes, compute, holds, random, device, tuple(shape)))
     return found
 
 
@@ -109,6 +110,18 @@ def test_formats_of_fewer_bits_compile_too(
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     for made in printed((chain,), dtype, **form):
+        for text in ptx_of(made):
+            assert ".target sm_90" in text
+
+
+@pytest.mark.parametrize("form", ["8bit", "4bit", "rank1"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_coarse_formats_compile_too(form: str, dtype: torch.dtype, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    chain = (C.scale_by_adam, C.cautious) if dtype == torch.float32 else (C.scale_by_adam,)
+    for made in printed(
+        chain, dtype, (64, 66) if form == "rank1" else (64, 64), storage_dtype=form
+    ):
         for text in ptx_of(made):
             assert ".target sm_90" in text
 

@@ -74,7 +74,7 @@ def codes(dtype: torch.dtype) -> list[Function]:
     key, index, name = Var("key", WORD), Var("index", WORD), short(dtype)
     bits = element_bits(index, key)
     return [
-        Function("value_of", (code, scale), (packing.value_of(code, scale),)),  # type: ignore[arg-type]
+        Function(f"value_of_{name}", (code, scale), (packing.value_of(code, scale),)),  # type: ignore[arg-type]
         Function(f"{name}_of", (x, scale), (packing.code_of(x, scale, dtype, None),)),  # type: ignore[arg-type]
         Function(
             f"random_{name}_of",

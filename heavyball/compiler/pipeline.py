@@ -10,6 +10,7 @@ from heavyball.compiler.cpp.rows import RowPrinter
 from heavyball.compiler.frontend.graph import Graph
 from heavyball.compiler.passes.loops import Kernel, verify
 from heavyball.compiler.passes.lower import lower
+from heavyball.compiler.passes.rank_one import expanded
 from heavyball.compiler.passes.stages import schedule
 from heavyball.compiler.triton.printer import DEVICES, TritonPrinter
 from heavyball.compiler.triton.rows import Memory, TritonRowPrinter
@@ -34,7 +35,7 @@ class Printed:
     def names(self) -> tuple:
         """What the columns and the numbers of a table are, which the source does not say."""
         k = self.kernel
-        return (*(tuple(x) for x in (k.columns, k.numbers, k.hypers, k.totals)), k.starts)
+        return (*(tuple(x) for x in (k.columns, k.numbers, k.hypers, k.totals)), k.starts, k.view)
 
 
 def print_kernel(
@@ -44,15 +45,18 @@ def print_kernel(
     holds: Callable[[str], Holds | None],
     random: bool,
     device: torch.device,
+    shape: tuple[int, ...] = (),
     early: bool = True,
 ) -> Printed:
     """Print a simplified graph for tensors of these dtypes on a device.
 
-    holds: what a state holds. random: whether bfloat16 and codes are rounded stochastically. early:
-    whether state may be stored before the last walk.
+    holds: what a state holds. random: whether bfloat16 and codes are rounded stochastically. shape: the
+    parameter's; what matters of it is how state of rank one lies in it. early: whether state may be
+    stored before the last walk.
 
     Errors: NotPrintableError with the reason.
     """
+    graph, view = expanded(graph, dtypes, shape)
     on_device, flat = device.type in DEVICES, graph.starts is None
     roots = frozenset(
         name
@@ -61,9 +65,9 @@ def print_kernel(
     )
     # programs that walk over rows divide a slice among them: it is read before others write
     exact = dtypes if early else {}
-    plan = schedule(graph, exact, compute, slices_wait=flat or not on_device)
+    plan = schedule(graph, exact, compute, slices_wait=flat or not on_device, early=early)
     squares = frozenset(name for name in graph.tensors if holds(name) == "square")
-    kernel = lower(graph, plan, dtypes, compute, random, roots, not on_device, squares)
+    kernel = lower(graph, plan, dtypes, compute, random, roots, not on_device, squares, view)
     verify(kernel)
     if not on_device:
         return Printed(kernel, (CppPrinter if flat else RowPrinter)(kernel).source())

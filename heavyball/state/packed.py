@@ -69,11 +69,11 @@ class RankOne:
     def store(self, value: Tensor, bits: Callable[[], Tensor] | None = None) -> None:
         """Write values; nothing is rounded at random."""
         new = value.to(torch.float32).reshape(len(self.main), len(self.columns))
-        # Values that did not change must keep their bits, as where a step was skipped.
-        same = (self._matrix() == new).all()
-        rows, columns = rank_one.factors(new)
-        pairs = [(self.main, rows), (self.columns, columns)]
+        above = None
         if self.signs is not None:
-            pairs.append((self.signs, rank_one.sign_bits(new)))
-        for kept, made in pairs:
-            kept.copy_(torch.where(same, kept, made))
+            above = rank_one.unpacked(self.signs, len(self.columns))
+        rows, columns, *signs = rank_one.renewed(self.main[:, None], self.columns[None], above, new)
+        self.main.copy_(rows[:, 0])
+        self.columns.copy_(columns[0])
+        for made in signs:
+            self.signs.copy_(rank_one.packed(made))  # type: ignore[union-attr]

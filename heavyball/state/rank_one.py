@@ -5,7 +5,8 @@
 
 A tensor of another shape is seen as a matrix that is as square as its number of elements allows. It is
 exact for |x| of rank one, keeps the sums over rows and columns of any |x|, and rounds nothing at random:
-its error is systematic.
+its error is systematic. Kernels record `product` and `renewed` (`compiler/passes/rank_one.py`), so these
+are elementwise code with means over axes.
 
 Source: SMMF, Park and Lee 2024, https://arxiv.org/abs/2412.08894. Departure: held is what stands above.
 
@@ -37,36 +38,76 @@ def sign_shape(numel: int) -> tuple[int, int]:
     return rows, -(-columns // 8)
 
 
+def means(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """What is held: the means of rows (R, 1), and those of columns (1, C) over that of all.
+
+    A mean of all below the least normal number is none, so that no quotient leaves the range.
+    """
+    size, dtype = matrix.abs(), matrix.dtype
+    total = size.mean(dtype=torch.float64)
+    total = torch.where(total < torch.finfo(dtype).tiny, 0.0, total)
+    rows, columns = (size.mean(k, keepdim=True, dtype=torch.float64).to(dtype) for k in (1, 0))
+    columns = torch.where(torch.isfinite(total), columns / total, torch.nan)
+    return rows, torch.where(total == 0, 0.0, columns)
+
+
+def product(rows: Tensor, columns: Tensor, above: Tensor | None) -> Tensor:
+    """The matrix of rows (R, 1) and columns (1, C), negative where `above` is false.
+
+    Without it no value is negative, and none is zero unless its row or column is.
+    """
+    info = torch.finfo(rows.dtype)
+    found = (rows * columns).clamp(max=info.max)
+    if above is None:
+        least = (torch.where(x > 0, info.tiny, -torch.inf) for x in (rows, columns))
+        return torch.maximum(found, torch.minimum(*least))
+    return torch.where(above, found, -found)
+
+
+def renewed(
+    rows: Tensor, columns: Tensor, above: Tensor | None, matrix: Tensor
+) -> tuple[Tensor, ...]:
+    """What is held of a new matrix: rows, columns, and which values are above zero.
+
+    A matrix that did not change keeps its bits, as where a step was skipped.
+    """
+    same = product(rows, columns, above) == matrix
+    whole = same.all()
+    pairs = zip((rows, columns), means(matrix), strict=True)
+    kept = [torch.where(whole, old, new) for old, new in pairs]
+    if above is None:
+        return tuple(kept)
+    return (*kept, (same & above) | (~same & (matrix > 0)))
+
+
+# ---- as tensors are held: a row, a column, and the bits of signs
+
+
 def factors(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """What is held of the magnitudes: the means of rows, and those of columns over the mean of all."""
-    size = matrix.abs()
-    total = size.sum(dtype=torch.float64)
-    rows = size.mean(1, dtype=torch.float64)
-    columns = size.sum(0, dtype=torch.float64) * (matrix.shape[1] / total)
-    columns = torch.where(torch.isfinite(total), columns, torch.nan)
-    columns = torch.where(total == 0, 0, columns)
-    return rows.to(matrix.dtype), columns.to(matrix.dtype)
+    """What is held of the magnitudes, in one dimension."""
+    rows, columns = means(matrix)
+    return rows[:, 0], columns[0]
+
+
+def packed(above: Tensor) -> Tensor:
+    """A bit for each truth value: value k of a row has bit k % 8 of byte k // 8."""
+    bits = torch.nn.functional.pad(above, (0, -above.shape[1] % 8)).to(torch.uint8)
+    places = torch.arange(8, dtype=torch.uint8, device=above.device)
+    return (bits.view(len(above), -1, 8) << places).sum(2, dtype=torch.uint8)
+
+
+def unpacked(signs: Tensor, columns: int) -> Tensor:
+    """The truth values that `packed` made bits of."""
+    places = torch.arange(8, dtype=torch.uint8, device=signs.device)
+    return ((signs[:, :, None] >> places) & 1).flatten(1)[:, :columns].to(torch.bool)
 
 
 def sign_bits(matrix: Tensor) -> Tensor:
-    """A bit for each value, 1 where it is above zero: value k of a row has bit k % 8 of byte k // 8."""
-    above = torch.nn.functional.pad(matrix > 0, (0, -matrix.shape[1] % 8)).to(torch.uint8)
-    places = torch.arange(8, dtype=torch.uint8, device=matrix.device)
-    return (above.view(len(matrix), -1, 8) << places).sum(2, dtype=torch.uint8)
+    """The bits of the signs, 1 where a value is above zero."""
+    return packed(matrix > 0)
 
 
 def values(rows: Tensor, columns: Tensor, signs: Tensor | None) -> Tensor:
-    """The matrix of which `factors` and `sign_bits` were taken.
-
-    Without signs no value is negative, and none is zero unless its row or column is.
-    """
-    product = torch.outer(rows, columns)
-    info = torch.finfo(product.dtype)
-    known = torch.isfinite(rows)[:, None] & torch.isfinite(columns)
-    product = torch.where(known, product.clamp(max=info.max), torch.nan)
-    if signs is None:
-        some = (rows > 0)[:, None] & (columns > 0)
-        return torch.where(some & (product < info.tiny), info.tiny, product)
-    places = torch.arange(8, dtype=torch.uint8, device=signs.device)
-    above = ((signs[:, :, None] >> places) & 1).flatten(1)[:, : len(columns)]
-    return torch.where(above > 0, product, -product)
+    """The matrix of which `factors` and `sign_bits` were taken."""
+    above = None if signs is None else unpacked(signs, len(columns))
+    return product(rows[:, None], columns[None], above)

@@ -234,35 +234,48 @@ class CppPrinter(Cpp, KernelPrinter):
 
     def _in_blocks(self, loop: Loop, inner: list[str]) -> list[str]:
         """A loop over a part of a tensor; with tensors of codes, block by block through buffers."""
-        coded = [c for c in loop.columns if c.scale is not None]
+        coded = self.coded(loop)
         if not coded:
             return inner
-        read = {s.column for s in loop.of(Load)}
-        lines = [f"    float q{c.number}[{WIDE}], o{c.number}[{WIDE}];" for c in coded]
-        lines += [
+        begin, ends = self.recoded(loop, "base", "high - low")
+        return [
+            *(f"    float q{c.number}[{WIDE}], o{c.number}[{WIDE}];" for c in coded),
             f"    for (int64_t base = low, last = high; base < last; base += {WIDE}) {{",
             f"    const int64_t low = base, high = last < base + {WIDE} ? last : base + {WIDE};",
+            *begin,
+            *inner,
+            *ends,
+            "    }",
         ]
-        ends = []
-        for c in coded:
+
+    @staticmethod
+    def coded(loop: Loop) -> list[Column]:
+        """The tensors of codes, which go through buffers."""
+        return [c for c in loop.columns if c.scale is not None]
+
+    def recoded(self, loop: Loop, base: str, count: str) -> tuple[list[str], list[str]]:
+        """What decodes `count` elements from number `base` on, and what encodes them again."""
+        read, stored = ({s.column for s in loop.of(kind)} for kind in (Load, Store))
+        begin, ends = [], []
+        for c in self.coded(loop):
             n, scales = c.number, f"t{c.scale.number}"  # type: ignore[union-attr]
             random, key = ("false", "0") if c.word is None else ("true", f"key{c.number}")
             if c.code_bits == 4:
                 signed = "true" if c.signed else "false"
-                place = f"t{n} + base / 2, {scales} + base / 128"
+                place = f"t{n} + {base} / 2, {scales} + {base} / 128"
                 decode, encode = (
                     f"decode_four_bit<{signed}>",
                     f"encode_four_bit<{signed}, {random}>",
                 )
             else:
-                place = f"t{n} + base, {scales} + base / 32"
+                place = f"t{n} + {base}, {scales} + {base} / 32"
                 decode, encode = "decode", f"encode<{random}>"
-            lines.append(f"    {decode}({place}, o{n}, high - low);")
+            begin.append(f"    {decode}({place}, o{n}, {count});")
             if c in read:
-                lines.append(f"    std::memcpy(q{n}, o{n}, sizeof(q{n}));")
-            if any(s.column == c for s in loop.of(Store)):
-                ends.append(f"    {encode}({place}, o{n}, q{n}, high - low, {key}, base);")
-        return [*lines, *inner, *ends, "    }"]
+                begin.append(f"    std::memcpy(q{n}, o{n}, ({count}) * sizeof(float));")
+            if c in stored:
+                ends.append(f"    {encode}({place}, o{n}, q{n}, {count}, {key}, {base});")
+        return begin, ends
 
     def _by_turns(self, walk: Walk, inner: list[str]) -> list[str]:
         """Both loops alternately; that over a slice finds in the cache what the other has read."""

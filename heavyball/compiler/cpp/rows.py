@@ -1,11 +1,20 @@
 """Spells kernels with values along some of the axes as C++: every tensor is walked row by row."""
 
 from heavyball.compiler.cpp.printer import CppPrinter
-from heavyball.compiler.cpp.templates import BUFFER, HELPERS, ROWS_DRIVER, ROWS_SHARED, ROWS_WALK
+from heavyball.compiler.cpp.storage import BITS
+from heavyball.compiler.cpp.templates import (
+    BANDS,
+    BUFFER,
+    HELPERS,
+    ROWS_DRIVER,
+    ROWS_SHARED,
+    ROWS_WALK,
+)
 from heavyball.compiler.frontend.ops import NotPrintableError
 from heavyball.compiler.frontend.symbols import Input, Var
 from heavyball.compiler.passes.axes import Frame, FrameText, is_along
 from heavyball.compiler.passes.loops import (
+    Column,
     Fold,
     Keep,
     Kernel,
@@ -14,6 +23,7 @@ from heavyball.compiler.passes.loops import (
     Reduce,
     Save,
     Statement,
+    Store,
     Walk,
 )
 
@@ -31,9 +41,9 @@ class RowPrinter(CppPrinter):
     Arrays that are kept are in `memory`, one after the other. What a block of rows has in `sums` are its
     parts of the sums that other blocks add to. Where rows have a period there is a buffer besides for
     each value or sum that is the same along the lane: so the innermost loop is long although a period is
-    short.
+    short. With tensors of codes a thread has bands of rows that are whole blocks of these.
 
-    Errors: NotPrintableError for codes.
+    Errors: NotPrintableError for codes of values along some axes, and beside every k-th element.
     """
 
     first = "begin * COLS"
@@ -43,9 +53,15 @@ class RowPrinter(CppPrinter):
         assert kernel.frame is not None
         self.frame: Frame = kernel.frame
         self.sizes = FrameText(self.frame, lambda k: f"N{k}", "/", kernel.kept)
-        for c in kernel.tensors:
-            if c.scale is not None:
-                where = "walked by rows, where a block of it may begin in one and end in the next"
+        walks = kernel.walks
+        self.codes = max(
+            [c.code_bits and (128 if c.code_bits == 4 else 32) for c in kernel.tensors]
+        )
+        for w in walks:
+            several = [part for part in w.arrays if isinstance(part, Loop)]
+            several += [w.elements] if w.slices else []
+            for c in (c for loop in several for c in self.coded(loop)):
+                where = "beside every k-th element" if w.slices else "of values along some axes"
                 raise NotPrintableError(f"{c.code_bits}-bit state ({c.name}) {where}")
 
     def _row(self) -> str:
@@ -56,8 +72,14 @@ class RowPrinter(CppPrinter):
         lines.append(f"#define KEPT ({self.sizes.before(None)} + 1)")
         walked = [k for k in frame.all if k not in frame.outer]
         lines += [f"#define COLS {sizes.size(walked)}", "#define ROWS (row[0] / COLS)"]
+        lines.append(f"#define BAND {f'band_of(COLS, {self.codes})' if self.codes else '1'}")
+        lines.append(BANDS)
         levels = [level for level in frame.levels for _ in range(self._most_parts(level))]
         lines.append(f"#define SUMS ({sizes.levels(levels)} + 1)")
+        if any(c.is_bits for c in self.kernel.tensors):
+            assert self.kernel.view is not None
+            behind = [k for k in frame.all if frame.starts[k] >= self.kernel.view.rows]
+            lines += [f"#define SIDE {sizes.size(behind)}", BITS]
         if frame.period is not None:
             lines.append(f"#define WIDTH width_of(N{frame.lane}, N{frame.period})")
             lines.append(HELPERS.format(piece=PIECE))
@@ -178,9 +200,30 @@ class RowPrinter(CppPrinter):
             inner += ["    for (int64_t r = low; r < high; ++r) {"]
             inner += [f"        {line}" for line in self._one_row(walk)]
             inner += ["    }"]
+            inner = self._in_bands(walk.elements, inner)
         lines += self._by_turns(walk, inner) if walk.slices else inner
         lines += [f"    part[{n}] = r{s.var.index};" for n, s in enumerate(plain)]
         return "\n".join([*lines, "}\n"])
+
+    def _in_bands(self, loop: Loop, inner: list[str]) -> list[str]:
+        """A loop over rows; with tensors of codes, band by band through buffers."""
+        coded = self.coded(loop)
+        if not coded:
+            return inner
+        begin, ends = self.recoded(loop, "base", "(high - low) * COLS")
+        rooms = [f"{kind}{c.number}" for c in coded for kind in "qo"]
+        return [
+            "    const int64_t band = BAND;",
+            *(f"    Buffer<float> room_{name}(band * COLS);" for name in rooms),
+            *(f"    float* __restrict {name} = room_{name}.data();" for name in rooms),
+            "    for (int64_t begin = low, last = high; begin < last; begin += band) {",
+            "    const int64_t low = begin, high = last - begin < band ? last : begin + band;",
+            "    const int64_t base = low * COLS;",
+            *begin,
+            *inner,
+            *ends,
+            "    }",
+        ]
 
     def _by_turns(self, walk: Walk, inner: list[str]) -> list[str]:
         """Both loops alternately, a few rows at a time."""
@@ -206,6 +249,9 @@ class RowPrinter(CppPrinter):
             start = f"part_{v.index}[c] = {self.start(s)};"
             lines.append(f"    for (int64_t c = 0; c < {size}; ++c) {start}")
             place = f"part_{v.index} + {size}"
+        for c in self._bits(walk):
+            lines.append(f"    Buffer<uint8_t> bits{c.number}(COLS);")
+            lines.append(f"    uint8_t* __restrict u{c.number} = bits{c.number}.data();")
         read = [v for v in walk.elements.arrays if self._repeats(v)]
         sums = [s.var for s in self._arrays_of(walk) if self._repeats(s.var)]
         if read or sums:
@@ -219,6 +265,10 @@ class RowPrinter(CppPrinter):
     def _one_row(self, walk: Walk) -> list[str]:
         """The statements for row r: its prologue, its elements, and its results."""
         begin, inner, ends = list[str](), list[str](), list[str]()
+        for c in self._bits(walk):
+            begin.append(f"unpack_bits(u{c.number}, t{c.number}, r * COLS, COLS, SIDE);")
+            if any(s.column == c for s in walk.elements.of(Store)):
+                ends.append(f"pack_bits(t{c.number}, u{c.number}, r * COLS, COLS, SIDE);")
         numbers = [s for s in walk.elements.sums if not is_along(s.var.level)]
         for s in walk.elements.body:
             if isinstance(s, Read):
@@ -235,6 +285,21 @@ class RowPrinter(CppPrinter):
             else:
                 inner.append(self.statement(s))
         return [*begin, *self._row_loop(numbers, inner), *ends]
+
+    @staticmethod
+    def _bits(walk: Walk) -> list[Column]:
+        """The tensors of bits, of which a row is unpacked at a time."""
+        return [c for c in walk.elements.columns if c.is_bits]
+
+    def _value(self, c: Column, at: str) -> str:
+        return f"(u{c.number}[{at} - r * COLS] != 0)" if c.is_bits else super()._value(c, at)
+
+    def _store(self, c: Column, value: str, at: str) -> str:
+        return (
+            f"u{c.number}[{at} - r * COLS] = {value};"
+            if c.is_bits
+            else super()._store(c, value, at)
+        )
 
     def _read_in_row(self, v: Var) -> tuple[str, list[str]]:
         array = f"m{v.index} + {self._at(v)}"
@@ -257,10 +322,17 @@ class RowPrinter(CppPrinter):
             begin = f"for (int64_t n = 0; n < WIDTH; ++n) b{v.index}[n] = {self.start(s)};"
             fold = f"{'fold' if complete else 'add_folded'}<{str(s.how == 'max').lower()}>"
             end = f"{fold}({target}, b{v.index}, N{self.frame.period}, WIDTH);"
+            if s.is_mean and complete:
+                raise NotPrintableError("means of which a row of a kernel has several")
             return begin, self.reduce(s, f"b{v.index}[n]"), [end]
         part = f"r{v.index}"
-        end = f"*({target}) = (T){part};" if complete else self.joined(s, f"*({target})", part)
+        whole = f"*({target}) = (T)({part}{self._over(s)});"
+        end = whole if complete else self.joined(s, f"*({target})", part)
         return self.accumulator(s), self.reduce(s, f"r{v.index}"), [end]
+
+    def _over(self, s: Reduce) -> str:
+        """What a complete sum is divided by."""
+        return f" / {self.sizes.members('element', s.var.level)}" if s.is_mean else ""
 
     def _row_loop(self, sums: list[Reduce], inner: list[str]) -> list[str]:
         """The loop over the elements of a row, in pieces where buffers repeat."""
@@ -304,7 +376,7 @@ class RowPrinter(CppPrinter):
                 f"for (int64_t c = 0; c < {size}; ++c) {{",
                 f"    double total = {self.start(s)};",
                 f"    for (int64_t b = 0; b < blocks; ++b) {step}",
-                f"    (memory + {self.sizes.before(s.var)})[c] = (T)total;",
+                f"    (memory + {self.sizes.before(s.var)})[c] = (T)(total{self._over(s)});",
                 "}",
             ]
             place += f" + {size}"

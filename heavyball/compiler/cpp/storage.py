@@ -11,6 +11,7 @@ WIDE = 1024
 
 # The functions of one type of codes under a common name.
 CODE_OF = """\
+static inline float value_of({type} code, float scale) {{ return value_of_{name}(code, scale); }}
 static inline {type} code_of(const {type}*, float x, float scale) {{ return {name}_of(x, scale); }}
 static inline {type} code_of(const {type}*, float x, float scale, uint32_t key, uint32_t index) {{
     return random_{name}_of(x, scale, key, index);
@@ -105,6 +106,29 @@ static inline void encode_four_bit(uint8_t* codes, float* scales, const float* o
             made[i] = four_bits_of<SIGNED, RANDOM>(in[i], scale, key, (uint32_t)(first + b + i));
         for (int64_t i = 0; i < 64; ++i)
             codes[i] = (uint8_t)(made[2 * i] << 4 | made[2 * i + 1]);
+    }
+}
+"""
+
+# A bit for each truth value. Every row of `side` values begins with a new byte; `count` values from
+# number `at` on lie in one such row, and begin and end with a byte or the row.
+BITS = """\
+static inline void unpack_bits(uint8_t* __restrict out, const uint8_t* __restrict bits, int64_t at,
+                               int64_t count, int64_t side) {
+    bits += at / side * ((side + 7) / 8) + at % side / 8;
+    const int64_t whole = count / 8 * 8;
+    for (int64_t i = 0; i < whole; i += 8)
+        for (int64_t k = 0; k < 8; ++k) out[i + k] = bits[i / 8] >> k & 1;
+    for (int64_t i = whole; i < count; ++i) out[i] = bits[i / 8] >> (i & 7) & 1;
+}
+static inline void pack_bits(uint8_t* __restrict bits, const uint8_t* __restrict in, int64_t at,
+                             int64_t count, int64_t side) {
+    bits += at / side * ((side + 7) / 8) + at % side / 8;
+    for (int64_t i = 0; i < count; i += 8) {
+        const int64_t n = count - i < 8 ? count - i : 8;
+        unsigned byte = 0;
+        for (int64_t k = 0; k < n; ++k) byte |= (unsigned)in[i + k] << k;
+        bits[i / 8] = (uint8_t)byte;
     }
 }
 """

@@ -187,6 +187,17 @@ template <typename V> struct Buffer {
     V* data() { return values; }
 };
 """
+BANDS = """\
+// How many rows are whole blocks of codes, whose size is a power of two; where block b of rows begins.
+static inline int64_t band_of(int64_t cols, int64_t size) {
+    const int64_t whole = cols & -cols;
+    return whole < size ? size / whole : 1;
+}
+static inline int64_t row_of(int64_t b, int64_t blocks, int64_t rows, int64_t band) {
+    const int64_t low = (rows + band - 1) / band * b / blocks * band;
+    return low < rows ? low : rows;
+}
+"""
 HELPERS = """\
 // How long a piece of a row is, a whole number of periods.
 static inline int64_t width_of(int64_t lane, int64_t period) {{
@@ -247,7 +258,7 @@ extern "C" void run(const int64_t* table, int64_t small, const int64_t*, const i
         for (int64_t i = 0; i < small; ++i) whole(table + i * COLUMNS, hyper);
         for (int64_t t = small; t < small + count; ++t) {{
             const int64_t* row = table + t * COLUMNS;
-            const int64_t blocks = ROWS < BLOCKS ? ROWS : BLOCKS;
+            const int64_t bands = (ROWS + BAND - 1) / BAND, blocks = bands < BLOCKS ? bands : BLOCKS;
             #pragma omp single
             {{
                 kept.grow(KEPT);
@@ -271,8 +282,8 @@ ROWS_SHARED = """
             }}
             #pragma omp for schedule(dynamic, 1)
             for (int64_t b = 0; b < blocks; ++b)
-                pass_{k}(row, s, memory, ROWS * b / blocks, ROWS * (b + 1) / blocks,
-                         parts + b * PARTS, sums + b * (SUMS));
+                pass_{k}(row, s, memory, row_of(b, blocks, ROWS, BAND),
+                         row_of(b + 1, blocks, ROWS, BAND), parts + b * PARTS, sums + b * (SUMS));
             #pragma omp single
             join_{k}(row, s, memory, parts, sums, blocks);"""
 ROWS_WALK = """
@@ -301,13 +312,14 @@ extern "C" void walk(const int64_t* table, int64_t small, const int64_t*, const 
             write_numbers(row, s);
             continue;
         }}
-        const int64_t blocks = t < small ? 1 : ROWS < BLOCKS ? ROWS : BLOCKS;
+        const int64_t bands = (ROWS + BAND - 1) / BAND;
+        const int64_t blocks = t < small ? 1 : bands < BLOCKS ? bands : BLOCKS;
         Buffer<double> sums(blocks * (SUMS));
         T* arrays = (T*)memory[t];
         vectors[k](row, s, arrays);
         for (int64_t b = 0; b < blocks; ++b)
-            pass[k](row, s, arrays, ROWS * b / blocks, ROWS * (b + 1) / blocks, parts + b * PARTS,
-                    sums.data() + b * (SUMS));
+            pass[k](row, s, arrays, row_of(b, blocks, ROWS, BAND), row_of(b + 1, blocks, ROWS, BAND),
+                    parts + b * PARTS, sums.data() + b * (SUMS));
         join[k](row, s, arrays, parts, sums.data(), blocks);
     }}
 }}

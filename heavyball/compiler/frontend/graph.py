@@ -20,7 +20,7 @@ from heavyball.runtime.job import Answer, Call, Job, has_narrow
 from heavyball.runtime.meta import result_of
 from heavyball.runtime.state import packed_shape
 from heavyball.runtime.step import SCALAR, compute_dtype, start, working
-from heavyball.state.held import COLUMNS, is_companion
+from heavyball.state.held import is_companion
 
 
 @dataclass(frozen=True)
@@ -210,10 +210,15 @@ class SizeWatch(TorchFunctionMode):
 
 
 class Recorder(TorchDispatchMode):
-    """Runs a function on meta tensors and writes down what it does."""
+    """Runs a function on meta tensors and writes down what it does.
 
-    def __init__(self, shape: torch.Size, dtype: torch.dtype):
+    narrow_means: whether means over some of the axes are nodes of their own, which stay in the range of
+    the elements where the sum would not.
+    """
+
+    def __init__(self, shape: torch.Size, dtype: torch.dtype, narrow_means: bool = False):
         super().__init__()
+        self.narrow_means = narrow_means
         self.graph = Graph(wide=tuple(axis for axis, n in enumerate(shape) if n > 1))
         self.shape, self.numel, self.dtype = tuple(shape), shape.numel(), dtype
         # no tensor of a chain has this shape, so what has it is a slice
@@ -482,6 +487,8 @@ class Recorder(TorchDispatchMode):
             raise NotPrintableError(f"the operation {name} over some of the axes")
         if op == "amax":
             return self._largest(source, before, level)
+        if op == "mean" and self.narrow_means and is_along(level):
+            return self.graph.add("mean", (source,), level, "float")
         total = self.graph.add("sum", (source,), level, "float")
         if op == "sum":
             return total
@@ -610,8 +617,6 @@ def trace(
 def _values_like(program: Program, name: str, param: Tensor, state: Mapping[str, Tensor]) -> Tensor:
     """Stands for the values of a state, of which shape and strides matter."""
     tensor = state[name]
-    if name + COLUMNS in state:
-        raise NotPrintableError(f"rank-one state ({name}), which is made of sums over a tensor")
     shape = packed_shape(program, name, param, state)
     if shape is not None:
         return torch.empty(shape, device="meta")

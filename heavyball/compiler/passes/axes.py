@@ -6,10 +6,13 @@ axes that no level tells apart are merged, and axes of one element are left out.
 runs, numbered from 0. An array of values along some runs lies in memory as a contiguous tensor would.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 from heavyball.compiler.frontend.symbols import Var
+from heavyball.state import rank_one
 
 Runs = tuple[int, ...]
 _PREFIX = "along "
@@ -39,7 +42,8 @@ def axes_of(shape: Sequence[int], of: Sequence[int]) -> str | int:
     )
 
 
-def _numbers(level: str) -> set[int]:
+def numbers_of(level: str) -> set[int]:
+    """The axes of a level."""
     return {int(axis) for axis in level.removeprefix(_PREFIX).split(",")}
 
 
@@ -48,7 +52,7 @@ def first_axes(levels: Iterable[str], wide: Sequence[int]) -> Runs | None:
 
     wide: the axes with more than one element.
     """
-    found = [_numbers(level) for level in sorted(set(levels)) if is_along(level)]
+    found = [numbers_of(level) for level in sorted(set(levels)) if is_along(level)]
     if not found:
         return None
     starts: list[int] = []
@@ -68,6 +72,59 @@ def run_sizes(starts: Runs | None, shape: Sequence[int]) -> list[int]:
     return [math.prod(shape[low:high]) for low, high in zip(later, ends, strict=bool(later))]
 
 
+@dataclass(frozen=True)
+class View:
+    """The axes with which a kernel sees a tensor: rows and columns of state of rank one among them.
+
+    split: the axis of which a part belongs to the rows and the rest to the columns; it becomes two. None
+    where rows end with an axis. plain: there is a matrix and nothing else, since no other value belongs
+    to some of the axes.
+    """
+
+    rows: int = 1
+    split: int | None = None
+    plain: bool = False
+
+    def of(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The sizes of the axes of a tensor."""
+        sides = rank_one.sides(math.prod(shape))
+        if self.plain:
+            return sides
+        if self.split is None:
+            return tuple(shape)
+        behind = math.prod(shape[self.split + 1 :])
+        inner = sides[1] // behind
+        before, after = shape[: self.split], shape[self.split + 1 :]
+        return (*before, shape[self.split] // inner, inner, *after)
+
+    def axes(self, axis: int) -> tuple[int, ...]:
+        """What has become of an axis."""
+        if self.split is None or axis < self.split:
+            return (axis,)
+        return (axis, axis + 1) if axis == self.split else (axis + 1,)
+
+
+MATRIX = View(plain=True)
+
+
+@functools.lru_cache(maxsize=4096)
+def view_of(shape: tuple[int, ...]) -> View | None:
+    """How the axes of a tensor and its matrix of rank one go together; None where they cross.
+
+    A byte of signs must not lie in two rows of a kernel.
+    """
+    columns = rank_one.sides(math.prod(shape))[1]
+    behind = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    if any(n % 8 for n in behind if 1 < n < columns):
+        return None
+    if columns in behind:
+        return View(behind.index(columns) + 1)
+    for axis, n in enumerate(behind):
+        if columns % n == 0 and shape[axis] % (columns // n) == 0:
+            return View(axis + 1, axis)
+    return None
+
+
 class Frame:
     """A tensor as rows: its runs and levels.
 
@@ -82,7 +139,7 @@ class Frame:
         self.starts, self.later = starts, starts[1:]
         self.all = tuple(range(len(starts)))
         self._runs = {
-            level: tuple(k for k in self.all if starts[k] in _numbers(level))
+            level: tuple(k for k in self.all if starts[k] in numbers_of(level))
             for level in sorted(set(levels))
             if is_along(level)
         }

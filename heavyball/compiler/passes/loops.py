@@ -3,7 +3,7 @@
 `passes/lower.py` makes it of a graph and its schedule; `verify` says whether it can be right.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,7 +11,7 @@ import torch
 
 from heavyball.compiler.frontend.ops import OPERATIONS, NotPrintableError
 from heavyball.compiler.frontend.symbols import Expr, Op, Var, parts, variables
-from heavyball.compiler.passes.axes import Frame, Runs, is_along
+from heavyball.compiler.passes.axes import Frame, Runs, View, is_along, run_sizes
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Column:
     number: its place among the tensors. correction, scale: the companions that 16-bit values and codes
     have. is_root: whether it holds the roots of the values. word: for what is rounded stochastically,
     what its random bits differ by; otherwise None. signed: whether values in 4 bits may be negative.
+    is_bits: whether it holds a bit for each truth value, in bytes for each row of a matrix of rank one.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Column:
     is_root: bool = False
     word: int | None = None
     signed: bool = True
+    is_bits: bool = False
 
     @property
     def code_bits(self) -> int:
@@ -80,11 +82,15 @@ class Keep:
 
 @dataclass(frozen=True)
 class Reduce:
-    """Add up float64 values, count conditions, or take the largest value."""
+    """Add up float64 values, count conditions, or take the largest value.
+
+    is_mean: whether the sum is divided by how many values it has when it is complete.
+    """
 
     var: Var
     how: Literal["add", "count", "max"]
     expr: Expr
+    is_mean: bool = False
 
 
 @dataclass(frozen=True)
@@ -194,7 +200,8 @@ class Kernel:
     final: the numbers after the last walk. written: the number that each state of `numbers` becomes.
     kept: the arrays that something later reads. slots: how many nodes the graph has; a number's place in
     a buffer is its index. counted: the step, from which random bits come. frame: the runs of a tensor,
-    or None for flat memory. every: how far the elements of a slice are apart.
+    or None for flat memory. every: how far the elements of a slice are apart. view: the axes that runs
+    are made of, where they are not the tensor's own.
     """
 
     compute: torch.dtype
@@ -210,6 +217,7 @@ class Kernel:
     counted: Var | None
     frame: Frame | None
     every: int | None
+    view: View | None = None
 
     @property
     def starts(self) -> Runs | None:
@@ -226,6 +234,10 @@ class Kernel:
     def columns(self) -> list[str]:
         """What a row of the table holds: sizes, the group, an address for each tensor and number."""
         return [*self.leading, *(c.name for c in self.tensors), *self.numbers]
+
+    def run_sizes(self, shape: Sequence[int]) -> list[int]:
+        """The sizes of all runs but the first of a tensor."""
+        return run_sizes(self.starts, shape if self.view is None else self.view.of(shape))
 
     @property
     def parts(self) -> int:
@@ -316,7 +328,8 @@ class _Verifier:
                     raise LoopError(f"{s.var} is kept in a loop over {loop.level}")
             elif isinstance(s, Store):
                 self._expression(s.expr, here)
-                self._agree(s.expr.dtype, self.kernel.compute, f"what is stored in {s.column.name}")
+                wanted = torch.bool if s.column.is_bits else self.kernel.compute
+                self._agree(s.expr.dtype, wanted, f"what is stored in {s.column.name}")
                 if s.column in written or s.column in self.stored:
                     raise LoopError(f"{s.column.name} is stored twice")
                 written[s.column] = s.expr
@@ -331,8 +344,9 @@ class _Verifier:
             raise LoopError(f"{s.column.name} holds another value than {s.var}")
         if s.old and s.column not in saved:
             raise LoopError(f"no loop saves the old values of {s.column.name}")
-        if s.var.type != self.kernel.compute:
-            raise LoopError(f"{s.var} is loaded as another type than {self.kernel.compute}")
+        wanted = torch.bool if s.column.is_bits else self.kernel.compute
+        if s.var.type != wanted:
+            raise LoopError(f"{s.var} is loaded as another type than {wanted}")
 
     def _let(self, let: Let) -> None:
         self._agree(let.expr.dtype, let.var.type, f"{let.var}")

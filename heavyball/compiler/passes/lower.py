@@ -1,5 +1,6 @@
 """Turns a graph and its schedule into the loop form."""
 
+import dataclasses
 from collections.abc import Mapping
 
 import torch
@@ -7,7 +8,7 @@ import torch
 from heavyball.compiler.frontend.graph import Graph, Ref, Value
 from heavyball.compiler.frontend.ops import NotPrintableError, expression
 from heavyball.compiler.frontend.symbols import Const, Expr, Input, Var, variables
-from heavyball.compiler.passes.axes import Frame, is_along
+from heavyball.compiler.passes.axes import Frame, View, is_along
 from heavyball.compiler.passes.loops import (
     Column,
     Fold,
@@ -25,7 +26,7 @@ from heavyball.compiler.passes.loops import (
     expressions,
 )
 from heavyball.compiler.passes.stages import Pass, Schedule, summed
-from heavyball.state.held import COMPANIONS, CORRECTION, SCALE, is_companion, word_of
+from heavyball.state.held import COMPANIONS, CORRECTION, SCALE, SIGNS, is_companion, word_of
 
 COUNTS = ("numel", "slices", "members")
 INPUTS = ("number", "hyper", "total", *COUNTS)
@@ -41,17 +42,19 @@ def lower(
     roots: frozenset[str] = frozenset(),
     late: bool = True,
     squares: frozenset[str] = frozenset(),
+    view: View | None = None,
 ) -> Kernel:
     """The loop form of a graph.
 
     dtypes: of all tensors and their companions. compute: of the elements. random: whether bfloat16 and
     codes are rounded stochastically. roots: tensors that hold the roots of their values. late: whether
     the loop over all elements runs ahead of that over every k-th. squares: tensors of values
-    that are never negative.
+    that are never negative. view: the axes of the graph, where they are not the parameter's.
 
     Errors: NotPrintableError for a tensor or an operation that no printer knows.
     """
-    return _Lowering(graph, plan, dtypes, compute, random, roots, late, squares).kernel()
+    made = _Lowering(graph, plan, dtypes, compute, random, roots, late, squares).kernel()
+    return dataclasses.replace(made, view=view)
 
 
 class _Lowering:
@@ -119,7 +122,8 @@ class _Lowering:
             word = word_of(name) if self._is_random(name) else None
             signed = name not in self.squares
             found[name] = Column(
-                name, number, dtype, correction, kept_scale, name in self.roots, word, signed
+                *(name, number, dtype, correction, kept_scale, name in self.roots, word, signed),
+                is_bits=name.endswith(SIGNS),
             )
         return found
 
@@ -183,7 +187,8 @@ class _Lowering:
             return Reduce(var, "count", self.var(added.args[0].index))
         wide = self.var(summed(self.graph, i)).to(torch.float64)
         # squared in float64, or the sum could overflow where the elements do not
-        return Reduce(var, "add", wide if summed(self.graph, i) == source else wide * wide)
+        squared = summed(self.graph, i) != source
+        return Reduce(var, "add", wide * wide if squared else wide, v.op == "mean")
 
     def _let(self, i: int) -> Statement:
         v = self.values[i]
@@ -194,7 +199,8 @@ class _Lowering:
 
     def _store(self, name: str, i: int) -> Store:
         value: Expr = self.var(i)
-        return Store(self.columns[name], value.to(self.compute))
+        is_bits = self.columns[name].is_bits
+        return Store(self.columns[name], value if is_bits else value.to(self.compute))
 
     def _read(self, body: list[Statement], level: str) -> list[Statement]:
         """A body with the values of other levels that it reads from their arrays."""

@@ -29,6 +29,7 @@ from heavyball.compiler.passes.stages import REDUCTIONS
 from heavyball.core.program import Fork, Program, WholeNode, flatten
 from heavyball.runtime.execute import SHARE
 from heavyball.runtime.step import compute_dtype
+from heavyball.state.held import is_packed
 
 INPUTS = ("load", "pick", "number")
 FREE = ("const", "hyper", "total", "numel", "members", "slices")
@@ -81,7 +82,8 @@ def cut(
     recorder, tensors = trace(program, shape, dtype, state, group)
     graph = recorder.graph
     graph.outputs = {name: recorder.find(t) for name, t in tensors.items()}
-    exact = {n for n, t in state.items() if t.dtype == compute_dtype(dtype)}
+    compute = compute_dtype(dtype)
+    exact = {n for n, t in state.items() if t.dtype == compute and not is_packed(state, n)}
     found = _Cutter(graph, recorder.questions, exact).segments()
     found.sized = recorder.watch.looked
     return found

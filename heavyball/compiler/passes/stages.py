@@ -8,7 +8,7 @@ import torch
 from heavyball.compiler.frontend.graph import Graph, NotPrintableError, Ref, Value
 from heavyball.compiler.passes.axes import is_along
 
-REDUCTIONS = ("sum", "amax")
+REDUCTIONS = ("sum", "mean", "amax")
 
 
 @dataclass
@@ -43,8 +43,8 @@ class Schedule:
 
 
 class _Planner:
-    def __init__(self, graph: Graph, exact: set[str], slices_wait: bool):
-        self.graph, self.exact, self.slices_wait = graph, exact, slices_wait
+    def __init__(self, graph: Graph, exact: set[str], slices_wait: bool, early: bool):
+        self.graph, self.exact, self.slices_wait, self.early = graph, exact, slices_wait, early
         self.sliced = 0  # the pass in which every k-th element is looked at
         self.stage = self._stages()
         outputs = graph.outputs.items()
@@ -80,15 +80,23 @@ class _Planner:
         slices = [i for i, v in enumerate(self.graph.values) if v.level == "slice"]
         if any(self.stage[i] for i in slices):
             raise NotPrintableError("a slice that depends on a sum over the elements")
+        # the last walk over the elements; what belongs to some of the axes may come behind it
+        of_elements = [i for i in reduced if self._level(self._source(i)) in ("element", "slice")]
         last = max(
-            [self.stage[i] for i in [*self.elements.values(), *self.vectors.values()]]
-            + [self.stage[i] - 1 for i in reduced],
+            [self.stage[i] for i in self.elements.values()]
+            + [self.stage[i] - 1 for i in of_elements],
             default=0,  # numbers alone
         )
         if slices and self.slices_wait and self._slices_can_wait():
             # the last pass reads the parameter and the gradient in any case
             self.sliced = last
             self.stage = self._stages()
+        end = max(
+            [self.stage[i] for i in self.vectors.values()] + [self.stage[i] - 1 for i in reduced],
+            default=0,
+        )
+        end = max(end, last)
+        last = last if self.early else end
         picked = {self.graph.values[i].args[0] for i in slices if self.graph.values[i].op == "pick"}
         # Storing a state as soon as it is known saves computing it again in a later pass. It must
         # wait if it would be rounded, or if something later needs the old one.
@@ -98,7 +106,7 @@ class _Planner:
             if name in self.exact and self.stage[i] < last
         }
         while True:
-            passes = [self._pass(k, last, early, reduced) for k in range(last + 1)]
+            passes = [self._pass(k, last, early, reduced) for k in range(end + 1)]
             clash = {n for k, p in enumerate(passes) for n in p.loads if early.get(n, last) < k}
             clash |= {n for n in picked if early.get(n, last) < self.sliced}
             if not clash:
@@ -112,7 +120,7 @@ class _Planner:
         passes[self.sliced].slice_stores = {
             n: i for n, i in self.graph.outputs.items() if self.graph.tensors.get(n) == "slice"
         }
-        after = [i for k in range(last + 1, max(self.stage) + 1) for i in self._scalars(k)]
+        after = [i for k in range(end + 1, max(self.stage) + 1) for i in self._scalars(k)]
         return Schedule(passes, after, self.numbers, self._kept())
 
     def _vectors(self, k: int) -> list[int]:
@@ -204,10 +212,13 @@ def schedule(
     dtypes: Mapping[str, torch.dtype],
     compute: torch.dtype,
     slices_wait: bool = True,
+    early: bool = True,
 ) -> Schedule:
     """Assign every node of a graph to a pass.
 
     dtypes: what each tensor is stored as; one that differs from `compute` is rounded when stored.
     slices_wait: whether every k-th element may be looked at in the last pass, not in the first.
+    early: whether elements are written before the last sums are complete that they do not need.
     """
-    return _Planner(graph, {n for n, d in dtypes.items() if d == compute}, slices_wait).plan()
+    exact = {n for n, d in dtypes.items() if d == compute}
+    return _Planner(graph, exact, slices_wait, early).plan()

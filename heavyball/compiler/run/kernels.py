@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 from heavyball.compiler.cpp import toolchain
 from heavyball.compiler.cpp.toolchain import ToolchainError
 from heavyball.compiler.frontend.graph import NotPrintableError
-from heavyball.compiler.passes.axes import axes_of
+from heavyball.compiler.passes.axes import axes_of, view_of
 from heavyball.compiler.passes.segments import Segments
 from heavyball.compiler.pipeline import Printed
 from heavyball.compiler.run.printing import (
@@ -22,6 +22,7 @@ from heavyball.compiler.triton import device as cuda
 from heavyball.errors import warn
 from heavyball.runtime.job import Job
 from heavyball.runtime.recent import Recent
+from heavyball.state.held import COLUMNS
 
 # What a kernel depends on.
 Signature = tuple[Any, ...]
@@ -78,7 +79,9 @@ def signature(job: Job) -> Signature:
     # whether a kernel fits is a matter of which axes have one element and how memory is laid out
     ones = tuple(n == 1 for n in param.shape)
     aligned = param.is_contiguous() and grad.is_contiguous()
-    layout = (ones, aligned, param.dtype, grad.dtype, param.device.type)
+    rank_one = any(key.endswith(COLUMNS) for key in job.state)
+    view = view_of(tuple(param.shape)) if rank_one else None
+    layout = (ones, aligned, param.dtype, grad.dtype, param.device.type, view)
     return (job.program.identity, *layout, job.stream is not None, states)
 
 

@@ -10,10 +10,10 @@ from heavyball.compiler.passes.segments import Segments, cut
 from heavyball.compiler.pipeline import Printed, print_kernel
 from heavyball.numerics import compute_dtype
 from heavyball.runtime.job import Job
-from heavyball.state.held import is_packed
+from heavyball.state.held import COLUMNS, is_packed
 
 NOT_CONTIGUOUS = "rows or columns of a parameter that is not contiguous"
-FOUR_BIT = "4-bit state of a parameter that is not contiguous"
+PACKED = "{} state of a parameter that is not contiguous"
 
 
 def dense(tensor: Tensor) -> bool:
@@ -67,28 +67,33 @@ def printed_for(job: Job) -> tuple[dict[str | None, Printed], bool]:
     dtypes |= {k: t.dtype for k, t in state.items()}
     if len(graphs) > 1 and None in graphs:
         compute = compute_dtype(param.dtype)
-        graphs = with_final_states(graphs, program, {n for n, d in dtypes.items() if d == compute})
+        exact = {n for n, d in dtypes.items() if d == compute and not is_packed(state, n)}
+        graphs = with_final_states(graphs, program, exact)
     return {k: _printed(job, simplified(g, program), dtypes) for k, g in graphs.items()}, sized
 
 
 def _printed(job: Job, graph: Graph, dtypes: dict[str, torch.dtype]) -> Printed:
     if (graph.starts is not None or graph.every is not None) and not job.param.is_contiguous():
         raise OrderError(NOT_CONTIGUOUS)
-    if _is_row_major(graph, job) and not job.param.is_contiguous():
-        raise OrderError(FOUR_BIT)
+    if (packed := _packed(graph, job)) and not job.param.is_contiguous():
+        raise OrderError(PACKED.format(packed))
     return _print(job, graph, dtypes)
 
 
-def _is_row_major(graph: Graph, job: Job) -> bool:
-    """Whether some state lies in the order of a contiguous tensor, whatever the parameter's is."""
-    return any(is_packed(job.state, name) for name in graph.tensors)
+def _packed(graph: Graph, job: Job) -> str | None:
+    """What state lies in the order of a contiguous tensor, whatever the parameter's is."""
+    for name in graph.tensors:
+        if is_packed(job.state, name):
+            return "rank-one" if name + COLUMNS in job.state else "4-bit"
+    return None
 
 
 def _print(job: Job, graph: Graph, dtypes: dict[str, torch.dtype]) -> Printed:
     """Print a graph of a job's program for tensors like the job's."""
     param, random = job.param, job.stream is not None
     compute = compute_dtype(param.dtype)
-    return print_kernel(graph, dtypes, compute, job.program.holds_of, random, param.device)
+    holds, shape = job.program.holds_of, tuple(param.shape)
+    return print_kernel(graph, dtypes, compute, holds, random, param.device, shape)
 
 
 def printed_segments(job: Job) -> tuple[Segments, list[Printed | None]]:
@@ -108,7 +113,7 @@ def printed_segments(job: Job) -> tuple[Segments, list[Printed | None]]:
             continue
         if part.graph.starts is not None and not param.is_contiguous():
             raise NotPrintableError(NOT_CONTIGUOUS)
-        if _is_row_major(part.graph, job) and not param.is_contiguous():
-            raise NotPrintableError(FOUR_BIT)
+        if (packed := _packed(part.graph, job)) and not param.is_contiguous():
+            raise NotPrintableError(PACKED.format(packed))
         found.append(_print(job, part.graph, dtypes))
     return segments, found

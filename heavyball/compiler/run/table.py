@@ -13,7 +13,7 @@ from torch import Tensor
 from heavyball.compiler.cpp import toolchain
 from heavyball.compiler.cpp.printer import BATCH, CHUNK, SMALL
 from heavyball.compiler.passes import loops
-from heavyball.compiler.passes.axes import Runs, run_sizes
+from heavyball.compiler.passes.axes import Runs
 from heavyball.compiler.pipeline import Printed
 from heavyball.core.hyper import is_sequence
 from heavyball.numerics import SCALAR
@@ -137,7 +137,7 @@ class Table:
             job.param.numel(),
             group,
             job.stream or 0,
-            *run_sizes(kernel.starts, job.param.shape),
+            *kernel.form.run_sizes(job.param.shape),
         ]
         if "grad" in kernel.tensors:
             self.grad_column = len(row) + kernel.tensors.index("grad")

@@ -14,6 +14,7 @@ TYPES = {
     torch.bfloat16: "tl.bfloat16",
     torch.float16: "tl.float16",
     torch.int8: "tl.int8",
+    torch.uint8: "tl.uint8",
     torch.int16: "tl.int16",
     torch.uint16: "tl.uint16",
     torch.int32: "tl.uint32",

@@ -21,7 +21,7 @@ from heavyball.compiler.passes.loops import (
     Walk,
 )
 from heavyball.compiler.triton.dialect import TYPES, Triton
-from heavyball.compiler.triton.templates import KERNEL, KEYS, PRELUDE
+from heavyball.compiler.triton.templates import CODES, KERNEL, KEYS, PRELUDE
 
 # The types of device whose tensors go to Triton; its interpreter works on tensors of the CPU.
 DEVICES = {"cuda"}
@@ -34,7 +34,7 @@ SLICE = 128
 class TritonPrinter(Triton, KernelPrinter):
     """Spells one kernel, as walks over flat memory.
 
-    Errors: NotPrintableError for a tensor of another dtype, and for codes.
+    Errors: NotPrintableError for a tensor of another dtype.
     """
 
     lanes = "lane"  # the elements of a block, counted from where it begins
@@ -42,8 +42,6 @@ class TritonPrinter(Triton, KernelPrinter):
     def __init__(self, kernel: Kernel):
         super().__init__(kernel)
         for c in kernel.tensors:
-            if c.scale is not None:
-                raise NotPrintableError(f"{c.code_bits}-bit state ({c.name}) on CUDA")
             if c.dtype not in TYPES:
                 raise NotPrintableError(f"a tensor of {c.dtype}")
         self.bound = self._bound()
@@ -58,7 +56,9 @@ class TritonPrinter(Triton, KernelPrinter):
 
     def _formats(self) -> list[str]:
         """The functions for formats of fewer bits that this kernel needs."""
-        return [*map(self.function, needed(self.kernel.tensors)), KEYS]
+        columns = self.kernel.tensors
+        packed = any(c.scale is not None or c.is_bits for c in columns)
+        return [*map(self.function, needed(columns)), KEYS, *([CODES] if packed else [])]
 
     @property
     def functions(self) -> list[str]:
@@ -179,7 +179,10 @@ class TritonPrinter(Triton, KernelPrinter):
         """A statement of a loop for a block of elements, which lie at `at` and have this number."""
         if isinstance(s, Load):
             place = at if s.step == 1 else f"{at} * {s.step}"
-            return [f"{self.name(s.var)} = {self._value(s.column, place)}"]
+            if s.column.scale is not None and s.step != 1:
+                what = f"{s.column.code_bits}-bit state ({s.column.name})"
+                raise NotPrintableError(f"{what} of which every k-th element is used")
+            return [f"{self.name(s.var)} = {self._value(s.column, place, number)}"]
         if isinstance(s, Reduce):
             return self._reduced(s)
         if isinstance(s, Store):
@@ -187,9 +190,15 @@ class TritonPrinter(Triton, KernelPrinter):
         assert not isinstance(s, Read)
         return [f"{self.name(s.var)} = {self.expr(s.expr)}"]  # type: ignore[union-attr]
 
-    def _value(self, c: Column, at: str) -> str:
-        """Values as the mathematics sees them, however they are kept."""
+    def _value(self, c: Column, at: str, number: str) -> str:
+        """Values as the mathematics sees them, however they are kept; `number` is the element's."""
         text = f"tl.load(t{c.number} + {at}, mask)"
+        if c.is_bits:
+            place = f"byte_place({number}, side)"
+            byte = f"tl.load(t{c.number} + {place}, mask).to(tl.int32)"
+            return f"(({byte} >> (({number}) % side % 8).to(tl.int32)) & 1) != 0"
+        if c.scale is not None:
+            text = self._decoded(c, at, number)
         if (rest := c.correction) is not None:
             name = f"joined_{short(c.dtype)}_{short(rest.dtype)}"
             text = f"{name}({text}, tl.load(t{rest.number} + {at}, mask))"
@@ -200,6 +209,15 @@ class TritonPrinter(Triton, KernelPrinter):
     def _stored(self, c: Column, value: str, at: str, number: str) -> list[str]:
         """Store values; `number` is that of the element, from which its random bits come."""
         kind, target, n = TYPES[c.dtype], f"t{c.number} + {at}", c.number
+        if c.is_bits:
+            first = f"begin + tl.arange(0, {BLOCK // 8}) * 8"
+            byte, lanes = (
+                f"bits_of({value}, mask, {BLOCK // 8})",
+                f"kept_lanes(mask, {BLOCK // 8}, 8)",
+            )
+            return [f"tl.store(t{n} + byte_place({first}, side), {byte}, {lanes})"]
+        if c.scale is not None:
+            return self._encoded(c, value, at, number)
         if self.type == "tl.float64" and kind in ("tl.bfloat16", "tl.float16"):
             value += ".to(tl.float32)"
         if (rest := c.correction) is not None:
@@ -216,6 +234,55 @@ class TritonPrinter(Triton, KernelPrinter):
         else:
             value = f"{value}.to({kind})"
         return [f"tl.store({target}, {value}, mask)"]
+
+    @staticmethod
+    def _code(c: Column, at: str, number: str) -> str:
+        if c.code_bits == 8:
+            return f"tl.load(t{c.number} + {at}, mask)"
+        return f"nibble(tl.load(t{c.number} + ({number}) // 2, mask), {number})"
+
+    def _decoded(self, c: Column, at: str, number: str) -> str:
+        """The values of codes."""
+        assert c.scale is not None
+        size, name = (32, f"value_of_{short(c.dtype)}") if c.code_bits == 8 else (128, _four(c))
+        scale = f"tl.load(t{c.scale.number} + ({number}) // {size}, mask).to(tl.float32)"
+        return f"{name}({self._code(c, at, number)}, {scale})"
+
+    def _encoded(self, c: Column, value: str, at: str, number: str) -> list[str]:
+        """Store values as codes; a block that did not change keeps its bits."""
+        assert c.scale is not None
+        n, wide = c.number, f"({value}).to(tl.float32)"
+        eight = c.code_bits == 8
+        size = 32 if eight else 128
+        blocks = f"{BLOCK // size}, {size}"
+        first = f"t{c.scale.number} + begin // {size} + tl.arange(0, {BLOCK // size})"
+        kind = short(c.dtype) if eight else f"four_bits_of_{'moment' if c.signed else 'square'}"
+        encode = f"{kind}_of" if eight else kind
+        reach = f"new{n}" if eight else f"reach_of_{'moment' if c.signed else 'square'}(new{n})"
+        random = f", key{n}, ({number}).to(tl.uint32)"
+        name, rest = (encode, "") if c.word is None else (f"random_{encode}", random)
+        lines = [
+            f"old{n} = {self._decoded(c, at, number)}",
+            f"new{n} = {f'root_of({wide})' if c.is_root else wide}",
+            f"same{n} = unchanged(old{n}, new{n}, mask, {blocks})",
+            f"some{n} = kept_lanes(mask, {blocks})",
+            f"most{n} = largest_of({reach}, mask, {blocks})",
+            f"made{n} = {'' if eight else 'four_bit_'}scale_of(most{n})",
+            f"scale{n} = tl.where(same{n}, tl.load({first}, some{n}), made{n})",
+            f"over{n} = spread(scale{n}.to(tl.float32), {blocks})",
+            f"code{n} = {name}(new{n}, over{n}{rest})",
+            f"code{n} = tl.where(spread(same{n}, {blocks}), {self._code(c, at, number)}, code{n})",
+            "tl.debug_barrier()",
+            f"tl.store({first}, scale{n}, some{n})",
+        ]
+        if eight:
+            return [*lines, f"tl.store(t{n} + {at}, code{n}, mask)"]
+        half = BLOCK // 2
+        place = f"t{n} + begin // 2 + tl.arange(0, {half})"
+        return [
+            *lines,
+            f"tl.store({place}, bytes_of(code{n}, {half}), kept_lanes(mask, {half}, 2))",
+        ]
 
     def _reduced(self, s: Reduce) -> list[str]:
         i = s.var.index
@@ -246,16 +313,32 @@ class TritonPrinter(Triton, KernelPrinter):
 
     def _block(self, k: int, walk: Walk) -> str:
         loop = walk.elements
-        begin = ["begin"] if loop.random else []
+        begin = ["begin"] if self._counts(loop) else []
         return self._function(f"block_{k}", ["lane", "mask", *begin], loop, "begin + lane")
 
     def call(self, k: int, walk: Walk, start: str, mask: str) -> str:
         """The block of elements that begins at `start`."""
         loop = walk.elements
-        begin = [start] if loop.random else []
-        given = [f"{a} + {start}" if a[0] == "t" else a for a in self._given(loop)]
+        begin = [start] if self._counts(loop) else []
+        given = [
+            f"{a} + {start}" if a[0] == "t" and a not in self._apart(loop) else a
+            for a in self._given(loop)
+        ]
         call = f"block_{k}({', '.join([self.lanes, mask, *begin, *given])})"
         return self._assigned(loop, call)
+
+    @staticmethod
+    def _counts(loop: Loop) -> bool:
+        """Whether the numbers of the elements are asked for, and not their places alone."""
+        return bool(loop.random) or any(c.scale is not None or c.is_bits for c in loop.columns)
+
+    @staticmethod
+    def _apart(loop: Loop) -> set[str]:
+        """The tensors that do not have one entry for each element."""
+        columns = loop.columns
+        found = {c.scale for c in columns if c.scale is not None}
+        found |= {c for c in columns if c.is_bits or c.code_bits == 4}
+        return {f"t{c.number}" for c in found}
 
     @staticmethod
     def _assigned(loop: Loop, call: str) -> str:
@@ -362,6 +445,10 @@ class TritonPrinter(Triton, KernelPrinter):
         lines += [self.keep(v) for v in sorted(kept, key=lambda v: v.index)]
         last = k == len(self.kernel.walks) - 1
         return [*lines, *(self.write_numbers() if last else ())]
+
+
+def _four(c: Column) -> str:
+    return f"four_bit_{'moment' if c.signed else 'square'}"
 
 
 def indented(lines: Iterable[str], depth: int) -> str:

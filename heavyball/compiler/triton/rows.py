@@ -69,6 +69,12 @@ class TritonRowPrinter(TritonPrinter):
         super().__init__(kernel)
         assert kernel.frame is not None
         self.frame: Frame = kernel.frame
+        for c in kernel.tensors:
+            if c.scale is not None:
+                where = "walked by rows, where a block of it may begin in one and end in the next"
+                raise NotPrintableError(f"{c.code_bits}-bit state ({c.name}) {where}, on CUDA")
+            if c.is_bits and self.frame.period is not None:
+                raise NotPrintableError(f"bits ({c.name}) in rows with a period, on CUDA")
         self.sizes = FrameText(self.frame, lambda k: f"n{k}", "//", kernel.kept)
         self.stride = "" if self.frame.period is None else f" * n{self.frame.period}"
         self.lanes = f"lane{self.stride}"
@@ -105,26 +111,47 @@ class TritonRowPrinter(TritonPrinter):
 
     # ---- shared by all kernels
 
+    def _given(self, loop: Loop) -> list[str]:
+        side = ["side"] if any(c.is_bits for c in loop.columns) else []
+        return [*side, *super()._given(loop)]
+
+    def _side(self) -> list[str]:
+        """How many values a row of bits has."""
+        if not any(c.is_bits for c in self.kernel.tensors):
+            return []
+        assert self.kernel.view is not None
+        behind = [k for k in self.frame.all if self.frame.starts[k] >= self.kernel.view.rows]
+        return [f"side = {self.sizes.size(behind)}"]
+
     def source(self) -> str:
         """The whole module."""
         parts = [PRELUDE, *self._formats()]
         for k, walk in enumerate(self.kernel.walks):
-            blocks = self._slice_block(k, walk) + self._block(k, walk)
-            parts += [self._between(k), blocks + self._kernel(k, walk)]
+            parts.append(self._between(k))
+            if self._walked(walk):
+                blocks = self._slice_block(k, walk) + self._block(k, walk)
+                parts.append(blocks + self._kernel(k, walk))
         return "\n\n".join([*parts, self._between(len(self.kernel.walks))])
 
     @property
     def functions(self) -> list[str]:
         """The kernels in the order in which they run."""
-        count = len(self.kernel.walks)
-        steps = [name for k in range(count) for name in (f"between_{k}", f"pass_{k}")]
-        return [*steps, f"between_{count}"]
+        steps = list[str]()
+        for k, walk in enumerate(self.kernel.walks):
+            steps += [f"between_{k}", *([f"pass_{k}"] if self._walked(walk) else [])]
+        return [*steps, f"between_{len(self.kernel.walks)}"]
+
+    @staticmethod
+    def _walked(walk: Walk) -> bool:
+        """Whether there is anything to do for elements."""
+        return any(loop.body for loop in walk.loops)
 
     def _head(self) -> str:
         frame, kernel = self.frame, self.kernel
         first = len(kernel.leading) - len(frame.later)
         sizes = [f"n{k} = tl.load(row + {first + k - 1})" for k in frame.all[1:]]
         sizes.append(f"n0 = size // {self.sizes.size(frame.all[1:])}")
+        sizes += self._side()
         arrays = [f"m{v.index} = memory + {self.sizes.before(v)}" for v in kernel.kept]
         return HEAD.format(
             columns=len(kernel.columns) + 1,
@@ -183,18 +210,32 @@ class TritonRowPrinter(TritonPrinter):
             runs, gone = frame.runs(s.var.level), frame.missing(s.var.level, frame.rows)
             place = f"{sizes.place('at', runs, frame.rows)} + {sizes.place('j', gone, frame.rows)}"
             source = f"row_parts + {n} * wide * rows + w * rows + {place}"
-            yield self._joining(s.var, sizes.size(gone), "wide", source, how=s.how)
+            yield self._joining(
+                s.var, sizes.size(gone), "wide", source, how=s.how, over=self._over(s)
+            )
         for n, s in enumerate(self._sums(walk, "lane")):
             runs = frame.runs(s.var.level)
             tile = f"({sizes.place('at', runs, self.group)}) * high + w"
             place = f"({tile}) * cols + {sizes.place('at', runs, (frame.lane,))}"
             source = f"lane_parts + {n} * tall * cols + {place}"
-            yield self._joining(s.var, "1", "high", source, how=s.how)
+            yield self._joining(s.var, "1", "high", source, how=s.how, over=self._over(s))
         for n, s in enumerate(self._sums(walk, "tile")):
             yield [self.joined(s, f"tile_parts + {n}", "wide * tall", self.memory.tile_sums)]
 
+    def _over(self, s: Reduce) -> str:
+        """What a complete sum is divided by."""
+        members = self.sizes.members("element", s.var.level)
+        return f" / {members}.to(tl.float64)" if s.is_mean else ""
+
     def _joining(
-        self, v: Var, inner: str, outer: str, source: str, term: str = "x", how: str = "add"
+        self,
+        v: Var,
+        inner: str,
+        outer: str,
+        source: str,
+        term: str = "x",
+        how: str = "add",
+        over: str = "",
     ) -> list[str]:
         largest = how == "max"
         text = JOIN.format(
@@ -207,6 +248,7 @@ class TritonRowPrinter(TritonPrinter):
             joined=f"larger(total, {term})" if largest else f"total + {term}",
             target=f"m{v.index}",
             kind=self.type,
+            over=over,
         )
         return text.splitlines()
 

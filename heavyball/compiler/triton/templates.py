@@ -91,6 +91,72 @@ def step_key(stream, step):
     return mix(stream.to(tl.uint32) + word)
 """
 
+# A program steps whole blocks of codes: `mask` is None or says which of its lanes are elements.
+CODES = '''\
+@triton.jit
+def kept_lanes(mask, COUNT: tl.constexpr, SIZE: tl.constexpr):
+    """Which of COUNT groups of SIZE lanes have an element."""
+    if mask is None:
+        return tl.arange(0, COUNT) >= 0
+    else:
+        return tl.max(tl.reshape(mask.to(tl.int32), [COUNT, SIZE]), 1) > 0
+
+
+@triton.jit
+def unchanged(old, new, mask, COUNT: tl.constexpr, SIZE: tl.constexpr):
+    """Of which blocks no value is another one."""
+    other = (old != new).to(tl.int32)
+    if mask is not None:
+        other = tl.where(mask, other, 0)
+    return tl.max(tl.reshape(other, [COUNT, SIZE]), 1) == 0
+
+
+@triton.jit
+def largest_of(reach, mask, COUNT: tl.constexpr, SIZE: tl.constexpr):
+    """The largest magnitude of each block, as bits: among these NaN and infinity are the largest."""
+    word = (reach.to(tl.uint32, bitcast=True) & 0x7FFFFFFF).to(tl.int32)
+    if mask is not None:
+        word = tl.where(mask, word, 0)
+    return tl.max(tl.reshape(word, [COUNT, SIZE]), 1).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def spread(x, COUNT: tl.constexpr, SIZE: tl.constexpr):
+    """The value of each block for all of its lanes."""
+    return tl.reshape(tl.broadcast_to(x[:, None], [COUNT, SIZE]), [COUNT * SIZE])
+
+
+@triton.jit
+def nibble(byte, number):
+    """A code of 4 bits: of two in a byte the first is in the high half."""
+    word = byte.to(tl.int32)
+    return tl.where(number % 2 == 0, word >> 4, word & 15).to(tl.uint8)
+
+
+@triton.jit
+def bytes_of(codes, COUNT: tl.constexpr):
+    """Two codes in each of COUNT bytes."""
+    pairs = tl.reshape(codes.to(tl.int32), [COUNT, 2])
+    weights = tl.where(tl.arange(0, 2) == 0, 16, 1)
+    return tl.sum(pairs * weights[None, :], 1).to(tl.uint8)
+
+
+@triton.jit
+def byte_place(number, side):
+    """Where the bit of a value is; every row of `side` values begins with a new byte."""
+    return number // side * ((side + 7) // 8) + number % side // 8
+
+
+@triton.jit
+def bits_of(truth, mask, COUNT: tl.constexpr):
+    """Eight truth values in each of COUNT bytes, the first in the lowest bit."""
+    bits = truth.to(tl.int32)
+    if mask is not None:
+        bits = tl.where(mask, bits, 0)
+    eight = tl.reshape(bits, [COUNT, 8]) << tl.arange(0, 8)[None, :]
+    return tl.sum(eight, 1).to(tl.uint8)
+'''
+
 # What programs share: a chunk is (row of the table, number within the tensor). A pass ends with the
 # last program of each tensor: it alone knows all partial sums, and that every other program has read
 # the numbers which it may now overwrite.
@@ -164,7 +230,7 @@ for b in range(0, {length}, {block}):
         for w in range(0, {outer}):
             x = tl.load({source}, mask, other=0.0)
             total = {joined}
-    tl.store({target} + at, total.to({kind}).to(tl.float64), mask)"""
+    tl.store({target} + at, (total{over}).to({kind}).to(tl.float64), mask)"""
 TILE = """\
 @triton.jit
 def pass_{k}(table, chunks, hyper, scratch, parts, arrived, ALIGNED: tl.constexpr):
