@@ -90,6 +90,13 @@ class Dialect:
         return form.format(*arguments, **{n: self.literal(v, e.type) for n, v in constants.items()})
 
 
+def is_number(e: Expr) -> bool:
+    """Whether a value is one per tensor, or made of such."""
+    if isinstance(e, Op):
+        return all(map(is_number, e.args))
+    return not isinstance(e, Var) or e.level == "scalar"
+
+
 # How loops call values, by their level; those along some of the axes begin with a w.
 PREFIXES = {"scalar": "c", "element": "v", "slice": "q"}
 

@@ -64,14 +64,31 @@ def channels(x: Tensor, wide: bool, scale_type: str) -> Tensor:
     return square.sqrt().to(x.dtype)
 
 
-def limit(x: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-    """The divisors that limit the growth of the norms of matrices to GROWTH per step.
+def scaled_length(x: Tensor, ratio: Tensor, wide: bool) -> Tensor:
+    """The norm, in float64, of each of the matrices x * ratio, without making them.
 
-    last: the lengths of before, one for each matrix; 0 at first. Returns the divisors (B, 1, 1), and how
-    long the matrices then are.
+    ratio: a factor for each channel, or for each matrix.
     """
-    size = torch.linalg.vector_norm(x, dim=(-2, -1), dtype=torch.float64)
+    # on the CPU a norm in float64 copies x first: sums of squares in its own dtype are enough where
+    # none is infinite, and where what is lost below the least normal number is nothing beside the rest
+    if x.device.type == "cpu":
+        dim = -2 if wide else -1
+        square = torch.linalg.vecdot(x, x, dim=dim).to(torch.float64)
+        factor = ratio.flatten(1).to(torch.float64).square()
+        total = (square * factor).sum(-1)
+        lost = x.shape[dim] * torch.finfo(x.dtype).tiny * factor.expand_as(square).sum(-1)
+        if bool((torch.isfinite(total) & (lost <= 1e-12 * total)).all()):
+            return total.sqrt()
+    return torch.linalg.vector_norm(x * ratio, dim=(-2, -1), dtype=torch.float64)
+
+
+def limit(size: Tensor, last: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What matrices of these lengths are divided by to be at most GROWTH times as long as before.
+
+    last: the lengths of the step before, one for each matrix; 0 at first. Returns the divisors
+    (B, 1, 1), and how long the matrices then are.
+    """
     before = last.reshape(-1)
     excess = (size / (before + 1e-8)).clamp(min=GROWTH) / GROWTH
     excess = torch.where(before > 0, excess, 1.0)
-    return excess.to(x.dtype)[:, None, None], size / excess
+    return excess.to(dtype)[:, None, None], size / excess

@@ -204,7 +204,8 @@ def matrices_of(shape: Sequence[int], options: Mapping[str, Any]) -> Matrices:
 
 def packed(parts: Sequence[Tensor], like: Tensor | None = None) -> Tensor:
     """Tensors (B, ...) of several shapes as one (B, numbers), or in the shape of `like`."""
-    flat = torch.cat([part.flatten(1) for part in parts], 1)
+    several = [part.flatten(1) for part in parts]
+    flat = torch.cat(several, 1) if len(several) > 1 else several[0]
     return flat if like is None else flat.reshape(like.shape)
 
 

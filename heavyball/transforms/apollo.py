@@ -14,10 +14,11 @@ from heavyball.linalg.low_rank import (
     image_shapes,
     images_shape,
     limit,
-    matrix_shape,
+    scaled_length,
     wrong_rank,
 )
 from heavyball.linalg.matrices import Blocks, matrices, packed, per_matrix, unpacked
+from heavyball.linalg.scratch import scratch
 from heavyball.numerics import lerp
 from heavyball.state.declare import Holds, State, scalar
 
@@ -42,61 +43,21 @@ def _scaled(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Updates of gradients (n, R, C), the new means, and how long they are without `factor`."""
     wide = g.shape[-2] < g.shape[-1]
-    z = s @ g if wide else g @ s
+    z, temporary = scratch("apollo", g, m.shape, m.shape)
+    torch.bmm(*((s, g) if wide else (g, s)), out=z)
     m = lerp(m, z, 1 - betas[0])
-    v = lerp(v, z.square(), 1 - betas[1])
-    normed = m / (v.sqrt() + eps)
+    v = lerp(v, torch.mul(z, z, out=temporary), 1 - betas[1])
+    root = torch.sqrt(v, out=temporary).add_(eps)
+    normed = torch.div(m, root, out=root)
     ratio = channels(normed, wide, scale_type) / (channels(z, wide, scale_type) + 1e-8)
-    w = g * ratio
-    excess, size = limit(w, last)
-    return w.mul_(factor / excess), m, v, size
+    excess, size = limit(scaled_length(g, ratio, wide), last, g.dtype)
+    # one pass over the gradient for all factors
+    return g * (ratio * (factor / excess)), m, v, size
 
 
 def _noise_shape(sizes: tuple[int, int], rank: int) -> tuple[int, int]:
     rows, columns = sizes
     return (rank, rows) if rows < columns else (columns, rank)
-
-
-def _of_blocks(
-    update: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    last: Tensor,
-    *,
-    step: Tensor,
-    noise: Any,
-    rank: int = 256,
-    gap: int = 200,
-    scale: Live = 1.0,
-    scale_type: Literal["channel", "tensor"] = "channel",
-    betas: Live = (0.9, 0.999),
-    eps: Live = 1e-6,
-    blocks: Blocks = None,
-    axis: Literal[0, 1] = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`apollo` of each block; the images are kept one after the other."""
-    view = matrices(update.shape[1:], False, blocks, axis)
-    shapes = image_shapes(view, rank)
-    m, v = unpacked(exp_avg, shapes), unpacked(exp_avg_sq, shapes)
-    results, lengths = [], []
-    factor = scale.sqrt() * (1 - betas[1] ** step).sqrt() / (1 - betas[0] ** step)
-    batches = zip(view.of, view.batches(update), view.batches(last), strict=True)
-    for numbers, g, before in batches:
-        shape = _noise_shape(view.sizes[numbers[0]], rank)
-        s = torch.cat([noise((len(update), *shape), k) for k in numbers]) / rank**0.5
-        one, two = (torch.cat([x[k] for k in numbers]) for x in (m, v))
-        w, *new, size = _scaled(g, one, two, before, s, scale_type, betas, eps, factor)
-        for x, made in zip((m, v), new, strict=True):
-            for k, part in zip(numbers, made.split(len(update)), strict=True):
-                x[k] = part
-        results.append(w)
-        lengths.append(size.to(last.dtype).reshape(-1, 1, 1))
-    return (
-        view.whole(results, update),
-        packed(m, exp_avg),
-        packed(v, exp_avg_sq),
-        view.whole(lengths, last),
-    )
 
 
 MEAN, SQUARE = _image("moment"), _image("square")
@@ -105,21 +66,8 @@ DECLARED: dict[str, Any] = {
     "domains": {"rank": positive, "gap": positive},
     "noise_every": "gap",
 }
-# a tuple, because a transform at the top of a module is found by its name
-OF_BLOCKS = (
-    whole_transform(exp_avg=MEAN, exp_avg_sq=SQUARE, last=per_matrix("values"), **DECLARED)(
-        _of_blocks
-    ),
-)
 
 
-def _instead(options: Mapping[str, Any]) -> Transform | None:
-    return None if options["blocks"] is None else OF_BLOCKS[0]
-
-
-@whole_transform(
-    exp_avg=MEAN, exp_avg_sq=SQUARE, last=scalar(0.0, low=0.0), instead=_instead, **DECLARED
-)
 def apollo(
     update: Tensor,
     exp_avg: Tensor,
@@ -157,9 +105,45 @@ def apollo(
     Errors: ValueError for a rank that is larger than the matrix, and for fewer than two dimensions.
     Source: Zhu et al. 2024, https://arxiv.org/abs/2412.05270; apollo-torch 1.0.3.
     """
-    rows, columns = matrix_shape(update.shape[1:])
-    g = update.reshape(len(update), rows, columns)
-    s = noise((len(g), *_noise_shape((rows, columns), rank))) / rank**0.5
+    view = matrices(update.shape[1:], False, blocks, axis)
+    shapes = image_shapes(view, rank)
+    m, v = unpacked(exp_avg, shapes), unpacked(exp_avg_sq, shapes)
+    before = view.batches(last.reshape(len(update), *view.number_shape))
+    results, lengths = [], []
     factor = scale.sqrt() * (1 - betas[1] ** step).sqrt() / (1 - betas[0] ** step)
-    w, m, v, size = _scaled(g, exp_avg, exp_avg_sq, last, s, scale_type, betas, eps, factor)
-    return w.reshape(update.shape), m, v, size
+    for numbers, g, length in zip(view.of, view.batches(update), before, strict=True):
+        shape = len(update), *_noise_shape(view.sizes[numbers[0]], rank)
+        s = _together([noise(shape, k) for k in numbers]).mul_(rank**-0.5)
+        one, two = (_together([x[k] for k in numbers]) for x in (m, v))
+        w, *new, size = _scaled(g, one, two, length, s, scale_type, betas, eps, factor)
+        for x, made in zip((m, v), new, strict=True):
+            for k, part in zip(numbers, made.split(len(update)), strict=True):
+                x[k] = part
+        results.append(w)
+        lengths.append(size.to(last.dtype).reshape(-1, 1, 1))
+    size = view.whole(lengths, last.reshape(len(update), *view.number_shape))
+    return (
+        view.whole(results, update),
+        packed(m, exp_avg),
+        packed(v, exp_avg_sq),
+        size.reshape(last.shape),
+    )
+
+
+def _together(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+# a tuple, because a transform at the top of a module is found by its name
+OF_BLOCKS = (
+    whole_transform(exp_avg=MEAN, exp_avg_sq=SQUARE, last=per_matrix("values"), **DECLARED)(apollo),
+)
+
+
+def _instead(options: Mapping[str, Any]) -> Transform | None:
+    return None if options["blocks"] is None else OF_BLOCKS[0]
+
+
+apollo = whole_transform(
+    exp_avg=MEAN, exp_avg_sq=SQUARE, last=scalar(0.0, low=0.0), instead=_instead, **DECLARED
+)(apollo)

@@ -118,7 +118,8 @@ def _leave_fira(
     def back(z: Tensor, directions: Tensor, block: Tensor, image: Tensor, tall: bool) -> Tensor:
         ratio = channels(z, not tall, "channel") / (channels(image, not tall, "channel") + 1e-8)
         rest = ratio * (block - _back(image, directions, tall))
-        excess, size = limit(rest, next(before))
+        length = torch.linalg.vector_norm(rest, dim=(-2, -1), dtype=torch.float64)
+        excess, size = limit(length, next(before), rest.dtype)
         lengths.append(size)
         return scale * (_back(z, directions, tall) + rest / excess)
 

@@ -27,8 +27,10 @@ def sinkhorn_normalize(update: Tensor, *, iterations: int = 5) -> Tensor:
     columns = tuple(range(1, update.ndim))
     rest = math.prod(update.shape[1:])
     order = (columns, (0,)) if len(update) <= rest else ((0,), columns)
+    result, scales = update, dict.fromkeys(order, 1.0)
     for axes in (axes for _ in range(iterations) for axes in order if axes):
         length = math.prod(update.shape[axis] for axis in axes) or 1
-        size = norm(update, axes).clamp(min=length**-0.5)
-        update = update * (length**0.5 / size)
-    return update
+        # one factor for each row and one for each column, however many there were
+        scales[axes] = scales[axes] * (length**0.5 / norm(result, axes).clamp(min=length**-0.5))
+        result = update * scales[order[0]] * scales[order[1]]
+    return result

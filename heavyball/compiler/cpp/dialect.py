@@ -2,10 +2,10 @@
 
 import torch
 
-from heavyball.compiler.dialect import Dialect
+from heavyball.compiler.dialect import Dialect, is_number
 from heavyball.compiler.formats import Function
 from heavyball.compiler.frontend.ops import Operation
-from heavyball.compiler.frontend.symbols import Number
+from heavyball.compiler.frontend.symbols import Number, Op
 
 TYPES = {
     torch.bool: "bool",
@@ -18,6 +18,12 @@ TYPES = {
     torch.int16: "int16_t",
     torch.uint16: "uint16_t",
     torch.int32: "uint32_t",
+}
+# Of a condition and one that is a number per tensor: gcc vectorizes no loop with a plain `&` of them.
+MIXED = {
+    "and": "(({0} ? {1} : 0.0f) != 0)",
+    "or": "(({0} ? 1.0f : {1}) != 0)",
+    "xor": "(({0} ? 1.0f - {1} : {1}) != 0)",
 }
 HALVES = (torch.bfloat16, torch.float16)
 # Types that C++ lacks are structs around these bits, so that functions can be overloaded for them.
@@ -63,6 +69,13 @@ class Cpp(Dialect):
 
     def declared(self, name: str, text: str, dtype: torch.dtype) -> str:
         return f"const {TYPES[dtype]} {name} = {text};"
+
+    def operation(self, e: Op, arguments: list[str]) -> str:
+        numbers = [is_number(a) for a in e.args]
+        if e.name in MIXED and e.type == torch.bool and numbers[0] != numbers[1]:
+            of_element, number = arguments if numbers[1] else reversed(arguments)
+            return MIXED[e.name].format(of_element, f"(float)({number})")
+        return super().operation(e, arguments)
 
     def function(self, f: Function) -> str:
         """A function; one of several results writes them to where its last arguments point."""

@@ -198,7 +198,7 @@ class CppPrinter(Cpp, KernelPrinter):
     @staticmethod
     def accumulator(s: Reduce) -> str:
         # counting in int is exact and twice as wide as in double; no part of a tensor has 2^31 elements
-        kind = "int32_t" if s.how == "count" else "double"
+        kind = {"count": "int32_t", "max": "T"}.get(s.how, "double")
         return f"{kind} r{s.var.index} = {CppPrinter.start(s)};"
 
     @staticmethod

@@ -82,7 +82,7 @@ class Keep:
 
 @dataclass(frozen=True)
 class Reduce:
-    """Add up float64 values, count conditions, or take the largest value.
+    """Add up float64 values, count conditions, or take the largest value of the elements.
 
     is_mean: whether the sum is divided by how many values it has when it is complete.
     """
@@ -320,7 +320,8 @@ class _Verifier:
                 self._let(s)
             elif isinstance(s, Reduce):
                 self._expression(s.expr, here)
-                wanted = torch.bool if s.how == "count" else torch.float64
+                kinds = {"count": torch.bool, "max": self.kernel.compute}
+                wanted = kinds.get(s.how, torch.float64)
                 self._agree(s.expr.dtype, wanted, f"the sum {s.var}")
             elif isinstance(s, Keep):
                 self._used(s.var, here)

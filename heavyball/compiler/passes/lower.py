@@ -182,7 +182,7 @@ class _Lowering:
         v, source = self.values[i], self.values[i].args[0].index
         added, var = self.values[source], self.number(i)
         if v.op == "amax":
-            return Reduce(var, "max", self.var(source).to(torch.float64))
+            return Reduce(var, "max", self.var(source))
         if added.op == "to_float":
             return Reduce(var, "count", self.var(added.args[0].index))
         wide = self.var(summed(self.graph, i)).to(torch.float64)

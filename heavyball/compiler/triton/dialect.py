@@ -2,10 +2,10 @@
 
 import torch
 
-from heavyball.compiler.dialect import Dialect
+from heavyball.compiler.dialect import Dialect, is_number
 from heavyball.compiler.formats import Function
 from heavyball.compiler.frontend.ops import Operation
-from heavyball.compiler.frontend.symbols import Expr, Number, Op, Var
+from heavyball.compiler.frontend.symbols import Number, Op
 
 TYPES = {
     torch.bool: "tl.int1",
@@ -66,17 +66,10 @@ class Triton(Dialect):
         )
 
     def operation(self, e: Op, arguments: list[str]) -> str:
-        if e.name in MIXED and e.type == torch.bool and len(set(map(_is_number, e.args))) > 1:
+        if e.name in MIXED and e.type == torch.bool and len(set(map(is_number, e.args))) > 1:
             ones = [
                 f"tl.where({a}, {self.literal(1, torch.float32)}, {self.literal(0, torch.float32)})"
                 for a in arguments
             ]
             return MIXED[e.name].format(*ones)
         return super().operation(e, arguments)
-
-
-def _is_number(e: Expr) -> bool:
-    """Whether a condition is one per tensor, or of one."""
-    if isinstance(e, Op):
-        return all(map(_is_number, e.args))
-    return not isinstance(e, Var) or e.level == "scalar"
