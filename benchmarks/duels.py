@@ -59,6 +59,21 @@ def apollo_everywhere(params: Any, **options: Any) -> C.ChainOpt:
     return C.ChainOpt(params, 0.01, C.apollo(**options))
 
 
+def adam_mini(params: Any) -> C.ChainOpt:
+    """Adam with one second moment for each tensor."""
+    return C.ChainOpt(params, 1e-3, C.scale_by_adam(square="tensor"), weight_decay=0.1)
+
+
+def sink_sgd(params: Any) -> C.ChainOpt:
+    """SinkGD with a momentum."""
+    return C.ChainOpt(params, 1e-3, C.exp_avg(beta=0.9, correct_bias=False), C.sinkhorn_normalize)
+
+
+def dion_everywhere(params: Any, **options: Any) -> C.ChainOpt:
+    """Dion without a router, for matrices only."""
+    return C.ChainOpt(params, 0.01, C.dion(**options), weight_decay=0.01)
+
+
 @dataclass(frozen=True)
 class Duel:
     """Two optimizers and what is expected of the first beside the second.
@@ -191,6 +206,18 @@ def _memory_savers() -> Iterator[Duel]:
     )
     ours = Case(apollo.label, "benchmarks.duels:apollo_everywhere", {"rank": 128})
     yield Duel("apollo", ours, apollo, {"gpt": 0.5}, matrices=True)
+    label = "Adam-mini, a number for each tensor"
+    mini = Case(
+        label, "pytorch_optimizer:AdamMini", {"lr": 1e-3, "model": True}, library=COLLECTION
+    )
+    yield Duel("adam-mini", Case(label, "benchmarks.duels:adam_mini"), mini, {"gpt": 0.5})
+    sink = Case("SinkSGD", "adv_optm:SinkSGD_adv", {"momentum": 0.9}, library="adv_optm")
+    ours = Case("SinkGD", "benchmarks.duels:sink_sgd")
+    yield Duel("sinkgd", ours, sink, {"gpt": 0.5}, matrices=True)
+    rank = {"rank": 128}
+    dion = Case("Dion, rank 128", "dion:DionSimple", {"lr": 0.01, **rank}, library="dion")
+    ours = Case(dion.label, "benchmarks.duels:dion_everywhere", rank)
+    yield Duel("dion", ours, dion, {"gpt": None}, products=True, matrices=True)
 
 
 def _prodigies() -> Iterator[Duel]:

@@ -77,13 +77,26 @@ def timed(function: Callable[[], Any], device: str) -> float:
 
 
 def builder(target: str, arguments: Mapping[str, Any]) -> Callable[..., Any]:
-    """What builds the optimizer from parameters; `group` is for the one parameter group."""
+    """What builds the optimizer from parameters.
+
+    arguments: `group` is for the one parameter group, `model` asks for a module in place of a list.
+    """
     module, name = target.split(":")
     function = getattr(importlib.import_module(module), name)
-    rest = {key: value for key, value in arguments.items() if key != "group"}
+    rest = {key: value for key, value in arguments.items() if key not in ("group", "model")}
+    if arguments.get("model"):
+        return lambda params: function(module_of(params), **rest)
     if "group" not in arguments:
         return lambda params: function(params, **rest)
     return lambda params: function([{"params": params, **arguments["group"]}], **rest)
+
+
+def module_of(params: Iterable[Tensor]) -> torch.nn.Module:
+    """A module of these parameters, with names that say nothing."""
+    made = torch.nn.Module()
+    for number, param in enumerate(params):
+        made.register_parameter(f"p{number}", param)  # type: ignore[arg-type]
+    return made
 
 
 def fused_adamw(params: Iterable[Tensor]) -> torch.optim.Optimizer:
