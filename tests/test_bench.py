@@ -266,6 +266,12 @@ def test_products_are_noted_and_done_again():
     assert a.equal(torch.ones(3, 4))
 
 
+def test_an_optimizer_that_takes_a_model_gets_the_parameters_themselves():
+    params = [torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3))]
+    module = worker.module_of(params)
+    assert all(a is b for a, b in zip(module.parameters(), params, strict=True))
+
+
 def test_a_mean_counts_whole_periods_and_a_median_leaves_the_outlier_out():
     times = ([1.0, 1.0, 4.0], [2.0, 2.0, 2.0])
     assert duels.Outcome(duel("x"), "gpt", times=times).ratio == 0.5
@@ -277,7 +283,8 @@ def test_every_duel_is_for_a_shape_set_and_names_its_library():
     for chosen in duels.DUELS.values():
         assert set(chosen.goals) <= set(shapes.SETS)
         library = chosen.theirs.library
-        assert library == "torch" or f"\n{library.lower()}==" in known
+        pinned = any(f"\n{library.lower()}{sign}" in known for sign in ("==", " @ git+"))
+        assert library == "torch" or pinned
 
 
 def test_the_ways_to_keep_psgd_factors_are_measured_and_drawn(tmp_path):
