@@ -120,13 +120,15 @@ def _iterated(
     rows, columns = m.shape[-2:]
     turned = rows < columns
     b = m.mT if turned else m
-    usable = torch.isfinite(b).all(-1, keepdim=True).all(-2, keepdim=True)
-    w = torch.linalg.qr(torch.where(usable, b, 0.0) @ directions)[0]
+    image = b @ directions
+    usable = torch.isfinite(image).all(-1, keepdim=True).all(-2, keepdim=True)
+    w = torch.linalg.qr(torch.where(usable, image, 0.0))[0]
     z = b.mT @ w
-    left = b - (1 - momentum) * (w @ z.mT)
+    # factors go to the narrow sides, so that nothing of the size of b is made but the results
+    left = torch.baddbmm(b, w * (momentum - 1), z.mT)
     new = z / (torch.linalg.vector_norm(z, dim=-2, keepdim=True) + eps)
     moves = b.flatten(1).any(1)[:, None, None]
-    result = torch.where(moves, (rows / columns) ** 0.5 * (w @ new.mT), 0.0)
+    result = torch.where(moves, w * (rows / columns) ** 0.5, 0.0) @ new.mT
     result, left = (x.mT if turned else x for x in (result, left))
     return result, left, torch.where(moves, new, directions)
 
