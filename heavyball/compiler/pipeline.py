@@ -46,13 +46,14 @@ def print_kernel(
     random: bool,
     device: torch.device,
     shape: tuple[int, ...] = (),
+    passing: frozenset[str] = frozenset(),
     early: bool = True,
 ) -> Printed:
     """Print a simplified graph for tensors of these dtypes on a device.
 
     holds: what a state holds. random: whether bfloat16 and codes are rounded stochastically. shape: the
-    parameter's; what matters of it is how state of rank one lies in it. early: whether state may be
-    stored before the last walk.
+    parameter's; what matters of it is how state of rank one lies in it. passing: the numbers of which
+    nothing is made. early: whether state may be stored before the last walk.
 
     Errors: NotPrintableError with the reason.
     """
@@ -67,7 +68,8 @@ def print_kernel(
     exact = dtypes if early else {}
     plan = schedule(graph, exact, compute, slices_wait=flat or not on_device, early=early)
     squares = frozenset(name for name in graph.tensors if holds(name) == "square")
-    kernel = lower(graph, plan, dtypes, compute, random, roots, not on_device, squares, view)
+    late = not on_device
+    kernel = lower(graph, plan, dtypes, compute, random, roots, late, squares, view, passing)
     verify(kernel)
     if not on_device:
         return Printed(kernel, (CppPrinter if flat else RowPrinter)(kernel).source())

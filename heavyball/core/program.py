@@ -111,6 +111,8 @@ class Program:
             if s.needed_by in n.transform.hyper or s.until is not None or s.passing
             for part in ("", *COMPANIONS)
         }
+        # numbers of the last step, of which nothing is made
+        self.passing = frozenset(n.state_key(k) for n, k, s in self.states if s.passing)
         # state of one number, which is float64
         self.numbers = ("step", *(n.state_key(k) for n, k, s in self.states if s.is_number))
         # the shape and dtype of each state, by shape and dtype of the parameter, see `optim/checks.py`

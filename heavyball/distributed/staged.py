@@ -211,8 +211,9 @@ def _print(recipe: Recipe, job: Job, dtypes: Mapping[str, torch.dtype]) -> Print
     for index, value in enumerate(graph.values):
         if value.op in COUNTS:
             graph.values[index] = Value("number", (f"{_COUNT}{index}",), value.level, value.kind)
-    compute, holds = compute_dtype(job.param.dtype), job.program.holds_of
-    return print_kernel(graph, dtypes, compute, holds, False, job.param.device, early=False)
+    compute, program, device = compute_dtype(job.param.dtype), job.program, job.param.device
+    holds, passing = program.holds_of, program.passing
+    return print_kernel(graph, dtypes, compute, holds, False, device, passing, early=False)
 
 
 def _table(

@@ -84,8 +84,14 @@ def backward_of(opt):
 CHAIN = (C.probe("in"), C.scale_by_adam, C.probe("adam"), C.cautious, C.decoupled, C.probe("end"))
 
 
+@pytest.fixture
+def kernels(monkeypatch):
+    """The other tests of this folder run as written."""
+    monkeypatch.setattr(heavyball.utils, "compile_mode", "auto")
+
+
 @pytest.mark.parametrize("way", ["compiled", "eager", "foreach", "fused", "whole"])
-def test_probes_measure_what_passes(way):
+def test_probes_measure_what_passes(way, kernels):
     dtype = torch.float32
     params = weights(dtype)
     chain = CHAIN
@@ -137,7 +143,7 @@ def test_zeros_are_counted():
 
 
 @pytest.mark.parametrize("compile", ["auto", False])
-def test_what_has_no_part_in_a_step_is_not_counted(compile):
+def test_what_has_no_part_in_a_step_is_not_counted(compile, kernels):
     params = weights(torch.float32)
     opt = C.ChainOpt(
         params, 0.1, C.skip_not_finite, C.scale_by_adam, C.probe("u"), metrics=True, compile=compile
@@ -205,3 +211,99 @@ def test_a_probe_parses_and_stands_anywhere():
     fill(params, 0)
     opt.step()
     assert numbers(opt)["group_0/c/rms"] == pytest.approx(1.0)
+
+
+# Strips of 512 are added up in float32, each term once more rounded where it is a product; a norm has
+# half the relative error of its square.
+STRIP_ERROR = 513 * 2.0**-24
+SCALES = 1e-42, 1e-36, 1e-24, 1e-13, 1.0, 1e15, 1e19, 1e30
+
+
+@C.transform
+def absolute(update):
+    return update.abs()
+
+
+def scattered(scale: float) -> Tensor:
+    """Several strips and a rest: zeros, one of another size, and the others."""
+    made = torch.randn(5 * 512 + 77, generator=torch.Generator().manual_seed(7), dtype=F64)
+    made[512:1024] = 0
+    made[1024:1536] *= 1e-6
+    return (scale * made).float()
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("sides", [1, 40])
+def test_sums_in_strips_are_right_at_every_size(scale, sides, kernels):
+    """sides: 40 makes a tensor that is cut into chunks."""
+    grad = scattered(scale).repeat(sides)
+    p = nn.Parameter(torch.zeros_like(grad))
+    chain = C.probe("in"), absolute, C.probe("out")
+    opt = C.ChainOpt([p], 1.0, *chain, metrics=True, compile=True)
+    p.grad = grad.clone()
+    opt.step()
+    found, update = numbers(opt), -p.detach().double()
+    saturated = grad.clamp(-(2.0**56), 2.0**56)  # as chains see it
+    for what, tensor in {"in": saturated, "out": update}.items():
+        size = norm([tensor])
+        assert found[f"group_0/{what}/norm"] == pytest.approx(size, rel=STRIP_ERROR, abs=0)
+        assert found[f"group_0/{what}/max"] == tensor.abs().max().item()
+        assert found[f"group_0/{what}/zeros"] == (tensor == 0).sum().item()
+    assert found["group_0/grad_norm"] == pytest.approx(norm([grad]), rel=STRIP_ERROR, abs=0)
+    for what in ("update", "param"):
+        assert found[f"group_0/{what}_norm"] == pytest.approx(
+            norm([update]), rel=STRIP_ERROR, abs=0
+        )
+    # the products that a cosine is made of are float32, and so may be 0 or infinite
+    if 1e-18 < scale < 1e18:
+        cosine = (update * grad).sum().item() / norm([update]) / norm([grad])
+        assert found["group_0/out/cosine"] == pytest.approx(cosine, abs=3 * STRIP_ERROR)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so_in_a_strip(bad, kernels):
+    p = nn.Parameter(torch.zeros(2000))
+    opt = C.ChainOpt([p], 1.0, C.probe("in"), metrics=True, compile=True)
+    p.grad = torch.ones(2000)
+    p.grad[700] = bad
+    opt.step()
+    found = numbers(opt)
+    # an infinite entry is the bound behind the head of a chain
+    for name in ("grad_norm", *(("in/norm", "in/max", "param_norm") if bad != bad else ())):
+        assert found[f"group_0/{name}"] == pytest.approx(bad, nan_ok=True)
+
+
+FORMATS = {
+    "float32": {},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "bfloat16, corrected": {"dtype": torch.bfloat16, "param_ecc": "bf16+8"},
+    "8bit": {"storage_dtype": "8bit"},
+    "4bit": {"storage_dtype": "4bit"},
+    "state in bfloat16": {"storage_dtype": "bfloat16"},
+    "gate": {"gate": True},
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("scale", [1.0, 1e-24])
+def test_strips_of_every_format_are_added_up_again(name, scale, kernels):
+    """What cannot be read back from the tensors is put aside, and is what eager steps measure."""
+    options = dict(FORMATS[name])
+    dtype, gate = options.pop("dtype", torch.float32), options.pop("gate", False)
+    found = []
+    for compile in (True, False):
+        p = nn.Parameter(scattered(1e-3 * scale)[:2560].to(dtype))
+        gates = (C.accumulate(2),) if gate else ()
+        chain = *gates, C.scale_by_adam, C.probe("adam"), C.decoupled, C.probe("end")
+        opt = C.ChainOpt(
+            [p], scale, *chain, weight_decay=0.1, metrics=True, compile=compile, **options
+        )
+        for step in range(2):
+            p.grad = (scattered(1.0)[:2560] * (1 + step)).to(dtype)
+            opt.step()
+        found.append(numbers(opt))
+    compiled, eager = found
+    for key, value in eager.items():
+        # the two round updates, codes and weights at the same places, but for fused multiply-adds
+        if key.endswith(("norm", "rms", "cosine", "to_param")):
+            assert compiled[key] == pytest.approx(value, rel=1e-4, abs=1e-4 * scale), key

@@ -6,6 +6,7 @@ import torch
 
 from heavyball.compiler.cpp.dialect import TYPES, Cpp
 from heavyball.compiler.cpp.storage import WIDE, blocks_of
+from heavyball.compiler.cpp.strips import HELPERS, Strips, fits
 from heavyball.compiler.cpp.templates import CHUNKED, DRIVER, KEYS, PRELUDE, WALK
 from heavyball.compiler.dialect import KernelPrinter
 from heavyball.compiler.formats import needed, short
@@ -43,7 +44,7 @@ class CppPrinter(Cpp, KernelPrinter):
         Errors: NotPrintableError for an operation or a tensor that C++ has no form for.
         """
         walks = self.kernel.walks
-        lines = [PRELUDE, *self._formats(), f"typedef {self.type} T;", self._row()]
+        lines = [PRELUDE, HELPERS, *self._formats(), f"typedef {self.type} T;", self._row()]
         for k, walk in enumerate(walks):
             lines += [self._numbers(f"scalars_{k}", walk.numbers), self._walk(k, walk)]
         return "\n".join(
@@ -217,17 +218,25 @@ class CppPrinter(Cpp, KernelPrinter):
 
     def _walk(self, k: int, walk: Walk) -> str:
         """The functions of one walk; `pass_k` does it for the elements from low to high."""
+        loop, lines = walk.elements, list[str]()
+        if fits(loop):
+            strips = Strips(self, f"again_{k}", loop)
+            lines.append(strips.functions())
+            inner = strips.wrapped(
+                [strips.reduce(s) if s in strips.sums else self.statement(s) for s in loop.body]
+            )
+        else:
+            inner = [
+                f"    {self.simd(loop.sums)}",
+                "    for (int64_t i = low; i < high; ++i) {",
+                *(f"        {self.statement(s)}" for s in loop.body),
+                "    }",
+            ]
+        inner = self._in_blocks(loop, inner)
         head = f"PART void pass_{k}(const int64_t* row, const double* s, int64_t low, int64_t high,"
-        lines = [f"{head} double* part) {{", *self.pointers(walk.loops), *self.keys(walk.loops)]
+        lines += [f"{head} double* part) {{", *self.pointers(walk.loops), *self.keys(walk.loops)]
         lines += self.constants(walk.loops)
         lines += [f"    {self.accumulator(s)}" for s in walk.sums]
-        inner = [
-            f"    {self.simd(walk.elements.sums)}",
-            "    for (int64_t i = low; i < high; ++i) {",
-            *(f"        {self.statement(s)}" for s in walk.elements.body),
-            "    }",
-        ]
-        inner = self._in_blocks(walk.elements, inner)
         lines += self._by_turns(walk, inner) if walk.slices else inner
         lines += [f"    part[{n}] = r{s.var.index};" for n, s in enumerate(walk.sums)]
         return "\n".join([*lines, "}\n"])

@@ -99,9 +99,10 @@ def _is_known(x: Any) -> bool:
 
 
 def _lerp(x: Any, y: Any, weight: Any) -> Any:
-    # as torch: exact at both ends
-    near, far = x + weight * (y - x), y - (y - x) * (1 - weight)
-    return torch.where(torch.abs(weight) < 0.5, near, far)
+    # as torch, exact at both ends: x + weight * (y - x), or y - (1 - weight) * (y - x)
+    near = torch.abs(weight) < 0.5
+    start, part = torch.where(near, x, y), torch.where(near, weight, -(1 - weight))
+    return start + part * (y - x)
 
 
 def _power(x: Any, y: Any) -> Any:

@@ -85,12 +85,14 @@ class Reduce:
     """Add up float64 values, count conditions, or take the largest value of the elements.
 
     is_mean: whether the sum is divided by how many values it has when it is complete.
+    passing: whether the sum is measured only, and no value of any step is made of it.
     """
 
     var: Var
     how: Literal["add", "count", "max"]
     expr: Expr
     is_mean: bool = False
+    passing: bool = False
 
 
 @dataclass(frozen=True)

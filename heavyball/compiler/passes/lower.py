@@ -28,6 +28,7 @@ from heavyball.compiler.passes.loops import (
 from heavyball.compiler.passes.stages import Pass, Schedule, summed
 from heavyball.state.held import COMPANIONS, CORRECTION, SCALE, SIGNS, is_companion, word_of
 
+BOUNDED = ("clamp_min", "clamp_max")
 COUNTS = ("numel", "slices", "members")
 INPUTS = ("number", "hyper", "total", *COUNTS)
 READS = ("load", "pick")
@@ -43,6 +44,7 @@ def lower(
     late: bool = True,
     squares: frozenset[str] = frozenset(),
     view: View | None = None,
+    passing: frozenset[str] = frozenset(),
 ) -> Kernel:
     """The loop form of a graph.
 
@@ -50,10 +52,11 @@ def lower(
     codes are rounded stochastically. roots: tensors that hold the roots of their values. late: whether
     the loop over all elements runs ahead of that over every k-th. squares: tensors of values
     that are never negative. view: the axes of the graph, where they are not the parameter's.
+    passing: states of which nothing is made, in any step.
 
     Errors: NotPrintableError for a tensor or an operation that no printer knows.
     """
-    made = _Lowering(graph, plan, dtypes, compute, random, roots, late, squares).kernel()
+    made = _Lowering(graph, plan, dtypes, compute, random, roots, late, squares, passing).kernel()
     return dataclasses.replace(made, view=view)
 
 
@@ -68,10 +71,14 @@ class _Lowering:
         roots: frozenset[str],
         late: bool,
         squares: frozenset[str],
+        passing: frozenset[str],
     ):
         self.graph, self.plan, self.dtypes, self.compute = graph, plan, dtypes, compute
         self.random, self.roots, self.late, self.squares = random, roots, late, squares
         self.values = graph.values
+        lasting = [i for name, i in graph.outputs.items() if name not in passing]
+        self.lasting = graph.needed(lasting, {})
+        self.bounds: dict[Const, int] = {}  # the places of constants among the numbers
         self.frame = None if graph.starts is None else Frame(graph.starts, graph.levels)
         self.columns = self._columns()
 
@@ -80,6 +87,8 @@ class _Lowering:
         used = {v.args: None for v in self.values if v.op == "hyper"}
         totals = {v.args[0]: None for v in self.values if v.op == "total"}
         walks = [self._walk(planned) for planned in self.plan.passes]
+        for bound, place in self.bounds.items():
+            walks[0].numbers.append(Let(Var(place, torch.float64, "scalar"), bound))
         random = any(loop.random for w in walks for loop in self._loops(w))
         return Kernel(
             compute=self.compute,
@@ -91,7 +100,7 @@ class _Lowering:
             final=[self._number(i) for i in self.plan.final],
             written={name: self.number(i) for name, i in self.plan.numbers.items()},
             kept=[self.var(i) for i in self.plan.kept],
-            slots=len(self.values),
+            slots=len(self.values) + len(self.bounds),
             counted=self.number(self.graph.counted) if random else None,
             frame=self.frame,
             every=self.graph.every,
@@ -148,6 +157,27 @@ class _Lowering:
         arguments = [self.var(a.index, dtype) if isinstance(a, Ref) else a for a in v.args]
         return expression(v.op, arguments, dtype, v.kind)
 
+    def _clamped(self, v: Value) -> Expr | None:
+        """A clamp of elements at a constant as one at a number, in a kernel of the host.
+
+        A bound that the compiler of C++ knows becomes branches, of which a loop takes every one; one
+        that it does not know is one instruction.
+        """
+        if (
+            not self.late
+            or v.op not in BOUNDED
+            or v.level != "element"
+            or isinstance(v.args[1], Ref)
+        ):
+            return None
+        constant = Const(float(v.args[1]), torch.float64)
+        if not abs(constant.value) > 0:  # zeros of both signs are equal, and NaN to nothing
+            return None
+        place = self.bounds.setdefault(constant, len(self.values) + len(self.bounds))
+        value, bound = self.var(v.args[0].index), Var(place, self.compute, "scalar")
+        beyond = value < bound if v.op == "clamp_min" else bound < value
+        return torch.where(beyond, bound, value)  # type: ignore[call-overload]
+
     def _number(self, i: int) -> Let:
         v, var = self.values[i], self.number(i)
         if v.op in INPUTS:
@@ -188,14 +218,15 @@ class _Lowering:
         wide = self.var(summed(self.graph, i)).to(torch.float64)
         # squared in float64, or the sum could overflow where the elements do not
         squared = summed(self.graph, i) != source
-        return Reduce(var, "add", wide * wide if squared else wide, v.op == "mean")
+        made = wide * wide if squared else wide
+        return Reduce(var, "add", made, is_mean=v.op == "mean", passing=i not in self.lasting)
 
     def _let(self, i: int) -> Statement:
         v = self.values[i]
         if v.op in READS:
             step = self.graph.every if v.op == "pick" else 1
             return Load(self.var(i), self.columns[v.args[0]], step or 1)
-        return Let(self.var(i), self._expression(v, self.compute))
+        return Let(self.var(i), self._clamped(v) or self._expression(v, self.compute))
 
     def _store(self, name: str, i: int) -> Store:
         value: Expr = self.var(i)

@@ -92,8 +92,9 @@ def _print(job: Job, graph: Graph, dtypes: dict[str, torch.dtype]) -> Printed:
     """Print a graph of a job's program for tensors like the job's."""
     param, random = job.param, job.stream is not None
     compute = compute_dtype(param.dtype)
-    holds, shape = job.program.holds_of, tuple(param.shape)
-    return print_kernel(graph, dtypes, compute, holds, random, param.device, shape)
+    program, shape = job.program, tuple(param.shape)
+    holds, passing = program.holds_of, program.passing
+    return print_kernel(graph, dtypes, compute, holds, random, param.device, shape, passing)
 
 
 def printed_segments(job: Job) -> tuple[Segments, list[Printed | None]]:
