@@ -8,6 +8,8 @@ import torch
 from helpers import all_params, clones, fill_gradients, parameters
 
 from heavyball import chainable as C
+from heavyball.compiler.run import watch
+from heavyball.optim.writes import Writes
 
 AVERAGES = {
     "parameter_ema": (C.exp_avg, C.parameter_ema(beta=0.9)),
@@ -80,3 +82,133 @@ def test_a_step_that_an_exception_ends_leaves_the_averages_alone(average, alone)
                 assert torch.equal(old, new) or not torch.equal(new, mean)
             assert not torch.equal(before[0][0], after[0][0])
         failing.clear()
+
+
+# ---- weights that somebody writes where torch counts no writes
+
+
+def into_data(p, new):
+    p.data.copy_(new)
+
+
+def other_memory(p, new):
+    p.data = new.clone()
+
+
+def from_a_vector(p, new):
+    torch.nn.utils.vector_to_parameters(new.flatten(), [p])
+
+
+def exchanged(p, new):
+    """As averages are swapped in."""
+    p.data, new.data = new.data.clone(), p.data
+
+
+def merged(p, new):
+    """As peft merges an adapter."""
+    p.data += new - p.data
+
+
+def counted(p, new):
+    with torch.no_grad():
+        p.copy_(new)
+
+
+WAYS = (into_data, other_memory, from_a_vector, exchanged, merged, counted)
+
+
+def trained(average, **options):
+    opt = C.ChainOpt(parameters(), 0.01, *AVERAGES[average], **options)
+    for step in range(3):
+        fill_gradients(all_params(opt), step)
+        opt.step()
+    return opt
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize("average", ["parameter_ema", "schedule_free"])
+@pytest.mark.parametrize("compile", ["auto", False])
+def test_weights_written_while_training_are_noticed(way, average, compile):
+    """They are the average and the point to train on; the other parameters go on bit for bit."""
+    for look in ("eval", "step", "state_dict"):
+        opt, twin = trained(average, compile=compile), trained(average, compile=compile)
+        params = all_params(opt)
+        written = max(params, key=torch.Tensor.numel)
+        new = torch.randn(written.shape, generator=torch.Generator().manual_seed(3))
+        way(written, new.to(written.dtype))
+        held = written.detach().clone()
+        if look == "step":
+            fill_gradients(params, 9)
+        with pytest.warns(UserWarning, match="other weights were written"):
+            getattr(opt, look)()
+        if look == "step":
+            fill_gradients(all_params(twin), 9)
+            twin.step()
+            far = (written - held).abs().max().item()
+            assert 0 < far < 0.1  # one step from there
+        opt.eval(), twin.eval()
+        for p, q in zip(params, all_params(twin), strict=True):
+            if p is not written:
+                assert torch.equal(p, q)
+            elif look != "step":
+                torch.testing.assert_close(p.detach(), held)
+
+
+def no_write(p):
+    p.data = p.data.clone()
+
+
+def another_row(p):
+    p.data[0] = 0
+
+
+def the_same_values(p):
+    p.data.copy_(p.data.clone())
+
+
+@pytest.mark.parametrize(
+    "change", [no_write, another_row, the_same_values], ids=lambda f: f.__name__
+)
+@pytest.mark.parametrize("options", [{}, {"fuse_backward": True}, {"compile": False}], ids=str)
+def test_what_is_no_loaded_weights_warns_of_nothing(change, options):
+    """Memory that has moved, and edits of a part: the fixture makes the warning an error."""
+    opt = C.ChainOpt(parameters(), 0.01, *AVERAGES["schedule_free"], **options)
+    params = all_params(opt)
+    for step in range(6):
+        if options.get("fuse_backward"):
+            sum((p * (1 + step)).sin().sum() for p in params).backward()
+        else:
+            fill_gradients(params, step)
+        opt.step()
+        for p in params:
+            if p.ndim == 2:
+                change(p)
+        if step == 3:
+            opt.eval()
+            opt.train()
+    with opt.averaged():
+        assert all(p.isfinite().all() for p in params)
+
+
+@pytest.mark.parametrize("layout", ["strided", "transposed", "empty", "one", "bfloat16"])
+@pytest.mark.parametrize("compiler", [True, False])
+def test_a_write_is_seen_in_every_layout(layout, compiler, monkeypatch):
+    if compiler:
+        assert watch.sampler() is not None
+    else:
+        monkeypatch.setattr(watch, "sampler", lambda: None)
+    made = torch.arange(60.0).reshape(6, 10)
+    p = {
+        "strided": made[::2, ::3],
+        "transposed": made.t(),
+        "empty": made[:0],
+        "one": made[3, 3],
+        "bfloat16": made.bfloat16(),
+    }[layout]
+    noted = Writes([p])
+    assert not noted.changed()
+    if p.numel():
+        p.data.copy_(p + 1)
+        assert noted.changed() == noted.changed(p) == {p}
+        noted.note(p)
+        assert not noted.changed()

@@ -16,6 +16,7 @@ from heavyball.errors import warn
 from heavyball.numerics import working
 from heavyball.optim.checkpoint import SAVED_WEIGHTS
 from heavyball.optim.registry import Registry
+from heavyball.optim.writes import Writes, version
 from heavyball.runtime.job import Scalars
 from heavyball.runtime.place import Place
 from heavyball.runtime.state import working_param
@@ -57,8 +58,7 @@ class Evaluated:
 
 def stamp(param: Tensor) -> Stamp:
     """What changes when a parameter is written or its `data` replaced."""
-    param = local(param)
-    return param.data_ptr(), None if param.is_inference() else param._version
+    return local(param).data_ptr(), version(param)
 
 
 def written(evaluated: Iterable[Evaluated], loaded: Mapping[Tensor, Stamp]) -> Iterator[Look]:
@@ -96,9 +96,9 @@ class Evaluation:
         self._registry = registry
         self._loaded = loaded
         self._switching = False
-        # by parameter how often it was written when the last step had ended; None where weights may
-        # still be loaded to a state
-        self.written: dict[Tensor, int | None] | None = None
+        # the parameters as the last step has left them; None where weights may still be loaded to a
+        # state
+        self.written: Writes | None = None
         self._loading = True
 
     def switch(self, training: bool) -> None:
@@ -131,9 +131,13 @@ class Evaluation:
     # ---- weights written in training mode
 
     def note(self) -> None:
-        """Remember how often each parameter was written; whatever writes next is somebody else."""
+        """Remember each parameter as it is; whatever writes next is somebody else."""
         self._loading = False
-        self.written = {p: _version(p) for group in self._registry.groups for p in group["params"]}
+        params = [p for group in self._registry.groups for p in group["params"]]
+        if self.written is not None and self.written.are_of(params):
+            self.written.note()
+        else:
+            self.written = Writes(params)
 
     def note_again(self) -> None:
         """Remember it anew, if it was remembered."""
@@ -143,7 +147,7 @@ class Evaluation:
     def note_one(self, param: Tensor) -> None:
         """Remember it of a parameter that was stepped alone."""
         if self.written is not None:
-            self.written[param] = _version(param)
+            self.written.note(param)
 
     @contextlib.contextmanager
     def unwatched(self) -> Iterator[None]:
@@ -162,9 +166,7 @@ class Evaluation:
         known = self.written
         if known is None or not self._registry.training:
             return
-        params = known if only is None else (only,)
-        changed = {p for p in params if p in known and _version(p) != known[p]}
-        if not changed:
+        if not (changed := known.changed(only)):
             return
         programs = self._registry.programs()
         places = [
@@ -173,7 +175,7 @@ class Evaluation:
             if place.param in changed and programs[place.param].evaluators and "step" in state
         ]
         for param in changed:
-            known[param] = _version(param)
+            known.note(param)
         if places:
             self._begin_at(places)
 
@@ -251,8 +253,3 @@ def _where(looks: list[Look]) -> list[Place]:
         )
         if differs
     ]
-
-
-def _version(param: Tensor) -> int | None:
-    param = local(param)
-    return None if param.is_inference() else param._version

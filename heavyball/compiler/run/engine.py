@@ -33,9 +33,8 @@ from heavyball.runtime.rates import Pending, Together
 
 def forget_kernels() -> None:
     """Load kernels from disk or recompile them, as in a new process, including those that failed."""
-    for part in (kernels, toolchain):
+    for part in (kernels, toolchain, watch):
         part.forget()
-    watch.native.cache_clear()
 
 
 class Engine:

@@ -24,6 +24,7 @@ from heavyball.runtime.state import SHOWN
 
 SOURCE = """\
 #include <cstdint>
+#include <cstring>
 
 // What DLPack says of a tensor, version 1.
 struct Described {
@@ -76,14 +77,50 @@ extern "C" int64_t watch(Describe describe, void* const* objects, int64_t fixed,
     }
     return count;
 }
+
+// The bits of `places` elements of each tensor, spread over it, behind a number that differs where they
+// cannot be compared; 0 where they cannot be read. Returns -1 with a Python exception.
+extern "C" int64_t sample(Describe describe, void* const* objects, int64_t count, int64_t places,
+                          uint64_t* found) {
+    for (int64_t i = 0; i < count; ++i, found += 1 + places) {
+        Described t;
+        if (describe(objects[i], &t)) return -1;
+        int64_t elements = 1;
+        for (int k = 0; k < t.axes; ++k) elements *= t.shape[k];
+        const int64_t bytes = t.bits * t.lanes / 8;
+        std::memset(found, 0, (1 + places) * sizeof(*found));
+        if (t.device != 1 || !t.data || !elements || bytes < 1 || bytes > 8) continue;
+        found[0] = (uint64_t)elements << 16 | t.code << 8 | t.bits;
+        for (int64_t n = 0; n < places; ++n) {
+            int64_t rest = elements * (2 * n + 1) / (2 * places), place = 0;
+            for (int k = t.axes - 1; k >= 0; --k) {
+                place += rest % t.shape[k] * t.strides[k];
+                rest /= t.shape[k];
+            }
+            std::memcpy(found + 1 + n, (const char*)t.data + t.offset + place * bytes, bytes);
+        }
+    }
+    return count;
+}
 """
 MAJOR = 1  # of the DLPack standard that SOURCE follows
 DESCRIBE = 5  # the place of the describing function in DLPack's table, in words
 
 
-@functools.cache
 def native() -> Callable[..., int] | None:
-    """The compiled function for torch's tensors; None where there is no compiler or no DLPack."""
+    """`watch` for torch's tensors; None where there is no compiler or no DLPack."""
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    return _native("watch", (pointer, size, size, pointer, pointer, ctypes.c_int))
+
+
+def sampler() -> Callable[..., int] | None:
+    """`sample`, in the same way."""
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    return _native("sample", (pointer, size, size, pointer))
+
+
+@functools.cache
+def _native(name: str, takes: tuple[Any, ...]) -> Callable[..., int] | None:
     capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     if capsule is None:
         return None
@@ -94,13 +131,17 @@ def native() -> Callable[..., int] | None:
     if ctypes.c_uint32.from_address(place).value != MAJOR or not describe:
         return None
     try:
-        library = toolchain.load(SOURCE, "watch")
+        library = toolchain.load(SOURCE, name)
     except toolchain.ToolchainError:
         return None
-    pointer, size = ctypes.c_void_p, ctypes.c_int64
     # a PYFUNCTYPE keeps the interpreter's lock, which Python objects need, and hands on its exceptions
-    kind = ctypes.PYFUNCTYPE(size, pointer, pointer, size, size, pointer, pointer, ctypes.c_int)
-    return functools.partial(kind(("watch", library)), describe)
+    kind = ctypes.PYFUNCTYPE(ctypes.c_int64, ctypes.c_void_p, *takes)
+    return functools.partial(kind((name, library)), describe)
+
+
+def forget() -> None:
+    """Look for a compiler again."""
+    _native.cache_clear()
 
 
 class Layouts:
