@@ -3,8 +3,10 @@
 import array
 import collections
 import copy
+import re
 import types
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -437,3 +439,101 @@ def test_groups_of_torchs_adafactor_mean_the_same() -> None:
     assert _beside_torch("Adafactor", both, {"eps": (1e-8, 1e-3)}) < 1e-12
     with pytest.raises(ValueError, match="pass eps to Adafactor"):
         _beside_torch("Adafactor", both, {})
+
+
+def changed(**theirs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings that torch and this library call the same."""
+    return theirs, theirs
+
+
+DECAY = {"weight_decay": 0.1, "decoupled_weight_decay": True}
+BETAS = {"betas": (0.8, 0.95), "eps": 1e-6}
+MUON = {"lr": 0.01, "weight_decay": 0.1, "nesterov": False, "ns_steps": 4}
+# Settings in torch's words and in ours.
+EXCHANGED: list[tuple[str, tuple[dict[str, Any], dict[str, Any]]]] = [
+    ("SGD", changed(lr=0.1, weight_decay=0.1)),
+    ("SGD", changed(lr=0.1, momentum=0.9, nesterov=True, maximize=True)),
+    ("SGD", changed(lr=0.1, momentum=0.9, dampening=0.3)),
+    ("Adam", changed(lr=0.01)),
+    ("Adam", changed(lr=0.01, **BETAS, **DECAY, amsgrad=True)),
+    ("Adam", changed(lr=0.01, **BETAS, weight_decay=0.1, maximize=True)),
+    ("AdamW", changed(lr=0.01)),
+    ("AdamW", changed(lr=0.01, **BETAS, weight_decay=0.2, amsgrad=True)),
+    ("NAdam", changed(lr=0.01, weight_decay=0.1)),
+    ("NAdam", changed(lr=0.01, **BETAS, **DECAY, momentum_decay=0.01)),
+    ("RAdam", changed(lr=0.01, weight_decay=0.1)),
+    ("RAdam", changed(lr=0.01, **BETAS, **DECAY)),
+    ("Adagrad", changed(lr=0.1, lr_decay=0.1, weight_decay=0.1, eps=1e-6)),
+    ("Adagrad", changed(lr=0.1, initial_accumulator_value=0.3)),
+    ("Adadelta", changed(lr=0.5, rho=0.8, eps=1e-4, weight_decay=0.1)),
+    ("Adamax", changed(lr=0.01, **BETAS, weight_decay=0.1)),
+    ("ASGD", changed(lr=0.1, lambd=0.01, alpha=0.6, t0=2, weight_decay=0.1)),
+    ("Rprop", changed(lr=0.01, etas=(0.4, 1.3), step_sizes=(1e-4, 1.0))),
+    ("RMSprop", changed(lr=0.01, alpha=0.9, momentum=0.5, centered=True, weight_decay=0.1)),
+    ("RMSprop", changed(lr=0.01, eps=1e-6)),
+    ("Muon", changed(lr=0.01, weight_decay=0.1)),
+    (
+        "Muon",
+        (
+            {**MUON, "adjust_lr_fn": "match_rms_adamw"},
+            {**MUON, "scale": "match_rms_adamw"},
+        ),
+    ),
+]
+# What torch takes from its constructor alone, whatever a group says.
+OF_THE_CONSTRUCTOR = ("initial_accumulator_value",)
+
+
+def _trained(opt: torch.optim.Optimizer) -> tuple[torch.Tensor, float]:
+    """The weights of one matrix after some steps, and how far they have gone."""
+    (p,) = opt.param_groups[0]["params"]
+    start, drawn = p.detach().clone(), torch.Generator().manual_seed(5)
+    for _ in range(5):
+        p.grad = torch.randn(p.shape, generator=drawn, dtype=p.dtype)
+        opt.step()
+    return p.detach(), float((p.detach() - start).abs().max())
+
+
+def _matrix() -> list[torch.nn.Parameter]:
+    drawn = torch.Generator().manual_seed(4)
+    return [torch.nn.Parameter(torch.randn(6, 4, generator=drawn, dtype=torch.float64))]
+
+
+@pytest.mark.parametrize(("name", "settings"), EXCHANGED, ids=lambda v: str(v))
+def test_groups_go_to_torch_and_come_from_it(name: str, settings: tuple) -> None:
+    """An optimizer that is given the groups of its namesake steps as the namesake does."""
+    theirs, ours = settings
+    torchs, own = getattr(torch.optim, name), getattr(heavyball, name)
+    expected, moved = _trained(torchs(_matrix(), **theirs))
+    asked = {key: value for key, value in theirs.items() if key in OF_THE_CONSTRUCTOR}
+    groups = own(_matrix(), **ours).param_groups
+    found, _ = _trained(torchs(groups, **asked))
+    assert torch.equal(found, expected)
+    # what a group cannot say is refused, see above, and given to the constructor
+    of_groups = {"lr", "weight_decay", "betas", "eps", "etas", "step_sizes", "alpha", "rho"}
+    built = {key: value for key, value in ours.items() if key not in of_groups}
+    found, _ = _trained(own(torchs(_matrix(), **theirs).param_groups, **built))
+    # torch multiplies Muon's matrices in bfloat16; the others are 1e-6 apart at most, NAdam and ASGD for
+    # a number that torch keeps in float32
+    bound = 0.1 if name == "Muon" else 1e-6
+    assert float((found - expected).abs().max()) <= bound * moved
+
+
+def test_every_namesake_of_torch_is_exchanged() -> None:
+    both = {name for name in heavyball.PRESETS if hasattr(torch.optim, name)}
+    assert both == {name for name, _ in EXCHANGED} | {"Adafactor"}
+
+
+def test_groups_of_adafactor_go_to_torch_in_its_words() -> None:
+    """There `eps` is a pair, whose None no live number can be: as they are they cannot be stepped."""
+    settings = {"lr": 0.05, "beta2_decay": -0.7, "eps": (None, 1e-2), "d": 1.5, "weight_decay": 0.1}
+    expected, _ = _trained(torch.optim.Adafactor(_matrix(), **settings))
+    opt = heavyball.Adafactor(_matrix(), **settings)
+    with pytest.raises(TypeError):
+        _trained(torch.optim.Adafactor(opt.param_groups))
+    page = (Path(__file__).parent.parent / "docs" / "migrating.md").read_text()
+    recipe: dict[str, Any] = {}
+    exec(re.search(r"^def torchs_groups.*?(?=^```)", page, re.M | re.S).group(), recipe)
+    opt = heavyball.Adafactor(_matrix(), **settings)
+    found, _ = _trained(torch.optim.Adafactor(recipe["torchs_groups"](opt)))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

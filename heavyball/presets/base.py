@@ -127,27 +127,32 @@ class Preset(ChainOpt):
     takes_inputs = False
     # options of this family of presets that are not those of all presets
     more_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
-    # by entry of torch's groups: how this one was built, what is usual, and the option that says so
-    _built: Mapping[str, tuple[Any, Any, str]] = MappingProxyType({})
+    # by entry of torch's groups: how this one was built, what is usual, the option that says so, and
+    # what means the same
+    _built: Mapping[str, tuple[Any, ...]] = MappingProxyType({})
 
-    def built_with(self, **entries: tuple[Any, Any, str]) -> None:
+    def built_with(self, **entries: tuple[Any, ...]) -> None:
         """Record how the chain is built, for entries that torch.optim's groups may set differently.
 
-        entries: for each entry of a group, the value here, torch's default, and the option's name.
+        entries: for each entry of a group, the value here, torch's default, the option's name, and
+            other spellings of the value. Groups have those that are not torch's default, so that
+            torch's optimizer does the same with them.
         """
-        self._built = entries
+        self._built = {**self._built, **entries}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in `ChainOpt`; raises for entries of torch.optim that this chain does not support."""
         entries = self._built if isinstance(param_group, dict) else {}
-        for key, (own, usual, option) in entries.items():
+        for key, (own, usual, option, *alike) in entries.items():
             value = param_group.get(key, usual)
-            if value not in (own, usual):
+            if value not in (own, usual, *alike):
                 raise ValueError(
                     f"parameter group: {key}={value!r} has no effect, because it is {own!r}: it "
                     f"cannot be set per group, pass {option} to {type(self).__name__}"
                 )
         super().add_param_group(param_group)
+        told = {key: own for key, (own, usual, *_) in entries.items() if own != usual}
+        self.param_groups[-1].update(told)
 
     def build(
         self,
@@ -171,6 +176,7 @@ class Preset(ChainOpt):
         chosen = _checked_options(type(self), options)
         caution = chosen["caution"]
         elements: list[Any] = [C.maximize] if flag("maximize", maximize) else []
+        self.built_with(maximize=(maximize, False, "maximize"))
         if chosen["mars"]:
             elements.append(C.mars(gamma=chosen["mars_gamma"], beta1=beta1, max_norm=None))
         elements += _clipping("gradient_clipping", chosen["gradient_clipping"])

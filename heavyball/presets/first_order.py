@@ -41,6 +41,7 @@ class SGD(Preset):
         else:
             ball = C.heavyball_momentum(momentum=speed, dampening=dampening)
         chain = C.coupled(weight_decay=weight_decay), ball
+        self.built_with(nesterov=(nesterov, False, "nesterov"))
         beta1 = speed if largest(momentum) else 0.95
         self.build(params, lr, chain, options, beta1=beta1, maximize=maximize)
 
@@ -66,6 +67,7 @@ class AdamW(Preset):
     ):
         b = shared("betas", betas)
         chain = (C.scale_by_adam(betas=b, eps=eps, amsgrad=amsgrad),)
+        self.built_with(amsgrad=(amsgrad, False, "amsgrad"))
         self.build(
             params, lr, chain, options, beta1=b[0], weight_decay=weight_decay, maximize=maximize
         )
@@ -127,6 +129,7 @@ class RMSprop(Preset):
             C.scale_by_rms(alpha=alpha, eps=eps, centered=centered),
             C.heavyball_momentum(momentum=momentum),
         )
+        self.built_with(centered=(centered, False, "centered"))
         self.build(params, lr, chain, options, maximize=maximize)
 
 

@@ -271,7 +271,10 @@ class Muon(RoutedPreset):
             nesterov=(nesterov, True, "nesterov"),
             ns_steps=(ns_steps, 5, "ns_steps"),
             ns_coefficients=(rows[0] if len(rows) == 1 else rows, quintic[0], "method"),
-            adjust_lr_fn=(scale, None, "scale"),
+            # torch says None for "original"
+            adjust_lr_fn=(None, None, "scale", "original")
+            if scale == "original"
+            else (scale, None, "scale"),
         )
         self.build_routed(params, lr, rule, options, weight_decay=weight_decay)
 

@@ -38,7 +38,8 @@ class Adam(Preset):
         if not flag("decoupled_weight_decay", decoupled_weight_decay):
             chain, weight_decay = (C.coupled(weight_decay=weight_decay), rule), 0.0
         self.built_with(
-            decoupled_weight_decay=(decoupled_weight_decay, False, "decoupled_weight_decay")
+            amsgrad=(amsgrad, False, "amsgrad"),
+            decoupled_weight_decay=(decoupled_weight_decay, False, "decoupled_weight_decay"),
         )
         self.build(
             params, lr, chain, options, beta1=b[0], weight_decay=weight_decay, maximize=maximize
