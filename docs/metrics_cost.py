@@ -1,6 +1,6 @@
-"""What `metrics=True` and a probe add to a step: two optimizers by turns, on one thread.
+"""What `metrics=True` and a probe add to a step: two optimizers by turns.
 
-python docs/metrics_cost.py [--shapes gpt] [--rounds 60]
+python docs/metrics_cost.py [--shapes gpt] [--rounds 60] [--threads 1]
 
 The time is that of the processor, not of the wall, so other work on the machine is no part of it.
 """
@@ -50,8 +50,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--shapes", choices=sorted(SETS), default="gpt")
     parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(given.threads)
     for name, make in WAYS.items():
         plain, more = cost(make, given.shapes, given.rounds)
         print(f"{given.shapes}: AdamW {plain:.1f} ms; {name}: {more:+.1f} percent")
