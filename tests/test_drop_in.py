@@ -3,6 +3,8 @@
 import array
 import collections
 import copy
+import io
+import pickle
 import re
 import types
 import warnings
@@ -517,6 +519,30 @@ def test_groups_go_to_torch_and_come_from_it(name: str, settings: tuple) -> None
     # a number that torch keeps in float32
     bound = 0.1 if name == "Muon" else 1e-6
     assert float((found - expected).abs().max()) <= bound * moved
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("ASGD", {"t0": np.float64(2)}),
+        ("Adagrad", {"initial_accumulator_value": np.float32(0.5)}),
+        ("Muon", {"method": collections.UserList([[3.4, -4.7, 2], [3, -4, 2]])}),
+        ("Muon", {"ns_steps": np.int64(3)}),
+    ],
+    ids=str,
+)
+def test_what_groups_say_of_their_chain_is_plain(name: str, options: dict[str, Any]) -> None:
+    """Wherever it was read from: a saved dict loads, a pickled one needs no configuration's class."""
+    opt = getattr(heavyball, name)(_matrix(), **options)
+    _trained(opt)
+    saved = io.BytesIO()
+    torch.save(opt.state_dict(), saved)
+    saved.seek(0)
+    assert torch.load(saved, weights_only=True)["param_groups"][0].keys() >= {"lr"}
+    assert b"UserList" not in pickle.dumps(opt)
+    listed = {key: list(v) for key, v in opt.param_groups[0].items() if isinstance(v, tuple)}
+    again = getattr(heavyball, name)([{**opt.param_groups[0], **listed}], **options)
+    assert again.param_groups[0].keys() == opt.param_groups[0].keys()
 
 
 def test_every_namesake_of_torch_is_exchanged() -> None:

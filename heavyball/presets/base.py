@@ -8,7 +8,7 @@ from typing import Any, ClassVar, TypedDict
 from torch import Tensor
 
 from heavyball import chainable as C
-from heavyball.core.hyper import Shared, check_live, nonnegative
+from heavyball.core.hyper import Shared, check_live, in_tuples, nonnegative
 from heavyball.core.rate import Rate
 from heavyball.core.transform import Transform
 from heavyball.errors import nearest
@@ -138,13 +138,13 @@ class Preset(ChainOpt):
             other spellings of the value. Groups have those that are not torch's default, so that
             torch's optimizer does the same with them.
         """
-        self._built = {**self._built, **entries}
+        self._built = {**self._built, **in_tuples(entries)}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in `ChainOpt`; raises for entries of torch.optim that this chain does not support."""
         entries = self._built if isinstance(param_group, dict) else {}
         for key, (own, usual, option, *alike) in entries.items():
-            value = param_group.get(key, usual)
+            value = in_tuples(param_group.get(key, usual))
             if value not in (own, usual, *alike):
                 raise ValueError(
                     f"parameter group: {key}={value!r} has no effect, because it is {own!r}: it "
