@@ -18,7 +18,10 @@ ROOT = Path(__file__).parent.parent
 
 def test_the_generated_pages_are_current() -> None:
     build = str(ROOT / "docs" / "build.py")
-    program = f"import runpy; runpy.run_path({build!r}, run_name='__main__')"
+    program = (
+        f"import runpy, sys; sys.path.insert(0, {str(ROOT / 'docs')!r});"
+        f"runpy.run_path({build!r}, run_name='__main__')"
+    )
     done = fresh.run(program, "--check")
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -26,7 +26,7 @@ def described(tensor: Tensor) -> tuple:
 
 @pytest.mark.parametrize("default", [torch.float32, torch.float64])
 def test_a_second_result_is_the_first(default: torch.dtype, monkeypatch) -> None:
-    monkeypatch.setattr(meta, "_results", {})
+    monkeypatch.setattr(meta, "results", {})
     before = torch.get_default_dtype()
     torch.set_default_dtype(default)
     try:
@@ -43,7 +43,7 @@ def test_a_second_result_is_the_first(default: torch.dtype, monkeypatch) -> None
                 assert described(meta.result_of(func, args, kwargs)) == expected
                 assert described(meta.result_of(func, args, kwargs)) == expected
                 found += 1
-        assert 0 < len(meta._results) < found + 1
+        assert 0 < len(meta.results) < found + 1
     finally:
         torch.set_default_dtype(before)
 

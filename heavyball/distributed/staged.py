@@ -213,7 +213,7 @@ def _print(recipe: Recipe, job: Job, dtypes: Mapping[str, torch.dtype]) -> Print
             graph.values[index] = Value("number", (f"{_COUNT}{index}",), value.level, value.kind)
     compute, program, device = compute_dtype(job.param.dtype), job.program, job.param.device
     holds, passing = program.holds_of, program.passing
-    return print_kernel(graph, dtypes, compute, holds, False, device, passing, early=False)
+    return print_kernel(graph, dtypes, compute, holds, False, device, passing=passing, early=False)
 
 
 def _table(

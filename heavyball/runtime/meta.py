@@ -11,7 +11,7 @@ from heavyball.runtime.recent import Recent
 
 # torch infers most results in Python, which takes up to a millisecond an operation; chains make few
 # different ones, again and again.
-_results: dict[Any, tuple[torch.Size, tuple[int, ...], torch.dtype]] = Recent(2**14)
+results: dict[Any, tuple[torch.Size, tuple[int, ...], torch.dtype]] = Recent(2**14)
 
 
 class Remembering(TorchDispatchMode):
@@ -28,12 +28,12 @@ def result_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     An operation that writes to an argument is run.
     """
     key = None if func._schema.is_mutable else _key(func, args, kwargs)
-    if key is not None and (known := _results.get(key)) is not None:
+    if key is not None and (known := results.get(key)) is not None:
         shape, strides, dtype = known
         return torch.empty_strided(shape, strides, dtype=dtype, device="meta")
     result = func(*args, **kwargs)
     if key is not None and type(result) is Tensor and result.is_meta:
-        _results[key] = result.shape, result.stride(), result.dtype
+        results[key] = result.shape, result.stride(), result.dtype
     return result
 
 
