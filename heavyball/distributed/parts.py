@@ -1,7 +1,7 @@
 """A parameter in parts: what this process has of it, and how it is stepped."""
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from heavyball.core.program import Program
 from heavyball.distributed.evaluate import first_of_slice
 from heavyball.distributed.layout import WEIGHTS, Beginning, Kept, kept_states, shown
 from heavyball.distributed.recipe import Recipe, recipe, staged
-from heavyball.distributed.shard import Layout, local
+from heavyball.distributed.shard import Group, Layout, local
 from heavyball.numerics import Origin, compute_dtype
 from heavyball.runtime.meta import Remembering
 from heavyball.runtime.place import Place
@@ -27,6 +27,10 @@ class Held(dict[str, Tensor]):
     def __init__(self, part: "Part", states: dict[Tensor, Any]):
         super().__init__()
         self._part, self._states = part, states
+
+    def is_in(self, states: dict[Tensor, Any]) -> bool:
+        """Whether it is shown in this dict, as `optimizer.state`."""
+        return self._states is states
 
     @property
     def shown(self) -> dict[str, Any]:
@@ -118,6 +122,12 @@ class Part:
         here = local(self.param)
         if here.data_ptr() != self.here.data_ptr() or here.shape != self.here.shape:
             self.here = here.detach()
+
+    def follow(self, states: dict[Tensor, Any]) -> None:
+        """Take what was put into `optimizer.state` by hand, which may be another dict now."""
+        if not self.held.is_in(states):
+            self.held = Held(self, states)
+        self.held.follow()
 
     @functools.cached_property
     def rounded(self) -> dict[int, torch.dtype]:
@@ -309,6 +319,11 @@ def keep_at_owner(part: Part) -> None:
         if where.at_owner:
             whole = where.layout.everywhere()
             part.kept[key] = replace(where, layout=whole.at(part.owner))
+
+
+def devices_of(parts: Sequence[Part]) -> dict[Group, torch.device]:
+    """The groups that hold these, each with a device of its first part."""
+    return {part.layout.group: part.here.device for part in reversed(parts)}
 
 
 def is_owned(part: Part, key: str) -> bool:

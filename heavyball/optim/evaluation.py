@@ -24,7 +24,7 @@ from heavyball.runtime.step import average
 from heavyball.state.held import CORRECTION, PARAM, held
 
 if TYPE_CHECKING:
-    from heavyball.distributed.steps import Sharded
+    from heavyball.distributed.sharded import Sharded
 
 # A parameter, and whether it was written, still on its device.
 Look = tuple[Place, Tensor]
@@ -52,7 +52,7 @@ class Evaluated:
         if not self.state["step"]:  # before the first step there is nothing to average
             return trained.detach()
         if self.parts is not None:
-            return self.parts.average(self.node, self.place.param, trained)
+            return self.parts.states.average(self.node, self.place.param, trained)
         return average(self.node, trained.detach(), self.state, self.place.group, Scalars())
 
 

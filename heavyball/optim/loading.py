@@ -36,7 +36,7 @@ from heavyball.runtime.rates import WAITING
 from heavyball.runtime.state import SHOWN, add_missing_state
 
 if TYPE_CHECKING:
-    from heavyball.distributed.steps import Sharded
+    from heavyball.distributed.sharded import Sharded
 
 HINT = "load_state_dict(..., strict=False) loads what matches and returns what it left"
 
@@ -80,13 +80,13 @@ class Match:
         """The state that this process should have, without memory."""
         group = self.group if group is None else group
         if self.parts is not None:
-            return self.parts.expected_state(self.param, group, all_lazy)
+            return self.parts.states.expected(self.param, group, all_lazy)
         return expected_state(self.program, self.param, group, all_lazy)
 
     def shapes(self, expected: Mapping[str, Tensor]) -> Callable[[str], torch.Size]:
         """Gives the shape of the values that this process should have of each state, by key."""
         if self.parts is not None:
-            return self.parts.value_shapes(self.param)
+            return self.parts.states.value_shapes(self.param)
         return value_shapes(self.program, self.param, expected)
 
     def lacks_weights(self) -> bool:
@@ -378,7 +378,7 @@ def _matches(
             number += 1
     if parts is not None:
         asked = [(match.param, match.label, match.saved) for match in matches]
-        for match, (here, taken) in zip(matches, parts.taken(asked), strict=True):
+        for match, (here, taken) in zip(matches, parts.saving.taken(asked), strict=True):
             match.here, match.saved = here, taken
     return matches
 
@@ -394,7 +394,7 @@ def _present(saved: Mapping[str, Any], program: Program) -> dict[str, Any]:
 def _state(registry: Registry, match: Match, left: LoadResult) -> dict[str, Any]:
     """The state of one parameter: saved entries, and current ones where nothing was saved."""
     parts = match.parts
-    held = registry.state.get(match.param, {}) if parts is None else parts.held(match.param)
+    held = registry.state.get(match.param, {}) if parts is None else parts.states.held(match.param)
     own, taken = dict(held), match.usable()
     missing = match.missing if taken else match.expected if match.saved or not match.known else own
     left.missing_keys.extend(f"{match.short}.{key}" for key in missing)
@@ -403,7 +403,7 @@ def _state(registry: Registry, match: Match, left: LoadResult) -> dict[str, Any]
         return own
     kept = {**{key: own[key] for key in missing if key in own}, **taken}
     if parts is not None:
-        parts.begin(match.param, kept)
+        parts.states.begin(match.param, kept)
     else:
         add_missing_state(match.program, match.param.detach(), match.group, kept)
     return kept

@@ -30,7 +30,7 @@ from heavyball.runtime.state import Own, add_missing_state
 from heavyball.state.held import stream_of
 
 if TYPE_CHECKING:
-    from heavyball.distributed.steps import Sharded
+    from heavyball.distributed.sharded import Sharded
 
 
 class Registry:
@@ -66,7 +66,7 @@ class Registry:
         several = options.replicas is not None or options.stages is not None
         params = (param for group in self.groups for param in group["params"])
         if self.parts is None and (several or any(map(is_sharded, params))):
-            from heavyball.distributed.steps import Sharded
+            from heavyball.distributed.sharded import Sharded
 
             self.parts = Sharded(self, options)
 
@@ -74,13 +74,13 @@ class Registry:
         """Who owns each parameter, if there are parts; state of owners is with them in a copy too."""
         if self.parts is None:
             return []
-        known = self.parts.parts()
+        known = self.parts.plan.current()
         return [known[place.param].owner for place in self.places()]
 
     def keep_owners(self, owners: Collection[int]) -> None:
         """Let them be those of the optimizer that this one is a copy of."""
         if self.parts is not None and owners:
-            self.parts.keep_owners([place.param for place in self.places()], owners)
+            self.parts.plan.keep_owners([place.param for place in self.places()], owners)
 
     def renewed(self, owner: Optimizer) -> "Registry":
         """A registry of the same parameters, whose groups and state have been replaced."""
@@ -231,7 +231,7 @@ class Registry:
         self._programs.update(programs)
         self._made_for.update((param, _form(param)) for param in changed)
         if self.parts is not None:
-            self.parts.forget()
+            self.parts.plan.forget()
         warn_of_half(self.chain, unlike)
 
     # ---- jobs
@@ -245,7 +245,7 @@ class Registry:
         else:
             programs = self.programs()
         if self.parts is not None:
-            return self.parts.jobs(None if places is None else [p.param for p in places])
+            return self.parts.steps.jobs(None if places is None else [p.param for p in places])
         state, stepped = self.state, []
         for place in self.places() if places is None else places:
             if place.param.grad is not None:
@@ -291,7 +291,7 @@ class Registry:
     def init_state(self) -> None:
         """Create the state of every parameter that requires a gradient and has none."""
         if self.parts is not None:
-            self.parts.init_state()
+            self.parts.states.init()
             return
         programs, state = self.programs(), self.state
         for place in self.places():
@@ -356,7 +356,9 @@ class Registry:
     def views(self) -> Iterator[tuple[Place, Tensor, dict[str, Tensor]]]:
         """Each parameter as this process has it, with its state."""
         if self.parts is not None:
-            yield from ((part.place, part.here, part.held) for part in self.parts.parts().values())
+            yield from (
+                (part.place, part.here, part.held) for part in self.parts.plan.current().values()
+            )
             return
         states = self.state
         for place in self.places():
@@ -367,17 +369,17 @@ class Registry:
         if self.parts is not None:
             numbers = [n for group in saved["param_groups"] for n in group["params"]]
             params = [param for group in self.groups for param in group["params"]]
-            self.parts.save(saved["state"], dict(zip(numbers, params, strict=True)))
+            self.parts.saving.save(saved["state"], dict(zip(numbers, params, strict=True)))
         return saved
 
     def agreeing(self) -> AbstractContextManager[None]:
         """A context in which errors raise on all processes that share the parameters."""
-        return contextlib.nullcontext() if self.parts is None else self.parts.agreeing()
+        return contextlib.nullcontext() if self.parts is None else self.parts.saving.agreeing()
 
     def put_state(self, loaded: Mapping[Tensor, dict[str, Any]]) -> None:
         """Take state that was loaded."""
         if self.parts is not None:
-            self.parts.put_state(loaded)
+            self.parts.saving.put(loaded)
         else:
             self.attributes["state"].update(loaded)
 

@@ -121,7 +121,7 @@ def _length(
     if registry.parts is None:
         return math.hypot(*(float(norm(d)) for d in directions))
     known = {each[0].param: d for each, d in zip(found, directions, strict=True)}
-    return registry.parts.norm([place.param for place, *_ in asked], known)
+    return registry.parts.steps.totals.norm([place.param for place, *_ in asked], known)
 
 
 def _first(registry: Registry, places: list[Place]) -> list[Tensor]:
@@ -129,12 +129,12 @@ def _first(registry: Registry, places: list[Place]) -> list[Tensor]:
     gradients = [cast(Tensor, place.param.grad).detach() for place in places]
     if registry.parts is None:
         return [gradient.clone() for gradient in gradients]
-    return registry.parts.at_owners([place.param for place in places], gradients)
+    return registry.parts.plan.at_owners([place.param for place in places], gradients)
 
 
 def _counted(registry: Registry, place: Place) -> tuple[int, Origin | None]:
     """The number by which a step knows a parameter, and where what is here of it begins."""
-    return (place.number, None) if registry.parts is None else registry.parts.counted(place)
+    return (place.number, None) if registry.parts is None else registry.parts.plan.counted(place)
 
 
 def _rounded(registry: Registry, place: Place, moved: Tensor) -> Tensor:

@@ -214,7 +214,7 @@ class Singles:
     def _anew(self, single: Single) -> None:
         registry, backend = self.registry, single.backend
         if registry.parts is not None:
-            registry.parts.step_one(single.place.param, self.pending)
+            registry.parts.steps.step_one(single.place.param, self.pending)
             return
         attributes = registry.attributes
         if not backend.step_again(single.groups, attributes, self.pending):

@@ -55,7 +55,7 @@ class Steps:
     def heard(self) -> AbstractContextManager[None]:
         """Other processes that hold parts hear of an error in here before they wait for this one."""
         parts = self.registry.parts
-        return contextlib.nullcontext() if parts is None else parts.heard()
+        return contextlib.nullcontext() if parts is None else parts.steps.heard()
 
     def _step_scheduled(
         self, fused: FusedBackward, recording: AbstractContextManager | None
@@ -104,7 +104,7 @@ class Steps:
             self._advice.before(groups, begun, None if registry.parts is None else ())
         attributes = registry.attributes
         if registry.parts is not None:
-            registry.parts.step(together)
+            registry.parts.steps.step(together)
         elif not self.backend.step_again(groups, attributes, together):
             keys = self._chain.total_keys
             self.backend.step(registry.jobs(), keys, groups, attributes, together)
@@ -147,7 +147,7 @@ class Steps:
         plan = self.backend.described(jobs, keys, [names[job.param] for job in jobs])
         idle = [names[here] for place, here, _ in views if place.param.grad is None]
         if registry.parts is not None:
-            more = registry.parts.described(names)
+            more = registry.parts.steps.described(names)
             plan = dataclasses.replace(
                 plan,
                 kernels=(*plan.kernels, *more.kernels),

@@ -12,7 +12,7 @@ import heavyball
 from distributed import processes
 from distributed.engines import ENGINES, Model, give, whole
 from heavyball import chainable as C
-from heavyball.distributed import evaluate, exchange, parts, shard, steps
+from heavyball.distributed import evaluate, exchange, parts, plan, rollcall, shard
 
 Make = Callable[..., Any]
 
@@ -21,7 +21,7 @@ def _no_sum(rank: int) -> None:
     def alone(terms: Any) -> list[Tensor]:
         return [term.part.to(torch.float64) for term in terms]
 
-    steps.completed = alone  # type: ignore[attr-defined]
+    rollcall.completed = alone  # type: ignore[attr-defined]
 
 
 def _local_count(rank: int) -> None:
@@ -44,7 +44,7 @@ def _own_view_of_owners(rank: int) -> None:
         for part in several:
             part.owner = rank
 
-    steps.owners = mine  # type: ignore[attr-defined]
+    plan.owners = mine  # type: ignore[attr-defined]
 
 
 def _something_else(rank: int) -> None:
