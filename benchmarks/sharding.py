@@ -1,7 +1,7 @@
 """What matrix methods cost on many GPUs, from shapes alone.
 
-Owners, layouts and bytes of state are the library's own; only the speeds of a GPU and of its links are
-assumed.
+Owners, layouts, bytes of state and the dtypes in which matrices travel are the library's own; only the
+speeds of a GPU and of its links are assumed.
 """
 
 from collections.abc import Iterator
@@ -16,12 +16,13 @@ import heavyball
 from benchmarks.report import write_section
 from heavyball.distributed.memory import bytes_on, parts_on
 from heavyball.distributed.parts import Part
+from heavyball.numerics import compute_dtype
 
 MARK = "sharding"
 # Products of a GPU in a second, and bytes that it sends in one.
 PRODUCTS, LINK = 4e14, 5e10
-# Newton-Schulz: steps, and bytes of an element on its way.
-STEPS, BYTES = 5, 4
+# Steps of Newton-Schulz.
+STEPS = 5
 GPUS = (8, 64, 512, 4096)
 
 
@@ -68,12 +69,22 @@ class Cost:
         return self.sent / LINK
 
 
+def travelling(part: Part) -> float:
+    """The mean bytes of an element of a matrix on its way to the owner and back, on GPUs."""
+    assert part.step is not None
+    dtype = compute_dtype(part.here.dtype)
+    narrow = part.step.rounded(dtype, torch.device("cuda"))
+    sizes = [narrow.get(index, dtype).itemsize for index in (*part.step.there, *part.step.back)]
+    assert len(sizes) == 2  # the update there, and what is made of it back
+    return sum(sizes) / 2
+
+
 def owned(parts: list[Part], count: int) -> Cost:
     """Ours: an owner for each matrix, whose pieces travel there and back."""
     loads = [0.0] * count
     for part in parts:
         loads[part.owner] += products(part.layout.shape)
-    total = sum(part.shape.numel() for part in parts) * BYTES
+    total = sum(part.shape.numel() * travelling(part) for part in parts)
     sent = 2 * total * (count - 1) / count**2
     return Cost(max(loads) / PRODUCTS, max(loads) * count / sum(loads), sent)
 
@@ -81,7 +92,7 @@ def owned(parts: list[Part], count: int) -> Cost:
 def gathered(parts: list[Part], count: int) -> Cost:
     """All-gather everywhere: each GPU has all matrices and does all of the work."""
     work = sum(products(part.layout.shape) for part in parts)
-    total = sum(part.shape.numel() for part in parts) * BYTES
+    total = sum(part.shape.numel() * travelling(part) for part in parts)
     return Cost(work / PRODUCTS, 1.0, total * (count - 1) / count)
 
 
@@ -93,15 +104,16 @@ def batched(parts: list[Part], count: int) -> Cost:
     rounds = {shape: -(-n // count) for shape, n in shapes.items()}
     load = sum(n * products(shape) for shape, n in rounds.items())
     mean = sum(n * products(shape) for shape, n in shapes.items()) / count
-    filled = sum(n * count * torch.Size(s).numel() for s, n in rounds.items()) * BYTES
-    return Cost(load / PRODUCTS, load / mean, 2 * filled * (count - 1) / count**2)
+    filled = sum(n * count * torch.Size(s).numel() for s, n in rounds.items())
+    sent = 2 * filled * travelling(parts[0]) * (count - 1) / count**2
+    return Cost(load / PRODUCTS, load / mean, sent)
 
 
-def rows(model: Llama) -> Iterator[str]:
+def rows(model: Llama, products: str) -> Iterator[str]:
     """The lines of the table for one model."""
     params = list(model.parameters())
     soap = heavyball.SOAP(params, lr=1e-3)
-    muon = heavyball.Muon(params, lr=1e-3)
+    muon = heavyball.Muon(params, lr=1e-3, products=products)
     for count in GPUS:
         parts = parts_on(count, muon.registry.places(), muon.registry.programs(), False)
         places = soap.registry.places(), soap.registry.programs()
@@ -113,8 +125,8 @@ def rows(model: Llama) -> Iterator[str]:
         yield " | ".join(["", *cells, *(f"{gib:,.2f}" for gib in state), ""]).strip()
 
 
-def table() -> str:
-    """The table in Markdown."""
+def table(products: str) -> str:
+    """The table in Markdown, for matrices that are multiplied so."""
     head = (
         "| model | GPUs | owners | batches of one shape, padded | all-gather everywhere "
         "| state of Muon, GiB | of SOAP |"
@@ -122,19 +134,27 @@ def table() -> str:
     said = (
         f"Milliseconds of products / milliseconds of exchange / max over mean, of the GPU with the most "
         f"to do; {PRODUCTS:.0e} operations and {LINK:.0e} bytes a second are assumed, {STEPS} steps of "
-        f"Newton-Schulz, {BYTES} bytes an element on its way; state is that of the GPU that holds most."
+        f"Newton-Schulz with products={products!r}, in which matrices travel, parameters in float32; "
+        "state is that of the GPU that holds most."
     )
     lines = [head, "| --- | --- | --- | --- | --- | --- | --- |"]
     for model in MODELS:
-        lines += rows(model)
+        lines += rows(model, products)
     return "\n".join([*lines, "", said])
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--products",
+    type=click.Choice(["bfloat16", "full"]),
+    default="bfloat16",
+    show_default=True,
+    help="Muon's option; bfloat16 is what GPUs that multiply it faster take by themselves.",
+)
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Page to update.")
-def main(out: Path | None) -> None:
+def main(products: str, out: Path | None) -> None:
     """Reckon what Muon and SOAP cost on many GPUs."""
-    text = table()
+    text = table(products)
     click.echo(text)
     if out is not None:
         write_section(out, MARK, text)
