@@ -29,9 +29,10 @@ from heavyball.distributed.shard import Box, Group, Layout, inside, numel, overl
 
 @dataclass(frozen=True, eq=False)
 class Move:
-    """A tensor on its way: how it lies now, how it shall lie, and what of it is here, if anything.
+    """A tensor on its way: how it lies now, how it shall lie, and what of it is here.
 
-    dtype: in which it travels. by: how it lies in between, where it takes two hops.
+    part: None where nothing of it is here, or where this process has failed and sends zeros. dtype: in
+    which it travels. by: how it lies in between, where it takes two hops.
     """
 
     source: Layout
@@ -137,7 +138,8 @@ class Exchange:
 
     def _part(self, number: int, box: Box) -> Tensor:
         move = self._moves[number]
-        assert move.part is not None
+        if move.part is None:  # it could not be computed
+            return torch.zeros(numel(box), dtype=move.dtype, device=move.device)
         return move.part[inside(box, move.source.mine)].reshape(-1).to(move.dtype)
 
     def wait(self) -> list[Tensor]:
@@ -162,8 +164,9 @@ class Exchange:
             return move.part.to(move.dtype)
         made = torch.empty(wanted[1], dtype=move.dtype, device=move.device)
         for sender, box in _pieces(move.source, move.target, me):
-            if sender == me and move.part is not None:
-                made[inside(box, wanted)] = move.part[inside(box, own)].to(move.dtype)
+            if sender == me:
+                place, part = inside(box, wanted), move.part
+                made[place] = 0 if part is None else part[inside(box, own)].to(move.dtype)
         return made
 
 

@@ -1,19 +1,18 @@
 """A part's share of a step: which way it is stepped here, its gradient, and its job."""
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from heavyball.distributed import is_sharded
-from heavyball.distributed.evaluate import Values
 from heavyball.distributed.parts import Part
 from heavyball.distributed.plan import Plan
 from heavyball.distributed.rollcall import RollCall
+from heavyball.distributed.runs import Run
 from heavyball.distributed.shard import local
-from heavyball.distributed.waves import Run
 from heavyball.numerics import lasting
 from heavyball.optim.checks import check_gradient
 from heavyball.runtime.addresses import as_usable, check_memory
@@ -35,10 +34,23 @@ class Jobs:
         self._plan, self._rounds = plan, rounds
         self._scalars: list[Scalars] = []
         self._counts = Counts()
-        self.refused = (
-            False  # whether this step has been refused, and others have yet to hear of it
-        )
-        self.bare: set[Part] = set()  # what had no state before this step
+        self._bare: set[Part] = set()  # what had no state before this step
+        self._placed: dict[Part, Tensor] = {}  # gradients that were placed otherwise
+
+    def begin(self, parts: Sequence[Part]) -> None:
+        """Begin a step of these: bring gradients to where the parameters are.
+
+        All processes take part, also one that cannot make the step.
+        """
+        self._placed = {part: _placed(part) for part in parts if _is_elsewhere(part)}
+
+    def look(self, parts: Sequence[Part]) -> None:
+        """Note which of these have no state, before this step makes some."""
+        self._bare = {part for part in parts if "step" not in part.held}
+
+    def end(self) -> None:
+        """Keep nothing of a step."""
+        self._bare, self._placed = set(), {}
 
     def is_cut(self, part: Part) -> bool:
         """Whether a parameter is stepped node by node, also where that asks no other process."""
@@ -55,12 +67,12 @@ class Jobs:
 
     def gradient(self, part: Part) -> Tensor:
         """What is here of the gradient, placed as the parameter is; zeros where there is none."""
-        grad = part.param.grad
-        if grad is None or self.refused:
+        if part.param.grad is None:
             return torch.zeros_like(part.here)
-        if is_sharded(grad) and grad.placements != part.param.placements:  # type: ignore[attr-defined]
-            grad = grad.redistribute(placements=part.param.placements)  # type: ignore[attr-defined]
-        return local(grad)
+        found = self._placed.get(part)
+        if found is None:
+            found = _placed(part) if _is_elsewhere(part) else part.param.grad
+        return local(found)
 
     def job(self, part: Part, state: dict[str, Tensor]) -> Job:
         """What a step sees of a part."""
@@ -92,18 +104,37 @@ class Jobs:
         part.begin(None, state)
         return self.job(part, state)
 
-    def run(self, part: Part, totals: Mapping[str, Tensor], roll: RollCall) -> Run:
-        """A part at the beginning of its way through a step."""
-        absent, fresh = part.param.grad is None, part in self.bare
-        state: dict[str, Tensor] = {} if absent and fresh else part.held
+    def run(
+        self, part: Part, totals: Mapping[str, Tensor], roll: RollCall, share: str | None = None
+    ) -> Run:
+        """A part at the beginning of its way through a step, or to its share of a sum."""
+        run = Run(part, share, fresh=part in self._bare, absent=part in roll.absent)
+        if part.param.grad is None:
+            roll.waiting.append(run)
+        roll.attempts(self._prepare, run, totals)
+        return run
+
+    def _prepare(self, run: Run, totals: Mapping[str, Tensor]) -> None:
+        part = run.part
+        nothing = run.fresh and part.param.grad is None
+        state: dict[str, Tensor] = {} if nothing else part.held
         with lasting():
             part.begin(None, state)
-        job = self.job(part, state)
-        run = Run(part, job, Values(part.step, job, part.layout, totals), fresh=fresh)
-        run.absent = part in roll.absent
-        if absent:
-            roll.waiting.append(run)
-        return run
+        run.prepare(self.job(part, state), totals)
+
+
+def _is_elsewhere(part: Part) -> bool:
+    """Whether the gradient is not placed as the parameter is."""
+    grad = part.param.grad
+    if grad is None or not is_sharded(grad):
+        return False
+    return grad.placements != part.param.placements  # type: ignore[attr-defined]
+
+
+def _placed(part: Part) -> Tensor:
+    """The gradient, placed as the parameter is; all processes take part."""
+    grad, placements = part.param.grad, part.param.placements  # type: ignore[attr-defined]
+    return grad.redistribute(placements=placements)  # type: ignore[union-attr]
 
 
 def check_part(part: Part) -> None:

@@ -95,6 +95,10 @@ class Part:
     kept: dict[str, Kept]
     owner: int = 0
     held: Held = field(init=False)
+    trains: bool = field(init=False)  # whether it required a gradient when the plan was made
+
+    def __post_init__(self) -> None:
+        self.trains = self.param.requires_grad
 
     @property
     def param(self) -> Tensor:

@@ -46,10 +46,12 @@ class Plan:
         self._replicas = as_group("replicas", options.replicas)
         self.stages = as_group("stages", options.stages)
         self.version = 0  # how often it was made
+        self.is_lost = False  # whether this process could not end a step that others have made
         self.shown = -1  # how often `optimizer.state` had been asked for when the parts followed it
         self._parts: dict[Tensor, Part] = {}
         self._owners: dict[Tensor, int] = {}
         self._offsets: list[int] = []
+        self._met = False  # whether stages have told each other how many parameters they have
         self._made_for: Any = None
         self._known: dict[Any, Part] = {}
 
@@ -83,6 +85,12 @@ class Plan:
         """The groups of all parameters, each with a device, also where there are no parts yet."""
         params = [param for group in self._registry.groups for param in group["params"]]
         return {self.layout(param).group: local(param).device for param in params}
+
+    @property
+    def device(self) -> torch.device:
+        """Where stages tell each other something: where the first parameter of any group is."""
+        params = (param for group in self._registry.groups for param in group["params"])
+        return next((param.device for param in params), torch.device("cpu"))
 
     def number(self, place: Place) -> int:
         """A parameter's number among those of all stages."""
@@ -150,7 +158,7 @@ class Plan:
     def _make(self, places: Sequence[Place], programs: Mapping[Tensor, Program]) -> None:
         self._parts = {}
         states = self._registry.attributes["state"]
-        self._count(places)
+        self._count()
         for place in places:
             if place.param not in self._parts:
                 part = self._part(place, programs[place.param])
@@ -177,23 +185,37 @@ class Plan:
             self._known[key] = part_of(place, program, layout, totals, compiled)
         return another(self._known[key], place)
 
-    def _count(self, places: Sequence[Place]) -> None:
-        """Count the parameters that other stages have before those of each group."""
+    def _count(self) -> None:
+        """Count the parameters that other stages have before those of each group.
+
+        Errors: ValueError on every stage if one of them cannot make a plan.
+        """
         groups = self._registry.groups
         if self.stages is ALONE:
             self._offsets = [0] * len(groups)
             return
-        counts = torch.zeros(self.stages.size, len(groups), dtype=SCALAR, device="cpu")
-        counts[self.stages.me] = torch.tensor([len(g["params"]) for g in groups], device="cpu")
-        device = places[0].param.device if places else torch.device("cpu")
-        counts = counts.to(device)
-        dist.all_reduce(counts, group=self.stages.handle)
-        counts = counts.cpu()
+        counts = self._counts_of_stages([len(group["params"]) for group in groups])
+        if bool((counts < 0).any()):
+            raise ValueError("step: another stage cannot begin, see its error")
         self._offsets, own = [], 0
         for index, group in enumerate(groups):
             before = counts[:, :index].sum() + counts[: self.stages.me, index].sum()
             self._offsets.append(int(before) - own)
             own += len(group["params"])
+
+    def _counts_of_stages(self, own: list[int]) -> Tensor:
+        """How many parameters the groups of every stage have."""
+        counts = torch.zeros(self.stages.size, len(own), dtype=SCALAR, device="cpu")
+        counts[self.stages.me] = torch.tensor(own, device="cpu")
+        counts = counts.to(self.device)
+        self._met = True
+        dist.all_reduce(counts, group=self.stages.handle)
+        return counts.cpu()
+
+    def refuse(self) -> None:
+        """Say to stages that make their first plan that there is none here."""
+        if self.stages is not ALONE and not self._met:
+            self._counts_of_stages([-1] * len(self._registry.groups))
 
 
 def _wanted(program: Program, place: Place) -> tuple[bool, ...]:

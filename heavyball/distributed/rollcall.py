@@ -4,23 +4,23 @@ Plans are compared once, when they are made. After that the first sums of a step
 parameter, and one for everything else, so a step has no exchange more for it.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from heavyball.distributed.agreement import Entry, compare
+from heavyball.distributed.attempts import Attempts
 from heavyball.distributed.parts import Part, devices_of
-from heavyball.distributed.shard import Group, replicated
-from heavyball.distributed.sums import Term, completed
-from heavyball.distributed.waves import Run
+from heavyball.distributed.runs import Run
+from heavyball.distributed.shard import ALONE, Group, replicated
+from heavyball.distributed.sums import ERROR, Term, completed
 from heavyball.numerics import SCALAR
 
-# What a process adds to the first number of a roll call: an error, or that it has other parameters now.
-ERROR, CHANGED = 2.0**20, 1.0
+# What a process adds to the first number of a roll call: that it has other parameters now, that it
+# cannot make this step (ERROR), or that it could not end a step that others have made.
+CHANGED, LOST = 1.0, 2.0**40
 PLAN = (
     "step: another process has refused a parameter or its gradient, see its error; nothing has been "
     "changed",
@@ -29,6 +29,18 @@ PLAN = (
     "would be stepped otherwise on another process: its shape, dtype, placements, transforms, or "
     "whether it has a gradient differ; nothing has been changed",
 )
+LOST_THERE = (
+    "step: another process could not end a step, see its error, and this one has: parameters and state "
+    "are those of no step any more; load a state dict of before"
+)
+LOST_HERE = (
+    "step: this process could not end a step that others have made: parameters and state are those of "
+    "no step any more; load a state dict of before"
+)
+
+
+class ChangedError(Exception):
+    """This process has other parameters than in the step before."""
 
 
 # ---- plans
@@ -71,11 +83,23 @@ def _described(part: Part) -> str:
 class RollCall:
     """Finds out which parameters have a gradient on every process; it costs a number a parameter.
 
-    The numbers ride with the first sums of a step: nothing has been changed before they are known.
+    The numbers ride with the first sums of a step: nothing has been changed before they are known. A
+    process that cannot make the step says so there, too; one that fails later takes part in the rest
+    of it, see `Attempts`, and says so in its next step.
+
+    stages: the processes with other parameters that sums are added up over. has_loss: whether the
+    processes that share a parameter share their losses. error: why this process cannot make the step.
+    says: what others hear of it.
     """
 
-    def __init__(self, parts: Sequence[Part], begins: "Callable[[First], None]"):
-        self._begins = begins
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        stages: Group = ALONE,
+        has_loss: bool = False,
+        error: Exception | None = None,
+        says: float = ERROR,
+    ):
         groups = {p.layout.group: None for p in parts if p.mode != "local"}
         self._members = {
             group: [p for p in parts if p.layout.group is group]
@@ -83,42 +107,30 @@ class RollCall:
             if group.size > 1
         }
         self._asked = {p for members in self._members.values() for p in members}
-        self._error: Exception | None = None
+        self.parts, self._stages, self._says = parts, stages, says
         self._open = bool(self._members)
+        self.is_alone = not (self._members or has_loss or stages is not ALONE)
+        self.attempts = Attempts(self.is_alone, error)
+        self.writes = False  # whether parameters have been written, here or elsewhere
+        self.went_on = False  # whether others have made a step that this process could not end
         self.absent: set[Part] = set()
         self.waiting: list[Run] = []  # for whether another process has a gradient
 
     def is_candidate(self, part: Part) -> bool:
         """Whether a parameter takes part in this step, as far as is known here."""
-        if part.param.grad is not None:
-            return True
-        return part in self._asked and part.param.requires_grad
-
-    def check(self, parts: Sequence[Part], check: Callable[[Part], None]) -> bool:
-        """Look at all gradients; whether something is wrong, which waits until others hear of it."""
-        try:
-            for part in parts:
-                if part.param.grad is not None:
-                    check(part)
-        except (TypeError, ValueError) as error:
-            if not self._open:
-                raise
-            self._error = error
-        return self._error is not None
+        return part.param.grad is not None or (part in self._asked and part.trains)
 
     def complete(self, terms: Sequence[Term]) -> list[Tensor]:
         """Sums over processes, `completed`; the first ones carry who has gradients.
 
-        Errors: ValueError on every process if one has refused its gradients, or only some have one.
+        Errors: ValueError on every process if one cannot make the step, or only some have a gradient.
         """
         if not self._open:
             return completed(terms)
         self._open = False
-        calls = [*map(self._call, self._members)]
-        self._begins(First.of([*terms, *calls], calls))
-        found = completed([*terms, *calls])
-        for parts, counts in zip(self._members.values(), found[len(terms) :], strict=True):
-            self._read(parts, counts.tolist())
+        found = completed([*terms, *map(self._call, self._members)])
+        counts = [row.tolist() for row in found[len(terms) :]]
+        self._hear(lambda: self._read(counts), self._reaches_all)
         for run in self.waiting:
             run.absent = run.part in self.absent
         return found[: len(terms)]
@@ -126,16 +138,14 @@ class RollCall:
     def told(self, terms: Sequence[Term], group: Group, device: torch.device) -> list[Tensor]:
         """Sums that come first in a step; the same where gradients are nobody else's affair.
 
-        Errors: ValueError on every process of the group if one could not begin the step.
+        Errors: ValueError on every process of the group if one cannot make the step.
         """
         if self._open:
             return self.complete(terms)
-        call = Term(
-            "sum", replicated((1,), group), torch.zeros(1, dtype=SCALAR, device=device), True
-        )
-        self._begins(First.of([*terms, call], [call]))
-        *found, count = completed([*terms, call])
-        refuse_told(float(count))
+        own = torch.full((1,), self._own, dtype=SCALAR, device=device)
+        *found, count = completed([*terms, Term("sum", replicated((1,), group), own, True)])
+        said = float(count)
+        self._hear(lambda: self._refuse(said, group), self._stages is ALONE)
         return found
 
     def finish(self) -> None:
@@ -143,24 +153,75 @@ class RollCall:
         if self._open:
             self.complete(())
 
+    def hear_of_stages(self, error: ValueError) -> None:
+        """A stage has said that it could not come up to a sum over all of them."""
+
+        def refuse() -> None:
+            raise self.attempts.error or error
+
+        self._hear(refuse, not (self._members or self.writes))
+
+    def end(self) -> None:
+        """The step has ended, for the others.
+
+        Errors: what has been raised here.
+        """
+        if self.attempts.error is not None:
+            self.went_on = True
+            raise self.attempts.error
+
+    # ---- what is said
+
+    @property
+    def _own(self) -> float:
+        return 0.0 if self.attempts.error is None else self._says
+
     def _call(self, group: Group) -> Term:
         parts = self._members[group]
-        here = [
-            ERROR * (self._error is not None),
-            *(float(p.param.grad is not None) for p in parts),
-        ]
-        device = parts[0].here.device
-        part = torch.tensor(here, dtype=SCALAR, device=device)
+        here = [self._own, *(float(p.param.grad is not None) for p in parts)]
+        part = torch.tensor(here, dtype=SCALAR, device=parts[0].here.device)
         return Term("sum", replicated((len(here),), group), part, True)
 
-    def _read(self, parts: Sequence[Part], counts: list[float]) -> None:
-        if self._error is not None:
-            raise self._error
-        refuse_told(counts[0])
-        for part, count in zip(parts, counts[1:], strict=True):
-            refuse_some(part, count)
-            if not count:
-                self.absent.add(part)
+    def _hear(self, read: Callable[[], None], by_all: bool) -> None:
+        """Take what others have said. An error waits for the end of the step unless all know of it."""
+        try:
+            read()
+        except Exception as error:
+            if by_all:
+                raise
+            self.attempts.error = error
+
+    def _read(self, counts: Sequence[Sequence[float]]) -> None:
+        for (group, parts), (said, *having) in zip(self._members.items(), counts, strict=True):
+            self._refuse(said, group)
+            for part, count in zip(parts, having, strict=True):
+                refuse_some(part, count)
+                if not count:
+                    self.absent.add(part)
+
+    def _refuse(self, said: float, group: Group) -> None:
+        """Refuse a step that a process of a group cannot make.
+
+        Errors: that of this process, ValueError on the others.
+        """
+        own = self.attempts.error
+        if own is not None and (self._says != CHANGED or said == CHANGED * group.size):
+            raise own
+        if said >= LOST:
+            raise ValueError(LOST_THERE)
+        if said >= ERROR:
+            raise ValueError(PLAN[0])
+        if said:
+            raise ValueError(
+                "step: the parameters in the groups, or which of them require a gradient, have changed "
+                f"on {round(said)} of the processes that share a group: change them alike on all of them"
+            )
+
+    @property
+    def _reaches_all(self) -> bool:
+        """Whether all that wait for this process in the step hear what it says here."""
+        ranks = [set(dist.get_process_group_ranks(group.handle)) for group in self._members]
+        return self._stages is ALONE and any(all(r <= most for r in ranks) for most in ranks)
 
 
 def refuse_some(part: Part, count: float) -> None:
@@ -174,58 +235,3 @@ def refuse_some(part: Part, count: float) -> None:
             f"{part.place.label} has a gradient on {int(count)} of the {size} processes that "
             "hold it, expected all or none; nothing has been changed"
         )
-
-
-def refuse_told(count: float) -> None:
-    """Refuse a step of which another process has said that it cannot be.
-
-    Errors: ValueError for the sum of what the processes of a group have said, if that is not 0.
-    """
-    if count >= ERROR:
-        raise ValueError(PLAN[0])
-    if count:
-        raise ValueError(
-            "step: the parameters in the groups, or which of them require a gradient, have changed on "
-            f"{round(count)} of the processes that share a group: change them alike on all of them"
-        )
-
-
-@dataclass(frozen=True)
-class First:
-    """The first sums of a step: who takes part, how, of how many numbers, and where the calls begin."""
-
-    sums: tuple[tuple[Group, str, torch.device, int, int | None], ...]
-
-    @staticmethod
-    def of(terms: Sequence[Term], calls: Sequence[Term]) -> "First":
-        """How `completed` adds up these terms, of which the calls are the last."""
-        kinds: dict[Any, list[Term]] = {}
-        for term in terms:
-            place = term.layout.group, term.op, term.part.device.type
-            kinds.setdefault(place, []).append(term)
-        sums = []
-        for (group, op, _), several in kinds.items():
-            size = sum(math.prod(term.layout.shape) for term in several)
-            called = size - several[-1].part.numel() if several[-1] in calls else None
-            sums.append((group, op, several[0].part.device, size, called))
-        return First(tuple(sums))
-
-    def say(self, what: float) -> list[tuple[Group, float]]:
-        """Take part in it, adding nothing but this; returns what all have said, group by group."""
-        told = []
-        for group, op, device, size, called in self.sums:
-            # up to the call, its first number, and the rest of it
-            sizes = (size, 0, 0) if called is None else (called, 1, size - called - 1)
-            terms = [
-                Term(
-                    op,
-                    replicated((n,), group),
-                    torch.full((n,), what, dtype=SCALAR, device=device),
-                    place == 1,
-                )
-                for place, n in enumerate(sizes)
-            ]
-            found = completed(terms)
-            if called is not None:
-                told.append((group, float(found[1])))
-        return told

@@ -98,6 +98,7 @@ class Saving:
                     states.setdefault(param, {})[key] = value
             part.show_owned()
         self._plan.follow_anew()
+        self._plan.is_lost = False
 
     @contextlib.contextmanager
     def agreeing(self) -> Iterator[None]:

@@ -58,9 +58,6 @@ class Row:
     walks: Walks
     row: int
 
-    def compute(self, order: Any) -> None:
-        """Nothing: the walks compute it, when the first sum is asked for."""
-
     def term(self, index: int) -> Term:
         """What this process adds to a sum."""
         assert self.recipe.stages is not None

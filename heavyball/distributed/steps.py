@@ -10,25 +10,28 @@ from torch import Tensor
 
 from heavyball.diagnostics.plan import StepPlan
 from heavyball.distributed import is_sharded
+from heavyball.distributed.cut import CutWave
 from heavyball.distributed.described import described
+from heavyball.distributed.entire import EntireWave
 from heavyball.distributed.jobs import Jobs, check_part
 from heavyball.distributed.parts import Held, Part
 from heavyball.distributed.plan import Plan
 from heavyball.distributed.rollcall import (
     CHANGED,
-    ERROR,
-    First,
+    LOST,
+    LOST_HERE,
+    ChangedError,
     RollCall,
     compare_plans,
     refuse_plans,
-    refuse_told,
 )
-from heavyball.distributed.shard import replicated
+from heavyball.distributed.runs import Run, give_rows
+from heavyball.distributed.shard import Layout, replicated
 from heavyball.distributed.staged import Staging
 from heavyball.distributed.states import States
-from heavyball.distributed.sums import Term
+from heavyball.distributed.sums import ERROR, Term, nothing
 from heavyball.distributed.totals import Totals
-from heavyball.distributed.waves import CutWave, EntireWave, Run, Wave, in_flight
+from heavyball.distributed.waves import Wave, in_flight
 from heavyball.numerics import SCALAR
 from heavyball.optim.backend import Backend
 from heavyball.optim.options import Options
@@ -54,8 +57,8 @@ class Steps:
         self._stack = options.foreach is not False
         self._jobs = Jobs(registry, plan, options.stochastic_rounding)
         self.totals = Totals(registry, plan, self._jobs, staging)
-        self._compared = -1  # the version of the plan that all have compared
-        self._first: First | None = None  # how the steps of that plan begin
+        self._agreed: list[Part] | None = None  # the parts of the plan that all have compared
+        self._compared = -1  # the version of that plan
         self._silent = False  # whether a step has begun that no other process has heard of
         self._local_states: dict[Tensor, Held] = {}
         self._local_groups: list[dict[str, Any]] = []
@@ -64,13 +67,16 @@ class Steps:
         """Step every parameter that has a gradient."""
         parts = list(self._plan.current().values())
         self._compare_once(parts)
-        self._step(parts, RollCall(parts, self._begins), together)
+        if self._plan.is_lost:
+            self._take_part(self._roll(parts, RuntimeError(LOST_HERE), LOST), together)
+        else:
+            self._take_part(self._roll(parts), together)
 
     def step_one(self, param: Tensor, together: Any) -> None:
         """Step one parameter, of which every process has the gradient now."""
         parts = self._plan.current()
         self._compare_once(list(parts.values()))
-        self._step([parts[param]], RollCall((), self._begins), together)
+        self._step([parts[param]], RollCall(()), together)
 
     @contextlib.contextmanager
     def heard(self) -> Iterator[None]:
@@ -79,59 +85,82 @@ class Steps:
         try:
             yield
         except Exception as error:
-            if self._silent and self._first is not None:
-                self._first.say(ERROR)
-            elif self._silent and self._compared != self._plan.version:
-                refuse_plans(self._plan.devices(), error)
+            if self._silent:
+                self._tell(error)
             raise
         finally:
             self._silent = False
+
+    def _tell(self, error: Exception) -> None:
+        """Take part in a step that cannot be made here, as far as others need it to hear of that."""
+        self._silent = False
+        roll = None if self._agreed is None else self._roll(self._agreed, error)
+        with contextlib.suppress(type(error)):
+            if roll is not None and not roll.is_alone:
+                self._take_part(roll, self._registry.rates)
+            elif self._compared != self._plan.version:
+                self._plan.refuse()
+                refuse_plans(self._plan.devices(), error)
 
     def _compare_once(self, parts: Sequence[Part]) -> None:
         version = self._plan.version
         if self._compared == version:
             return
         self._silent = False
-        if self._first is not None:  # others may go by the plan of before
-            first, self._first = self._first, None
-            for group, count in first.say(CHANGED):
-                if count != CHANGED * group.size:
-                    refuse_told(count)
+        if self._agreed is not None:  # others may go by the plan of before
+            roll = self._roll(self._agreed, ChangedError(), CHANGED)
+            self._agreed = None
+            if not roll.is_alone:
+                with contextlib.suppress(ChangedError):
+                    self._step(roll.parts, roll, self._registry.rates)
         compare_plans(parts)
         self._backend.forget()
-        self._compared = version
+        self._agreed, self._compared = list(parts), version
 
-    def _begins(self, first: First) -> None:
-        """Note how the first exchange of a step looks, which now comes."""
-        self._silent = False
-        if self._first is None:
-            self._first = first
+    def _roll(
+        self, parts: Sequence[Part], error: Exception | None = None, says: float = ERROR
+    ) -> RollCall:
+        shares_loss = self._registry.chain.reads_loss and _most_shared(parts) is not None
+        return RollCall(parts, self._plan.stages, shares_loss, error, says)
+
+    def _take_part(self, roll: RollCall, together: Any) -> None:
+        """Make a step, and know it where others have made one that this process could not end."""
+        try:
+            self._step(roll.parts, roll, together)
+        finally:
+            self._plan.is_lost |= roll.went_on
 
     # ---- one step
 
     def _step(self, parts: Sequence[Part], roll: RollCall, together: Any) -> None:
-        self._jobs.refused = roll.check(parts, check_part)
+        """What is computed is attempted; what is exchanged follows from the parts alone."""
+        self._silent = False
+        for part in parts:
+            if part.param.grad is not None:
+                roll.attempts(check_part, part)
+        self._jobs.begin(parts)
         if self._registry.chain.reads_loss:
             self._share_loss(parts, roll)
         candidates = [p for p in parts if p.layout.shape.count(0) == 0 and roll.is_candidate(p)]
         cut = [part for part in candidates if self._jobs.is_cut(part)]
         for part in cut:
             self._states.drop_untouched(part)
-        self._jobs.bare = {part for part in cut if "step" not in part.held}
+        self._jobs.look(cut)
         totals = self.totals.before(cut, roll, together)
         runs = [self._jobs.run(part, totals, roll) for part in cut]
         on_shards = [run for run in runs if run.part.mode == "cut" and not run.recipe.questions]
-        given = [(run.part, run.recipe, run.job, run.values) for run in on_shards]
-        for run, row in zip(on_shards, self._staging.rows(given, totals), strict=True):
-            run.row = row
+        roll.attempts(give_rows, self._staging, on_shards, totals)
         waves = self._waves(runs, roll, totals)
         if not waves or not waves[0].sums_first:
             roll.finish()
+        roll.writes = True
         here = [part for part in candidates if not self._jobs.is_cut(part)]
-        in_flight(waves, lambda: self._step_local(here))
+        in_flight(waves, lambda: roll.attempts(self._step_local, here))
         left = [(r.part, r.shares) for w in waves for r in w.runs if r.shares and not r.absent]
         if left or self._gives:
-            self.totals.renew(left, together)
+            self.totals.renew(left, roll, together)
+        self._jobs.end()
+        roll.end()
         stepped = [p.param for p in candidates if p not in roll.absent and is_sharded(p.param)]
         torch.autograd.graph.increment_version(stepped)
 
@@ -142,13 +171,13 @@ class Steps:
 
     def _share_loss(self, parts: Sequence[Part], roll: RollCall) -> None:
         """Give all processes the mean of their losses: each has that of its own part of the batch."""
-        groups = self._registry.groups
-        part = max(parts, key=lambda part: part.layout.group.size, default=None)
-        if part is None or part.layout.group.size == 1:
+        part = _most_shared(parts)
+        if part is None:
             return
-        group, device = part.layout.group, part.here.device
-        loss = torch.as_tensor(groups[0][LOSS_KEY], dtype=SCALAR, device=device).reshape(())
-        (total,) = roll.told([Term("sum", replicated((), group), loss, True)], group, device)
+        group, device, groups = part.layout.group, part.here.device, self._registry.groups
+        layout = replicated((), group)
+        term = roll.attempts(_loss_of, groups, layout, device) or nothing("sum", layout, device)
+        (total,) = roll.told([term], group, device)
         for values in groups:
             values[LOSS_KEY] = total / group.size
 
@@ -179,8 +208,8 @@ class Steps:
         self, mode: str, runs: Sequence[Run], roll: RollCall, totals: Mapping[str, Tensor]
     ) -> Wave:
         if mode == "entire":
-            return EntireWave(runs, roll.complete, totals)
-        return CutWave(runs, roll.complete, self._stack)
+            return EntireWave(runs, roll.complete, roll.attempts, totals)
+        return CutWave(runs, roll.complete, roll.attempts, self._stack)
 
     # ---- shards that are stepped as tensors of their own
 
@@ -222,3 +251,14 @@ class Steps:
         parts = self._plan.current().values()
         ready = [p for p in parts if p.param.grad is not None and self._jobs.is_cut(p)]
         return described(ready, self._staging, self._jobs.imagined, names)
+
+
+def _most_shared(parts: Sequence[Part]) -> Part | None:
+    """A part of what most processes share; None where each has its own."""
+    part = max(parts, key=lambda part: part.layout.group.size, default=None)
+    return None if part is None or part.layout.group.size == 1 else part
+
+
+def _loss_of(groups: Sequence[Mapping[str, Any]], layout: Layout, device: torch.device) -> Term:
+    loss = torch.as_tensor(groups[0][LOSS_KEY], dtype=SCALAR, device=device).reshape(())
+    return Term("sum", layout, loss, True)

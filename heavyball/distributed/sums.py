@@ -31,6 +31,11 @@ class Term:
     adds: bool
 
 
+def nothing(op: str, layout: Layout, device: torch.device) -> Term:
+    """The term of a process that adds nothing, but gets the sum."""
+    return Term(op, layout, torch.zeros(layout.mine[1], dtype=SCALAR, device=device), False)
+
+
 _OPS = {"sum": (dist.ReduceOp.SUM, 0.0), "amax": (dist.ReduceOp.MAX, -math.inf)}
 
 
@@ -71,26 +76,38 @@ def _here(layout: Layout) -> tuple[slice, ...]:
     return inside(layout.mine, ((0,) * len(layout.shape), layout.shape))
 
 
+# What a process adds to a number that others read anyway, to say that it cannot go on.
+ERROR = 2.0**20
 # The most shares that one element gives.
 SHARES = 8
 
 
 def over_stages(
-    sums: Mapping[int, Sequence[Tensor]], groups: int, stages: Group, device: torch.device
+    sums: Mapping[int, Sequence[Tensor]],
+    groups: int,
+    stages: Group,
+    device: torch.device,
+    failed: bool = False,
 ) -> dict[int, tuple[Tensor, ...]]:
     """The sums of each parameter group, by its number, added up over processes with other parameters.
 
-    A process may have no parameter with a gradient in a group.
+    A process may have no parameter with a gradient in a group. failed: whether this one has no sums.
+
+    Errors: ValueError on every process if one has failed.
     """
     buffer = torch.zeros(groups, SHARES + 2, dtype=SCALAR, device=device)
     for index, shares in sums.items():
         buffer[index, 0], buffer[index, 1] = 1.0, len(shares)
         for place, share in enumerate(shares, start=2):
             buffer[index, place] = share
+    if failed:
+        buffer[:, 0] = ERROR
     if stages.size > 1:
         dist.all_reduce(buffer, group=stages.handle)
     found = {}
     for index, (held, count) in enumerate(buffer[:, :2].tolist()):
+        if held >= ERROR:
+            raise ValueError("step: another stage cannot go on, see its error")
         if held:
             found[index] = tuple(buffer[index, 2 : 2 + round(count / held)].clone().unbind())
     return found

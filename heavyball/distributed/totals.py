@@ -7,19 +7,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from heavyball.distributed.evaluate import Values
+from heavyball.distributed.entire import EntireWave
 from heavyball.distributed.jobs import Jobs
 from heavyball.distributed.parts import Part
 from heavyball.distributed.plan import Plan
 from heavyball.distributed.rollcall import RollCall, refuse_some
+from heavyball.distributed.runs import Run, Shares, advance, give_rows
 from heavyball.distributed.shard import ALONE, local, replicated
 from heavyball.distributed.staged import Staging
 from heavyball.distributed.sums import Term, completed, over_stages
-from heavyball.distributed.waves import EntireWave, Run, Shares, advance
 from heavyball.numerics import SCALAR
 
 if TYPE_CHECKING:
     from heavyball.optim.registry import Registry
+
+
+_NOTHING = torch.zeros((), dtype=SCALAR, device="cpu")
 
 
 class Totals:
@@ -34,16 +37,13 @@ class Totals:
         totals: dict[str, Tensor] = {}
         for key in self._registry.chain.total_keys:
             found = self._shares(key, parts, totals, roll)
-            totals[key] = torch.zeros((), dtype=SCALAR, device="cpu")
+            totals[key] = _NOTHING
             if together.node is not None and key == together.node.key:
-                self.renew(found, together)
+                self.renew(found, roll, together)
             else:
-                total = sum((s[0] for _, s in found), torch.zeros((), dtype=SCALAR, device="cpu"))
-                sums: dict[int, Shares] = {0: (total,)}
-                if self._plan.stages is not ALONE:
-                    device = parts[0].here.device if parts else torch.device("cpu")
-                    sums = over_stages(sums, 1, self._plan.stages, device)
-                totals[key] = sums[0][0]
+                own = roll.attempts(_added, found)
+                sums = self._of_stages({} if own is None else {0: (own,)}, 1, roll)
+                totals[key] = sums[0][0] if sums else _NOTHING
         return totals
 
     def _shares(
@@ -51,54 +51,45 @@ class Totals:
     ) -> list[tuple[Part, Shares]]:
         """The complete share of every parameter, in the order of the parameters."""
         having = [part for part in parts if key in part.program.total_keys]
-        runs = [self._jobs.run(part, totals, roll) for part in having]
-        found = self._shares_of_cut(key, [r for r in runs if r.part.mode != "entire"], totals, roll)
+        runs = [self._jobs.run(part, totals, roll, key) for part in having]
+        cut = [run for run in runs if run.part.mode != "entire"]
+        roll.attempts(give_rows, self._staging, cut, totals)
+        phases = [(run, run.recipe.before) for run in cut]
+        advance(phases, roll.complete, roll.attempts)
+        found: dict[int, Shares] = {}
+        for run in cut:
+            shares = roll.attempts(_shares_of, run)
+            if shares is not None:
+                found[id(run)] = shares
         entire = [run for run in runs if run.part.mode == "entire"]
         if entire:
             roll.finish()
-            wave = EntireWave(entire, roll.complete, totals)
+            wave = EntireWave(entire, roll.complete, roll.attempts, totals)
             for run, shares in zip(entire, wave.found_shares(key), strict=True):
                 if shares is not None:
                     found[id(run)] = shares
         roll.finish()
         return [(run.part, found[id(run)]) for run in runs if id(run) in found and not run.absent]
 
-    def _shares_of_cut(
-        self, key: str, runs: Sequence[Run], totals: Mapping[str, Tensor], roll: RollCall
-    ) -> dict[int, Shares]:
-        """The shares of parameters that are computed on their shards, by the identity of the run."""
-        for run in runs:
-            run.values = Values(run.part.shares[key], run.job, run.part.layout, totals)
-        given = [(run.part, run.part.shares[key], run.job, run.values) for run in runs]
-        for run, row in zip(runs, self._staging.rows(given, totals), strict=True):
-            run.row = row
-        advance([(run.worker, run.part.shares[key].before) for run in runs], roll.complete)
-        found: dict[int, Shares] = {}
-        for run in runs:
-            if run.row is not None:
-                found[id(run)] = run.row.finish()
-                continue
-            run.values.compute(run.part.shares[key].before.rest)
-            outputs = run.part.shares[key].outputs
-            names = sorted(outputs, key=lambda name: int(name.rsplit(":", 1)[1]))
-            found[id(run)] = tuple(run.values.known[outputs[name]] for name in names)
-        return found
-
-    def renew(self, found: Sequence[tuple[Part, Shares]], together: Any) -> None:
+    def renew(self, found: Sequence[tuple[Part, Shares]], roll: RollCall, together: Any) -> None:
         """Make the new numbers of the groups from the shares of their parameters."""
-        sums: dict[int, Shares] = {}
-        for part, shares in found:
-            shares = tuple(share.to(SCALAR).reshape(()) for share in shares)
-            index = part.place.index
-            if index in sums:
-                shares = tuple(a + b for a, b in zip(sums[index], shares, strict=True))
-            sums[index] = shares
-        groups, stages = self._registry.groups, self._plan.stages
-        if stages is not ALONE:
-            device = groups[0]["params"][0].device if groups[0]["params"] else torch.device("cpu")
-            sums = over_stages(sums, len(groups), stages, device)
+        sums = roll.attempts(_by_group, found) or {}
+        groups = self._registry.groups
+        sums = self._of_stages(sums, len(groups), roll)
         if sums:
-            together.renew(groups, {id(groups[index]): shares for index, shares in sums.items()})
+            given = {id(groups[index]): shares for index, shares in sums.items()}
+            roll.attempts(together.renew, groups, given)
+
+    def _of_stages(self, sums: dict[int, Shares], groups: int, roll: RollCall) -> dict[int, Shares]:
+        """Sums of this stage and all others; nothing where one of them has failed."""
+        if self._plan.stages is ALONE:
+            return sums
+        failed = roll.attempts.error is not None
+        try:
+            return over_stages(sums, groups, self._plan.stages, self._plan.device, failed)
+        except ValueError as error:
+            roll.hear_of_stages(error)
+            return {}
 
     def norm(self, params: Sequence[Tensor], known: Mapping[Tensor, Tensor]) -> float:
         """The Euclidean norm of tensors like these parameters, all together, on all processes.
@@ -121,6 +112,33 @@ class Totals:
             refuse_some(parts[param], float(found[1]))
             total = total + found[0].cpu()
         if self._plan.stages is not ALONE:
-            device = params[0].device if params else torch.device("cpu")
+            device = self._plan.device
             total = over_stages({0: (total,)}, 1, self._plan.stages, device)[0][0].cpu()
         return float(total.sqrt())
+
+
+def _shares_of(run: Run) -> Shares:
+    """The shares of a parameter, all sums of which are complete."""
+    if run.row is not None:
+        return run.row.finish()
+    run.values.compute(run.recipe.before.rest)
+    outputs = run.recipe.outputs
+    names = sorted(outputs, key=lambda name: int(name.rsplit(":", 1)[1]))
+    return tuple(run.values.known[outputs[name]] for name in names)
+
+
+def _added(found: Sequence[tuple[Part, Shares]]) -> Tensor:
+    """The sum of the first shares of parameters."""
+    return sum((shares[0] for _, shares in found), _NOTHING)
+
+
+def _by_group(found: Sequence[tuple[Part, Shares]]) -> dict[int, Shares]:
+    """The sums of all shares of the parameters of each group, by its number."""
+    sums: dict[int, Shares] = {}
+    for part, shares in found:
+        shares = tuple(share.to(SCALAR).reshape(()) for share in shares)
+        index = part.place.index
+        if index in sums:
+            shares = tuple(a + b for a, b in zip(sums[index], shares, strict=True))
+        sums[index] = shares
+    return sums

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 import heavyball
 from distributed import processes
 from distributed.engines import placed_as
-from heavyball.distributed import exchange, steps, waves
+from heavyball.distributed import cut, exchange, steps
 
 WAVES = 5
 
@@ -55,7 +55,7 @@ def _ordered(rank: int, dims: tuple[int, ...], fake: bool) -> tuple[list[str], l
     stream = FakeStream(said)
     if fake:
         exchange.beside = lambda device: stream  # type: ignore[assignment]
-    sent, served, reduced = dist.all_to_all_single, waves.serve, dist.all_reduce
+    sent, served, reduced = dist.all_to_all_single, cut.serve, dist.all_reduce
 
     def all_to_all_single(*args: Any, **kwargs: Any) -> Any:
         assert kwargs["async_op"] is True
@@ -76,7 +76,7 @@ def _ordered(rank: int, dims: tuple[int, ...], fake: bool) -> tuple[list[str], l
             p.grad = placed_as(p, torch.randn(p.shape, generator=generator))
         if step:
             said.clear()
-            dist.all_to_all_single, waves.serve = all_to_all_single, serve  # type: ignore[assignment]
+            dist.all_to_all_single, cut.serve = all_to_all_single, serve  # type: ignore[assignment]
             dist.all_reduce = all_reduce
         opt.step()
     return said, [p.detach().full_tensor() for p in model.parameters()]
