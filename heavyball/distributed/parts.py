@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heavyball.compiler.frontend.graph import NotPrintableError, record
+from heavyball.compiler.frontend.graph import NotPrintableError
 from heavyball.core.program import Program
 from heavyball.distributed.evaluate import first_of_slice
 from heavyball.distributed.layout import WEIGHTS, Beginning, Kept, kept_states, shown
 from heavyball.distributed.recipe import Recipe, recipe, staged
+from heavyball.distributed.recordings import recorded
 from heavyball.distributed.shard import Group, Layout, local
 from heavyball.numerics import Origin, compute_dtype
 from heavyball.runtime.meta import Remembering
@@ -274,21 +275,16 @@ def _is_local(
     """
     if not step.is_plain:
         return False
+    whole = recorded(program, torch.Size(step.layout.shape), here.dtype, expected, group)
     for sizes in {box[1] for box in step.layout.boxes if 0 not in box[1]}:
         state = {k: _resized(t, step.layout.shape, sizes) for k, t in expected.items()}
         try:
-            graph, looked = record(program, torch.Size(sizes), here.dtype, state, group)
+            part = recorded(program, torch.Size(sizes), here.dtype, state, group)
         except NotPrintableError:
             return False
-        if looked or graph.key() != _live(step).key():
+        if part.looked or part.key != whole.key:
             return False
     return True
-
-
-def _live(step: Recipe) -> Any:
-    graph = step.graph.copy()
-    graph.outputs = dict(step.outputs)
-    return graph.live()
 
 
 def _resized(tensor: Tensor, whole: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:

@@ -20,7 +20,6 @@ from heavyball.compiler.frontend.graph import (
     Opaque,
     Question,
     Ref,
-    trace,
     whole_keys,
 )
 from heavyball.compiler.passes.algebra import simplified
@@ -28,6 +27,7 @@ from heavyball.compiler.passes.axes import is_along
 from heavyball.compiler.passes.segments import check_branches
 from heavyball.compiler.passes.stages import REDUCTIONS
 from heavyball.core.program import Program
+from heavyball.distributed.recordings import recorded
 from heavyball.distributed.shard import Layout
 from heavyball.runtime.execute import SHARE, rotating
 from heavyball.runtime.state import packed_shape
@@ -143,10 +143,8 @@ def recipe(
     """
     check_branches(program)
     shape = torch.Size(layout.shape)
-    recorder, tensors = trace(program, shape, dtype, state, group, share)
-    graph, questions = recorder.graph, recorder.questions
-    found = {name: recorder.find(tensor) for name, tensor in tensors.items()}
-    outputs = {n: i for n, i in found.items() if not recorder.is_loaded(n, i)}
+    found = recorded(program, shape, dtype, state, group, share)
+    graph, questions, outputs = found.graph, found.questions, found.outputs
     until = {
         name: next((k for k, q in enumerate(questions) if name in q.known), len(questions))
         for name in outputs

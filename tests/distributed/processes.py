@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch._dynamo  # each process would import it after the fork, with the first DTensor
 import torch.distributed as dist
 from torch import Tensor
 
