@@ -1,7 +1,7 @@
 """Recordings of programs, kept: parameters of one kind need one, and plans that are made anew none.
 
-A recording serves every shape where the program has looked at none, as kernels do. Programs with functions of
-a user are recorded each time, so that these are freed with their optimizer.
+A recording serves every shape where the program has looked at none, as kernels do. Programs with
+functions of a user are recorded each time, so that these are freed with their optimizer.
 """
 
 import functools

@@ -205,13 +205,16 @@ def _failed_first(rank: int, name: str) -> list[tuple[str, str]]:
     """What is said of a first step that fails, and of the step behind it."""
     found = []
     places: list[list[int]] = [[-1]]
-    for number in range(4):
+    for number in range(-1, 4):
         model = Small()
         options = ENGINES["fsdp2-even"][0](model, 2)
         opt = CHAINS[name](list(model.named_parameters()), **options)
         give(model, 0)
         if number > len(places[0]):
             break
+        if number < 0:  # the programs are recorded then
+            opt.step()
+            continue
         if not number:
             counting = Failing()
             with counting.watching():
