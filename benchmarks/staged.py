@@ -1,4 +1,4 @@
-"""A step of shards whose chain has sums: by kernels, one walk at a time, beside torch's operations.
+"""A step of shards with sums, or rounded at random: by kernels, walk by walk, beside torch's operations.
 
 Two optimizers on the same shards step by turns, in processes that talk over gloo.
 """
@@ -21,11 +21,14 @@ import heavyball
 from benchmarks.report import write_section
 
 MARK = "staged"
-CHAINS: dict[str, tuple[str, dict[str, Any]]] = {
-    "AdamW, cautious": ("AdamW", {"caution": True}),
-    "AdamW, global clip": ("AdamW", {"gradient_clipping": "global_norm_clip"}),
-    "FactoredAdamW": ("FactoredAdamW", {}),
-    "Adafactor": ("Adafactor", {}),
+CHAINS: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
+    "AdamW, cautious": ("AdamW", torch.float32, {"caution": True}),
+    "AdamW, global clip": ("AdamW", torch.float32, {"gradient_clipping": "global_norm_clip"}),
+    "FactoredAdamW": ("FactoredAdamW", torch.float32, {}),
+    "Adafactor": ("Adafactor", torch.float32, {}),
+    "AdamW, bfloat16 weights": ("AdamW", torch.bfloat16, {}),
+    "AdamW, 8-bit state": ("AdamW", torch.float32, {"storage_dtype": "8bit"}),
+    "AdamW, cautious, bfloat16 weights": ("AdamW", torch.bfloat16, {"caution": True}),
 }
 
 
@@ -44,10 +47,10 @@ def _work(rank: int, world: int, folder: str, steps: int, width: int, layers: in
     store = dist.FileStore(str(Path(folder) / "store"), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     mesh, rows = init_device_mesh("cpu", (world,)), []
-    for label, (name, options) in CHAINS.items():
+    for label, (name, dtype, options) in CHAINS.items():
         made = []
         for compiled in (True, False):
-            model = Layers(width, layers)
+            model = Layers(width, layers).to(dtype)
             fully_shard(model, mesh=mesh)
             params = [*model.parameters()]
             opt = getattr(heavyball, name)(params, lr=1e-3, compile=compiled, **options)
@@ -76,21 +79,23 @@ def _work(rank: int, world: int, folder: str, steps: int, width: int, layers: in
 @click.option("--layers", default=3, show_default=True)
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Page to update.")
 def main(processes: int, steps: int, width: int, layers: int, out: Path | None) -> None:
-    """Time steps of shards with sums, by kernels and by torch's operations."""
+    """Time steps of shards that kernels take walk by walk, and the same by torch's operations."""
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
         given = processes, folder, steps, width, layers
         torch.multiprocessing.spawn(_work, given, nprocs=processes)
         rows = Path(folder, "rows").read_text()
     elements = sum(p.numel() for p in Layers(width, layers).parameters())
-    text = f"""## Shards with sums
+    command = f"python -m benchmarks.staged --steps {steps} --width {width} --layers {layers}"
+    text = f"""## Shards, walk by walk
 
-- command: `python -m benchmarks.staged --steps {steps} --out docs/measurements.md`
+- command: `{command} --out docs/measurements.md`
 - {processes} processes on gloo with one thread each, {elements:,} elements, {steps} steps by turns
 - torch {torch.__version__}, {os.cpu_count()} cores, load {load:.1f} before the run
 
 Median milliseconds of a step of shards (FSDP2): by kernels, one walk at a time, with the sums completed
-in between, and by torch's operations, as with `compile=False`.
+in between, and by torch's operations, as with `compile=False`. Weights in bfloat16 and codes are rounded
+with the random bits of one process.
 
 | chain | kernels | torch | ratio |
 | --- | --- | --- | --- |

@@ -48,12 +48,14 @@ def print_kernel(
     shape: tuple[int, ...] = (),
     passing: frozenset[str] = frozenset(),
     early: bool = True,
+    placed: bool = False,
 ) -> Printed:
     """Print a simplified graph for tensors of these dtypes on a device.
 
     holds: what a state holds. random: whether bfloat16 and codes are rounded stochastically. shape: the
     parameter's; what matters of it is how state of rank one lies in it. passing: the numbers of which
-    nothing is made. early: whether state may be stored before the last walk.
+    nothing is made. early: whether state may be stored before the last walk. placed: whether tensors
+    are parts of others, whose random bits are those of the whole.
 
     Errors: NotPrintableError with the reason.
     """
@@ -69,7 +71,9 @@ def print_kernel(
     plan = schedule(graph, exact, compute, slices_wait=flat or not on_device, early=early)
     squares = frozenset(name for name in graph.tensors if holds(name) == "square")
     late = not on_device
-    kernel = lower(graph, plan, dtypes, compute, random, roots, late, squares, view, passing)
+    kernel = lower(
+        graph, plan, dtypes, compute, random, roots, late, squares, view, passing, placed
+    )
     verify(kernel)
     if not on_device:
         return Printed(kernel, (CppPrinter if flat else RowPrinter)(kernel).source())

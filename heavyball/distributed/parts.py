@@ -241,7 +241,8 @@ def part_of(
         assert kept is not None
         return Part(place, program, layout, here, "entire", None, {}, kept)
     mode = "local" if not totals and _is_local(step, program, here, expected, group) else "cut"
-    if mode == "cut" and compiled and here.device.type == "cpu":
+    # shards whose random bits are those of the whole are stepped so, too
+    if (mode == "cut" or not layout.is_whole) and compiled and here.device.type == "cpu":
         step, *rest = (
             r if r.questions or r.graph.every is not None else staged(r, program)
             for r in (step, *shares.values())

@@ -152,7 +152,7 @@ class Staging:
             return _Made(None, reason)
         dtypes = {"param": job.param.dtype, "grad": job.grad.dtype}
         dtypes |= {name: tensor.dtype for name, tensor in job.state.items()}
-        key = recipe, tuple(dtypes.items())
+        key = recipe, tuple(dtypes.items()), job.stream is None
         if key not in self._made:
             try:
                 self._made[key] = _Made(_print(recipe, job, dtypes))
@@ -190,8 +190,6 @@ def _unfit(part: Part, recipe: Recipe, job: Job) -> str:
         return f"a kernel runs one walk at a time on the CPU alone, not on {job.param.device.type}"
     if recipe.graph.every is not None:
         return "sums over every k-th element of a tensor that is in parts"
-    if job.stream is not None:
-        return "random bits are counted by the place in the whole tensor"
     if not job.param.numel():
         return "this process has no elements of it"
     if part.param.grad is None:
@@ -209,8 +207,32 @@ def _print(recipe: Recipe, job: Job, dtypes: Mapping[str, torch.dtype]) -> Print
         if value.op in COUNTS:
             graph.values[index] = Value("number", (f"{_COUNT}{index}",), value.level, value.kind)
     compute, program, device = compute_dtype(job.param.dtype), job.program, job.param.device
-    holds, passing = program.holds_of, program.passing
-    return print_kernel(graph, dtypes, compute, holds, False, device, passing=passing, early=False)
+    random, placed = job.stream is not None, job.origin is not None
+    made = print_kernel(
+        graph,
+        dtypes,
+        compute,
+        program.holds_of,
+        random,
+        device,
+        passing=program.passing,
+        early=False,
+        placed=placed,
+    )
+    if made.kernel.placed:
+        _check_place(job, made)
+    return made
+
+
+def _check_place(job: Job, made: Printed) -> None:
+    """Refuse parts whose elements a kernel cannot number as in the whole."""
+    assert job.origin is not None
+    origin = job.origin("param")
+    steps = None if origin is None else origin.steps
+    if steps is None or (made.kernel.frame is not None and steps[2]):
+        raise NotPrintableError("random bits of a tensor that is cut along inner axes")
+    if made.kernel.every is not None:
+        raise NotPrintableError("random bits, and sums over every k-th element")
 
 
 def _table(

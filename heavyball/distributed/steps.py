@@ -148,7 +148,7 @@ class Steps:
         self._jobs.look(cut)
         totals = self.totals.before(cut, roll, together)
         runs = [self._jobs.run(part, totals, roll) for part in cut]
-        on_shards = [run for run in runs if run.part.mode == "cut" and not run.recipe.questions]
+        on_shards = [r for r in runs if r.part.mode != "entire" and not r.recipe.questions]
         roll.attempts(give_rows, self._staging, on_shards, totals)
         waves = self._waves(runs, roll, totals)
         if not waves or not waves[0].sums_first:

@@ -4,6 +4,7 @@ The bits are the optimizer's own: they leave torch's generators alone, are the s
 and in compiled kernels, and need no state besides the step.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -37,6 +38,23 @@ class Origin:
     offset: tuple[int, ...]
     sizes: tuple[int, ...]
     whole: tuple[int, ...]
+
+    @property
+    def steps(self) -> tuple[int, int, int] | None:
+        """Numbers p, w and g by which element i of the part is element p + i + i // w * g of the whole.
+
+        None where the part is cut along two axes or more besides the first.
+        """
+        cut = [k for k, n in enumerate(self.sizes) if k and n != self.whole[k]]
+        if len(cut) > 1:
+            return None
+        strides = [math.prod(self.whole[k + 1 :]) for k in range(len(self.whole))]
+        first = sum(o * s for o, s in zip(self.offset, strides, strict=True))
+        if not cut:
+            return first, max(math.prod(self.sizes), 1), 0
+        (k,) = cut
+        width = max(math.prod(self.sizes[k:]), 1)
+        return first, width, (self.whole[k] - self.sizes[k]) * strides[k]
 
     def places(self, index: Tensor) -> Tensor:
         """The numbers in the whole tensor of elements that are numbered in the part."""

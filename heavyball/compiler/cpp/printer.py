@@ -29,6 +29,8 @@ SMALL, CHUNK = 65536, 16384
 # How many steps of the walk over every k-th element follow on a bit of the walk over all: whole vectors,
 # and few enough for the second walk to find in the cache what the first has read.
 STEPS = 32
+# What says in a row how a part of a tensor lies in the whole, see `Origin.steps`.
+PLACE = ("place", "width", "jump")
 # Large tensors take their passes together in batches of about this many elements.
 BATCH = 2**20
 
@@ -160,8 +162,12 @@ class CppPrinter(Cpp, KernelPrinter):
         if c.is_root:
             return f"{target} = half_root_of({wide});"
         if c.word is not None:
-            return f"{target} = rounded_at_random({wide}, key{c.number}, (uint32_t)({at}));"
+            return f"{target} = rounded_at_random({wide}, key{c.number}, {self._number_of(at)});"
         return f"store(t{c.number} + {at}, {value});"
+
+    def _number_of(self, at: str) -> str:
+        """The number of an element from which its random bits come."""
+        return f"(uint32_t)({at}{' + shift' if self.kernel.placed else ''})"
 
     # ---- what a loop needs before it begins
 
@@ -237,9 +243,23 @@ class CppPrinter(Cpp, KernelPrinter):
         lines += [f"{head} double* part) {{", *self.pointers(walk.loops), *self.keys(walk.loops)]
         lines += self.constants(walk.loops)
         lines += [f"    {self.accumulator(s)}" for s in walk.sums]
+        if self.kernel.placed and loop.random:
+            inner = self._in_pieces(walk, inner)
         lines += self._by_turns(walk, inner) if walk.slices else inner
         lines += [f"    part[{n}] = r{s.var.index};" for n, s in enumerate(walk.sums)]
         return "\n".join([*lines, "}\n"])
+
+    def _in_pieces(self, walk: Walk, inner: list[str]) -> list[str]:
+        """A loop over a part of a tensor, piece by piece; each is in one piece in the whole, too."""
+        place, width, jump = (f"row[{self.kernel.columns.index(n)}]" for n in PLACE)
+        return [
+            "    for (int64_t from = low, to = high; from < to;) {",
+            f"    const int64_t width = {width}, n = from / width, shift = {place} + n * {jump};",
+            "    const int64_t low = from, high = (n + 1) * width < to ? (n + 1) * width : to;",
+            *inner,
+            "    from = high;",
+            "    }",
+        ]
 
     def _in_blocks(self, loop: Loop, inner: list[str]) -> list[str]:
         """A loop over a part of a tensor; with tensors of codes, block by block through buffers."""
@@ -283,7 +303,8 @@ class CppPrinter(Cpp, KernelPrinter):
             if c in read:
                 begin.append(f"    std::memcpy(q{n}, o{n}, ({count}) * sizeof(float));")
             if c in stored:
-                ends.append(f"    {encode}({place}, o{n}, q{n}, {count}, {key}, {base});")
+                first = f"{base} + shift" if self.kernel.placed and random == "true" else base
+                ends.append(f"    {encode}({place}, o{n}, q{n}, {count}, {key}, {first});")
         return begin, ends
 
     def _by_turns(self, walk: Walk, inner: list[str]) -> list[str]:

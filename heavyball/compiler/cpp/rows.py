@@ -1,6 +1,6 @@
 """Spells kernels with values along some of the axes as C++: every tensor is walked row by row."""
 
-from heavyball.compiler.cpp.printer import CppPrinter
+from heavyball.compiler.cpp.printer import PLACE, CppPrinter
 from heavyball.compiler.cpp.storage import BITS
 from heavyball.compiler.cpp.templates import (
     BANDS,
@@ -107,6 +107,8 @@ class RowPrinter(CppPrinter):
         return "\n".join([*lines, "}\n"])
 
     def _along(self, loop: Loop) -> list[str]:
+        if self.kernel.placed and loop.random:
+            raise NotPrintableError("values along some axes of a part, rounded stochastically")
         return [
             "    {",
             *self.pointers([loop]),
@@ -195,6 +197,8 @@ class RowPrinter(CppPrinter):
             *self._begin_parts(walk),
             *(f"    {self.accumulator(s)}" for s in plain),
         ]
+        if self.kernel.placed:  # parts are whole rows
+            lines.append(f"    const int64_t shift = row[{self.kernel.columns.index(PLACE[0])}];")
         inner: list[str] = []
         if walk.elements.body:
             inner += ["    for (int64_t r = low; r < high; ++r) {"]

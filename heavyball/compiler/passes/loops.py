@@ -203,7 +203,8 @@ class Kernel:
     kept: the arrays that something later reads. slots: how many nodes the graph has; a number's place in
     a buffer is its index. counted: the step, from which random bits come. frame: the runs of a tensor,
     or None for flat memory. every: how far the elements of a slice are apart. view: the axes that runs
-    are made of, where they are not the tensor's own.
+    are made of, where they are not the tensor's own. placed: whether tensors are parts of others, in
+    whose order elements are numbered, from which random bits come.
     """
 
     compute: torch.dtype
@@ -220,6 +221,7 @@ class Kernel:
     frame: Frame | None
     every: int | None
     view: View | None = None
+    placed: bool = False
 
     @property
     def starts(self) -> Runs | None:
@@ -230,7 +232,8 @@ class Kernel:
     def leading(self) -> tuple[str, ...]:
         """The entries of a table row before the addresses."""
         runs = () if self.frame is None else self.frame.later
-        return ("numel", "group", "stream", *(f"axis {axis}" for axis in runs))
+        place = ("place", "width", "jump") if self.placed else ()
+        return ("numel", "group", "stream", *place, *(f"axis {axis}" for axis in runs))
 
     @property
     def columns(self) -> list[str]:

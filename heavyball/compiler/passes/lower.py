@@ -1,7 +1,7 @@
 """Turns a graph and its schedule into the loop form."""
 
-import dataclasses
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
@@ -45,6 +45,7 @@ def lower(
     squares: frozenset[str] = frozenset(),
     view: View | None = None,
     passing: frozenset[str] = frozenset(),
+    placed: bool = False,
 ) -> Kernel:
     """The loop form of a graph.
 
@@ -52,12 +53,13 @@ def lower(
     codes are rounded stochastically. roots: tensors that hold the roots of their values. late: whether
     the loop over all elements runs ahead of that over every k-th. squares: tensors of values
     that are never negative. view: the axes of the graph, where they are not the parameter's.
-    passing: states of which nothing is made, in any step.
+    passing: states of which nothing is made, in any step. placed: whether tensors are parts of others,
+    see `Kernel`.
 
     Errors: NotPrintableError for a tensor or an operation that no printer knows.
     """
     made = _Lowering(graph, plan, dtypes, compute, random, roots, late, squares, passing).kernel()
-    return dataclasses.replace(made, view=view)
+    return replace(made, view=view, placed=placed and made.counted is not None)
 
 
 class _Lowering:

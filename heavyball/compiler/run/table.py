@@ -137,6 +137,7 @@ class Table:
             job.param.numel(),
             group,
             job.stream or 0,
+            *(_place(job) if kernel.form.placed else ()),
             *kernel.form.run_sizes(job.param.shape),
         ]
         if "grad" in kernel.tensors:
@@ -214,6 +215,13 @@ def _address(job: Job, name: str) -> int:
         return 0  # it gets room later
     tensor = {"param": job.param, "grad": job.grad}.get(name)
     return (job.state[name] if tensor is None else tensor).data_ptr()
+
+
+def _place(job: Job) -> tuple[int, int, int]:
+    """How the elements of a part are numbered in the whole, see `Origin.steps`."""
+    origin = None if job.origin is None else job.origin("param")
+    found = None if origin is None else origin.steps
+    return (0, max(job.param.numel(), 1), 0) if found is None else found
 
 
 def place_of(name: str) -> int:
