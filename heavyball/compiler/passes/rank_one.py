@@ -20,7 +20,7 @@ from heavyball.state.held import COLUMNS, SIGNS
 # Any matrix: no size is looked at.
 SHAPE = torch.Size([3, 5])
 ROW, COLUMN = along([0]), along([1])
-GIVEN = {"rows": ROW, "columns": COLUMN, "above": "element", "matrix": "element"}
+GIVEN = {"row": ROW, "column": COLUMN, "above": "element", "matrix": "element"}
 
 
 def expanded(
@@ -105,8 +105,8 @@ class _Expansion:
     def _held(self, name: str) -> dict[str, Ref]:
         add = self.result.add
         found = {
-            "rows": add("load", (name,), self.rows, "float"),
-            "columns": add("load", (name + COLUMNS,), self.columns, "float"),
+            "row": add("load", (name,), self.rows, "float"),
+            "column": add("load", (name + COLUMNS,), self.columns, "float"),
         }
         if self.signed[name]:
             found["above"] = add("load", (name + SIGNS,), "element", "bool")
@@ -117,8 +117,8 @@ class _Expansion:
 
     def _store(self, name: str, new: Ref) -> None:
         made = self._insert(_storing(self.signed[name]), {**self._held(name), "matrix": new})
-        self.result.outputs[name] = made["rows"].index
-        self.result.outputs[name + COLUMNS] = made["columns"].index
+        self.result.outputs[name] = made["row"].index
+        self.result.outputs[name + COLUMNS] = made["column"].index
         if self.signed[name]:
             self.result.outputs[name + SIGNS] = made["above"].index
 
@@ -140,19 +140,19 @@ class _Expansion:
 @functools.cache
 def _loading(signed: bool) -> Graph:
     def values(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        found = rank_one.product(given["rows"], given["columns"], given.get("above"))
+        found = rank_one.product(given["row"], given["column"], given.get("above"))
         return {"values": found}
 
-    return _recorded(values, ("rows", "columns", *(("above",) if signed else ())))
+    return _recorded(values, ("row", "column", *(("above",) if signed else ())))
 
 
 @functools.cache
 def _storing(signed: bool) -> Graph:
-    names = "rows", "columns", *(("above",) if signed else ())
+    names = "row", "column", *(("above",) if signed else ())
 
     def held(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         above = given.get("above")
-        found = rank_one.renewed(given["rows"], given["columns"], above, given["matrix"])
+        found = rank_one.renewed(given["row"], given["column"], above, given["matrix"])
         return dict(zip(names, found, strict=True))
 
     return _recorded(held, (*names, "matrix"))
