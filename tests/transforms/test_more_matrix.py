@@ -664,7 +664,7 @@ def test_the_size_of_the_update_and_a_decay_are_no_matter_on_the_hyperball() -> 
             C.ChainOpt([start], 0.1, C.decoupled, t)
     with pytest.raises(ValueError, match=r"shape \(2, 2\) is all zero, so its norm cannot be kept"):
         C.ChainOpt([torch.nn.Parameter(torch.zeros(2, 2))], 0.1, C.hyperball).init_state()
-    with pytest.raises(ValueError, match="hyperball is for two dimensions or more"):
+    with pytest.raises(ValueError, match="hyperball needs two or more dimensions"):
         C.ChainOpt([torch.ones(3)], 0.1, C.hyperball)
     with pytest.raises(ValueError, match=r"radius=-1\.0: expected 'initial', 'spectral', or"):
         C.ChainOpt([start], 0.1, C.hyperball(radius=-1.0))

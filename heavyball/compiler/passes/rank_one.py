@@ -20,7 +20,7 @@ from heavyball.state.held import COLUMNS, SIGNS
 # Any matrix: no size is looked at.
 SHAPE = torch.Size([3, 5])
 ROW, COLUMN = along([0]), along([1])
-GIVEN = {"row": ROW, "column": COLUMN, "above": "element", "matrix": "element"}
+GIVEN = {"per_row": ROW, "per_column": COLUMN, "above": "element", "matrix": "element"}
 
 
 def expanded(
@@ -105,8 +105,8 @@ class _Expansion:
     def _held(self, name: str) -> dict[str, Ref]:
         add = self.result.add
         found = {
-            "row": add("load", (name,), self.rows, "float"),
-            "column": add("load", (name + COLUMNS,), self.columns, "float"),
+            "per_row": add("load", (name,), self.rows, "float"),
+            "per_column": add("load", (name + COLUMNS,), self.columns, "float"),
         }
         if self.signed[name]:
             found["above"] = add("load", (name + SIGNS,), "element", "bool")
@@ -117,8 +117,8 @@ class _Expansion:
 
     def _store(self, name: str, new: Ref) -> None:
         made = self._insert(_storing(self.signed[name]), {**self._held(name), "matrix": new})
-        self.result.outputs[name] = made["row"].index
-        self.result.outputs[name + COLUMNS] = made["column"].index
+        self.result.outputs[name] = made["per_row"].index
+        self.result.outputs[name + COLUMNS] = made["per_column"].index
         if self.signed[name]:
             self.result.outputs[name + SIGNS] = made["above"].index
 
@@ -140,19 +140,19 @@ class _Expansion:
 @functools.cache
 def _loading(signed: bool) -> Graph:
     def values(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        found = rank_one.product(given["row"], given["column"], given.get("above"))
+        found = rank_one.product(given["per_row"], given["per_column"], given.get("above"))
         return {"values": found}
 
-    return _recorded(values, ("row", "column", *(("above",) if signed else ())))
+    return _recorded(values, ("per_row", "per_column", *(("above",) if signed else ())))
 
 
 @functools.cache
 def _storing(signed: bool) -> Graph:
-    names = "row", "column", *(("above",) if signed else ())
+    names = "per_row", "per_column", *(("above",) if signed else ())
 
     def held(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         above = given.get("above")
-        found = rank_one.renewed(given["row"], given["column"], above, given["matrix"])
+        found = rank_one.renewed(given["per_row"], given["per_column"], above, given["matrix"])
         return dict(zip(names, found, strict=True))
 
     return _recorded(held, (*names, "matrix"))
