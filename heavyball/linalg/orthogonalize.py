@@ -106,17 +106,13 @@ def newton_schulz(
     normalize="aol": X_0 = diag(s) x, s_i = max(sum_j |x x^T|_ij, eps)^(-1/2), of the shorter side.
 
     If the longer side is at least ELONGATED times the shorter, the same polynomials are applied to
-    the Gram
-    matrix A of the shorter side: with P_k = a I + b A + c A^2, A <- P A P and Q <- P Q, and the
-        result is Q X.
-    Squaring doubles the exponent of the condition number, and the rounding error grows with every
-    step, so
-    X <- Q X, A <- X X^T and Q <- I restart before some steps.
+    the Gram matrix A of the shorter side: with P_k = a I + b A + c A^2, A <- P A P and Q <- P Q, and
+    the result is Q X. Squaring doubles the exponent of the condition number, and the rounding error
+    grows with every step, so X <- Q X, A <- X X^T and Q <- I restart before some steps.
 
     restart: the steps, counted from 0, before which the Gram form restarts; None for (2,) up to five
-        steps
-        and for every second step of more: at a condition number of 1e5, float32 then stays within
-            ten times the error of the products with X. () never restarts.
+        steps and for every second step of more: at a condition number of 1e5, float32 then stays
+        within ten times the error of the products with X. () never restarts.
     products: "full" multiplies in the dtype of x; "bfloat16" in bfloat16, to which x is rounded first,
         as the authors do, which changes the result by up to 0.035 per entry; "auto" uses bfloat16 for
         float32 if the hardware supports it, else "full". bfloat16 is ten times faster on CUDA, and up to

@@ -49,8 +49,8 @@ class ChainOpt(Looking):
         docs/schedules.md.
     transforms: the elements of the chain, in order, or text such as "sign | exp_avg"; also as a
         sequence, `transforms=`. `decoupled` is added if nothing in the chain has a `weight_decay`,
-        and `descend` if
-        nothing writes the parameters, so the step ends in `p <- p (1 - lr weight_decay) - lr u`.
+        and `descend` if nothing writes the parameters, so the step ends in
+        `p <- p (1 - lr weight_decay) - lr u`.
     weight_decay: the coefficient of the decay, a live hyper-parameter.
     warmup_steps: lr increases linearly over this many steps of each parameter: lr min(1, t / warmup).
     foreach: False steps one parameter at a time, which minimizes peak memory; otherwise intermediate

@@ -46,8 +46,8 @@ class APOLLO(RoutedPreset):
     """Gradients scaled per channel like Adam's in a random projection; AdamW for the rest.
 
     AdamW gets the same parameters as in `Muon`, and matrices with a side shorter than `rank`; it
-    takes the same options. A matrix has state of 2 rank
-    numbers per column or row of its longer side, instead of Adam's two per entry.
+    takes the same options. A matrix has state of 2 rank numbers per column or row of its longer
+    side, instead of Adam's two per entry.
 
     rank, gap, scale, blocks, axis: as in `apollo`; `blocks` may be given by names.
 

@@ -230,9 +230,8 @@ def fira(*inner: Any, **options: Any) -> Within:
     s = ||inner(Z)|| / (||Z|| + 1e-8) per column of a wide matrix, else per row;
     ||w|| grows by at most the factor 1.01 per step
 
-    rank (128), gap (200), scale (1, live), blocks (None), axis (0), as in `galore`; every block has
-    its own
-        limit of ||w||.
+    rank (128), gap (200), scale (1, live), blocks (None), axis (0), as in `galore`; every block
+        has its own limit of ||w||.
 
     Shapes: two or more dimensions, R x C as (size of axis 0, rest).
     Errors: ValueError for a rank that is larger than the matrix, or a block.

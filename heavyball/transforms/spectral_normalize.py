@@ -38,8 +38,7 @@ def spectral_normalize(
     u = X sqrt(R / C) / max(sigma, 1 / (sqrt R + sqrt C))
 
     a is initialized with equal entries and noise from the seed. sigma increases towards the largest
-    singular
-    value and is initially too small: the first step runs `iterations` of them, later steps one.
+    singular value and is initially too small: the first step runs `iterations` of them, later steps one.
 
     stacked, blocks, axis: as in `orthogonalize`.
 
