@@ -65,13 +65,14 @@ def recorded(
 
     Errors: NotPrintableError with the reason.
     """
+    given = program, shape, dtype, state, group, share
     if not program.is_library:
-        return _recorded(program, shape, dtype, state, group, share)
-    keys = _keys(program, shape, dtype, state, group, share)
+        return _recorded(*given)
+    keys = _keys(*given)
     found = next((_kept[key] for key in keys if key in _kept), None)
     if found is None:
         try:
-            found = _recorded(program, shape, dtype, state, group, share)
+            found = _recorded(*given)
             _kept[keys[found.looked]] = found
         except NotPrintableError as error:
             found = _kept[keys[1]] = str(error)
@@ -80,17 +81,9 @@ def recorded(
     return found.of(program)
 
 
-def _recorded(
-    program: Program,
-    shape: torch.Size,
-    dtype: torch.dtype,
-    state: Mapping[str, Tensor],
-    group: Mapping[str, Any],
-    share: str | None,
-) -> Recording:
-    recorder, tensors = trace(program, shape, dtype, state, group, share)
-    found = {name: recorder.find(tensor) for name, tensor in tensors.items()}
-    outputs = {n: i for n, i in found.items() if not recorder.is_loaded(n, i)}
+def _recorded(*given: Any) -> Recording:
+    recorder, tensors = trace(*given)
+    outputs = recorder.written(tensors)
     return Recording(recorder.graph, recorder.questions, outputs, recorder.watch.looked)
 
 

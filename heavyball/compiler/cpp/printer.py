@@ -13,6 +13,7 @@ from heavyball.compiler.formats import needed, short
 from heavyball.compiler.frontend.ops import NotPrintableError
 from heavyball.compiler.frontend.symbols import Input, Var
 from heavyball.compiler.passes.loops import (
+    PLACE,
     Column,
     Let,
     Load,
@@ -29,8 +30,6 @@ SMALL, CHUNK = 65536, 16384
 # How many steps of the walk over every k-th element follow on a bit of the walk over all: whole vectors,
 # and few enough for the second walk to find in the cache what the first has read.
 STEPS = 32
-# What says in a row how a part of a tensor lies in the whole, see `Origin.steps`.
-PLACE = ("place", "width", "jump")
 # Large tensors take their passes together in batches of about this many elements.
 BATCH = 2**20
 

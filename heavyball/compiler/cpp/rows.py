@@ -1,6 +1,6 @@
 """Spells kernels with values along some of the axes as C++: every tensor is walked row by row."""
 
-from heavyball.compiler.cpp.printer import PLACE, CppPrinter
+from heavyball.compiler.cpp.printer import CppPrinter
 from heavyball.compiler.cpp.storage import BITS
 from heavyball.compiler.cpp.templates import (
     BANDS,
@@ -14,6 +14,7 @@ from heavyball.compiler.frontend.ops import NotPrintableError
 from heavyball.compiler.frontend.symbols import Input, Var
 from heavyball.compiler.passes.axes import Frame, FrameText, is_along
 from heavyball.compiler.passes.loops import (
+    PLACE,
     Column,
     Fold,
     Keep,

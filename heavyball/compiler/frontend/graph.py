@@ -332,10 +332,14 @@ class Recorder(TorchDispatchMode):
         with self.watch.ignored():
             return tensor.shape
 
-    def is_loaded(self, name: str, index: int) -> bool:
-        """Whether a value is the tensor of this name as it was, so that there is nothing to write."""
+    def written(self, tensors: Mapping[str, Tensor]) -> dict[str, int]:
+        """The nodes of tensors by name, without those that are written back as they were loaded."""
+        found = {name: self.find(tensor) for name, tensor in tensors.items()}
+        return {n: i for n, i in found.items() if n == "param" or not self._is_loaded(n, i)}
+
+    def _is_loaded(self, name: str, index: int) -> bool:
         value = self.graph.values[index]
-        return value.op == "load" and value.args == (name,) and name != "param"
+        return value.op == "load" and value.args == (name,)
 
     def _name(self, tensor: Tensor, index: int) -> None:
         self._index[id(tensor)] = index
@@ -560,8 +564,7 @@ def record(
     recorder, outputs = trace(program, shape, dtype, state, group, share)
     if recorder.questions and share is None:
         raise NotPrintableError(f"{recorder.questions[0].node.key} needs whole tensors")
-    found = {name: recorder.find(t) for name, t in outputs.items()}
-    recorder.graph.outputs = {n: i for n, i in found.items() if not recorder.is_loaded(n, i)}
+    recorder.graph.outputs = recorder.written(outputs)
     return recorder.graph.live(), recorder.watch.looked
 
 

@@ -13,6 +13,9 @@ from heavyball.compiler.frontend.ops import OPERATIONS, NotPrintableError
 from heavyball.compiler.frontend.symbols import Expr, Op, Var, parts, variables
 from heavyball.compiler.passes.axes import Frame, Runs, View, is_along, run_sizes
 
+# What says in a row how a part of a tensor lies in the whole, see `Origin.steps`.
+PLACE = ("place", "width", "jump")
+
 
 @dataclass(frozen=True)
 class Column:
@@ -232,7 +235,7 @@ class Kernel:
     def leading(self) -> tuple[str, ...]:
         """The entries of a table row before the addresses."""
         runs = () if self.frame is None else self.frame.later
-        place = ("place", "width", "jump") if self.placed else ()
+        place = PLACE if self.placed else ()
         return ("numel", "group", "stream", *place, *(f"axis {axis}" for axis in runs))
 
     @property
