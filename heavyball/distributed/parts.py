@@ -1,6 +1,7 @@
 """A parameter in parts: what this process has of it, and how it is stepped."""
 
 import functools
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,7 +19,8 @@ from heavyball.distributed.shard import Group, Layout, local
 from heavyball.numerics import Origin, compute_dtype
 from heavyball.runtime.meta import Remembering
 from heavyball.runtime.place import Place
-from heavyball.runtime.state import add_missing_state
+from heavyball.runtime.recent import Recent
+from heavyball.runtime.state import add_missing_state, lazy_wanted
 from heavyball.state.held import main_of
 
 
@@ -202,10 +204,38 @@ def whole_state(
     program: Program, shape: torch.Size, dtype: torch.dtype, group: Mapping[str, Any], lazy: bool
 ) -> dict[str, Tensor]:
     """The state of the whole tensor, without memory."""
+    wanted = lazy or tuple(
+        lazy_wanted(node, declared, group)
+        for node, name, declared in program.states
+        if node.state_key(name) in program.lazy_keys
+    )
+    key = shape, dtype, wanted, torch.get_default_dtype()
+    kept = _states.setdefault(program, {})
+    if key not in kept:
+        kept[key] = _whole_state(program, key, group, lazy)
+    return dict(kept[key])
+
+
+# The state of whole tensors, by the programs, and for those of the library by what they compute.
+_states: "weakref.WeakKeyDictionary[Program, dict[Any, dict[str, Tensor]]]" = (
+    weakref.WeakKeyDictionary()
+)
+_of_library: dict[Any, dict[str, Tensor]] = Recent(4096)
+
+
+def _whole_state(
+    program: Program, key: Any, group: Mapping[str, Any], lazy: bool
+) -> dict[str, Tensor]:
+    begin = tuple(declared.init for _, _, declared in program.states)
+    key = program.identity, begin, repr(program.storage), key
+    if (known := _of_library.get(key)) is not None:
+        return known
     found: dict[str, Tensor] = {}
-    like = torch.empty(shape, dtype=dtype, device="meta")
+    like = torch.empty(key[-1][0], dtype=key[-1][1], device="meta")
     with Remembering():
         add_missing_state(program, like, group, found, lazy)
+    if program.is_library:
+        _of_library[key] = found
     return found
 
 

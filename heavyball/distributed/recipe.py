@@ -6,6 +6,7 @@ moments in SOAP's basis, is the owner's. Everything else is computed on the shar
 elements are completed over the processes, in rounds.
 """
 
+import copy
 import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from heavyball.compiler.passes.axes import is_along
 from heavyball.compiler.passes.segments import check_branches
 from heavyball.compiler.passes.stages import REDUCTIONS
 from heavyball.core.program import Program
-from heavyball.distributed.recordings import recorded
+from heavyball.distributed.recordings import Recording, recorded
 from heavyball.distributed.shard import Layout
 from heavyball.runtime.execute import SHARE, rotating
 from heavyball.runtime.state import packed_shape
@@ -144,20 +145,31 @@ def recipe(
     check_branches(program)
     shape = torch.Size(layout.shape)
     found = recorded(program, shape, dtype, state, group, share)
+    _check_shapes(program, found.graph, torch.empty(shape, dtype=dtype, device="meta"), state)
+    whole = frozenset(main_of(key) for key in whole_keys(program, state))
+    # of a layout it matters only which axes are cut
+    place = layout.cut, whole
+    if place not in found.cuts:
+        found.cuts[place] = _cut(found, layout, whole)
+    made = copy.copy(found.cuts[place])
+    made.questions, made.layout = found.questions, layout
+    for question in made.questions:
+        turning = [key for keys in rotating(question.node, state) for key in keys]
+        if question.node.transform.after is not None and not made.owned.issuperset(turning):
+            raise NotPrintableError(f"{question.node.key} turns state that is not between its ends")
+    return made
+
+
+def _cut(found: Recording, layout: Layout, whole: frozenset[str]) -> Recipe:
+    """What of a recording is computed where. whole: the states of whole transforms."""
     graph, questions, outputs = found.graph, found.questions, found.outputs
     until = {
         name: next((k for k, q in enumerate(questions) if name in q.known), len(questions))
         for name in outputs
     }
     until |= {"step": 0} if "step" in until else {}
-    _check_shapes(program, graph, torch.empty(shape, dtype=dtype, device="meta"), state)
     cutter = _Cutter(graph, questions, outputs)
-    owned = cutter.owned | {main_of(key) for key in whole_keys(program, state)}
-    for question in questions:
-        turning = [key for keys in rotating(question.node, state) for key in keys]
-        if question.node.transform.after is not None and not owned.issuperset(turning):
-            raise NotPrintableError(f"{question.node.key} turns state that is not between its ends")
-    made = Recipe(graph, questions, outputs, until, frozenset(owned), layout)
+    made = Recipe(graph, questions, outputs, until, whole | cutter.owned, layout)
     cutter.place(made)
     return made
 

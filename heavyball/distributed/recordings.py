@@ -6,7 +6,7 @@ functions of a user are recorded each time, so that these are freed with their o
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,12 +27,14 @@ class Recording:
     """What a program computes; nobody changes it.
 
     outputs: the node of each tensor that is written. looked: whether it is for one shape alone.
+    cuts: the recipes that were made of it, by what they depend on.
     """
 
     graph: Graph
     questions: list[Question]
     outputs: dict[str, int]
     looked: bool
+    cuts: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @functools.cached_property
     def key(self) -> str:
@@ -47,7 +49,7 @@ class Recording:
             return self
         nodes: dict[str, Any] = {node.key: node for node in program.flat}
         questions = [replace(q, node=nodes[q.node.key]) for q in self.questions]
-        return Recording(self.graph, questions, self.outputs, self.looked)
+        return Recording(self.graph, questions, self.outputs, self.looked, self.cuts)
 
 
 _kept: dict[Any, Recording | str] = Recent(MOST)

@@ -44,9 +44,9 @@ def group_of(handle: Any) -> Group:
 
 def group_of_mesh(mesh: DeviceMesh) -> Group:
     """The processes of a mesh of any number of dimensions, in the mesh's order."""
-    ranks = mesh.mesh.flatten().tolist()
     if mesh.ndim == 1:
         return group_of(mesh.get_group())
+    ranks = mesh.mesh.flatten().tolist()
     if ranks == list(range(dist.get_world_size())):
         return group_of(dist.group.WORLD)
     return group_of(mesh._flatten().get_group())
