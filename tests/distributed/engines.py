@@ -1,7 +1,8 @@
 """Ways to put a model on several processes, and optimizers to step it with, there and on one."""
 
 import functools
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -45,33 +46,96 @@ def _shapes() -> list[torch.Size]:
     return [p.shape for p in Model().parameters()]
 
 
+@functools.cache
+def _gradients(step: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(100 + step)
+    made = (torch.randn(n, generator=generator, dtype=torch.float64) for n in _shapes())
+    return tuple(((g * 2**20).round() / 2**20).to(dtype) for g in made)
+
+
 def gradients(step: int, dtype: torch.dtype = torch.float64) -> Iterator[Tensor]:
     """The gradients of a step: multiples of 2^-20, the same on every process."""
-    generator = torch.Generator().manual_seed(100 + step)
-    for shape in _shapes():
-        g = torch.randn(shape, generator=generator, dtype=torch.float64)
-        yield ((g * 2**20).round() / 2**20).to(dtype)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+    return (g.clone() for g in _gradients(step, dtype))
 
 
 def give(model: nn.Module, step: int, dtype: torch.dtype = torch.float64) -> None:
     """Put the gradients of a step where the parameters are."""
-    for p, g in zip(model.parameters(), gradients(step, dtype), strict=True):
-        p.grad = placed_as(p, g) if isinstance(p, DTensor) else g
+    for p, g in zip(model.parameters(), _gradients(step, dtype), strict=True):
+        p.grad = placed_as(p, g) if isinstance(p, DTensor) else g.clone()
+
+
+# ---- whole tensors and their parts
+
+
+@functools.cache
+def _pieces(shape: torch.Size, mesh: tuple[int, ...], placements: Any) -> list[tuple[slice, ...]]:
+    """What each place of a mesh has of a tensor."""
+    found = []
+    for place in itertools.product(*map(range, mesh)):
+        sizes, first = _compute_local_shape_and_global_offset(shape, mesh, list(place), placements)
+        found.append(tuple(slice(o, o + n) for o, n in zip(first, sizes, strict=True)))
+    return found
+
+
+def _pieces_of(tensor: DTensor) -> list[tuple[slice, ...]]:
+    return _pieces(tensor.shape, tuple(tensor.device_mesh.shape), tuple(tensor.placements))
+
+
+@functools.cache
+def _ranks(mesh: DeviceMesh) -> list[int]:
+    """The processes of a mesh, in its order."""
+    return mesh.mesh.flatten().tolist()
 
 
 def placed_as(param: DTensor, tensor: Tensor) -> DTensor:
     """A whole tensor, cut as a parameter is."""
-    mesh, placements = param.device_mesh, param.placements
-    sizes, first = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
-    part = tensor[tuple(slice(o, o + n) for o, n in zip(first, sizes, strict=True))].clone()
+    mine = _ranks(param.device_mesh).index(dist.get_rank())
+    part = tensor[_pieces_of(param)[mine]].clone()
+    if tensor.dtype == param.dtype:  # from_local would make an equal description
+        return DTensor(part, param._spec, requires_grad=False)  # type: ignore[call-arg]
     return DTensor.from_local(
-        part, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+        part,
+        param.device_mesh,
+        param.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
     )
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return wholes([tensor])[0]
+
+
+def wholes(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Whole tensors from what all processes have of them, in one exchange of all.
+
+    What this process has itself is what it gets of that: copies are not taken for one another.
+    """
+    tensors = [tensor.detach() for tensor in tensors]
+    found = [torch.empty(t.shape, dtype=t.dtype) if _is_cut(t) else t.clone() for t in tensors]
+    cut = [(t, made) for t, made in zip(tensors, found, strict=True) if _is_cut(t)]
+    if not cut:
+        return found
+    rooms = [max(made[piece].nbytes for piece in _pieces_of(t)) for t, made in cut]
+    own = torch.zeros(sum(rooms), dtype=torch.uint8)
+    for room, (tensor, _) in zip(own.split(rooms), cut, strict=True):
+        part = tensor.to_local().contiguous().view(-1)
+        room[: part.nbytes] = part.view(torch.uint8)
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, own)
+    split = [part.split(rooms) for part in parts]
+    me = dist.get_rank()
+    for number, (tensor, made) in enumerate(cut):
+        ranks, pieces = _ranks(tensor.device_mesh), _pieces_of(tensor)
+        for rank, piece in sorted(zip(ranks, pieces, strict=True), key=lambda pair: pair[0] == me):
+            target = made[piece]
+            target.copy_(split[rank][number][: target.nbytes].view(made.dtype).view(target.shape))
+    return found
+
+
+def _is_cut(tensor: Tensor) -> bool:
+    return isinstance(tensor, DTensor)
 
 
 # ---- engines: what is done to a model, and what the optimizer is told
@@ -187,10 +251,10 @@ def on_one(make: Callable[..., Any], steps: int, dtype: torch.dtype) -> list[lis
     """The parameters of a process alone: at first, after some steps, and where it is evaluated."""
     model = Model(dtype)
     opt = make(list(model.named_parameters()))
-    first = [whole(p) for p in model.parameters()]
+    first = wholes([*model.parameters()])
     for step in range(steps):
         give(model, step, dtype)
         opt.step()
-    last = [whole(p) for p in model.parameters()]
+    last = wholes([*model.parameters()])
     opt.eval()
-    return [first, last, [whole(p) for p in model.parameters()]]
+    return [first, last, wholes([*model.parameters()])]

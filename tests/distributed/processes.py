@@ -5,6 +5,7 @@ others, and the test that has asked for them fails with what it said.
 """
 
 import contextlib
+import gc
 import io
 import multiprocessing
 import os
@@ -81,6 +82,7 @@ def _unpacked(given: bytes) -> Any:
 
 
 def _work(rank: int, world: int, folder: str, sender: Any, fn: Any, args: tuple) -> None:
+    gc.freeze()  # what was forked along need not be looked through again and again, nor copied
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
     try:

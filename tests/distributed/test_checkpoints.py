@@ -23,7 +23,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from distributed import processes
-from distributed.engines import OPTIMIZERS, Model, give, whole
+from distributed.engines import OPTIMIZERS, Model, give, wholes
 
 STEPS = 2
 
@@ -58,7 +58,7 @@ def _train(
                 "opt": get_optimizer_state_dict(model, opt, options=options),
             }
             dcp.save(state, checkpoint_id=place / str(first + STEPS))
-        found[name] = [whole(p) for p in model.parameters()]
+        found[name] = wholes([*model.parameters()])
     return found
 
 
@@ -70,7 +70,7 @@ def _never_stopped(names: list[str], steps: int) -> dict[str, Any]:
         for step in range(steps):
             give(model, step)
             opt.step()
-        found[name] = [whole(p) for p in model.parameters()]
+        found[name] = wholes([*model.parameters()])
     return found
 
 

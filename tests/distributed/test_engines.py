@@ -8,7 +8,7 @@ from helpers import eager  # noqa: F401, kernels are tried where they matter
 from torch import Tensor
 
 from distributed import processes
-from distributed.engines import ENGINES, OPTIMIZERS, Model, give, on_one, whole
+from distributed.engines import ENGINES, OPTIMIZERS, Model, give, on_one, wholes
 
 STEPS = 4
 # A sum over parts rounds otherwise: parts of the largest movement.
@@ -45,9 +45,9 @@ def _compare(rank: int, engine: str, expected: dict[str, list[list[Tensor]]]) ->
                 give(model, step)
                 opt.step()
         first, last, evaluated = expected[name]
-        error = _worst([whole(p) for p in model.parameters()], last, first)
+        error = _worst(wholes([*model.parameters()]), last, first)
         opt.eval()
-        error_of_average = _worst([whole(p) for p in model.parameters()], evaluated, first)
+        error_of_average = _worst(wholes([*model.parameters()]), evaluated, first)
         found[name] = error, error_of_average, processes.order(collectives)
     return found
 

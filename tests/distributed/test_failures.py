@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import heavyball
 from distributed import processes
-from distributed.engines import ENGINES, OPTIMIZERS, placed_as, whole
+from distributed.engines import ENGINES, OPTIMIZERS, placed_as, wholes
 from heavyball import chainable as C
 from heavyball.distributed import cut, entire, exchange, rollcall, steps, sums
 
@@ -115,7 +115,7 @@ def _chosen(found: list[int]) -> list[int]:
 
 
 def _weights(model: nn.Module) -> list[Tensor]:
-    return [whole(p) for p in model.parameters()]
+    return wholes([*model.parameters()])
 
 
 def _put(model: nn.Module, weights: list[Tensor]) -> None:

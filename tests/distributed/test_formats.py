@@ -8,10 +8,11 @@ import torch
 from helpers import QUICK, eager  # noqa: F401, kernels are tried where they matter
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import heavyball
 from distributed import processes
+from distributed.engines import wholes
 
 C = heavyball.chainable
 
@@ -35,11 +36,6 @@ def _step(params: list, opt: Any, place: Callable[[Tensor], Tensor], steps: rang
         for p in params:
             p.grad = place(_gradient(tuple(p.shape), step))
         opt.step()
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return tensor.detach().clone()
 
 
 def _of(form: Any, **options: Any) -> Callable[..., Any]:
@@ -66,7 +62,8 @@ CUTS = {"rows of 2": (2, 0), "rows of 3": (3, 0), "columns of 2": (2, -1)}
 
 def _state(opt: Any, params: list) -> dict[str, Tensor]:
     saved = opt.state_dict()["state"]
-    return {f"{n}.{k}": _whole(t) for n in range(len(params)) for k, t in saved[n].items()}
+    found = {f"{n}.{k}": t for n in range(len(params)) for k, t in saved[n].items()}
+    return dict(zip(found, wholes([*found.values()]), strict=True))
 
 
 def _on_parts(rank: int, cut: str, makes: list[str]) -> dict[str, Any]:
@@ -89,7 +86,7 @@ def _on_parts(rank: int, cut: str, makes: list[str]) -> dict[str, Any]:
         ends = []
         for some, one in ((params, opt), (again, other)):
             _step(some, one, place, range(STEPS, STEPS + 1))
-            ends.append([_whole(p) for p in some])
+            ends.append(wholes(some))
         same = all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
         found[name] = ends[0], state, same, held
     return found
@@ -100,7 +97,7 @@ def _alone(name: str) -> tuple[list[Tensor], dict[str, Tensor]]:
     _step(params, opt, lambda tensor: tensor, range(STEPS))
     state = {k: t.clone() for k, t in _state(opt, params).items()}
     _step(params, opt, lambda tensor: tensor, range(STEPS, STEPS + 1))
-    return [_whole(p) for p in params], state
+    return wholes(params), state
 
 
 @pytest.mark.parametrize("cut", CUTS)
@@ -147,7 +144,7 @@ def _checkpoint_of_one(rank: int, saved: dict[str, Any], name: str, form: str) -
             p.copy_(place(q))
     opt.load_state_dict(saved["opt"])
     _step(params, opt, place, range(STEPS, STEPS + 1))
-    return [_whole(p) for p in params]
+    return wholes(params)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +153,7 @@ def _checkpoint_of_one(rank: int, saved: dict[str, Any], name: str, form: str) -
 def test_a_checkpoint_of_one_process_is_loaded_by_three(name: str, form: str) -> None:
     params, opt = _build(OPTIMIZERS[name], lambda tensor: tensor)
     _step(params, opt, lambda tensor: tensor, range(STEPS))
-    saved = {"opt": opt.state_dict(), "params": [_whole(p) for p in params]}
+    saved = {"opt": opt.state_dict(), "params": wholes(params)}
     found = processes.run(3, _checkpoint_of_one, saved, name, form)
     alone = [nn.Parameter(p.clone()) for p in saved["params"]]
     other = OPTIMIZERS[form](alone)

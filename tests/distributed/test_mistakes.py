@@ -10,7 +10,7 @@ from torch import Tensor
 
 import heavyball
 from distributed import processes
-from distributed.engines import ENGINES, Model, give, whole
+from distributed.engines import ENGINES, Model, give, wholes
 from heavyball import chainable as C
 from heavyball.distributed import evaluate, exchange, parts, plan, rollcall, shard
 
@@ -95,19 +95,19 @@ def _train(rank: int, name: str, planted: bool) -> list[Tensor] | str:
             opt.step()
     except ValueError as error:
         return str(error)
-    return [whole(p) for p in model.parameters()]
+    return wholes([*model.parameters()])
 
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_planted_mistake_is_seen(name: str) -> None:
     _, engine, make, dtype = MISTAKES[name]
     model = Model(dtype)
-    start = [whole(p) for p in model.parameters()]
+    start = wholes([*model.parameters()])
     opt = make(list(model.named_parameters()))
     for step in range(2):
         give(model, step, dtype)
         opt.step()
-    alone = [whole(p) for p in model.parameters()]
+    alone = wholes([*model.parameters()])
 
     def equal(found: list[Tensor]) -> bool:
         bound = 0.0 if dtype == LOW else 1e-7

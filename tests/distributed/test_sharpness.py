@@ -10,7 +10,7 @@ from helpers import eager  # noqa: F401, kernels are tried where they matter
 from torch import Tensor, nn
 
 from distributed import processes
-from distributed.engines import ENGINES, Model, placed_as, whole
+from distributed.engines import ENGINES, Model, placed_as, wholes
 from heavyball import chainable as C
 
 STEPS = 3
@@ -25,9 +25,9 @@ def _closure(model: nn.Module, seen: list[list[Tensor]]) -> Callable[[], None]:
     """Gradients that follow from the element and its weight, and a note of the weights they are of."""
 
     def closure() -> None:
-        seen.append([whole(p) for p in model.parameters()])
-        for p in model.parameters():
-            w = whole(p).float()
+        seen.append(wholes([*model.parameters()]))
+        for p, found in zip(model.parameters(), seen[-1], strict=True):
+            w = found.float()
             g = torch.sin(3 * w + torch.arange(w.numel()).view(w.shape)).mul(2**12).round() / 2**12
             p.grad = placed_as(p, g.to(p.dtype)) if hasattr(p, "placements") else g.to(p.dtype)
 
@@ -43,7 +43,7 @@ def _run(rank: int, engine: str, dtype: torch.dtype) -> dict[str, list[list[Tens
         opt = make(list(model.named_parameters()), **options)
         for _ in range(STEPS):
             opt.step(_closure(model, seen))
-        found[name] = [*seen, [whole(p) for p in model.parameters()]]
+        found[name] = [*seen, wholes([*model.parameters()])]
     return found
 
 
@@ -126,7 +126,7 @@ def _lacking(rank: int) -> str:
     put, world = ENGINES["fsdp2-even"]
     put(model, world)
     opt = OPTIMIZERS["sam"](list(model.named_parameters()))
-    plain, before = _closure(model, []), [whole(p) for p in model.parameters()]
+    plain, before = _closure(model, []), wholes([*model.parameters()])
 
     def closure() -> None:
         plain()
@@ -135,8 +135,8 @@ def _lacking(rank: int) -> str:
 
     with pytest.raises(ValueError, match=r"first\.weight.* has a gradient on 1 of the 2") as error:
         opt.step(closure)
-    for p, b in zip(model.parameters(), before, strict=True):
-        assert torch.equal(whole(p), b)
+    for p, b in zip(wholes([*model.parameters()]), before, strict=True):
+        assert torch.equal(p, b)
     return str(error.value)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import heavyball
 from distributed import processes
-from distributed.engines import ENGINES, OPTIMIZERS, Model, give, on_one, placed_as, whole
+from distributed.engines import ENGINES, OPTIMIZERS, Model, give, on_one, placed_as, wholes
 from heavyball import chainable as C
 from heavyball.distributed.staged import Staging
 
@@ -44,7 +44,7 @@ def _compare(rank: int, engine: str, expected: dict[str, Any], without: int | No
                 give(model, step)
                 opt.step()
         give(model, STEPS)
-        plan, params = opt.plan(), [whole(p) for p in model.parameters()]
+        plan, params = opt.plan(), wholes([*model.parameters()])
         here = [p for p in model.parameters() if p.to_local().numel()]  # type: ignore[operator]
         stepped = {n for k in plan.kernels if k.purpose == "step" for n in k.parameters}
         found[name] = params, processes.order(collectives), len(stepped), len(here), str(plan)
@@ -124,7 +124,7 @@ def _low(rank: int, engine: str) -> dict[str, tuple[list[Tensor], set[str], str]
             opt.step()
         plan = opt.plan()
         stepped = {n for k in plan.kernels if k.purpose == "step" for n in k.parameters}
-        found[name] = [whole(p) for p in model.parameters()], stepped, str(plan)
+        found[name] = wholes([*model.parameters()]), stepped, str(plan)
     return found
 
 
@@ -186,7 +186,7 @@ def _one_lacks(rank: int, name: str) -> tuple[str, bool]:
         give(model, step)
         opt.step()
     before = [p.detach().to_local().clone() for p in model.parameters()]
-    states = [{k: whole(t) for k, t in opt.state[p].items()} for p in model.parameters()]
+    states = [dict(zip(s, wholes([*s.values()]), strict=True)) for s in _states(model, opt)]
     give(model, 2)
     if rank == 0:
         model.third.weight.grad = None
@@ -197,9 +197,14 @@ def _one_lacks(rank: int, name: str) -> tuple[str, bool]:
     same = all(
         torch.equal(p.to_local(), b) for p, b in zip(model.parameters(), before, strict=True)
     )
-    for p, state in zip(model.parameters(), states, strict=True):
-        same &= all(torch.equal(whole(t), state[k]) for k, t in opt.state[p].items())
+    for now, state in zip(_states(model, opt), states, strict=True):
+        pairs = zip(now, wholes([*now.values()]), strict=True)
+        same &= all(torch.equal(t, state[k]) for k, t in pairs)
     return said, same
+
+
+def _states(model: torch.nn.Module, opt: Any) -> list[dict[str, Tensor]]:
+    return [opt.state[p] for p in model.parameters()]
 
 
 @pytest.mark.parametrize("name", ["cautious AdamW", "FactoredAdamW", "metrics", "global clip"])
@@ -220,7 +225,7 @@ def _halves(rank: int, name: str) -> list[Tensor]:
         if step == 1:
             model.second.weight.grad = None
         opt.step()
-    return [whole(p) for p in model.parameters()]
+    return wholes([*model.parameters()])
 
 
 @pytest.mark.parametrize("name", ["cautious AdamW", "FactoredAdamW"])

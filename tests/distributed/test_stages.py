@@ -12,7 +12,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import heavyball
 from distributed import processes
-from distributed.engines import Model, gradients, on_one, whole
+from distributed.engines import Model, gradients, on_one, whole, wholes
 
 STEPS = 3
 CHAINS: dict[str, Callable[..., Any]] = {
@@ -58,7 +58,7 @@ def _zero(rank: int) -> dict[str, list[Tensor]]:
             for p, g in zip(model.parameters(), gradients(step), strict=True):
                 p.grad = g
             opt.step()
-        found[name] = [whole(p) for p in model.parameters()]
+        found[name] = wholes([*model.parameters()])
     return found
 
 

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 import heavyball
 from distributed import processes
-from distributed.engines import OPTIMIZERS, Model, give, whole
+from distributed.engines import OPTIMIZERS, Model, give, wholes
 from heavyball import chainable as C
 
 STEPS = 3
@@ -46,20 +46,20 @@ def _asked(model: nn.Module, opt: Any, name: str) -> dict[str, Any]:
     for step in range(STEPS):
         give(model, step)
         if step == 1:
-            before = [whole(p) for p in model.parameters()]
-            changes = {key: whole(value) for key, value in opt.updates().items()}
-            assert all(
-                torch.equal(whole(p), b) for p, b in zip(model.parameters(), before, strict=True)
-            )
+            before = wholes([*model.parameters()])
+            changes = wholes([*opt.updates().values()])
+            now = wholes([*model.parameters()])
+            assert all(torch.equal(p, b) for p, b in zip(now, before, strict=True))
         opt.step()
         if step == 1:
-            made = [whole(p) - b for p, b in zip(model.parameters(), before, strict=True)]
-            found["updates"] = list(changes.values())
-            for one, other in zip(changes.values(), made, strict=True):
+            now = wholes([*model.parameters()])
+            made = [p - b for p, b in zip(now, before, strict=True)]
+            found["updates"] = changes
+            for one, other in zip(changes, made, strict=True):
                 torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
-    found["params"] = [whole(p) for p in model.parameters()]
+    found["params"] = wholes([*model.parameters()])
     with opt.averaged():
-        found["averaged"] = [whole(p) for p in model.parameters()]
+        found["averaged"] = wholes([*model.parameters()])
     if "Prodigy" in name:
         found["d"] = [torch.as_tensor(opt.d, dtype=torch.float64)]
     return found
@@ -120,7 +120,7 @@ def _accumulated(rank: int, world: int) -> dict[str, list[Tensor]]:
                 (model(part).square().mean() / 2).backward()
             opt.step()
             opt.zero_grad()
-        found[name] = [whole(p) for p in model.parameters()]
+        found[name] = wholes([*model.parameters()])
     return found
 
 
@@ -143,16 +143,16 @@ def _not_finite(rank: int) -> dict[str, list[bool]]:
         opt = C.ChainOpt(list(model.named_parameters()), 1e-2, *chain)
         give(model, 0)
         opt.step()
-        before = [whole(p) for p in model.parameters()]
+        before = wholes([*model.parameters()])
         give(model, 1)
         if rank:  # in the part of one process
             model.second.weight.grad.to_local()[0, 0] = torch.inf
         opt.step()
-        pairs = zip(model.parameters(), before, strict=True)
-        found[name] = [torch.equal(whole(p), b) for p, b in pairs]
+        pairs = zip(wholes([*model.parameters()]), before, strict=True)
+        found[name] = [torch.equal(p, b) for p, b in pairs]
         give(model, 2)
         opt.step()
-        assert all(bool(whole(p).isfinite().all()) for p in model.parameters())
+        assert all(bool(p.isfinite().all()) for p in wholes([*model.parameters()]))
     return found
 
 
@@ -193,13 +193,13 @@ def _grown(rank: int) -> bool:
     give(model, 1)
     give(other, 1)
     opt.step()
-    changes = opt.updates().values()
+    changes = wholes([*opt.updates().values()])
     params = [p for group in opt.param_groups for p in group["params"]]
-    before = [whole(p) for p in params]
+    before = wholes(params)
     opt.step()
     return all(
-        torch.allclose(whole(change), whole(p) - b, rtol=1e-9, atol=1e-12)
-        for change, p, b in zip(changes, params, before, strict=True)
+        torch.allclose(change, p - b, rtol=1e-9, atol=1e-12)
+        for change, p, b in zip(changes, wholes(params), before, strict=True)
     )
 
 

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 
 import heavyball
 from distributed import processes
-from distributed.engines import ENGINES, Model, give, whole
+from distributed.engines import ENGINES, Model, give, wholes
 from heavyball import chainable as C
 
 STEPS = 3
@@ -44,7 +44,7 @@ def _train(model: nn.Module, opt: Any, part: Callable[[Tensor], Tensor], way: st
             nn.utils.clip_grad_norm_(model.parameters(), 0.05)
         opt.step()
         opt.zero_grad()
-    return [whole(p) for p in model.parameters()]
+    return wholes([*model.parameters()])
 
 
 WAYS = ("plain", "clip", "scaler", "fused", "meta")
@@ -75,7 +75,7 @@ def test_training_on_two_processes_is_that_on_one(way: str) -> None:
     found = processes.run(2, _sharded, way)
     for name, make in OPTIMIZERS.items():
         model = Model()
-        start = [whole(p) for p in model.parameters()]
+        start = wholes([*model.parameters()])
         alone = _train(model, make(list(model.named_parameters())), lambda x: x, way)
         for of in found:
             for a, b, c in zip(of[name], alone, start, strict=True):
@@ -103,7 +103,7 @@ def _rounded(rank: int, engine: str) -> dict[str, list[Tensor]]:
         for step in range(STEPS):
             give(model, step, torch.bfloat16)
             opt.step()
-        found[name] = [whole(p) for p in model.parameters()]
+        found[name] = wholes([*model.parameters()])
     return found
 
 
@@ -156,14 +156,14 @@ def _own(rank: int) -> dict[str, list[list[Tensor]]]:
         for step in range(STEPS):
             give(model, step)
             opt.step()
-        last = [whole(p) for p in model.parameters()]
+        last = wholes([*model.parameters()])
         with opt.averaged():
-            evaluated = [whole(p) for p in model.parameters()]
+            evaluated = wholes([*model.parameters()])
         saved = opt.state_dict()
         opt.load_state_dict(saved)
         give(model, STEPS)
         opt.step()
-        found[name] = [last, evaluated, [whole(p) for p in model.parameters()]]
+        found[name] = [last, evaluated, wholes([*model.parameters()])]
     return found
 
 
@@ -175,12 +175,12 @@ def test_what_no_kernel_does_is_stepped_by_an_owner() -> None:
         for step in range(STEPS):
             give(model, step)
             opt.step()
-        expected = [[whole(p) for p in model.parameters()]]
+        expected = [wholes([*model.parameters()])]
         with opt.averaged():
-            expected.append([whole(p) for p in model.parameters()])
+            expected.append(wholes([*model.parameters()]))
         give(model, STEPS)
         opt.step()
-        expected.append([whole(p) for p in model.parameters()])
+        expected.append(wholes([*model.parameters()]))
         for of in found:
             for several, others in zip(of[name], expected, strict=True):
                 for a, b in zip(several, others, strict=True):
@@ -208,7 +208,7 @@ def _with_losses(
         give(model, good)
         opt.step(**({"loss": share * loss} if opt.chain.reads_loss else {}))
         good += math.isfinite(loss)
-    return [whole(p) for p in model.parameters()]
+    return wholes([*model.parameters()])
 
 
 def _reading(rank: int, losses: tuple[float, ...]) -> dict[str, list[Tensor]]:
@@ -245,12 +245,12 @@ def _forgotten(rank: int, name: str) -> list[str]:
     opt, said = FORGETFUL[name](list(model.named_parameters())), []
     for step, everybody in enumerate((False, True, False, True)):
         give(model, step)
-        before = [whole(p) for p in model.parameters()]
+        before = wholes([*model.parameters()])
         try:
             opt.step(loss=1.0 if everybody or rank == 0 else None)
         except ValueError as error:
             said.append(str(error))
-        after = [whole(p) for p in model.parameters()]
+        after = wholes([*model.parameters()])
         moved = [not torch.equal(a, b) for a, b in zip(after, before, strict=True)]
         assert any(moved) == everybody, (step, said)
     return said
