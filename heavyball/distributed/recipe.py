@@ -8,6 +8,7 @@ elements are completed over the processes, in rounds.
 
 import copy
 import functools
+import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,7 +53,7 @@ class Recipe:
     travel to the owner and back; numbers: those that every process needs of what the owner computes.
     only: the question that alone needs a value of `there`, as its update, or that a value of `back` is
     the answer to. stages: after how many walks of a kernel each sum is known; None of a recipe that
-    torch computes.
+    torch computes. like: what those have in common that differ in their shapes alone.
     """
 
     graph: Graph
@@ -69,6 +70,7 @@ class Recipe:
     numbers: list[int] = field(default_factory=list)
     only: dict[int, int] = field(default_factory=dict)
     stages: dict[int, int] | None = None
+    like: object = field(default_factory=object, repr=False)
     # the values on shards for which a node is the last to need them, and those that are only sent
     frees: dict[int, tuple[int, ...]] = field(default_factory=dict)
     spent: list[int] = field(default_factory=list)
@@ -151,8 +153,8 @@ def recipe(
     place = layout.cut, whole
     if place not in found.cuts:
         found.cuts[place] = _cut(found, layout, whole)
-    made = copy.copy(found.cuts[place])
-    made.questions, made.layout = found.questions, layout
+    made = _laid(found.cuts[place], layout)
+    made.questions = found.questions
     for question in made.questions:
         turning = [key for keys in rotating(question.node, state) for key in keys]
         if question.node.transform.after is not None and not made.owned.issuperset(turning):
@@ -174,11 +176,29 @@ def _cut(found: Recording, layout: Layout, whole: frozenset[str]) -> Recipe:
     return made
 
 
+def _laid(made: Recipe, layout: Layout) -> Recipe:
+    """The same recipe for tensors of another layout that is cut along the same axes."""
+    made = copy.copy(made)
+    made.layout = layout
+    return made
+
+
+# The recipes for kernels, by the programs and by what recipes have in common.
+_staged: "weakref.WeakKeyDictionary[Program, dict[object, Recipe]]" = weakref.WeakKeyDictionary()
+
+
 def staged(made: Recipe, program: Program) -> Recipe:
     """The same for a kernel whose sums are completed between its walks; there are no whole transforms.
 
     A walk ends where a sum over elements is known, also one of which no process lacks a term.
     """
+    known = _staged.setdefault(program, {})
+    if made.like not in known:
+        known[made.like] = _for_kernel(made, program)
+    return _laid(known[made.like], made.layout)
+
+
+def _for_kernel(made: Recipe, program: Program) -> Recipe:
     graph = made.graph.copy()
     graph.outputs = dict(made.outputs)
     graph = simplified(graph, program)

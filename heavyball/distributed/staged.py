@@ -152,13 +152,16 @@ class Staging:
             return _Made(None, reason)
         dtypes = {"param": job.param.dtype, "grad": job.grad.dtype}
         dtypes |= {name: tensor.dtype for name, tensor in job.state.items()}
-        key = recipe, tuple(dtypes.items()), job.stream is None
+        random, placed = job.stream is not None, job.origin is not None
+        key = recipe.like, tuple(dtypes.items()), random, placed
         if key not in self._made:
             try:
                 self._made[key] = _Made(_print(recipe, job, dtypes))
             except NotPrintableError as error:
                 self._made[key] = _Made(None, str(error))
-        return self._made[key]
+        made = self._made[key]
+        reason = "" if made.printed is None else _unplaced(job, made.printed)
+        return _Made(None, reason) if reason else made
 
     def built(self, printed: Printed) -> Kernel | str:
         """The kernel, or why it could not be built."""
@@ -208,7 +211,7 @@ def _print(recipe: Recipe, job: Job, dtypes: Mapping[str, torch.dtype]) -> Print
             graph.values[index] = Value("number", (f"{_COUNT}{index}",), value.level, value.kind)
     compute, program, device = compute_dtype(job.param.dtype), job.program, job.param.device
     random, placed = job.stream is not None, job.origin is not None
-    made = print_kernel(
+    return print_kernel(
         graph,
         dtypes,
         compute,
@@ -219,20 +222,18 @@ def _print(recipe: Recipe, job: Job, dtypes: Mapping[str, torch.dtype]) -> Print
         early=False,
         placed=placed,
     )
-    if made.kernel.placed:
-        _check_place(job, made)
-    return made
 
 
-def _check_place(job: Job, made: Printed) -> None:
-    """Refuse parts whose elements a kernel cannot number as in the whole."""
+def _unplaced(job: Job, made: Printed) -> str:
+    """Why a kernel cannot number the elements of a part as in the whole."""
+    if not made.kernel.placed:
+        return ""
     assert job.origin is not None
     origin = job.origin("param")
     steps = None if origin is None else origin.steps
     if steps is None or (made.kernel.frame is not None and steps[2]):
-        raise NotPrintableError("random bits of a tensor that is cut along inner axes")
-    if made.kernel.every is not None:
-        raise NotPrintableError("random bits, and sums over every k-th element")
+        return "random bits of a tensor that is cut along inner axes"
+    return "random bits, and sums over every k-th element" if made.kernel.every is not None else ""
 
 
 def _table(
