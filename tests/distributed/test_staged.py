@@ -12,6 +12,7 @@ import heavyball
 from distributed import processes
 from distributed.engines import ENGINES, OPTIMIZERS, Model, give, on_one, placed_as, wholes
 from heavyball import chainable as C
+from heavyball import utils
 from heavyball.distributed.staged import Staging
 
 STEPS = 3
@@ -59,6 +60,13 @@ def _wrong(found: list[Tensor], expected: list[list[Tensor]]) -> float:
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, list[list[Tensor]]]:
+    """What the chains do as they are written; other tests compare kernels of whole tensors with it."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(utils, "compile_mode", None)
+        return _alone()
+
+
+def _alone() -> dict[str, list[list[Tensor]]]:
     return {name: on_one(make, STEPS, torch.float64) for name, make in CHAINS.items()}
 
 
