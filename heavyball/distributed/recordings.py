@@ -101,9 +101,10 @@ def _keys(
     states = tuple(
         (k, t.dtype, axes_of(t.shape, shape), t.is_contiguous()) for k, t in state.items()
     )
+    # sorted, since checkpoints may bring them in another order
     hypers = tuple(
-        (k, v is None, len(v) if is_sequence(v) else None)
-        for k, v in group.items()
+        (k, group[k] is None, len(group[k]) if is_sequence(group[k]) else None)
+        for k in sorted(group)
         if k != "params"
     )
     ones = tuple(n == 1 for n in shape)
