@@ -203,7 +203,7 @@ def _is_library(value: Any, seen: set[int]) -> bool:
         cells = (cell.cell_contents for cell in value.__closure__ or ())
         inner = (*cells, value.__defaults__, value.__kwdefaults__)
     elif isinstance(value, types.BuiltinFunctionType):  # of a module or class, not of an object
-        return isinstance(value.__self__, (types.ModuleType, type))
+        return value.__self__ is None or isinstance(value.__self__, (types.ModuleType, type))
     elif type(value) in (tuple, list, set, frozenset):
         inner = value
     elif isinstance(value, Mapping):
