@@ -18,12 +18,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from distributed import processes
-from distributed.engines import OPTIMIZERS, Model, give, wholes
+from distributed.engines import OPTIMIZERS, Few, give, mesh_of, wholes
 
 STEPS = 2
 
@@ -31,41 +30,49 @@ STEPS = 2
 def _train(
     rank: int, world: int, first: int, names: list[str], folder: str, given: dict[str, bool]
 ) -> dict:
-    found = {}
-    for name in names:
-        model = Model()
-        if world > 1:
-            fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
-        opt = OPTIMIZERS[name](list(model.named_parameters()))
-        place = Path(folder) / str(list(OPTIMIZERS).index(name))
-        options = StateDictOptions(**given)
-        if first:
+    several, found = {name: _placed(name, world) for name in names}, {}
+    options = StateDictOptions(**given)
+    if first:
+        for _, opt in several.values():
             opt.init_state()
-            state = {
-                "model": get_model_state_dict(model),
-                "opt": get_optimizer_state_dict(model, opt, options=options),
-            }
-            dcp.load(state, checkpoint_id=place / str(first))
-            set_model_state_dict(model, state["model"])
-            set_optimizer_state_dict(model, opt, state["opt"], options=options)
+        states = _states(several, options)
+        dcp.load(states, checkpoint_id=Path(folder) / str(first))
+        for name, (model, opt) in several.items():
+            set_model_state_dict(model, states[name]["model"])
+            set_optimizer_state_dict(model, opt, states[name]["opt"], options=options)
+    for name, (model, opt) in several.items():
         for step in range(first, first + STEPS):
             give(model, step)
             opt.step()
         opt.zero_grad()
-        if first < 6:
-            state = {
-                "model": get_model_state_dict(model),
-                "opt": get_optimizer_state_dict(model, opt, options=options),
-            }
-            dcp.save(state, checkpoint_id=place / str(first + STEPS))
         found[name] = wholes([*model.parameters()])
+    if first < 6:
+        dcp.save(_states(several, options), checkpoint_id=Path(folder) / str(first + STEPS))
     return found
+
+
+def _placed(name: str, world: int) -> tuple[Few, Any]:
+    model = Few()
+    if world > 1:
+        fully_shard(model, mesh=mesh_of(world))
+    return model, OPTIMIZERS[name](list(model.named_parameters()))
+
+
+def _states(several: dict[str, tuple[Few, Any]], options: StateDictOptions) -> dict[str, Any]:
+    """What a checkpoint of several models has."""
+    return {
+        name: {
+            "model": get_model_state_dict(model),
+            "opt": get_optimizer_state_dict(model, opt, options=options),
+        }
+        for name, (model, opt) in several.items()
+    }
 
 
 def _never_stopped(names: list[str], steps: int) -> dict[str, Any]:
     found = {}
     for name in names:
-        model = Model()
+        model = Few()
         opt = OPTIMIZERS[name](list(model.named_parameters()))
         for step in range(steps):
             give(model, step)
@@ -91,7 +98,7 @@ def test_one_then_two_then_three_then_one(tmp_path: Path, flat: bool) -> None:
     for first, world in ((0, 1), (2, 2), (4, 3), (6, 1)):
         found = processes.run(world, _train, world, first, names, str(tmp_path), options)
     for name in names:
-        start = list(Model().parameters())
+        start = list(Few().parameters())
         for a, b, c in zip(found[0][name], expected[name], start, strict=True):
             assert (a - b).abs().max() <= 1e-9 * (b - c).abs().max(), name
 
@@ -99,9 +106,9 @@ def test_one_then_two_then_three_then_one(tmp_path: Path, flat: bool) -> None:
 # ---- whole
 
 
-def _cut(rank: int) -> Model:
-    model = Model()
-    fully_shard(model, mesh=init_device_mesh("cpu", (3,)))
+def _cut(rank: int) -> Few:
+    model = Few()
+    fully_shard(model, mesh=mesh_of(3))
     return model
 
 
@@ -150,7 +157,7 @@ def test_full_state_dicts_are_those_of_one_process() -> None:
     names = list(KINDS[::2] if QUICK else KINDS)
     found = processes.run(3, _full, names)
     for name in names:
-        model = Model()
+        model = Few()
         opt = OPTIMIZERS[name](list(model.named_parameters()))
         for step in range(STEPS):
             give(model, step)
