@@ -151,7 +151,8 @@ class Values:
 
     def _argument(self, given: Any, dtype: torch.dtype) -> Tensor:
         if isinstance(given, Ref):
-            return self.known[given.index].to(dtype)
+            known = self.known[given.index]
+            return known if known.dtype == dtype else known.to(dtype)
         return torch.full((), given, dtype=dtype, device=self.device)
 
     def _hyper(self, key: str, place: int) -> Tensor:
