@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from helpers import eager  # noqa: F401, kernels are tried where they matter
 from torch import Tensor, nn
@@ -86,15 +87,18 @@ def _close(found: dict, alone: dict) -> None:
                 assert (a - b).abs().max() <= 1e-7 * least + 1e-12, (name, what)
 
 
-def test_plans_changes_averages_and_estimates() -> None:
-    alone = _engine(0, "")
+@pytest.fixture(scope="module")
+def alone() -> dict[str, dict[str, Any]]:
+    return _engine(0, "")
+
+
+def test_plans_changes_averages_and_estimates(alone: dict[str, dict[str, Any]]) -> None:
     for found in processes.run(2, _engine, "cut"):
         _close(found, alone)
 
 
-def test_parameters_that_are_offloaded() -> None:
+def test_parameters_that_are_offloaded(alone: dict[str, dict[str, Any]]) -> None:
     """Of a policy that keeps parameters, gradients and state on the CPU; here the mesh is there too."""
-    alone = _engine(0, "")
     for found in processes.run(2, _engine, "offloaded"):
         _close(found, alone)
 
@@ -206,3 +210,26 @@ def _grown(rank: int) -> bool:
 def test_a_copy_has_the_owners_of_what_it_is_a_copy_of() -> None:
     """Parameters that came later are not who decides who owns those of before."""
     assert processes.run(2, _grown) == [True, True]
+
+
+def _asked_for(rank: int, world: int) -> tuple[list[Tensor], list[set[str]]]:
+    """Weights and keys of state where momentum begins after a step, and its state with it."""
+    model, keys = Model(), []
+    if world > 1:
+        fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+    opt = heavyball.SGD(list(model.named_parameters()), lr=1e-2)
+    for step, momentum in enumerate((0.0, 0.9, 0.9)):
+        opt.param_groups[0]["momentum"] = momentum
+        give(model, step)
+        opt.step()
+        keys.append({*opt.state[model.second.weight]})
+    return wholes([*model.parameters()]), keys
+
+
+def test_state_that_a_hyper_parameter_asks_for_later() -> None:
+    alone, keys = _asked_for(0, 1)
+    assert len(keys[0]) < len(keys[1])
+    for found, keys_there in processes.run(2, _asked_for, 2):
+        assert keys_there == keys
+        for a, b in zip(found, alone, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
