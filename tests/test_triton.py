@@ -1,10 +1,9 @@
 """Triton kernels: run in Triton's interpreter, and compiled for a GPU that need not be there."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
 
@@ -23,12 +22,15 @@ KINDS = ("*i64", "*i64", "*fp64", "*fp64", "*fp64", "*i32")
 
 def test_in_the_interpreter() -> None:
     # Triton reads the variable when it is imported, so it needs a process of its own
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    program = """
+import sys, pytest, torch
+assert "triton" not in sys.modules
+torch.set_num_threads(1)
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
+"""
     inner = Path(__file__).with_name("kernels_on_triton.py")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(inner)], env=environment, capture_output=True, text=True, check=False
-    )
+    done = fresh.run(program, inner, env=environment)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 
