@@ -85,11 +85,16 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(semantic.TritonSemantic, overflow, lambda *_: None)
 
 
-def _dtype(type: core.dtype, real=interpreter._get_np_dtype, known={}) -> np.dtype:
+REAL_DTYPE, DTYPES = interpreter._get_np_dtype, dict[str, np.dtype]()
+REAL_BLOCK_TYPE, BLOCK_TYPES = core.block_type.__init__, dict[tuple, dict]()
+REAL_BROADCAST = semantic.TritonSemantic.broadcast_impl_value
+
+
+def _dtype(kind: core.dtype) -> np.dtype:
     # a type of pointers has no hash
-    if (found := known.get(type.name)) is None:
-        found = known[type.name] = real(type)
-    return found
+    if kind.name not in DTYPES:
+        DTYPES[kind.name] = REAL_DTYPE(kind)
+    return DTYPES[kind.name]
 
 
 @functools.cache
@@ -102,22 +107,17 @@ def _tensor(self: core.tensor, handle: interpreter.TensorHandle, type: core.dtyp
     self.shape, self.numel = _shape(*(type.shape if type.is_block() else ()))
 
 
-def _block_type(
-    self: core.block_type, element_ty: core.dtype, shape, real=core.block_type.__init__, known={}
-) -> None:
+def _block_type(self: core.block_type, element_ty: core.dtype, shape) -> None:
     key = element_ty.name, *(getattr(n, "value", n) for n in shape)
-    if (found := known.get(key)) is None:
-        real(self, element_ty, shape)
-        known[key] = dict(vars(self))
-    else:
-        vars(self).update(found)
+    if key not in BLOCK_TYPES:
+        REAL_BLOCK_TYPE(self, element_ty, shape)
+        BLOCK_TYPES[key] = dict(vars(self))
+    vars(self).update(BLOCK_TYPES[key])
 
 
-def _broadcast(
-    self, x: core.tensor, y: core.tensor, real=semantic.TritonSemantic.broadcast_impl_value
-):
+def _broadcast(self, x: core.tensor, y: core.tensor) -> tuple[core.tensor, core.tensor]:
     alike = x.type.is_block() and y.type.is_block() and x.type.shape.values == y.type.shape.values
-    return (x, y) if alike else real(self, x, y)
+    return (x, y) if alike else REAL_BROADCAST(self, x, y)
 
 
 def values(shape: tuple, seed: int, dtype: torch.dtype) -> torch.Tensor:
