@@ -1,7 +1,9 @@
+import copy
 import dataclasses
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ from heavyball.race.summary import arrival, results
 from heavyball.race.tasks.surfaces import Rosenbrock
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def one_thread():
     """Tests that run beside each other would wait for each other's threads."""
     before = torch.get_num_threads()
@@ -67,6 +69,21 @@ def held(plan, folder, picture=False, **options):
         return hold(plan, Store(folder), watcher, **options), watcher
 
 
+@pytest.fixture(scope="module")
+def once(one_thread, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("race")
+    content, _ = held(PLAN, folder)
+    return content, folder
+
+
+@pytest.fixture
+def raced(once, tmp_path):
+    """What the race of PLAN gave; `tmp_path` holds it."""
+    content, folder = once
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    return copy.deepcopy(content)
+
+
 def strict(path):
     """JSON, where NaN and Infinity are errors."""
     return json.loads(Path(path).read_text(), parse_constant=lambda name: 1 / 0)
@@ -98,25 +115,22 @@ def interrupt_after(monkeypatch, count):
     return calls
 
 
-def test_the_same_race_gives_the_same_numbers(tmp_path):
-    first, _ = held(PLAN, tmp_path / "first")
+def test_the_same_race_gives_the_same_numbers(raced, tmp_path):
+    first = raced
     again, _ = held(PLAN, tmp_path / "again")
     assert numbers(first) == numbers(again)
     assert len({tuple(run["curve"]["test_loss"]) for run in first["runs"]}) == 10
 
 
-def test_a_contender_does_not_notice_who_else_races(tmp_path):
+def test_a_contender_does_not_notice_who_else_races(raced, tmp_path):
     alone = Plan(task="rosenbrock", optimizers=("AdamW",), lrs=(0.1,), seeds=(4,), steps=30)
     one, _ = held(alone, tmp_path / "one")
-    all_of_them, _ = held(PLAN, tmp_path / "all")
-    wanted = [
-        r for r in all_of_them["runs"] if (r["contender"], r["lr"], r["seed"]) == ("AdamW", 0.1, 4)
-    ]
+    wanted = [r for r in raced["runs"] if (r["contender"], r["lr"], r["seed"]) == ("AdamW", 0.1, 4)]
     assert one["runs"][0]["test_loss"] == wanted[0]["test_loss"]
 
 
-def test_the_json_has_everything_that_is_needed_to_repeat_the_race(tmp_path):
-    content, _ = held(PLAN, tmp_path)
+def test_the_json_has_everything_that_is_needed_to_repeat_the_race(raced, tmp_path):
+    content = raced
     saved = strict(tmp_path / "race.json")
     assert saved["format"] == 1
     assert saved["state"] == "finished"
@@ -148,8 +162,7 @@ def test_the_json_has_everything_that_is_needed_to_repeat_the_race(tmp_path):
     assert numbers(saved) == json.loads(json.dumps(numbers(content)))
 
 
-def test_an_interrupted_race_is_finished_without_repeating_a_run(tmp_path, monkeypatch):
-    whole, _ = held(PLAN, tmp_path / "whole")
+def test_an_interrupted_race_is_finished_without_repeating_a_run(raced, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         interrupt_after(patch, 3)
         with pytest.raises(StopError):
@@ -165,14 +178,14 @@ def test_an_interrupted_race_is_finished_without_repeating_a_run(tmp_path, monke
     assert watcher.done == 3
     assert len(calls) == 7
     assert len(set(calls)) == 7
-    assert numbers(content) == numbers(whole)
-    assert content["results"][0]["best_lr"] == whole["results"][0]["best_lr"]
+    assert numbers(content) == numbers(raced)
+    assert content["results"][0]["best_lr"] == raced["results"][0]["best_lr"]
     assert len(content["environments"]) == 2
     assert store.picture.exists()
 
 
-def test_a_finished_race_is_only_drawn_again(tmp_path, monkeypatch):
-    first, _ = held(PLAN, tmp_path)
+def test_a_finished_race_is_only_drawn_again(raced, tmp_path, monkeypatch):
+    first = raced
     (tmp_path / "race.png").unlink()
     calls = interrupt_after(monkeypatch, 0)
     content, watcher = held(PLAN, tmp_path, resume=True)
@@ -184,17 +197,15 @@ def test_a_finished_race_is_only_drawn_again(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"contender": "AdamW"}', "\0"])
-def test_a_damaged_record_is_run_again(tmp_path, monkeypatch, text):
-    first, _ = held(PLAN, tmp_path)
+def test_a_damaged_record_is_run_again(raced, tmp_path, monkeypatch, text):
     (tmp_path / "runs" / "00-AdamW-lr0.1-seed4.json").write_text(text)
     calls = interrupt_after(monkeypatch, 100)
     content, _ = held(PLAN, tmp_path, resume=True)
     assert calls == [("AdamW", 0.1, 4)]
-    assert numbers(content) == numbers(first)
+    assert numbers(content) == numbers(raced)
 
 
-def test_records_of_another_race_are_not_taken(tmp_path, monkeypatch):
-    held(PLAN, tmp_path)
+def test_records_of_another_race_are_not_taken(raced, tmp_path, monkeypatch):
     (tmp_path / "race.json").unlink()
     calls = interrupt_after(monkeypatch, 100)
     held(PLAN, tmp_path)
@@ -214,8 +225,7 @@ def test_changed_data_make_another_race(tmp_path):
     assert fingerprint(open_race(plan)) != before
 
 
-def test_a_folder_that_holds_a_race_is_not_overwritten_unasked(tmp_path):
-    held(PLAN, tmp_path)
+def test_a_folder_that_holds_a_race_is_not_overwritten_unasked(raced, tmp_path):
     (tmp_path / "mine.txt").write_text("keep")
     before = (tmp_path / "race.json").read_bytes()
     other = Plan(task="beale", optimizers=("SGD",), seeds=(0,), steps=5)
@@ -401,8 +411,8 @@ def test_the_number_of_threads_is_set_for_the_race_only(tmp_path):
         assert torch.get_num_threads() == before
 
 
-def test_the_picture_is_an_image_with_every_contender(tmp_path):
-    content, _ = held(PLAN, tmp_path, picture=True)
+def test_the_picture_is_an_image_with_every_contender(raced, tmp_path):
+    content, _ = held(PLAN, tmp_path, picture=True, resume=True)
     pixels = image.imread(tmp_path / "race.png")
     height, width = pixels.shape[:2]
     assert 1200 < width < 3000
@@ -441,16 +451,16 @@ def test_a_mean_is_shown_to_the_precision_of_its_deviation(mean, std, shown):
     assert spread({"mean": mean, "std": std}, seeds=3) == shown
 
 
-def test_a_best_rate_at_the_end_of_its_grid_is_noted(tmp_path):
-    content, _ = held(PLAN, tmp_path)
+def test_a_best_rate_at_the_end_of_its_grid_is_noted(raced):
+    content = raced
     for result in content["results"]:
         on_edge = len(result["by_lr"]) > 1
         noted = any(n.startswith(result["label"] + ": the best lr is the") for n in notes(content))
         assert noted == on_edge
 
 
-def test_a_race_that_went_on_elsewhere_says_so(tmp_path):
-    content, _ = held(PLAN, tmp_path)
+def test_a_race_that_went_on_elsewhere_says_so(raced):
+    content = raced
     (one,) = content["environments"]
     assert not any("resumed" in note for note in notes(content))
     content["environments"] = [one, {**one, "torch": "0.1"}]
