@@ -2,7 +2,6 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 import warnings
 
@@ -73,10 +72,11 @@ def test_a_race_from_the_command_line_to_the_picture(tmp_path):
 
 def test_the_module_is_a_program_and_its_numbers_are_those_of_the_same_command(tmp_path):
     words = ["race", "-c", CHAIN, "-o", "SFAdamW", *QUICK, "--threads", "1", "--out"]
-    program = [sys.executable, "-m", "heavyball.race", *words, str(tmp_path / "a")]
-    done = subprocess.run(
-        program, capture_output=True, text=True, timeout=120, env=subprocess_environment()
+    # what `python -m heavyball.race` does
+    program = (
+        "import runpy; runpy.run_module('heavyball.race', run_name='__main__', alter_sys=True)"
     )
+    done = fresh.run(program, *words, tmp_path / "a", env=subprocess_environment())
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert heavyball_command(*words, tmp_path / "b").exit_code == 0
