@@ -1,5 +1,6 @@
 """Spells a kernel of the loop form as C++: one function that steps every tensor of a table."""
 
+import re
 from collections.abc import Iterable
 
 import torch
@@ -7,7 +8,7 @@ import torch
 from heavyball.compiler.cpp.dialect import TYPES, Cpp
 from heavyball.compiler.cpp.storage import WIDE, blocks_of
 from heavyball.compiler.cpp.strips import HELPERS, Strips, fits
-from heavyball.compiler.cpp.templates import CHUNKED, DRIVER, KEYS, PRELUDE, WALK
+from heavyball.compiler.cpp.templates import CHUNKED, DRIVER, KEYS, MATH, PRELUDE, WALK
 from heavyball.compiler.dialect import KernelPrinter
 from heavyball.compiler.formats import needed, short
 from heavyball.compiler.frontend.ops import NotPrintableError
@@ -48,14 +49,10 @@ class CppPrinter(Cpp, KernelPrinter):
         lines = [PRELUDE, HELPERS, *self._formats(), f"typedef {self.type} T;", self._row()]
         for k, walk in enumerate(walks):
             lines += [self._numbers(f"scalars_{k}", walk.numbers), self._walk(k, walk)]
-        return "\n".join(
-            [
-                *lines,
-                self._numbers("scalars_end", self.kernel.final),
-                self._written(),
-                self._driver(),
-            ]
-        )
+        lines += [self._numbers("scalars_end", self.kernel.final), self._written(), self._driver()]
+        text = "\n".join(lines)
+        called = sorted(set(re.findall(r"\bmath::(\w+)", text)))
+        return "".join(MATH.format(name=name) for name in called) + text
 
     def _formats(self) -> list[str]:
         """The functions for formats of fewer bits that this kernel needs."""

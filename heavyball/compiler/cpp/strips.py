@@ -109,7 +109,7 @@ class Strips:
     def _test(s: Reduce, text: str) -> str:
         if _is_square(s):
             return f"in_range({text})"
-        return f"std::fabs({text}) <= std::numeric_limits<T>::max()"
+        return f"math::fabs({text}) <= std::numeric_limits<T>::max()"
 
     # ---- once more
 

@@ -77,7 +77,7 @@ def _logic(name: str, sign: str, eager: Callable[..., Tensor]) -> Operation:
 
 def _function(name: str, **rest: Any) -> Operation:
     """A function of one number that has the same name everywhere."""
-    forms = f"std::{name}({{0}})", f"libdevice.{name}({{0}})"
+    forms = f"math::{name}({{0}})", f"libdevice.{name}({{0}})"
     return _row(name, "n", getattr(torch, name), *forms, **rest)
 
 
@@ -138,8 +138,8 @@ TABLE = (
     ),
     # Triton's own minus loses the sign of zero
     _row("neg", "n", torch.neg, "(-{0})", "({0} * {minus})"),
-    _row("abs", "n", torch.abs, "std::fabs({0})", "tl.abs({0})", positive="always"),
-    _row("sqrt", "n", torch.sqrt, "std::sqrt({0})", "root({0})", positive="always"),
+    _row("abs", "n", torch.abs, "math::fabs({0})", "tl.abs({0})", positive="always"),
+    _row("sqrt", "n", torch.sqrt, "math::sqrt({0})", "root({0})", positive="always"),
     _row("rsqrt", "n", torch.rsqrt, rule=lambda x: 1 / torch.sqrt(x), positive="always"),
     _row("reciprocal", "n", torch.reciprocal, rule=lambda x: 1 / x, positive="all"),
     _row("square", "n", torch.square, rule=lambda x: x * x, aten=(), positive="always"),
@@ -151,19 +151,19 @@ TABLE = (
     _function("erf"),
     _row("sigmoid", "n", torch.sigmoid, rule=_sigmoid),
     _row("sign", "n", torch.sign, rule=_sign),
-    _row("ceil", "n", torch.ceil, "std::ceil({0})", "tl.ceil({0})"),
-    _row("floor", "n", torch.floor, "std::floor({0})", "tl.floor({0})"),
-    _row("round", "n", torch.round, "std::nearbyint({0})", "libdevice.nearbyint({0})"),
+    _row("ceil", "n", torch.ceil, "math::ceil({0})", "tl.ceil({0})"),
+    _row("floor", "n", torch.floor, "math::floor({0})", "tl.floor({0})"),
+    _row("round", "n", torch.round, "math::nearbyint({0})", "libdevice.nearbyint({0})"),
     _row("isfinite", "n", torch.isfinite, rule=_isfinite, gives="b"),
     _row("isnan", "n", torch.isnan, rule=lambda x: torch.ne(x, x), gives="b"),
     _row("clamp_min", "nn", torch.clamp_min, rule=_larger, aten=CLAMP_MIN, positive="any"),
     _row("clamp_max", "nn", torch.clamp_max, rule=_smaller, aten=CLAMP_MAX, positive="all"),
     _row("maximum", "nn", torch.maximum, rule=_larger, positive="any"),
     _row("minimum", "nn", torch.minimum, rule=_smaller, positive="all"),
-    _row("atan2", "nn", torch.atan2, "std::atan2({0}, {1})", "libdevice.atan2({0}, {1})"),
+    _row("atan2", "nn", torch.atan2, "math::atan2({0}, {1})", "libdevice.atan2({0}, {1})"),
     _row("remainder", "nn", torch.remainder, *["remainder_of({0}, {1})"] * 2, aten=REMAINDER),
     _row(
-        *("pow", "nn", torch.pow, "std::pow({0}, {1})", "libdevice.pow({0}, {1})"),
+        *("pow", "nn", torch.pow, "math::pow({0}, {1})", "libdevice.pow({0}, {1})"),
         aten=POW,
         rule=_power,
     ),
