@@ -9,6 +9,7 @@ import io
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -390,23 +391,85 @@ def test_folders_that_killed_compilers_left_are_deleted(cache) -> None:
 # ---- other processes and threads
 
 
-def test_processes_that_start_at_once_share_a_directory(cache) -> None:
+def loaded_in_processes(numbers: list[int], count: int) -> list[int]:
+    """Load libraries in several processes at once; the exit code of each."""
     children = []
-    for _ in range(3):
+    for _ in range(count):
         child = os.fork()
         if child == 0:
             with contextlib.suppress(BaseException):
-                found = [toolchain.load(source(n), "answer").answer() for n in range(2)]
-                os._exit(0 if found == [0, 1] else 1)
+                found = [toolchain.load(source(n), "answer").answer() for n in numbers]
+                os._exit(0 if found == numbers else 1)
             os._exit(2)
         children.append(child)
-    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0, 0]
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def logging(tmp_path: Path, before: str = "") -> tuple[str, Path]:
+    """A compiler that notes its calls."""
+    log = tmp_path / "log"
+    return tool(tmp_path, f'echo "$*" >> {log}; {before} exec {REAL} "$@"'), log
+
+
+def test_one_process_compiles_what_several_want(monkeypatch, cache, tmp_path) -> None:
+    command, log = logging(tmp_path, "sleep 0.2;")
+    monkeypatch.setenv("CXX", command)
+    assert loaded_in_processes([0, 1], 3) == [0, 0, 0]
+    assert len(log.read_text().splitlines()) == 2
     assert len(list(cache.iterdir())) == 2
 
 
+@pytest.mark.parametrize("kind", ["a disk without locks", "no locks"])
+def test_each_process_compiles_where_files_cannot_be_locked(monkeypatch, cache, kind: str) -> None:
+    def fail(file: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    if kind == "no locks":
+        monkeypatch.setattr(toolchain, "fcntl", None)
+    else:
+        monkeypatch.setattr(toolchain.fcntl, "flock", fail)
+    assert loaded_in_processes([0, 1], 3) == [0, 0, 0]
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_a_process_that_was_killed_while_compiling_holds_up_no_other(
+    monkeypatch, cache, tmp_path
+) -> None:
+    command, log = logging(
+        tmp_path, f"[ -e {tmp_path}/first ] || {{ : > {tmp_path}/first; sleep 60; }};"
+    )
+    monkeypatch.setenv("CXX", command)
+    child = os.fork()
+    if child == 0:
+        toolchain.load(source(3))
+        os._exit(0)
+    while not (tmp_path / "first").exists():
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert toolchain.load(source(3)).answer() == 3
+    assert len(log.read_text().splitlines()) == 2
+
+
+def test_a_process_that_does_not_end_is_not_waited_for(monkeypatch, cache) -> None:
+    toolchain.load(source(1))
+    (kept,) = cache.glob("*.so")
+    kept.unlink()
+    folder = cache / f"build-{kept.stem}"
+    folder.mkdir()
+    file = os.open(folder, os.O_RDONLY)
+    toolchain.fcntl.flock(file, toolchain.fcntl.LOCK_EX)
+    monkeypatch.setattr(toolchain, "LIMIT_SECONDS", 0.05)
+    try:
+        with pytest.raises(toolchain.ToolchainError, match=r"another process .* within 0.05 s"):
+            toolchain.load(source(1))
+    finally:
+        os.close(file)
+
+
 def test_one_thread_compiles_what_several_want(monkeypatch, cache, tmp_path) -> None:
-    log = tmp_path / "log"
-    monkeypatch.setenv("CXX", tool(tmp_path, f'echo "$*" >> {log}; exec {REAL} "$@"'))
+    command, log = logging(tmp_path)
+    monkeypatch.setenv("CXX", command)
     found = []
     at_once = threading.Barrier(3)
 

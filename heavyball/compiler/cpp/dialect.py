@@ -95,7 +95,7 @@ class Cpp(Dialect):
 
 def _float(value: float) -> str:
     if value != value:
-        return "__builtin_nan(\"\")"
+        return '__builtin_nan("")'
     if value in (float("inf"), float("-inf")):
         return "__builtin_inf()" if value > 0 else "-__builtin_inf()"
     return repr(value)

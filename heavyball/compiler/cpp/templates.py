@@ -66,8 +66,10 @@ template <typename F> static inline F remainder_of(F x, F y) {
 # time in which a kernel is compiled.
 MATH = """\
 namespace math {{
-template <class... F> static inline float {name}(float x, F... y) {{ return __builtin_{name}f(x, y...); }}
-template <class... F> static inline double {name}(double x, F... y) {{ return __builtin_{name}(x, y...); }}
+template <class... F>
+static inline float {name}(float x, F... more) {{ return __builtin_{name}f(x, more...); }}
+template <class... F>
+static inline double {name}(double x, F... more) {{ return __builtin_{name}(x, more...); }}
 }}
 """
 # The word from which a tensor that is rounded stochastically takes its bits in a step.

@@ -27,6 +27,11 @@ from typing import IO
 
 from heavyball.runtime.recent import Recent
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 # Newer standards bring a <cmath> that takes a third of the time of a small kernel.
 NEEDED = ("-std=c++14", "-fPIC", "-shared")
 # Left out where the compiler or its linker does not know them.
@@ -117,17 +122,26 @@ def _load(source: str, name: str | None, stop: threading.Event) -> ctypes.CDLL:
         with _alone(path):
             if path in _failed:
                 raise ToolchainError(*_failed[path])
-            if _intact(path):
-                with contextlib.suppress(OSError):
-                    return _opened(path, name)
+            if library := _kept(path, name):
+                return library
             try:
-                return _build(source, path, name, stop)
+                with _claimed(path, stop) as waited:
+                    # what another process has made meanwhile
+                    return (waited and _kept(path, name)) or _build(source, path, name, stop)
             except Exception as error:
                 if not stop.is_set():
                     _failed[path] = str(_plain(error)), _plain(error).cause
                 raise
     except Exception as error:
         raise _plain(error) from None
+
+
+def _kept(path: Path, name: str | None) -> ctypes.CDLL | None:
+    """The library at a path, if it is undamaged and can be loaded."""
+    if _intact(path):
+        with contextlib.suppress(OSError):
+            return _opened(path, name)
+    return None
 
 
 def _plain(error: Exception) -> ToolchainError:
@@ -143,6 +157,49 @@ def _alone(what: object) -> Iterator[None]:
             yield
         finally:
             _locks.pop(what, None)
+
+
+@contextlib.contextmanager
+def _claimed(path: Path, stop: threading.Event) -> Iterator[bool]:
+    """Only one process builds a kernel; gives whether another one did before.
+
+    Several of a run need the same kernels in the same step. Where files cannot be locked, each builds
+    its own.
+    """
+    folder = path.with_name(f"{BUILD}{path.stem}")
+    file = None
+    try:
+        with contextlib.suppress(OSError):
+            if fcntl is not None:
+                folder.mkdir(mode=0o700, exist_ok=True)
+                file = os.open(folder, os.O_RDONLY)
+        waited = file is not None and _locked(file, stop)
+        yield waited
+    finally:
+        if file is not None:
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_UN)  # a process forked meanwhile has the file open too
+            os.close(file)
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _locked(file: int, stop: threading.Event) -> bool:
+    """Wait for the lock of a file; whether another process had it."""
+    end, waited = time.monotonic() + LIMIT_SECONDS, False
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return waited
+        except BlockingIOError:
+            waited = True
+        except OSError:  # a disk without locks
+            return False
+        if stop.wait(0.01):
+            raise ToolchainError("compiling was stopped")
+        if time.monotonic() > end:
+            cause = f"another process did not build a kernel within {LIMIT_SECONDS:g} s"
+            raise ToolchainError(cause)
 
 
 # ---- the directory
