@@ -1,12 +1,18 @@
 """What all tests have in common."""
 
+import gc
 import os
 import zlib
 from collections import defaultdict
 
 import pytest
+import torch
 
 from heavyball.linalg import orthogonalize
+
+if not torch.cuda.is_available():
+    # torch.manual_seed prints the stack of each call, and keeps it for devices that may still come
+    torch.cuda.manual_seed_all = torch.xpu.manual_seed_all = lambda seed: None
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +52,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         gone = set(left)
         items[:] = [item for item in items if item not in gone]
     items.sort(key=lambda item: not item.name.startswith(LONGEST))
+
+
+def pytest_collection_finish() -> None:
+    # modules and thousands of items stay, so no collection needs to look at them again
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 def _beyond(items: list[pytest.Item]) -> list[pytest.Item]:
