@@ -41,12 +41,11 @@ COLUMNS = (
     "over its products",
 )
 EXPLANATION = """\
-Each row is two processes that step by turns on parameters of the same shapes, on new normal gradients \
-at every step, after a few steps that do not count. "ms" is the median of the steps; where an optimizer \
-does more in some steps than in others, it is the mean over whole periods of them, and "longest over \
-mean" is what its longest step takes of that. "Temporary" is the most memory that a step has resident \
-beyond what was held before it. "Over its products" is the time of a step over that of its matrix \
-products alone, done again by turns with the steps."""
+Each row is two processes that alternate on parameters of the same shapes, with new normal gradients in \
+every step, after a few untimed steps. "ms" is the median; for optimizers with periodic work it is the \
+mean over whole periods, and "longest over mean" is the longest step relative to it. "Temporary" is the \
+peak of memory during a step, minus what was resident before it. "Over its products" is the time of a \
+step relative to its matrix products alone, which alternate with the steps."""
 
 
 def muon_everywhere(params: Any, **options: Any) -> C.ChainOpt:

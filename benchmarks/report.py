@@ -42,22 +42,21 @@ START_COLUMNS = (
 UNSTEADY = 1.5
 EXPLANATION = """\
 Each row is one process in which the reference, `torch.optim.AdamW(fused=True)` on parameters of the \
-same shapes and dtype, and the optimizer step by turns, without garbage collection, after a few steps \
-that do not count. Times are medians; "ratio" is that of the medians, "ratio of middle means" that of \
-the means between the quartiles.
+same shapes and dtype, and the optimizer alternate, without garbage collection, after a few untimed \
+steps. Times are medians; "ratio" is the ratio of the medians, "ratio of middle means" the ratio of the \
+means between the quartiles.
 
 The bandwidth is that of torch's `a.add_(b, alpha=s)` on two long float32 vectors, which reads two \
-streams and writes one back: the median of repeats before and after the steps. "MB once" is what must \
-move if every byte moves once: the parameter read and written, the gradient read, every state tensor \
-read and written. "MB in passes" adds what has to be read again because a number over a whole tensor \
-(over all tensors, for a global clip) stands before the write, in tensors of more than 65,536 \
-elements. "x floor" is the step's time over that of moving so many bytes; where tensors stay in the \
-cache between steps it can be below 1."""
+streams and writes one: the median of repeats before and after the steps. "MB once" is the traffic if \
+every byte moves once: the parameter and every state tensor read and written, the gradient read. "MB \
+in passes" adds what must be read again because a reduction over a tensor (over all tensors, for a \
+global clip) precedes the write, for tensors of more than 65,536 elements. "x floor" is the step's \
+time relative to moving these bytes; it can be below 1 if tensors stay in the cache between steps."""
 STARTS = """\
-"Temporary" is the most memory that a later step has resident beyond what was held before it (the \
-high-water mark that the kernel keeps of the process, to about 0.1 MB). First steps are each in a \
-process of its own: eager, compiled with an empty cache of kernels, and with a filled one; the two are \
-given beyond the eager first step."""
+"Temporary" is the peak of memory during a later step, minus what was resident before it (the \
+process's high-water mark, to about 0.1 MB). Each first step is measured in a new process: eager, \
+compiled with an empty kernel cache, and compiled with a filled one. The latter two are given relative \
+to the eager first step."""
 
 
 def verdict(value: float, goal: float | None) -> str:
