@@ -93,9 +93,9 @@ def main(processes: int, steps: int, width: int, layers: int, out: Path | None) 
 - {processes} processes on gloo with one thread each, {elements:,} elements, {steps} steps by turns
 - torch {torch.__version__}, {os.cpu_count()} cores, load {load:.1f} before the run
 
-Median milliseconds of a step on shards (FSDP2): with kernels, whose sums are completed between two walks over the
-elements, and with torch operations (`compile=False`). bfloat16 weights and codes are rounded with the random bits of a
-single process.
+Median milliseconds of a step on shards (FSDP2): with kernels, whose sums are completed between two
+walks over the elements, and with torch operations (`compile=False`). bfloat16 weights and codes are
+rounded with the random bits of a single process.
 
 | chain | kernels | torch | ratio |
 | --- | --- | --- | --- |
