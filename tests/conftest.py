@@ -26,7 +26,7 @@ LONGEST = ("test_in_the_interpreter", "test_a_run_goes_on_in_a_new_process", "te
 # `make test` runs so many cases of a test that goes over all presets or transforms, and a tenth of
 # them where there are more; which ones differs from test to test, so that each preset meets some of all.
 # `make test-all`, and pytest called by hand, run every case.
-CASES = 4
+CASES = 2
 QUICK = os.environ.get("HEAVYBALL_TESTS") == "quick"
 # Here every case costs next to nothing, or is another promise.
 WHOLE = {

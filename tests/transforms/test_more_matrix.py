@@ -949,9 +949,9 @@ def test_kl_factors_fit_gradients_of_a_kronecker_covariance() -> None:
     """With gradients A Z B^T the factors come to A A^T and B B^T, up to a scale."""
     a, b = starts([(4, 4), (3, 3)])
     made = torch.Generator().manual_seed(0)
-    draws = torch.randn(3000, 4, 3, generator=made, dtype=torch.float64)
+    draws = torch.randn(1200, 4, 3, generator=made, dtype=torch.float64)
     param = torch.nn.Parameter(torch.zeros(4, 3, dtype=torch.float64))
-    rule = C.soap_precond(C.sign, gram="kl", shampoo_beta=0.998, precondition_frequency=5)
+    rule = C.soap_precond(C.sign, gram="kl", shampoo_beta=0.995, precondition_frequency=5)
     opt = C.ChainOpt([param], 1e-9, rule)
     for z in draws:
         param.grad = a @ z @ b.mT
@@ -959,7 +959,7 @@ def test_kl_factors_fit_gradients_of_a_kronecker_covariance() -> None:
     for axis, side in enumerate((a, b)):
         found = opt.state[param][f"to_eigenbasis.gram.{axis}"]
         goal = side @ side.mT
-        # with a memory of some 500 gradients of 12 entries
+        # a memory of some 200 gradients of 12 entries: each entry to 1 in the root of 600 or 800, times 3
         close(found / found.trace(), goal / goal.trace(), atol=0.05)
     kept, q = (opt.state[param][f"to_eigenbasis.{n}.0"] for n in ("eigenvalues", "basis"))
     gram = opt.state[param]["to_eigenbasis.gram.0"]
