@@ -959,7 +959,7 @@ def test_kl_factors_fit_gradients_of_a_kronecker_covariance() -> None:
     for axis, side in enumerate((a, b)):
         found = opt.state[param][f"to_eigenbasis.gram.{axis}"]
         goal = side @ side.mT
-        # a memory of some 200 gradients of 12 entries: each entry to 1 in the root of 600 or 800, times 3
+        # a memory of some 200 gradients: entries to a part in 24, three times over
         close(found / found.trace(), goal / goal.trace(), atol=0.05)
     kept, q = (opt.state[param][f"to_eigenbasis.{n}.0"] for n in ("eigenvalues", "basis"))
     gram = opt.state[param]["to_eigenbasis.gram.0"]

@@ -31,6 +31,8 @@ SMALL, CHUNK = 65536, 16384
 # How many steps of the walk over every k-th element follow on a bit of the walk over all: whole vectors,
 # and few enough for the second walk to find in the cache what the first has read.
 STEPS = 32
+# A walk that only reads, and from no more tensors than this, goes through four parts of a bit at once.
+FEW = 3
 # Large tensors take their passes together in batches of about this many elements.
 BATCH = 2**20
 
@@ -227,13 +229,10 @@ class CppPrinter(Cpp, KernelPrinter):
             inner = strips.wrapped(
                 [strips.reduce(s) if s in strips.sums else self.statement(s) for s in loop.body]
             )
+        elif self._reads_few(walk):
+            inner = self._in_quarters(loop)
         else:
-            inner = [
-                f"    {self.simd(loop.sums)}",
-                "    for (int64_t i = low; i < high; ++i) {",
-                *(f"        {self.statement(s)}" for s in loop.body),
-                "    }",
-            ]
+            inner = self._in_order(loop, "low", "high")
         inner = self._in_blocks(loop, inner)
         head = f"PART void pass_{k}(const int64_t* row, const double* s, int64_t low, int64_t high,"
         lines += [f"{head} double* part) {{", *self.pointers(walk.loops), *self.keys(walk.loops)]
@@ -244,6 +243,33 @@ class CppPrinter(Cpp, KernelPrinter):
         lines += self._by_turns(walk, inner) if walk.slices else inner
         lines += [f"    part[{n}] = r{s.var.index};" for n, s in enumerate(walk.sums)]
         return "\n".join([*lines, "}\n"])
+
+    def _in_order(self, loop: Loop, low: str, high: str) -> list[str]:
+        return [
+            f"    {self.simd(loop.sums)}",
+            f"    for (int64_t i = {low}; i < {high}; ++i) {{",
+            *(f"        {self.statement(s)}" for s in loop.body),
+            "    }",
+        ]
+
+    def _reads_few(self, walk: Walk) -> bool:
+        """Whether a walk only adds up what it reads from a few tensors."""
+        loop = walk.elements
+        alone = not loop.of(Store, Save) and not walk.slices and not self.coded(loop)
+        return alone and 0 < len(loop.columns) <= FEW
+
+    def _in_quarters(self, loop: Loop) -> list[str]:
+        """Four parts of a bit at once: a processor fetches several streams faster than a few."""
+        each = [f"            {self.statement(s)}" for s in loop.body]
+        lines = [
+            "    const int64_t quarter = (high - low) / 4 & -16;",
+            f"    {self.simd(loop.sums)}",
+        ]
+        lines.append("    for (int64_t n = low; n < low + quarter; ++n) {")
+        for part in range(4):
+            lines += ["        {", f"            const int64_t i = n + {part} * quarter;", *each]
+            lines.append("        }")
+        return [*lines, "    }", *self._in_order(loop, "low + 4 * quarter", "high")]
 
     def _in_pieces(self, walk: Walk, inner: list[str]) -> list[str]:
         """A loop over a part of a tensor, piece by piece; each is in one piece in the whole, too."""
