@@ -1,6 +1,6 @@
 """Kernels step shards walk by walk; sums are completed over the processes in between."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -13,7 +13,9 @@ from distributed import processes
 from distributed.engines import ENGINES, OPTIMIZERS, Model, give, on_one, placed_as, wholes
 from heavyball import chainable as C
 from heavyball import utils
+from heavyball.compiler.cpp import toolchain
 from heavyball.distributed.staged import Staging
+from heavyball.numerics import Origin
 
 STEPS = 3
 ROUNDING = 1e-9  # as in test_engines.py
@@ -118,9 +120,12 @@ def _wide(dtype: torch.dtype) -> torch.nn.Module:
     return torch.nn.Sequential(*several).to(dtype)
 
 
-def _low(rank: int, engine: str) -> dict[str, tuple[list[Tensor], set[str], str]]:
+def _low(
+    rank: int, engine: str, names: Iterable[str] = tuple(LOW)
+) -> dict[str, tuple[list[Tensor], set[str], str]]:
     found = {}
-    for name, make in LOW.items():
+    for name in names:
+        make = LOW[name]
         model = _wide(torch.bfloat16)
         options = ENGINES[engine][0](model, ENGINES[engine][1]) if engine else {}
         opt = make(list(model.named_parameters()), **options)
@@ -146,6 +151,55 @@ def test_kernels_round_parts_with_the_bits_of_one_process(engine: str) -> None:
             # not of codes whose blocks are cut, and of values along axes that are
             if engine != "columns" or name not in ("in 8 bits", "factored"):
                 assert {"0.weight", "1.weight"} <= stepped, (name, plan)
+
+
+def _without_the_place(rank: int) -> None:
+    """Kernels count the elements of a part from zero."""
+    before = toolchain.load
+
+    def load(source: str, name: str | None = None) -> Any:
+        return before(source.replace(" + shift", ""), name)
+
+    toolchain.load = load
+    toolchain.prepare = lambda sources, name=None: None
+
+
+def _of_the_next(rank: int) -> None:
+    """Every part begins one element later."""
+    _steps_are(lambda first, width, jump: (first + 1, width, jump))
+
+
+def _without_a_jump(rank: int) -> None:
+    """The pieces of a part that is cut along an inner axis follow on each other."""
+    _steps_are(lambda first, width, jump: (first, width, 0))
+
+
+def _steps_are(changed: Callable[[int, int, int], tuple[int, int, int]]) -> None:
+    right = Origin.steps.fget
+    Origin.steps = property(lambda origin: (s := right(origin)) and changed(*s))
+
+
+@pytest.mark.parametrize(
+    ("engine", "plant"),
+    [
+        ("fsdp2-uneven", _without_the_place),
+        ("fsdp2-uneven", _of_the_next),
+        ("columns", _without_a_jump),
+    ],
+)
+def test_a_mistake_in_the_numbers_of_elements_is_seen(
+    engine: str, plant: Callable[[int], None]
+) -> None:
+    alone = _low(0, "", ["AdamW"])
+    for of in processes.run(ENGINES[engine][1], _planted, engine, plant):
+        params, stepped, plan = of["AdamW"]
+        assert {"0.weight", "1.weight"} <= stepped, plan
+        assert not all(torch.equal(a, b) for a, b in zip(params, alone["AdamW"][0], strict=True))
+
+
+def _planted(rank: int, engine: str, plant: Callable[[int], None]) -> dict[str, Any]:
+    plant(rank)
+    return _low(rank, engine, ["AdamW"])
 
 
 def _said(rank: int) -> list[heavyball.diagnostics.plan.StepPlan]:
