@@ -15,7 +15,8 @@ from heavyball.distributed import local
 # was set to zero, or a clamp, some are as they were.
 PLACES = 4
 WORDS = 1 + PLACES
-PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = {Tensor, torch.nn.Parameter}
+_version_of = operator.attrgetter("_version")
 
 
 class Writes:
@@ -59,13 +60,13 @@ class Writes:
             end = first + 1
         params = self._params[first:end]
         held = _held(params)
-        counted, found = _versions(held), _sampled(held)
         known, before = self._versions[first:end], self._found[WORDS * first : WORDS * end]
+        counted, found = _versions(held), _sampled(held, before)
         changed = set[Tensor]()
         if counted != known:
             rows = zip(params, counted, known, strict=True)
             changed |= {p for p, one, other in rows if one != other}
-        if found != before:
+        if found.tobytes() != before.tobytes():  # arrays make a number of each word to compare them
             pairs = zip(params, _rows(found), _rows(before), strict=True)
             changed |= {p for p, one, other in pairs if _differ(one, other)}
         return changed
@@ -73,12 +74,12 @@ class Writes:
 
 def _held(params: Sequence[Tensor]) -> Sequence[Tensor]:
     """What this process has of some parameters."""
-    return [local(p) for p in params] if any(type(p) not in PLAIN for p in params) else params
+    return params if PLAIN.issuperset(map(type, params)) else [local(p) for p in params]
 
 
 def _versions(held: Sequence[Tensor]) -> list[int | None]:
     try:
-        return [p._version for p in held]
+        return list(map(_version_of, held))
     except RuntimeError:  # torch does not count writes of inference tensors
         return [None if p.is_inference() else p._version for p in held]
 
@@ -98,8 +99,11 @@ def _differ(one: Sequence[int], other: Sequence[int]) -> bool:
     return same_kind and all(a != b for a, b in zip(one[1:], other[1:], strict=True))
 
 
-def _sampled(held: Sequence[Tensor]) -> "array.array[int]":
-    """The elements of some tensors as words, see `SOURCE` of `compiler/run/watch.py`."""
+def _sampled(held: Sequence[Tensor], known: "array.array[int] | None" = None) -> "array.array[int]":
+    """The elements of some tensors as words, see `SOURCE` of `compiler/run/watch.py`.
+
+    known: what they were; where one element still is, the others are not read.
+    """
     found = array.array("Q", bytes(8 * WORDS * len(held)))
     # without kernels nothing of the compiler is imported
     watch = sys.modules.get("heavyball.compiler.run.watch")
@@ -107,7 +111,8 @@ def _sampled(held: Sequence[Tensor]) -> "array.array[int]":
     if run is not None:
         objects = array.array("q", map(id, held))
         try:
-            run(objects.buffer_info()[0], len(held), PLACES, found.buffer_info()[0])
+            before = None if known is None else known.buffer_info()[0]
+            run(objects.buffer_info()[0], len(held), PLACES, before, found.buffer_info()[0])
             return found
         except (RuntimeError, BufferError, TypeError):  # some are no dense tensors
             pass

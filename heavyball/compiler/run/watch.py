@@ -79,25 +79,35 @@ extern "C" int64_t watch(Describe describe, void* const* objects, int64_t fixed,
 }
 
 // The bits of `places` elements of each tensor, spread over it, behind a number that differs where they
-// cannot be compared; 0 where they cannot be read. Returns -1 with a Python exception.
+// cannot be compared; 0 where they cannot be read. Behind an element that is as in `known`, if that is
+// given, the others are taken from there: memory is slow. Returns -1 with a Python exception.
 extern "C" int64_t sample(Describe describe, void* const* objects, int64_t count, int64_t places,
-                          uint64_t* found) {
+                          const uint64_t* known, uint64_t* found) {
     for (int64_t i = 0; i < count; ++i, found += 1 + places) {
         Described t;
         if (describe(objects[i], &t)) return -1;
-        int64_t elements = 1;
-        for (int k = 0; k < t.axes; ++k) elements *= t.shape[k];
+        int64_t elements = 1, dense = 1;
+        for (int k = t.axes - 1; k >= 0; --k) {
+            dense &= t.shape[k] == 1 || t.strides[k] == elements;
+            elements *= t.shape[k];
+        }
         const int64_t bytes = t.bits * t.lanes / 8;
         std::memset(found, 0, (1 + places) * sizeof(*found));
         if (t.device != 1 || !t.data || !elements || bytes < 1 || bytes > 8) continue;
         found[0] = (uint64_t)elements << 16 | t.code << 8 | t.bits;
         for (int64_t n = 0; n < places; ++n) {
-            int64_t rest = elements * (2 * n + 1) / (2 * places), place = 0;
-            for (int k = t.axes - 1; k >= 0; --k) {
+            int64_t rest = elements * (2 * n + 1) / (2 * places), place = dense ? rest : 0;
+            for (int k = dense ? -1 : t.axes - 1; k >= 0; --k) {
                 place += rest % t.shape[k] * t.strides[k];
                 rest /= t.shape[k];
             }
             std::memcpy(found + 1 + n, (const char*)t.data + t.offset + place * bytes, bytes);
+            if (!known) continue;
+            const uint64_t* before = known + i * (1 + places);
+            if (found[0] == before[0] && found[1 + n] == before[1 + n]) {
+                std::memcpy(found + 1, before + 1, places * sizeof(*found));
+                break;
+            }
         }
     }
     return count;
@@ -116,7 +126,7 @@ def native() -> Callable[..., int] | None:
 def sampler() -> Callable[..., int] | None:
     """`sample`, in the same way."""
     pointer, size = ctypes.c_void_p, ctypes.c_int64
-    return _native("sample", (pointer, size, size, pointer))
+    return _native("sample", (pointer, size, size, pointer, pointer))
 
 
 @functools.cache
