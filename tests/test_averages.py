@@ -212,3 +212,44 @@ def test_a_write_is_seen_in_every_layout(layout, compiler, monkeypatch):
         assert noted.changed() == noted.changed(p) == {p}
         noted.note(p)
         assert not noted.changed()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_kernels_that_come_between_two_looks_change_nothing(dtype, monkeypatch):
+    """What was sampled with or without a compiler compares with what the other one samples."""
+    p = torch.arange(1.0, 61.0).to(dtype)
+    sampler = watch.sampler
+    for first, second in ((sampler, lambda: None), (lambda: None, sampler)):
+        monkeypatch.setattr(watch, "sampler", first)
+        noted = Writes([p])
+        monkeypatch.setattr(watch, "sampler", second)
+        assert not noted.changed()
+        p.data.copy_(p / 2 + 1)
+        assert noted.changed() == {p}
+
+
+@pytest.mark.parametrize("options", [{}, {"fuse_backward": True}, {"compile": False}], ids=str)
+def test_parameters_made_of_one_buffer_are_told_apart(options):
+    """They share the count of what is written into any of them; the fixture makes a warning an error."""
+    flat = torch.linspace(-1, 1, 800)
+    params = [torch.nn.Parameter(flat[i : i + 200].view(10, 20)) for i in range(0, 600, 200)]
+    opt = C.ChainOpt(params[:2], 0.01, *AVERAGES["schedule_free"], **options)
+    other = C.ChainOpt(params[2:], 0.01, C.scale_by_adam)
+
+    def step():
+        sum((p - 2).square().sum() for p in params).backward()
+        opt.step()
+        other.step()
+        other.zero_grad()
+        opt.zero_grad()
+
+    for _ in range(4):
+        step()
+        flat[700:].add_(1)
+    with opt.averaged():
+        average = clones(params)
+    assert not any(map(torch.equal, clones(params)[:2], average[:2]))
+    with torch.no_grad():
+        params[1].fill_(0.5)
+    with pytest.warns(UserWarning, match="parameter 1 of group 0 .* other weights were written"):
+        step()

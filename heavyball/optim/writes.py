@@ -23,12 +23,14 @@ class Writes:
     """Some parameters as they are when they are noted.
 
     torch counts what is written into a tensor, but not what goes through its `data`, so a few elements
-    of those on the host are compared too. On a device that would have to be waited for.
+    of those on the host are compared too. On a device that would have to be waited for. The count of a
+    parameter made of a part of a buffer is that of the whole buffer, so only elements are compared.
     """
 
     def __init__(self, params: Iterable[Tensor]):
         self._params = list(dict.fromkeys(params))
         self._places = {p: place for place, p in enumerate(self._params)}
+        self._parts = {p for p in self._params if _is_part(p)}
         self._versions: list[int | None] = []
         self._found = array.array("Q")
         self.note()
@@ -46,6 +48,7 @@ class Writes:
         place = self._places.setdefault(param, len(self._places))
         if place == len(self._params):
             self._params.append(param)
+            self._parts |= {param} if _is_part(param) else set()
         held = _held((param,))
         self._versions[place : place + 1] = _versions(held)
         self._found[WORDS * place : WORDS * (place + 1)] = _sampled(held)
@@ -65,7 +68,7 @@ class Writes:
         changed = set[Tensor]()
         if counted != known:
             rows = zip(params, counted, known, strict=True)
-            changed |= {p for p, one, other in rows if one != other}
+            changed |= {p for p, one, other in rows if one != other} - self._parts
         if found.tobytes() != before.tobytes():  # arrays make a number of each word to compare them
             pairs = zip(params, _rows(found), _rows(before), strict=True)
             changed |= {p for p, one, other in pairs if _differ(one, other)}
@@ -75,6 +78,16 @@ class Writes:
 def _held(params: Sequence[Tensor]) -> Sequence[Tensor]:
     """What this process has of some parameters."""
     return params if PLAIN.issuperset(map(type, params)) else [local(p) for p in params]
+
+
+def _is_part(param: Tensor) -> bool:
+    """Whether a parameter is a part of a larger buffer, which a shard with a count of its own may be."""
+    if local(param) is not param:
+        return False
+    try:
+        return param.untyped_storage().nbytes() > param.nbytes
+    except RuntimeError:  # no memory of its own
+        return False
 
 
 def _versions(held: Sequence[Tensor]) -> list[int | None]:
@@ -129,7 +142,9 @@ def _read(p: Tensor) -> "array.array[int]":
     if p.layout is not torch.strided or not p.data_ptr():
         return found
     first, size, elements = p.data_ptr(), p.element_size(), p.numel()
-    found[0] = elements << 16 | size
+    # the kinds of numbers that DLPack knows, as the kernel has them
+    kind = 4 if p.dtype is torch.bfloat16 else 2
+    found[0] = elements << 16 | kind << 8 | 8 * size
     for n in range(PLACES):
         rest, place = elements * (2 * n + 1) // (2 * PLACES), 0
         for length, stride in zip(reversed(p.shape), reversed(p.stride()), strict=True):
