@@ -117,6 +117,16 @@ ORIGINALS = {
         SHAPES,
     ),
     "Adafactor": (lambda p: T.Adafactor(p, 0.1, weight_decay=0.1), preset("Adafactor"), SHAPES),
+    "Adafactor, all": (
+        lambda p: T.Adafactor(p, 0.1, beta2_decay=-0.5, eps=(None, 0.3), d=2.0, weight_decay=0.1),
+        preset("Adafactor"),
+        SHAPES,
+    ),
+    "Adafactor, both eps": (
+        lambda p: T.Adafactor(p, 0.1, eps=(0.2, 0.3)),
+        preset("Adafactor", eps=(0.1, 0.1)),
+        SHAPES,
+    ),
     "schedulefree": (
         quiet(lambda p: schedulefree.AdamWScheduleFree(p, 0.03, weight_decay=0.1, warmup_steps=6)),
         preset("SFAdamW"),
@@ -130,6 +140,11 @@ ORIGINALS = {
     "prodigyopt": (
         lambda p: prodigyopt.Prodigy(p, d0=1e-2, weight_decay=0.1),
         preset("Prodigy"),
+        SHAPES,
+    ),
+    "prodigyopt, beta3": (
+        lambda p: prodigyopt.Prodigy(p, d0=1e-2, beta3=0.9, safeguard_warmup=True),
+        preset("Prodigy", beta3=0.8, safeguard_warmup=True),
         SHAPES,
     ),
     "prodigyopt, coupled": (
@@ -285,6 +300,87 @@ def test_momentum_of_sgd_becomes_adams_mean_and_the_square_begins():
     torch.testing.assert_close(
         opt.state[q]["scale_by_adam.exp_avg"], 0.1 * theirs.state[params[0]]["momentum_buffer"]
     )
+
+
+# chains with the state that was saved, which go on otherwise
+OTHERS = {
+    "SOAP": (T.AdamW, preset("SOAP")),
+    "LAMB": (T.AdamW, preset("LAMB")),
+    "Prodigy": (T.AdamW, preset("Prodigy")),
+    "Shampoo": (T.AdamW, preset("Shampoo")),
+    "cautious": (T.AdamW, lambda p: C.ChainOpt(p, 0.7, C.scale_by_adam, C.cautious)),
+    "lookahead": (T.AdamW, lambda p: C.ChainOpt(p, 0.7, C.scale_by_adam, C.lookahead)),
+    "schedule_free": (T.AdamW, lambda p: C.ChainOpt(p, 0.7, C.scale_by_adam, C.schedule_free)),
+    "other decay": (
+        lambda p: T.Adam(p, weight_decay=0.1),
+        lambda p: C.ChainOpt(p, 0.7, C.scale_by_adam, C.independent, weight_decay=0.3),
+    ),
+    "beta3": (lambda p: prodigyopt.Prodigy(p, d0=1e-2, beta3=0.9), preset("Prodigy")),
+    "no beta3": (lambda p: prodigyopt.Prodigy(p, d0=1e-2), preset("Prodigy", beta3=0.9)),
+    "bias": (
+        lambda p: prodigyopt.Prodigy(p, d0=1e-2, use_bias_correction=True),
+        preset("Prodigy"),
+    ),
+    "no clip": (
+        quiet(lambda p: ProdigyPlusScheduleFree(p, use_stableadamw=False)),
+        preset("ProdigyPlusScheduleFree"),
+    ),
+    "by lr": (
+        quiet(lambda p: ProdigyPlusScheduleFree(p, weight_decay=0.1, weight_decay_by_lr=False)),
+        preset("ProdigyPlusScheduleFree"),
+    ),
+    "mask": (
+        quiet(lambda p: ProdigyPlusScheduleFree(p, use_cautious=True)),
+        preset("ProdigyPlusScheduleFree"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_chain_that_goes_on_otherwise_keeps_its_own_numbers(name):
+    original, ours = OTHERS[name]
+    params = weights(MATRIX)
+    theirs = original(params)
+    run(theirs, range(3))
+    opt = ours(copies(params))
+    before = {k: v for k, v in opt.param_groups[0].items() if k in ("lr", "weight_decay", "betas")}
+    report = adopt(opt, copy.deepcopy(theirs.state_dict()))
+    assert not report.matching
+    assert "param_groups.0.lr" in report.left
+    assert before == {k: opt.param_groups[0][k] for k in before}
+    run(opt, range(3, 5))
+
+
+@pytest.mark.parametrize("look", [C.probe("seen"), C.parameter_ema, C.clip_by_global_norm])
+def test_what_a_user_adds_around_it_leaves_the_method_the_same(look):
+    params = weights()
+    theirs = T.AdamW(params, 0.03)
+    run(theirs, range(3))
+    chain = (look, C.scale_by_adam) if look is C.clip_by_global_norm else (C.scale_by_adam, look)
+    opt = C.ChainOpt(copies(params), 0.7, *chain, weight_decay=0.1)
+    assert adopt(opt, theirs.state_dict()).matching
+    assert (opt.param_groups[0]["lr"], opt.param_groups[0]["weight_decay"]) == (0.03, 0.01)
+
+
+@pytest.mark.parametrize("damage", ["missing", "text", "list"])
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq"])
+def test_a_moment_that_is_none_is_refused_and_changes_nothing(key, damage):
+    params = weights()
+    theirs = T.AdamW(params)
+    run(theirs, range(3))
+    saved = copy.deepcopy(theirs.state_dict())
+    if damage == "missing":
+        del saved["state"][1][key]
+    else:
+        saved["state"][1][key] = "x" if damage == "text" else [1.0]
+    opt = heavyball.AdamW(copies(params), lr=0.7)
+    run(opt, range(2))
+    before = copy.deepcopy(opt.state_dict())
+    with pytest.raises(ValueError, match=r"not as torch\.optim\.Adam writes it"):
+        adopt(opt, saved)
+    after = opt.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    torch.testing.assert_close(after["state"], before["state"], rtol=0, atol=0)
 
 
 def test_a_switch_that_the_chain_lacks_makes_it_another_one():

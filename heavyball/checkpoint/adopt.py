@@ -12,7 +12,7 @@ from heavyball.checkpoint.meanings import Record, entry, given_to
 from heavyball.checkpoint.sources import SOURCES, Source, source_of
 from heavyball.core.chain import BOOKKEEPING
 from heavyball.core.combine import plain_names
-from heavyball.core.program import Program
+from heavyball.core.program import Node, Program, WholeNode
 from heavyball.numerics import lasting
 from heavyball.optim.checkpoint import DESCRIPTION, SAVED_WEIGHTS, description, expected_state
 from heavyball.optim.optimizer import ChainOpt
@@ -168,6 +168,14 @@ class _Found:
             for flag, what in source.flags.items()
         ):
             return False
+        known = source.known(self.group)
+        if known is not None and _has_others(self.program, known):
+            return False
+        hyper = source.hyper(self.group)
+        if any(_differs(node, hyper.get(node.transform.name, {})) for node in self.program.flat):
+            return False
+        if entry(self.group, "weight_decay", 0.0) and source.decay(self.group) not in names:
+            return False
         return not set(self.record.keys) - self.used - _COUNTS
 
     def state(
@@ -208,6 +216,36 @@ def _has(program: Program, what: str) -> bool:
     return any(
         node.transform.name == what or node.transform.options.get(what) is True
         for node in program.flat
+    )
+
+
+# Writers that add nothing, and what only looks.
+_PASSING = {"descend", "probe", "flight_recorder"}
+
+
+def _has_others(program: Program, known: set[str]) -> bool:
+    """Whether something makes other steps than a chain of these transforms and a decay.
+
+    What only changes gradients before them is what a user does outside of other optimizers.
+    """
+    inside = False
+    for node in program.flat:
+        t = node.transform
+        inside |= t.name in known
+        own = t.kind in ("rate", "writer", "post") or isinstance(node, WholeNode)
+        if t.name not in known | _PASSING and (own or (inside and t.kind == "transform")):
+            return True
+    return False
+
+
+def _differs(node: Node, values: Mapping[str, Any]) -> bool:
+    """Whether an option of a transform, or a number that it cannot be given, is another one."""
+    options = node.transform.options
+    return any(
+        value is None
+        if name in node.hyper
+        else name in options and value not in (None, options[name])
+        for name, value in values.items()
     )
 
 
@@ -319,7 +357,7 @@ def _take(
             if name in node.hyper and value is not None:
                 key, part = node.hyper[name]
                 new[key] = value if part is None else _with(new[key], part, value)
-                taken.add("betas" if name in ("beta", "beta2") else name)
+                taken |= {name, _THEIRS.get(name, name)}
     if "warmup_steps" in group and "scheduled_lr" in group:  # its rule is the same
         new["warmup_steps"] = float(entry(group, "warmup_steps"))
         taken.add("warmup_steps")
@@ -332,6 +370,16 @@ def _take(
     report.taken.extend(f"param_groups.{index}.{name}" for name in sorted(taken & group.keys()))
     if entry(group, "weight_decay", 0.0) and "weight_decay" not in taken:
         report.left.append(f"param_groups.{index}.weight_decay")
+
+
+# How other libraries call some hyper-parameters.
+_THEIRS = {
+    "beta": "betas",
+    "beta2": "betas",
+    "beta2_scale": "beta2_decay",
+    "threshold": "d",
+    "decay": "lr_decay",
+}
 
 
 def _with(values: Any, index: int, value: float) -> tuple[float, ...]:

@@ -24,10 +24,11 @@ class Source:
 
     named: how errors and reports call it. is_it: whether a group is one of its. record: what the state
     of one parameter means. needs: the transforms of the chain that goes on as it did, one of each tuple.
-    hyper: by the name of a transform, the values of its hyper-parameters. decay: the transform that
-    decays as it does. flags: its switches, each with the name of the transform or option that a chain
-    has where they are true. common: numbers of the group that a rate keeps. lr: the group's own.
-    evaluates: whether the parameters hold an average.
+    hyper: by the name of a transform, the values of its hyper-parameters and options. decay: the
+    transform that decays as it does. flags: its switches, each with the name of the transform or option
+    that a chain has where they are true. common: numbers of the group that a rate keeps. lr: the
+    group's own. evaluates: whether the parameters hold an average. besides: further transforms that
+    such a chain may have; None for any, where it can be written in several ways.
     """
 
     named: str
@@ -40,6 +41,14 @@ class Source:
     common: Callable[[Group, list[Record]], dict[str, Any]] = lambda group, records: {}
     lr: Callable[[Group], Any] = lambda group: group["lr"]
     evaluates: Callable[[Group], bool] = lambda group: False
+    besides: tuple[str, ...] | None = ()
+
+    def known(self, group: Group) -> set[str] | None:
+        """The transforms of a chain that goes on as it did; None where others may be there."""
+        if self.besides is None:
+            return None
+        needs = {name for several in self.needs(group) for name in several}
+        return needs | {*self.hyper(group), *self.flags.values(), *self.besides}
 
 
 def _has(*names: str) -> Callable[[Group], bool]:
@@ -49,12 +58,15 @@ def _has(*names: str) -> Callable[[Group], bool]:
 def _moments(
     state: State, group: Group, names: Iterable[tuple[str, str, float, str]], count: int | None
 ) -> Record:
-    """A record of moments: (key, meaning, beta, form) of each."""
-    found = {
-        meaning: Moment(state[key], beta, count, form, key)
-        for key, meaning, beta, form in names
-        if isinstance(state.get(key), Tensor)
-    }
+    """A record of moments: (key, meaning, beta, form) of each.
+
+    Errors: LookupError or TypeError if one is missing or is no tensor.
+    """
+    found = {}
+    for key, meaning, beta, form in names:
+        if not isinstance(state[key], Tensor):
+            raise TypeError(f"{key!r} is {state[key]!r}, expected a tensor")
+        found[meaning] = Moment(state[key], beta, count, form, key)
     return Record(count, found, keys=tuple(state))
 
 
@@ -113,7 +125,9 @@ def _sgd_hyper(group: Group) -> dict[str, dict[str, Any]]:
 
 def _rmsprop(state: State, group: Group) -> Record:
     alpha = entry(group, "alpha")
-    names = (("square_avg", "square", alpha, "ema"), ("grad_avg", "centre", alpha, "ema"))
+    names = [("square_avg", "square", alpha, "ema")]
+    if group["centered"]:
+        names.append(("grad_avg", "centre", alpha, "ema"))
     record = _moments(state, group, names, _step(state))
     if isinstance(state.get("momentum_buffer"), Tensor):
         record.others["momentum_buffer"] = Kept(state["momentum_buffer"], "momentum_buffer")
@@ -203,9 +217,16 @@ def _prodigy(state: State, group: Group) -> Record:
 
 
 def _prodigy_hyper(group: Group) -> dict[str, dict[str, Any]]:
-    names = ("betas", "beta3", "d0", "d_coef", "growth_rate")
+    names = ("betas", "d0", "d_coef", "growth_rate", "use_bias_correction", "safeguard_warmup")
     adam = {"betas": entry(group, "betas"), "eps": entry(group, "eps")}
-    return {"prodigy_d": {n: entry(group, n) for n in names}, "scale_by_adam": adam}
+    rate = {**{n: entry(group, n) for n in names}, "beta3": _beta3(group)}
+    return {"prodigy_d": rate, "scale_by_adam": adam}
+
+
+def _beta3(group: Group) -> float | None:
+    """The decay of the sums; None where it is the root of beta2, as in a chain that is given none."""
+    beta3, usual = entry(group, "beta3"), math.sqrt(entry(group, "betas")[1])
+    return None if beta3 is None or math.isclose(beta3, usual, rel_tol=1e-12) else beta3
 
 
 def _covered(records: list[Record]) -> dict[str, Any]:
@@ -248,13 +269,35 @@ def _plus(state: State, group: Group) -> Record:
 
 def _plus_hyper(group: Group) -> dict[str, dict[str, Any]]:
     betas, eps = entry(group, "betas"), entry(group, "eps")
-    rate = {n: entry(group, n) for n in ("betas", "d0", "d_coef")}
+    options = ("use_bias_correction", "use_speed", "prodigy_steps")
+    rate = {n: entry(group, n) for n in ("betas", "d0", "d_coef", *options)}
     square = {"beta2": betas[1], "eps": eps}
+    caution = [name for name in ("cautious", "grams") if group[f"use_{name}"]]
     return {
-        "prodigy_plus_d": rate,
+        "prodigy_plus_d": {**rate, "beta3": _beta3(group)},
         "factored_rms": square,
         "scale_by_exp_avg_sq": square,
-        "schedule_free": {"beta": betas[0]},
+        "separate_decay": {"by_lr": entry(group, "weight_decay_by_lr")},
+        "schedule_free": {"beta": betas[0], "caution": caution[0] if caution else "none"},
+    }
+
+
+def _plus_needs(group: Group) -> tuple[tuple[str, ...], ...]:
+    clipped = group["use_stableadamw"] and group["eps"] is not None
+    return (
+        ("prodigy_plus_d",),
+        ("schedule_free",),
+        *((("clip_update_rms",),) if clipped else ()),
+    )
+
+
+def _adafactor_hyper(group: Group) -> dict[str, dict[str, Any]]:
+    first, second = entry(group, "eps")
+    return {
+        "palm_beta2": {"beta2_scale": -entry(group, "beta2_decay")},
+        "factored_rms": {"eps": first},
+        "clip_update_rms": {"threshold": entry(group, "d")},
+        "scale_by_parameter_rms": {"eps": second},
     }
 
 
@@ -403,6 +446,7 @@ SOURCES: tuple[Source, ...] = (
         _needs("scale_by_exp_avg_sq", "schedule_free"),
         _pypi_hyper,
         lr=_pypi_lr,
+        besides=None,
     ),
     Source(
         "SOAP of the PyPI package heavyball",
@@ -411,6 +455,7 @@ SOURCES: tuple[Source, ...] = (
         _needs("scale_by_adam"),
         _pypi_hyper,
         lr=_pypi_lr,
+        besides=None,
     ),
     Source(
         "PSGDKron of the PyPI package heavyball",
@@ -419,6 +464,7 @@ SOURCES: tuple[Source, ...] = (
         _needs("psgd_kron"),
         _pypi_hyper,
         lr=_pypi_lr,
+        besides=None,
     ),
     Source(
         "Muon of the PyPI package heavyball",
@@ -427,6 +473,7 @@ SOURCES: tuple[Source, ...] = (
         _needs(("muon_momentum", "nesterov_momentum", "exp_avg")),
         _pypi_hyper,
         lr=_pypi_lr,
+        besides=None,
     ),
     Source(
         "AdamW of the PyPI package heavyball",
@@ -435,17 +482,19 @@ SOURCES: tuple[Source, ...] = (
         _needs("scale_by_adam"),
         _pypi_hyper,
         lr=_pypi_lr,
+        besides=None,
     ),
     Source(
         "prodigy-plus-schedule-free",
         _has("d0", "use_stableadamw"),
         _plus,
-        _needs("prodigy_plus_d", "schedule_free"),
+        _plus_needs,
         _plus_hyper,
         decay=lambda group: "separate_decay",
         flags=_PLUS_FLAGS,
         common=_plus_common,
         evaluates=lambda group: not group["train_mode"],
+        besides=("scale_by_tensor_rms",),
     ),
     Source(
         "prodigyopt",
@@ -502,7 +551,7 @@ SOURCES: tuple[Source, ...] = (
         _has("beta2_decay", "d"),
         _adafactor,
         _needs("factored_rms", "palm_beta2"),
-        lambda group: {"clip_update_rms": {"threshold": entry(group, "d")}},
+        _adafactor_hyper,
         flags=_TORCH_FLAGS,
     ),
     Source(
@@ -514,6 +563,7 @@ SOURCES: tuple[Source, ...] = (
             "muon_momentum": {"momentum": entry(group, "momentum")},
             "muon": {"momentum": entry(group, "momentum"), "eps": entry(group, "eps")},
         },
+        besides=None,
     ),
     Source(
         "torch.optim.SGD",
