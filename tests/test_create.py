@@ -134,6 +134,11 @@ def test_unknown_options_and_what_is_no_optimizer_are_refused():
     params = [nn.Parameter(torch.ones(2))]
     with pytest.raises(TypeError, match="weight_decay"):
         heavyball.create(params, "AdamW", weight_deacy=0.1)
+    for wrong, own in (("layer_dcay", "layer_decay"), ("no_deay", "no_decay")):
+        with pytest.raises(TypeError, match=f"'{wrong}'; did you mean '{own}'"):
+            heavyball.create(params, "AdamW", **{wrong: "auto"})
+    for name in ("DelayedPSGDKron", "delayedpsgdkron"):  # a second name
+        assert type(heavyball.create(params, name)) is heavyball.DelayedPSGDKron
     with pytest.raises(TypeError, match="warmup_steps"):
         heavyball.create(params, "scale_by_adam", warmup_step=3)
     with pytest.raises(TypeError, match="SGD"):
@@ -249,8 +254,9 @@ def test_groups_that_were_given_keep_what_they_say():
 # ---- text
 
 
+@pytest.mark.parametrize("decay", [None, 0.1])
 @pytest.mark.parametrize("name", heavyball.PRESETS)
-def test_the_text_of_every_presets_chain_trains_as_the_preset(name):
+def test_the_text_of_every_presets_chain_trains_as_the_preset(name, decay):
     def other(model):
         group = preset.param_groups[0]
         decay = group.get("weight_decay", 0.0)
@@ -263,7 +269,9 @@ def test_the_text_of_every_presets_chain_trains_as_the_preset(name):
     torch.manual_seed(0)
     model = Net()
     twin = copy.deepcopy(model)
-    preset = heavyball.PRESETS[name](model.named_parameters())
+    make = heavyball.PRESETS[name]
+    takes = decay is not None and "weight_decay" in inspect.signature(make).parameters
+    preset = make(model.named_parameters(), **({"weight_decay": decay} if takes else {}))
     assert same(run(preset), run(other(twin)), 1e-6)
 
 

@@ -201,6 +201,28 @@ def test_what_is_found_while_training_cannot_be_given(name):
         heavyball.PRESETS[name]([{"params": [weights()], "d": 1e-3}])
 
 
+@pytest.mark.parametrize("of", [torch.optim.AdamW, heavyball.SFAdamW])
+def test_a_group_of_another_optimizer_is_checked_for_mistyped_names_too(of):
+    group = of([weights()]).param_groups[0]
+    heavyball.AdamW([group])
+    with pytest.raises(ValueError, match=r"'weight_deacy'.*did you mean 'weight_decay'"):
+        heavyball.AdamW([{**group, "weight_deacy": 0.1}])
+
+
+@pytest.mark.parametrize("name", heavyball.PRESETS)
+def test_a_users_own_entry_is_no_mistyped_name_of_any_preset(name):
+    own = dict.fromkeys(("tag", "is_bias", "role", "rank", "no_weight_decay"), 1)
+    opt = heavyball.PRESETS[name]([{"params": [weights()], **own}], compile=False)
+    assert own.items() <= opt.param_groups[0].items()
+
+
+def test_names_are_as_many_as_parameters():
+    for names in ([], ["a"], ["a", "b", "c"]):
+        with pytest.raises(ValueError, match=f"2 parameters and {len(names)} names"):
+            heavyball.AdamW([{"params": [weights(), weights()], "param_names": names}])
+    assert "param_names" not in heavyball.AdamW([weights()]).param_groups[0]
+
+
 # ---- sequences and numbers
 
 
@@ -250,6 +272,11 @@ def test_any_sequence_of_numbers_is_taken_everywhere(kind, where, options):
             loss.backward()
             opt.step()
             opt.zero_grad()
+        saved = io.BytesIO()
+        torch.save(opt.state_dict(), saved)
+        saved.seek(0)
+        read = torch.load(saved, weights_only=True)["param_groups"][0]["betas"]
+        assert tuple(read) == tuple(opt.param_groups[0]["betas"])
         return p.detach()
 
     found = train(made, made, lambda opt: made.__setitem__(0, 0.5))

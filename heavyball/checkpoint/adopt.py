@@ -297,7 +297,8 @@ def _found(opt: ChainOpt, saved: Mapping[str, Any], source: Source) -> Iterator[
 
 
 def _names(group: Mapping[str, Any]) -> list[Any]:
-    return list(group.get("param_names") or [None] * len(group["params"]))
+    names = group.get("param_names")
+    return [None] * len(group["params"]) if names is None else list(names)
 
 
 # ---- groups

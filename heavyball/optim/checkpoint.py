@@ -6,7 +6,7 @@ the format and the chain. Each function here works on plain dicts; `ChainOpt` ca
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -131,7 +131,7 @@ def _conditions(rule: When) -> Iterable[str]:
 
 
 def plain(value: Any) -> Any:
-    """A value with plain Python numbers in place of numpy's, which schedules leave behind."""
+    """A value with Python's numbers and tuples: schedules leave numpy's, configurations lists."""
     if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, Mapping):
@@ -141,6 +141,10 @@ def plain(value: Any) -> Any:
         parts = [plain(v) for v in value]
         same = all(a is b for a, b in zip(parts, value, strict=True))
         return value if same else type(value)(parts)
+    if isinstance(value, Sequence) and not isinstance(
+        value, str | bytes | bytearray | tuple | list
+    ):
+        return tuple(map(plain, value))
     return value
 
 

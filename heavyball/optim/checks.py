@@ -1,7 +1,9 @@
 """Checks of an optimizer's inputs; each error names the value and what was expected."""
 
+import functools
 import inspect
 import numbers
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import Tensor
 from heavyball.core.chain import BOOKKEEPING, RESERVED, Chain
 from heavyball.core.hyper import check_live, nonnegative
 from heavyball.core.program import Node, Program
+from heavyball.core.text import known_names
 from heavyball.numerics import host
 from heavyball.runtime.addresses import is_plain_number
 
@@ -98,9 +101,9 @@ def check_entries(owner: type, group: Mapping[Any, Any], known: list[str], chain
         if not isinstance(key, str):
             raise ValueError(f"parameter group: the entry {key!r} is not a string")
         others = (*known, *common, *RESERVED, *BOOKKEEPING, *_ASKED, *TORCH_SWITCHES)
-        if of_another or key in others or key.startswith("_"):
+        if key in others or key.startswith("_") or (of_another and _is_anothers(key)):
             continue
-        near = next((name for name in ("params", *known) if _nearly(key, name)), None)
+        near = next((name for name in ("params", *known) if nearly(key, name)), None)
         if near is not None:
             raise ValueError(
                 f"parameter group: unknown entry {key!r}; known: params, {', '.join(known)}; "
@@ -120,12 +123,35 @@ def _check_asked(owner: type, group: Mapping[Any, Any], chain: Chain) -> None:
             )
 
 
-def _nearly(key: str, name: str) -> bool:
-    """Whether a name was meant and mistyped: one letter, two in long names, or case, - and _."""
-    plain = [text.lower().replace("-", "").replace("_", "") for text in (key, name)]
+@functools.cache
+def _others_names() -> frozenset[str]:
+    """Hyper-parameters and options of the transforms here, and of the classes of torch.optim."""
+    names = {name for t in known_names().transforms.values() for name in t.defaults}
+    for kind in vars(torch.optim).values():
+        if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer):
+            names |= inspect.signature(kind).parameters.keys()
+    return frozenset(names)
+
+
+def _is_anothers(key: str) -> bool:
+    """Whether a group of another optimizer has this entry: a name of two elements has its element's."""
+    return key.rpartition(".")[2] in _others_names() or "." in key
+
+
+def nearly(key: str, name: str) -> bool:
+    """Whether a name was meant and mistyped: one letter, two in long names, or case, - and _.
+
+    A name with further words (`no_weight_decay`), or three letters of which one is another (`tag` and
+    `tau`), is a name of its own.
+    """
+    words = [re.split("[-_ ]+", text.lower()) for text in (key, name)]
+    plain = ["".join(each) for each in words]
     if plain[0] == plain[1]:
         return True
     shorter = min(map(len, plain))
+    others = len(words[0]) > len(words[1]) and set(words[0]) > set(words[1])
+    if others or (list(map(len, plain)) == [3, 3] and sorted(plain[0]) != sorted(plain[1])):
+        return False
     return shorter > 2 and edits(*plain) <= (2 if shorter > 7 else 1)
 
 
@@ -159,7 +185,8 @@ def labelled(index: int, group: Mapping[str, Any]) -> Iterator[tuple[str | None,
 
     Errors: ValueError if the list of parameters was changed and that of names was not.
     """
-    names, params = group.get("param_names") or [None] * len(group["params"]), group["params"]
+    names, params = group.get("param_names"), group["params"]
+    names = [None] * len(params) if names is None else names
     if len(names) != len(params):
         raise ValueError(
             f"parameter group {index} has {len(params)} parameters and {len(names)} names: change "

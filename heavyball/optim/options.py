@@ -125,14 +125,16 @@ def group_defaults(
 def _check_decay(chain: Chain, weight_decay: Scheduled) -> None:
     if "weight_decay" not in chain.hyper:
         raise ValueError(f"weight_decay={weight_decay}: no element of the chain decays")
+    hyper = chain.hyper["weight_decay"]
+    if hyper.given == weight_decay:  # as the chain says
+        return
     for program in chain.programs:
         if not any(key == "weight_decay" for n in program.flat for key, _ in n.hyper.values()):
             raise ValueError(
                 f"weight_decay={weight_decay} would not reach the branch {program!r}: pass it to "
                 "each decay in the chain"
             )
-    hyper = chain.hyper["weight_decay"]
-    if hyper.given not in (0.0, weight_decay):
+    if hyper.given:
         raise ValueError(
             f"weight_decay={weight_decay}, but the chain says {hyper.given} ({hyper.owner})"
         )

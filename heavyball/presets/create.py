@@ -13,6 +13,7 @@ from heavyball.core.hyper import Interval, check_live
 from heavyball.core.text import known_names, parse_optimizer
 from heavyball.errors import unknown
 from heavyball.optim.arguments import GroupsOf, kinds_of
+from heavyball.optim.checks import nearly
 from heavyball.optim.classes import ChainClass
 from heavyball.optim.optimizer import ChainOpt
 
@@ -52,6 +53,10 @@ def create(
     """
     make, given = chosen(what, "create")
     options = {**given, **options}
+    for name in options:
+        own = next((own for own in ("no_decay", "layer_decay") if nearly(name, own)), None)
+        if own is not None:
+            raise TypeError(f"create has no option {name!r}; did you mean {own!r}?")
     if lr is not None:
         options["lr"] = lr
     if no_decay not in (None, "auto"):
@@ -96,13 +101,13 @@ def chosen(what: Any, owner: str) -> tuple[Callable[..., ChainOpt], dict[str, An
 
 
 def _from_text(text: str, owner: str) -> tuple[Callable[..., ChainOpt], dict[str, Any]]:
-    from heavyball.presets import ALL_PRESETS  # which looks for presets in this module too
+    from heavyball.presets import ALL_PRESETS, NAMES  # which look for presets in this module too
 
     name = text.partition(":")[0].strip()
-    presets = {preset.lower(): preset for preset in ALL_PRESETS}
+    presets = {each.lower(): preset for each, preset in {**NAMES, **ALL_PRESETS}.items()}
     if name.lower() in presets:
         options = parse_optimizer(text)[1] if ":" in text else {}
-        return ALL_PRESETS[presets[name.lower()]], options
+        return presets[name.lower()], options
     names = known_names()
     if name.isidentifier() and (":" in text or name not in names.transforms):
         known = [*ALL_PRESETS, *([] if ":" in text else names.transforms)]
@@ -204,7 +209,8 @@ def _as_groups(given: Any) -> list[dict[str, Any]]:
     for entry in entries:
         params = entry["params"]
         several = [params] if isinstance(params, Tensor) else list(params)
-        names = entry.get("param_names") or [None] * len(several)
+        names = entry.get("param_names")
+        names = [None] * len(several) if names is None else names
         pairs = [
             pair if isinstance(pair, tuple) else (name, pair)
             for name, pair in zip(names, several, strict=True)
