@@ -362,6 +362,24 @@ def test_what_a_user_adds_around_it_leaves_the_method_the_same(look):
     assert (opt.param_groups[0]["lr"], opt.param_groups[0]["weight_decay"]) == (0.03, 0.01)
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_groups_that_are_cut_otherwise_match_if_their_numbers_are_equal(same):
+    params = weights(MATRIX)
+    theirs = T.AdamW(
+        [{"params": [params[0]], "lr": 0.03}, {"params": [params[1]], "lr": 0.03 if same else 0.1}]
+    )
+    run(theirs, range(3))
+    mine = copies(params)
+    opt = heavyball.AdamW(mine, lr=0.7, compile=False)
+    report = adopt(opt, copy.deepcopy(theirs.state_dict()))
+    assert report.matching == same
+    assert opt.param_groups[0]["lr"] == (0.03 if same else 0.7)
+    assert ("param_groups.0.lr" in report.left) != same
+    if same:
+        start = [p.detach().clone() for p in params]
+        assert distance(run(opt, range(3, 9)), run(theirs, range(3, 9)), start) < 1e-6
+
+
 @pytest.mark.parametrize("damage", ["missing", "text", "list"])
 @pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq"])
 def test_a_moment_that_is_none_is_refused_and_changes_nothing(key, damage):

@@ -75,6 +75,11 @@ def adopt(opt: ChainOpt, state_dict: Mapping[str, Any]) -> AdoptionReport:
     with _named(source):
         found = list(_found(opt, saved, source))
         matching = all(each.matches(source) for each in found) and bool(found)
+        # a group takes one group's numbers
+        mixed = [
+            _mixed([e for e in found if e.place.index == i]) for i in range(len(opt.param_groups))
+        ]
+        matching = matching and not any(mixed)
         report = AdoptionReport(source.named, matching)
         groups = _groups(opt, found, source, report)
         evaluating = "train_mode" in opt.defaults and any(
@@ -314,9 +319,10 @@ def _groups(
         members = [each for each in found if each.place.index == index]
         new["params"] = [each.place.number for each in members]
         theirs = {id(each.group): each.group for each in members}
-        if report.matching and len(theirs) == 1:
-            (group,) = theirs.values()
-            records = [each.record for each in found if each.group is group or not _splits(opt)]
+        if report.matching and theirs:
+            group = next(iter(theirs.values()))
+            splits = _splits(opt)
+            records = [each.record for each in found if id(each.group) in theirs or not splits]
             _take(
                 opt, new, group, [each.program for each in members], source, records, report, index
             )
@@ -328,6 +334,15 @@ def _groups(
             report.left.extend(f"param_groups.{index}.{name}" for name in shown)
         made.append(new)
     return made
+
+
+def _mixed(members: list[_Found]) -> bool:
+    """Whether the parameters of a group come from groups with different numbers."""
+    numbers = [
+        {k: entry(each.group, k) for k in each.group if k not in ("params", "param_names")}
+        for each in {id(each.group): each for each in members}.values()
+    ]
+    return any(other != numbers[0] for other in numbers[1:])
 
 
 def _splits(opt: ChainOpt) -> bool:
