@@ -362,6 +362,21 @@ def test_what_a_user_adds_around_it_leaves_the_method_the_same(look):
     assert (opt.param_groups[0]["lr"], opt.param_groups[0]["weight_decay"]) == (0.03, 0.01)
 
 
+@pytest.mark.parametrize("decay", [C.decoupled, C.coupled, C.independent, C.l1_decay])
+@pytest.mark.parametrize("theirs", [T.Adam, T.AdamW])
+def test_a_decay_that_the_original_lacks_ends(theirs, decay):
+    """A chain that decays by itself goes on as one that does not, or says that it does not match."""
+    params = weights()
+    theirs = theirs(params, 0.03, weight_decay=0.0)
+    run(theirs, range(3))
+    mine = copies(params)
+    chain = (decay, C.scale_by_adam) if decay is C.coupled else (C.scale_by_adam, decay)
+    opt = C.ChainOpt(mine, 0.7, *chain, weight_decay=0.3, compile=False)
+    assert adopt(opt, copy.deepcopy(theirs.state_dict())).matching
+    start = [p.detach().clone() for p in params]
+    assert distance(run(opt, range(3, 9)), run(theirs, range(3, 9)), start) < 1e-6
+
+
 @pytest.mark.parametrize("same", [True, False])
 def test_groups_that_are_cut_otherwise_match_if_their_numbers_are_equal(same):
     params = weights(MATRIX)

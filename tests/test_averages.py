@@ -219,6 +219,7 @@ def test_kernels_that_come_between_two_looks_change_nothing(dtype, monkeypatch):
     """What was sampled with or without a compiler compares with what the other one samples."""
     p = torch.arange(1.0, 61.0).to(dtype)
     sampler = watch.sampler
+    assert sampler() is not None
     for first, second in ((sampler, lambda: None), (lambda: None, sampler)):
         monkeypatch.setattr(watch, "sampler", first)
         noted = Writes([p])

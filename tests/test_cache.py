@@ -234,7 +234,7 @@ def test_a_library_without_the_function_is_not_kept(monkeypatch, cache, copying)
 def no_home(monkeypatch) -> None:
     for name in ("HOME", "XDG_CACHE_HOME", "HEAVYBALL_CACHE"):
         monkeypatch.delenv(name, raising=False)
-    pwd = pytest.importorskip("pwd")
+    pwd = pytest.importorskip("pwd", reason="Windows has no user database")
     monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[uid])
 
 

@@ -365,10 +365,14 @@ def _take(
     taken = {"lr"}
     new["lr"] = entry({"lr": source.lr(group)}, "lr")
     hyper, decay = source.hyper(group), source.decay(group)
-    for node in (node for program in programs for node in program.flat):
+    nodes = [node for program in programs for node in program.flat]
+    own = {n.hyper["weight_decay"][0] for n in nodes if n.transform.name == decay}
+    for node in nodes:
         values = dict(hyper.get(node.transform.name, {}))
         if node.transform.name == decay:
             values["weight_decay"] = entry(group, "weight_decay")
+        elif "weight_decay" in node.hyper and node.hyper["weight_decay"][0] not in own:
+            values["weight_decay"] = 0.0  # the original has no such decay
         for name, value in values.items():
             if name in node.hyper and value is not None:
                 key, part = node.hyper[name]
@@ -384,8 +388,6 @@ def _take(
     numbers = source.common(group, records)
     new |= {name: value for name, value in numbers.items() if name in common}
     report.taken.extend(f"param_groups.{index}.{name}" for name in sorted(taken & group.keys()))
-    if entry(group, "weight_decay", 0.0) and "weight_decay" not in taken:
-        report.left.append(f"param_groups.{index}.weight_decay")
 
 
 # How other libraries call some hyper-parameters.

@@ -101,7 +101,9 @@ def check_entries(owner: type, group: Mapping[Any, Any], known: list[str], chain
         if not isinstance(key, str):
             raise ValueError(f"parameter group: the entry {key!r} is not a string")
         others = (*known, *common, *RESERVED, *BOOKKEEPING, *_ASKED, *TORCH_SWITCHES)
-        if key in others or key.startswith("_") or (of_another and _is_anothers(key)):
+        if key in others or key.startswith("_"):
+            continue
+        if of_another and ("." in key or key in _others_names()):
             continue
         near = next((name for name in ("params", *known) if nearly(key, name)), None)
         if near is not None:
@@ -133,18 +135,13 @@ def _others_names() -> frozenset[str]:
     return frozenset(names)
 
 
-def _is_anothers(key: str) -> bool:
-    """Whether a group of another optimizer has this entry: a name of two elements has its element's."""
-    return key.rpartition(".")[2] in _others_names() or "." in key
-
-
 def nearly(key: str, name: str) -> bool:
     """Whether a name was meant and mistyped: one letter, two in long names, or case, - and _.
 
     A name with further words (`no_weight_decay`), or three letters of which one is another (`tag` and
     `tau`), is a name of its own.
     """
-    words = [re.split("[-_ ]+", text.lower()) for text in (key, name)]
+    words = [re.split("[-_]+", text.lower()) for text in (key, name)]
     plain = ["".join(each) for each in words]
     if plain[0] == plain[1]:
         return True

@@ -48,7 +48,8 @@ class Writes:
         place = self._places.setdefault(param, len(self._places))
         if place == len(self._params):
             self._params.append(param)
-            self._parts |= {param} if _is_part(param) else set()
+            if _is_part(param):
+                self._parts.add(param)
         held = _held((param,))
         self._versions[place : place + 1] = _versions(held)
         self._found[WORDS * place : WORDS * (place + 1)] = _sampled(held)

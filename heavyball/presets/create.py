@@ -52,11 +52,11 @@ def create(
         ValueError if `layer_decay` finds no blocks.
     """
     make, given = chosen(what, "create")
-    options = {**given, **options}
     for name in options:
         own = next((own for own in ("no_decay", "layer_decay") if nearly(name, own)), None)
         if own is not None:
             raise TypeError(f"create has no option {name!r}; did you mean {own!r}?")
+    options = {**given, **options}
     if lr is not None:
         options["lr"] = lr
     if no_decay not in (None, "auto"):
@@ -104,7 +104,7 @@ def _from_text(text: str, owner: str) -> tuple[Callable[..., ChainOpt], dict[str
     from heavyball.presets import ALL_PRESETS, NAMES  # which look for presets in this module too
 
     name = text.partition(":")[0].strip()
-    presets = {each.lower(): preset for each, preset in {**NAMES, **ALL_PRESETS}.items()}
+    presets = {each.lower(): preset for each, preset in NAMES.items()}
     if name.lower() in presets:
         options = parse_optimizer(text)[1] if ":" in text else {}
         return presets[name.lower()], options
